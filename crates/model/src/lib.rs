@@ -1,0 +1,23 @@
+//! The nouns of Godwit: identities, units, what a VM is made of, and which requests its state admits.
+//!
+//! Pure: no clock, file, socket, thread or random source; ids and times are arguments. Start with [`spec::VmSpec`],
+//! then [`ownership`] (generations and grants: the one-runner rule) and [`lifecycle`] (what may be asked when).
+
+pub mod error;
+pub mod ids;
+pub mod lifecycle;
+pub mod name;
+pub mod ownership;
+pub mod spec;
+pub mod units;
+
+pub use error::{ErrorCode, Refusal, Retry};
+pub use ids::{ImageId, TaskId, TeamId, TokenId, VmId};
+pub use lifecycle::{Activity, Admission, RunState, VmRequest};
+pub use name::{InvalidName, Name};
+pub use ownership::{Epoch, Generation, Grant};
+pub use spec::{
+    Accelerator, Boot, CacheMode, DiskFormat, DiskSpec, ImageKind, ImageRef, InvalidSpec, MacAddress, NicSpec, ResolvedSpec,
+    VmSpec, VolumeRef,
+};
+pub use units::{Bytes, BytesPerSec, Millis, UnixMillis};

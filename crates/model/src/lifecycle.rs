@@ -1,0 +1,166 @@
+//! What may be asked of a VM in which state: the admission policy, a pure table.
+//!
+//! ```text
+//!              start                    stop / kill / crash
+//!   stopped ──────────▶ running ──────────────────────────▶ stopped
+//!                        │   ▲
+//!                  pause ▼   │ unpause            migrate: running stays running, only the host changes
+//!                       paused
+//! ```
+//! While a task works on a VM every other changing request gets `vm_busy`; killing is always admitted on what runs, except during a
+//! move, which has to be cancelled first.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ErrorCode, Refusal, Retry, TaskId};
+
+/// What the agent last saw of a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RunState {
+    /// No QEMU process.
+    #[default]
+    Stopped,
+    /// vCPUs run.
+    Running,
+    /// QEMU is there, vCPUs stand still by request.
+    Paused,
+    /// QEMU ended without being asked to.
+    Crashed,
+}
+
+/// A task that holds a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Activity {
+    /// The task.
+    pub task: TaskId,
+    /// What it does.
+    pub request: VmRequest,
+}
+
+/// A request that changes a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VmRequest {
+    /// Start it.
+    Start,
+    /// Ask the guest to power off.
+    Stop,
+    /// End QEMU without asking.
+    Kill,
+    /// Stand still.
+    Pause,
+    /// Run on.
+    Unpause,
+    /// Move it while it runs.
+    Migrate,
+    /// Remove it.
+    Delete,
+}
+
+/// The answer to a [`VmRequest`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// Do it.
+    Accept,
+    /// It is so already: answer success, do nothing.
+    Ignore,
+    /// No, and why.
+    Deny(Refusal),
+}
+
+/// Decides whether `request` may be made of a VM in `state` that `activity` holds.
+#[must_use]
+pub fn decide_admission(state: RunState, activity: Option<Activity>, request: VmRequest) -> Admission {
+    use RunState as S;
+    use VmRequest as R;
+    if let Some(activity) = activity {
+        let cut_short = request == R::Kill && matches!(activity.request, R::Stop);
+        if !cut_short {
+            return Admission::Deny(
+                Refusal::new(ErrorCode::VmBusy, format!("task {} ({:?}) works on the VM", activity.task, activity.request))
+                    .hint(format!("wait for it (`godwit task wait {0}`) or cancel it (`godwit task cancel {0}`)", activity.task))
+                    .retry(Retry::Safe),
+            );
+        }
+    }
+    match (request, state) {
+        (R::Start, S::Stopped | S::Crashed)
+        | (R::Stop | R::Kill | R::Pause, S::Running)
+        | (R::Kill | R::Unpause, S::Paused)
+        | (R::Migrate, S::Running)
+        | (R::Delete, S::Stopped | S::Crashed) => Admission::Accept,
+        (R::Start | R::Unpause, S::Running) | (R::Stop | R::Kill, S::Stopped | S::Crashed) | (R::Pause, S::Paused) => {
+            Admission::Ignore
+        }
+        (R::Delete, S::Running | S::Paused) => Admission::Deny(
+            Refusal::new(ErrorCode::VmRunning, "the VM has a running QEMU").hint("stop it first: `godwit vm stop` or `godwit vm kill`"),
+        ),
+        (R::Start | R::Stop | R::Migrate, S::Paused) => Admission::Deny(
+            Refusal::new(ErrorCode::VmNotRunning, "the VM is paused").hint("run it on first: `godwit vm unpause`"),
+        ),
+        (R::Pause | R::Unpause | R::Migrate, S::Stopped | S::Crashed) => Admission::Deny(
+            Refusal::new(ErrorCode::VmNotRunning, "the VM does not run").hint("start it first: `godwit vm start`"),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const REQUESTS: [VmRequest; 7] = [
+        VmRequest::Start,
+        VmRequest::Stop,
+        VmRequest::Kill,
+        VmRequest::Pause,
+        VmRequest::Unpause,
+        VmRequest::Migrate,
+        VmRequest::Delete,
+    ];
+
+    /// What an accepted request makes of a state, for the model walk below.
+    fn after(state: RunState, request: VmRequest) -> RunState {
+        match request {
+            VmRequest::Start | VmRequest::Unpause => RunState::Running,
+            VmRequest::Stop | VmRequest::Kill => RunState::Stopped,
+            VmRequest::Pause => RunState::Paused,
+            VmRequest::Migrate | VmRequest::Delete => state,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn prop_repeating_an_accepted_request_never_changes_the_outcome(steps in prop::collection::vec(0..REQUESTS.len(), 0..40)) {
+            let mut state = RunState::Stopped;
+            for step in steps {
+                let request = REQUESTS[step];
+                if decide_admission(state, None, request) == Admission::Accept {
+                    let next = after(state, request);
+                    if !matches!(request, VmRequest::Migrate | VmRequest::Delete) {
+                        prop_assert_eq!(decide_admission(next, None, request), Admission::Ignore);
+                    }
+                    state = next;
+                }
+            }
+        }
+
+        #[test]
+        fn prop_a_held_vm_admits_nothing_but_cutting_a_stop_short(holder in 0..REQUESTS.len(), request in 0..REQUESTS.len()) {
+            let activity = Activity { task: TaskId::new(uuid::Uuid::nil()), request: REQUESTS[holder] };
+            let answer = decide_admission(RunState::Running, Some(activity), REQUESTS[request]);
+            let cut_short = REQUESTS[holder] == VmRequest::Stop && REQUESTS[request] == VmRequest::Kill;
+            prop_assert_eq!(answer == Admission::Accept, cut_short);
+        }
+    }
+
+    #[test]
+    fn only_what_does_not_run_can_be_deleted() {
+        for state in [RunState::Running, RunState::Paused] {
+            assert!(matches!(decide_admission(state, None, VmRequest::Delete), Admission::Deny(_)));
+        }
+        assert_eq!(decide_admission(RunState::Crashed, None, VmRequest::Delete), Admission::Accept);
+    }
+}
