@@ -4,20 +4,24 @@
 //! then [`ownership`] (generations and grants: the one-runner rule) and [`lifecycle`] (what may be asked when).
 
 pub mod error;
+pub mod host;
 pub mod ids;
 pub mod lifecycle;
+pub mod migration;
 pub mod name;
 pub mod ownership;
 pub mod spec;
 pub mod units;
 
 pub use error::{ErrorCode, Refusal, Retry};
+pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
 pub use ids::{ImageId, TaskId, TeamId, TokenId, VmId};
 pub use lifecycle::{Activity, Admission, RunState, VmRequest};
+pub use migration::{MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress};
 pub use name::{InvalidName, Name};
 pub use ownership::{Epoch, Generation, Grant};
 pub use spec::{
     Accelerator, Boot, CacheMode, DiskFormat, DiskSpec, ImageKind, ImageRef, InvalidSpec, MacAddress, NicSpec, ResolvedSpec,
-    VmSpec, VolumeRef,
+    ResolvedDisk, ResolvedNic, SPEC_SCHEMA, VmSpec, VolumeRef,
 };
 pub use units::{Bytes, BytesPerSec, Millis, UnixMillis};

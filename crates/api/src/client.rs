@@ -1,0 +1,349 @@
+//! The typed client: thin, one method per operation, errors as [`Refusal`] wherever the controller said why.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use eventsource_stream::Eventsource;
+use futures::{Stream, StreamExt};
+use godwit_model::{ErrorCode, ImageKind, Name, Refusal, Retry, TaskId, TokenId};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::{Method, RequestBuilder, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::v1;
+
+mod console;
+
+pub use console::Console;
+
+/// Where a controller is and who asks.
+#[derive(Clone)]
+pub struct Endpoint {
+    /// `https://host:port`, or `http://` on loopback.
+    pub url: String,
+    /// API token.
+    pub token: String,
+    /// Certificate of the cluster's authority, PEM.
+    pub authority: Option<String>,
+}
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The controller refused, and said why.
+    #[error("{0}")]
+    Refused(Refusal),
+    /// The controller could not be reached, or broke off.
+    #[error("the controller at {url} cannot be reached")]
+    Unreachable {
+        /// Its address.
+        url: String,
+        /// Why.
+        #[source]
+        source: reqwest::Error,
+    },
+    /// Something answered that is not a controller of this version.
+    #[error("{url} answered {status} with something that is not the API's")]
+    Foreign {
+        /// The address asked.
+        url: String,
+        /// What it answered.
+        status: StatusCode,
+    },
+    /// The endpoint itself cannot be used.
+    #[error("the endpoint cannot be used: {what}")]
+    Endpoint {
+        /// What is wrong with it.
+        what: String,
+    },
+}
+
+impl ClientError {
+    /// The refusal to show, whatever went wrong.
+    #[must_use]
+    pub fn refusal(&self) -> Refusal {
+        match self {
+            Self::Refused(refusal) => refusal.clone(),
+            Self::Unreachable { source, .. } => {
+                let mut cause: &dyn std::error::Error = source;
+                while let Some(deeper) = cause.source() {
+                    cause = deeper;
+                }
+                Refusal::new(ErrorCode::HostDown, format!("{self}: {cause}"))
+                    .hint("check that `godwit serve` runs and that the address, the authority (`--ca-file`) and the network are right")
+                    .retry(Retry::Unknown)
+            }
+            Self::Foreign { .. } => {
+                Refusal::new(ErrorCode::Internal, self.to_string()).hint("check the address").retry(Retry::Unknown)
+            }
+            Self::Endpoint { .. } => Refusal::new(ErrorCode::BadRequest, self.to_string()),
+        }
+    }
+}
+
+/// A client of one controller.
+#[derive(Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    endpoint: Endpoint,
+}
+
+type Result<T> = std::result::Result<T, ClientError>;
+
+/// A path segment, escaped.
+fn segment(text: &impl ToString) -> String {
+    utf8_percent_encode(&text.to_string(), NON_ALPHANUMERIC).to_string()
+}
+
+impl Client {
+    /// A client of `endpoint`. A process-wide rustls provider must be installed.
+    ///
+    /// # Errors
+    /// [`ClientError::Endpoint`] if the authority is no certificate.
+    pub fn new(endpoint: Endpoint) -> Result<Self> {
+        let mut builder = reqwest::Client::builder().connect_timeout(Duration::from_secs(10)).no_proxy();
+        if let Some(authority) = &endpoint.authority {
+            let certificate = reqwest::Certificate::from_pem(authority.as_bytes())
+                .map_err(|source| ClientError::Endpoint { what: format!("its authority is not a certificate: {source}") })?;
+            builder = builder.tls_certs_only([certificate]);
+        }
+        let http = builder.build().map_err(|source| ClientError::Endpoint { what: source.to_string() })?;
+        Ok(Self { http, endpoint })
+    }
+
+    /// The endpoint this client talks to.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// A request to `path`, with credentials. Tests use it to send what the typed methods cannot.
+    #[must_use]
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("{}/v1{path}", self.endpoint.url)).bearer_auth(&self.endpoint.token)
+    }
+
+    async fn send(&self, request: RequestBuilder) -> Result<reqwest::Response> {
+        let unreachable = |source| ClientError::Unreachable { url: self.endpoint.url.clone(), source };
+        let response = request.send().await.map_err(unreachable)?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let body = response.bytes().await.map_err(unreachable)?;
+        match serde_json::from_slice::<Refusal>(&body) {
+            Ok(refusal) => Err(ClientError::Refused(refusal)),
+            Err(_) => Err(ClientError::Foreign { url: self.endpoint.url.clone(), status }),
+        }
+    }
+
+    async fn json<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T> {
+        let response = self.send(request.timeout(Duration::from_secs(60))).await?;
+        let status = response.status();
+        let body = response.bytes().await.map_err(|source| ClientError::Unreachable { url: self.endpoint.url.clone(), source })?;
+        serde_json::from_slice(&body).map_err(|_| ClientError::Foreign { url: self.endpoint.url.clone(), status })
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.json(self.request(Method::GET, path)).await
+    }
+
+    async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
+        self.json(self.request(Method::POST, path).json(body)).await
+    }
+
+    /// Every item of a paged list.
+    async fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>> {
+        let mut items = Vec::new();
+        let mut after: Option<String> = None;
+        loop {
+            let query = after.as_ref().map(|after| format!("?after={}", segment(after))).unwrap_or_default();
+            let page: v1::Page<T> = self.get(&format!("{path}{query}")).await?;
+            items.extend(page.items);
+            match page.next {
+                Some(next) => after = Some(next),
+                None => return Ok(items),
+            }
+        }
+    }
+
+    /// Whether the controller serves; needs no credentials.
+    ///
+    /// # Errors
+    /// [`ClientError`], as every method here.
+    pub async fn health(&self) -> Result<v1::Health> {
+        self.get("/health").await
+    }
+
+    /// Every host.
+    pub async fn hosts(&self) -> Result<Vec<v1::Host>> {
+        self.list("/hosts").await
+    }
+
+    /// One host.
+    pub async fn host(&self, host: &Name) -> Result<v1::Host> {
+        self.get(&format!("/hosts/{}", segment(host))).await
+    }
+
+    /// A one-time token with which `host` can join.
+    pub async fn create_join_token(&self, request: &v1::JoinTokenCreate) -> Result<v1::JoinTokenCreated> {
+        self.post("/join-tokens", request).await
+    }
+
+    /// Every pool.
+    pub async fn pools(&self) -> Result<Vec<v1::Pool>> {
+        self.list("/pools").await
+    }
+
+    /// One pool.
+    pub async fn pool(&self, pool: &Name) -> Result<v1::Pool> {
+        self.get(&format!("/pools/{}", segment(pool))).await
+    }
+
+    /// Every network.
+    pub async fn networks(&self) -> Result<Vec<v1::Network>> {
+        self.list("/networks").await
+    }
+
+    /// Every image.
+    pub async fn images(&self) -> Result<Vec<v1::Image>> {
+        self.list("/images").await
+    }
+
+    /// One image.
+    pub async fn image(&self, image: &Name) -> Result<v1::Image> {
+        self.get(&format!("/images/{}", segment(image))).await
+    }
+
+    /// Imports an image from a stream of its bytes.
+    pub async fn import_image<S>(&self, image: &Name, kind: ImageKind, content: S) -> Result<v1::Image>
+    where
+        S: Stream<Item = std::io::Result<Bytes>> + Send + Sync + 'static,
+    {
+        let kind = serde_json::to_value(kind).ok().and_then(|kind| kind.as_str().map(str::to_owned)).unwrap_or_default();
+        let request = self
+            .request(Method::PUT, &format!("/images/{}?kind={kind}", segment(image)))
+            .header("content-type", "application/octet-stream")
+            .body(reqwest::Body::wrap_stream(content));
+        let response = self.send(request).await?;
+        let status = response.status();
+        response.json().await.map_err(|_| ClientError::Foreign { url: self.endpoint.url.clone(), status })
+    }
+
+    /// Deletes an image.
+    pub async fn delete_image(&self, image: &Name) -> Result<()> {
+        let request = self.request(Method::DELETE, &format!("/images/{}", segment(image)));
+        self.send(request).await.map(|_| ())
+    }
+
+    /// Every VM.
+    pub async fn vms(&self) -> Result<Vec<v1::Vm>> {
+        self.list("/vms").await
+    }
+
+    /// One VM.
+    pub async fn vm(&self, vm: &Name) -> Result<v1::Vm> {
+        self.get(&format!("/vms/{}", segment(vm))).await
+    }
+
+    /// Creates a VM; it is not started.
+    pub async fn create_vm(&self, request: &v1::VmCreate) -> Result<v1::Vm> {
+        self.post("/vms", request).await
+    }
+
+    /// Starts a VM.
+    pub async fn start_vm(&self, vm: &Name, request: &v1::VmStart) -> Result<v1::Task> {
+        self.post(&format!("/vms/{}/start", segment(vm)), request).await
+    }
+
+    /// Asks the guest to power off.
+    pub async fn stop_vm(&self, vm: &Name, request: &v1::VmStop) -> Result<v1::Task> {
+        self.post(&format!("/vms/{}/stop", segment(vm)), request).await
+    }
+
+    /// Ends a VM without asking it.
+    pub async fn kill_vm(&self, vm: &Name) -> Result<v1::Task> {
+        self.post(&format!("/vms/{}/kill", segment(vm)), &()).await
+    }
+
+    /// Lets a VM stand still.
+    pub async fn pause_vm(&self, vm: &Name) -> Result<v1::Task> {
+        self.post(&format!("/vms/{}/pause", segment(vm)), &()).await
+    }
+
+    /// Lets a paused VM run on.
+    pub async fn unpause_vm(&self, vm: &Name) -> Result<v1::Task> {
+        self.post(&format!("/vms/{}/unpause", segment(vm)), &()).await
+    }
+
+    /// Moves a running VM. With `dry_run` the task is only described: it is `done` and was never recorded.
+    pub async fn migrate_vm(&self, vm: &Name, request: &v1::VmMigrate) -> Result<v1::Task> {
+        self.post(&format!("/vms/{}/migrate", segment(vm)), request).await
+    }
+
+    /// Deletes a stopped VM.
+    pub async fn delete_vm(&self, vm: &Name, request: &v1::VmDelete) -> Result<v1::Task> {
+        self.json(self.request(Method::DELETE, &format!("/vms/{}?volumes={}", segment(vm), request.volumes))).await
+    }
+
+    /// The newest tasks first.
+    pub async fn tasks(&self) -> Result<Vec<v1::Task>> {
+        self.list("/tasks").await
+    }
+
+    /// One task.
+    pub async fn task(&self, task: TaskId) -> Result<v1::Task> {
+        self.get(&format!("/tasks/{task}")).await
+    }
+
+    /// Cancels a task; answers the task as it is then.
+    pub async fn cancel_task(&self, task: TaskId) -> Result<v1::Task> {
+        self.post(&format!("/tasks/{task}/cancel"), &()).await
+    }
+
+    /// Every team.
+    pub async fn teams(&self) -> Result<Vec<v1::Team>> {
+        self.list("/teams").await
+    }
+
+    /// Creates a team.
+    pub async fn create_team(&self, request: &v1::TeamCreate) -> Result<v1::Team> {
+        self.post("/teams", request).await
+    }
+
+    /// Every API token, without secrets.
+    pub async fn tokens(&self) -> Result<Vec<v1::Token>> {
+        self.list("/tokens").await
+    }
+
+    /// Makes an API token.
+    pub async fn create_token(&self, request: &v1::TokenCreate) -> Result<v1::TokenCreated> {
+        self.post("/tokens", request).await
+    }
+
+    /// Deletes an API token.
+    pub async fn delete_token(&self, token: TokenId) -> Result<()> {
+        self.send(self.request(Method::DELETE, &format!("/tokens/{token}"))).await.map(|_| ())
+    }
+
+    /// Changes as they happen, behind `after` if given. The stream ends when the connection does; continue with the last cursor.
+    pub async fn events(&self, after: Option<u64>) -> Result<impl Stream<Item = Result<v1::Event>> + Send + use<>> {
+        let query = after.map(|after| format!("?after={after}")).unwrap_or_default();
+        let request = self.request(Method::GET, &format!("/events{query}")).header("accept", "text/event-stream");
+        let response = self.send(request).await?;
+        let (url, status) = (self.endpoint.url.clone(), response.status());
+        Ok(response.bytes_stream().eventsource().filter_map(move |event| {
+            let foreign = || ClientError::Foreign { url: url.clone(), status };
+            let answer = match event {
+                Ok(event) if event.data.is_empty() => None,
+                Ok(event) => Some(serde_json::from_str(&event.data).map_err(|_| foreign())),
+                Err(eventsource_stream::EventStreamError::Transport(source)) => {
+                    Some(Err(ClientError::Unreachable { url: url.clone(), source }))
+                }
+                Err(_) => Some(Err(foreign())),
+            };
+            std::future::ready(answer)
+        }))
+    }
+}

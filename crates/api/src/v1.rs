@@ -1,0 +1,397 @@
+//! Version 1 on the wire. Times are milliseconds since 1970 UTC, sizes bytes, rates bytes per second.
+
+use godwit_model::{
+    Accelerator, Activity, Bytes, Generation, HostFacts, HostLoad, ImageId, ImageKind, MigrationFigures, MigrationPolicy,
+    MigrationProgress, Millis, Name, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Largest JSON body, in bytes.
+pub const MAX_BODY: usize = 1 << 20;
+
+/// The error body of every operation.
+pub type Error = Refusal;
+
+/// One page of a list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Page<T> {
+    /// The objects, ordered by name (tasks and tokens: newest first).
+    pub items: Vec<T>,
+    /// Pass as `after` to get the next page; absent on the last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+/// Whether the controller serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// Version of the controller.
+    pub version: String,
+    /// Its epoch.
+    pub epoch: u64,
+}
+
+/// A virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Vm {
+    /// Identity for life.
+    pub id: VmId,
+    /// Name, unique in its team.
+    pub name: Name,
+    /// Owner.
+    pub team: Name,
+    /// Grows with every change; pass as `If-Match` to refuse on what changed meanwhile.
+    pub revision: u64,
+    /// When it was created.
+    pub created: UnixMillis,
+    /// What was asked for.
+    pub spec: VmSpec,
+    /// What is.
+    pub status: VmStatus,
+}
+
+/// What is observed of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmStatus {
+    /// Last known state.
+    pub state: RunState,
+    /// Where it runs, or ran last.
+    pub host: Option<Name>,
+    /// Newest generation that was granted and not declined.
+    pub generation: Generation,
+    /// The task that holds it.
+    pub activity: Option<Activity>,
+    /// What it was started with; kept until it is next started from stopped.
+    pub started: Option<Started>,
+    /// Addresses of its interfaces, in slot order.
+    pub macs: Vec<String>,
+    /// What is not as it should be.
+    pub conditions: Vec<Condition>,
+    /// When `state` last changed.
+    pub since: UnixMillis,
+}
+
+/// What a VM was started with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Started {
+    /// Versioned machine type.
+    pub machine: String,
+    /// CPU model.
+    pub cpu: String,
+    /// Accelerator.
+    pub accelerator: Accelerator,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Condition {
+    /// Stable name, such as `host_unreachable`.
+    pub name: String,
+    /// The facts.
+    pub message: String,
+    /// What to do.
+    pub fix: String,
+}
+
+/// Asks for a new VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmCreate {
+    /// Its name.
+    pub name: Name,
+    /// What it is made of.
+    pub spec: VmSpec,
+}
+
+/// Asks for a start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmStart {
+    /// The host; by default the one with most free memory among those that can run it.
+    #[serde(default)]
+    pub host: Option<Name>,
+}
+
+/// Asks for a stop.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmStop {
+    /// How long to wait for the guest; 5 minutes by default. The VM is never killed by it.
+    #[serde(default)]
+    pub timeout: Option<Millis>,
+}
+
+/// Asks for a deletion.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmDelete {
+    /// Also delete its volumes.
+    #[serde(default)]
+    pub volumes: bool,
+}
+
+/// Asks for a migration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmMigrate {
+    /// Where to.
+    pub host: Name,
+    /// Its limits.
+    #[serde(default)]
+    pub policy: MigrationPolicy,
+    /// Only check and tell.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Why; recorded with the task.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// A host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Host {
+    /// Its name.
+    pub name: Name,
+    /// Grows with every change.
+    pub revision: u64,
+    /// The address at which its peers reach it.
+    pub address: String,
+    /// Whether its agent is connected.
+    pub connected: bool,
+    /// When `connected` last changed.
+    pub since: UnixMillis,
+    /// What it said of itself when it last connected.
+    pub facts: Option<HostFacts>,
+    /// Its last heartbeat.
+    pub load: Option<HostLoad>,
+}
+
+/// A pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Pool {
+    /// Its name.
+    pub name: Name,
+    /// Whether all its hosts see the same storage.
+    pub shared: bool,
+    /// Hosts that have it.
+    pub hosts: Vec<Name>,
+    /// Size; the smallest seen.
+    pub capacity: Bytes,
+    /// Free space; the smallest seen.
+    pub free: Bytes,
+    /// Findings, such as hosts that declared it shared but see different storage.
+    pub conditions: Vec<Condition>,
+}
+
+/// An imported image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Image {
+    /// Identity.
+    pub id: ImageId,
+    /// Name, unique in its team.
+    pub name: Name,
+    /// Owner.
+    pub team: Name,
+    /// Grows with every change.
+    pub revision: u64,
+    /// What it is for.
+    pub kind: ImageKind,
+    /// Size in bytes.
+    pub size: Bytes,
+    /// BLAKE3 of the content, hexadecimal.
+    pub digest: String,
+    /// When it was imported.
+    pub created: UnixMillis,
+}
+
+/// A network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Network {
+    /// Its name.
+    pub name: Name,
+    /// VXLAN network identifier.
+    pub vni: u32,
+}
+
+/// A long operation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Task {
+    /// Identity.
+    pub id: TaskId,
+    /// Owner.
+    pub team: Name,
+    /// What it does, such as `vm.migrate`.
+    pub kind: String,
+    /// Name of the object it works on.
+    pub subject: Name,
+    /// Where it stands.
+    pub state: TaskState,
+    /// Grows with every change.
+    pub revision: u64,
+    /// When it was asked for.
+    pub created: UnixMillis,
+    /// When it ended.
+    pub ended: Option<UnixMillis>,
+    /// Who asked.
+    pub principal: String,
+    /// Why, if said.
+    pub reason: Option<String>,
+    /// What it does right now, or waits for.
+    pub step: String,
+    /// Whether cancelling would still have an effect.
+    pub cancellable: bool,
+    /// Progress of a migration.
+    pub progress: Option<MigrationProgress>,
+    /// What a migration cost.
+    pub figures: Option<MigrationFigures>,
+    /// Why it failed or was cancelled.
+    pub error: Option<Refusal>,
+    /// What happened, oldest first.
+    pub trail: Vec<TaskNote>,
+}
+
+/// Where a task stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TaskState {
+    /// Under way.
+    Running,
+    /// Ended well.
+    Done,
+    /// Ended badly; `error` says why and what is left.
+    Failed,
+    /// Ended by request; nothing is left.
+    Cancelled,
+}
+
+impl TaskState {
+    /// Whether it will not change any more.
+    #[must_use]
+    pub const fn ended(self) -> bool {
+        !matches!(self, Self::Running)
+    }
+}
+
+/// A line of a task's trail.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TaskNote {
+    /// When.
+    pub at: UnixMillis,
+    /// What.
+    pub text: String,
+}
+
+/// A change of an object, as the event stream tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Pass as `after` (or `Last-Event-ID`) to continue behind this event.
+    pub cursor: u64,
+    /// Kind of the object: `vm`, `host`, `task`, `image`, `team`, `token`.
+    pub kind: String,
+    /// Its name (tasks: its id).
+    pub name: String,
+    /// Its team.
+    pub team: Name,
+    /// What happened to it.
+    pub change: Change,
+    /// The object after the change; absent when deleted.
+    #[schema(value_type = Option<Object>)]
+    pub object: Option<serde_json::Value>,
+}
+
+/// What happened to an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// It exists, anew or changed.
+    Set,
+    /// It is gone.
+    Deleted,
+}
+
+/// A team.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Team {
+    /// Its name.
+    pub name: Name,
+    /// When it was created.
+    pub created: UnixMillis,
+}
+
+/// Asks for a new team.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TeamCreate {
+    /// Its name.
+    pub name: Name,
+}
+
+/// What a token's bearer may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Everything, in every team.
+    Admin,
+    /// Everything with the objects of its team.
+    Operator,
+    /// Look at the objects of its team.
+    Viewer,
+}
+
+/// An API token, without its secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Token {
+    /// Its public half.
+    pub id: TokenId,
+    /// Its team.
+    pub team: Name,
+    /// What its bearer may do.
+    pub role: Role,
+    /// What it is for.
+    pub description: String,
+    /// When it was made.
+    pub created: UnixMillis,
+}
+
+/// Asks for a new API token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenCreate {
+    /// Its team.
+    pub team: Name,
+    /// What its bearer may do.
+    pub role: Role,
+    /// What it is for.
+    #[serde(default)]
+    pub description: String,
+}
+
+/// A new API token; its secret is never shown again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TokenCreated {
+    /// The token.
+    pub token: Token,
+    /// `gwt.<id>.<secret>`.
+    pub secret: String,
+}
+
+/// Asks for a join token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct JoinTokenCreate {
+    /// The only host that can use it.
+    pub host: Name,
+    /// How long it can be used; one hour by default, at most a day.
+    #[serde(default)]
+    pub lifetime: Option<Millis>,
+}
+
+/// A new join token; it is never shown again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct JoinTokenCreated {
+    /// `gwj.<id>.<secret>.<authority>`.
+    pub token: String,
+    /// When it can no longer be used.
+    pub expires: UnixMillis,
+}

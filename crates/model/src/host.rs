@@ -1,0 +1,67 @@
+//! What a host says of itself.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Accelerator, Bytes, Name};
+
+/// What does not change while an agent runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct HostFacts {
+    /// Version of the agent.
+    pub agent: String,
+    /// Version of QEMU, for people; decisions are made from the lists below.
+    pub qemu: String,
+    /// What executes VMs here.
+    pub accelerator: Accelerator,
+    /// Why it is that accelerator, as the probe found.
+    pub accelerator_reason: String,
+    /// Logical processors.
+    pub cpus: u32,
+    /// Memory that VMs may use in total.
+    pub memory: Bytes,
+    /// Versioned machine types, such as `pc-q35-7.2`.
+    pub machines: Vec<String>,
+    /// Named CPU models that run here with every feature they name.
+    pub cpu_models: Vec<String>,
+    /// Migration capabilities that QEMU accepts as a VM's own user.
+    pub migration_capabilities: Vec<String>,
+    /// Storage.
+    pub pools: Vec<PoolFacts>,
+    /// Findings that limit what this host can do, each with its fix.
+    pub conditions: Vec<HostCondition>,
+}
+
+/// A pool as one host sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PoolFacts {
+    /// Its name.
+    pub name: Name,
+    /// Identity of the directory, written into it when first used: two hosts with the same identity see the same storage.
+    pub identity: String,
+    /// Whether the administrator declared it shared between hosts.
+    pub shared: bool,
+    /// Size of the file system.
+    pub capacity: Bytes,
+}
+
+/// A finding about a host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct HostCondition {
+    /// Stable name, such as `userfaultfd` or `cgroup_limits`.
+    pub name: String,
+    /// What was found.
+    pub message: String,
+    /// What to do about it.
+    pub fix: String,
+}
+
+/// What changes: sent with every heartbeat.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct HostLoad {
+    /// Memory that further VMs may use: what VMs may use in total, less what VMs here and expected here hold.
+    pub memory_free: Bytes,
+    /// VMs with a QEMU process here.
+    pub vms: u32,
+    /// Free space by pool.
+    pub pools_free: Vec<(Name, Bytes)>,
+}

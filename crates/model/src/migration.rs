@@ -1,0 +1,104 @@
+//! What is asked of a migration, what it tells while it runs, and what it cost.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Bytes, BytesPerSec, Millis};
+
+/// Limits that a migration keeps; none of them is ever raised by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
+pub struct MigrationPolicy {
+    /// Longest predicted blackout at which the VM is stopped.
+    pub max_blackout: Millis,
+    /// Upper limit of the wire rate; none by default.
+    pub bandwidth: Option<BytesPerSec>,
+    /// Longest warm-up. After it the migration is given up and the VM just keeps running.
+    pub timeout: Millis,
+    /// Longest time without any byte acknowledged during warm-up.
+    pub stall: Millis,
+    /// Longest time between our stop and QEMU's `completed`. After it the source is continued.
+    pub stop_limit: Millis,
+}
+
+impl Default for MigrationPolicy {
+    fn default() -> Self {
+        Self {
+            max_blackout: Millis(300),
+            bandwidth: None,
+            timeout: Millis(30 * 60_000),
+            stall: Millis(120_000),
+            stop_limit: Millis(10_000),
+        }
+    }
+}
+
+/// Where a migration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MigrationPhase {
+    /// Checks, and QEMU is started on the destination.
+    Prepare,
+    /// Memory is copied while the VM runs.
+    WarmUp,
+    /// The VM stands still: the rest of memory and the device state are copied.
+    StopAndCopy,
+    /// The source has released the VM; the destination takes over.
+    HandOver,
+    /// The destination runs; the source is cleared.
+    CleanUp,
+}
+
+impl MigrationPhase {
+    /// The word shown to people.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Prepare => "prepare",
+            Self::WarmUp => "warm-up",
+            Self::StopAndCopy => "stop-and-copy",
+            Self::HandOver => "hand-over",
+            Self::CleanUp => "clean-up",
+        }
+    }
+}
+
+/// A migration under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MigrationProgress {
+    /// Where it is.
+    pub phase: MigrationPhase,
+    /// Work believed done, in thousandths; never goes back.
+    pub permille: u16,
+    /// Bytes on the wire so far, TLS included.
+    pub wire_bytes: Bytes,
+    /// Bytes that QEMU has written so far.
+    pub ram_bytes: Bytes,
+    /// RAM still to send in this pass.
+    pub remaining: Bytes,
+    /// Bytes per second that the destination acknowledges.
+    pub rate: BytesPerSec,
+    /// Bytes per second that the VM dirties, once known.
+    pub dirty_rate: Option<BytesPerSec>,
+    /// Passes over memory begun.
+    pub rounds: u32,
+    /// Blackout if the VM were stopped now, once it can be predicted.
+    pub predicted_blackout: Option<Millis>,
+    /// Time left, if it ends at present rates at all.
+    pub time_left: Option<Millis>,
+}
+
+/// What a migration cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MigrationFigures {
+    /// From the request's acceptance by the source to the VM proven on the destination.
+    pub total: Millis,
+    /// No vCPU ran anywhere: from the stop on the source to the resume on the destination. Measured on the source's clock; half a round trip is
+    /// its error.
+    pub blackout: Millis,
+    /// Bytes on the wire, both directions, TLS included.
+    pub wire_bytes: Bytes,
+    /// Bytes that QEMU wrote.
+    pub ram_bytes: Bytes,
+    /// Passes over memory.
+    pub rounds: u32,
+}
