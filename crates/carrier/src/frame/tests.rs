@@ -1,0 +1,131 @@
+//! Golden bytes from the specification, truncation at every length, round trips, hostile bytes.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn encoded(frame: &Frame) -> Vec<u8> {
+    let mut out = BytesMut::new();
+    frame.encode(&mut out);
+    out.to_vec()
+}
+
+fn decoder(bytes: &[u8]) -> Decoder {
+    Decoder { buffer: BytesMut::from(bytes), broken: None }
+}
+
+const IDENTITY_EXAMPLE: Identity = Identity { vm: [0x11; 16], task: [0x22; 16], generation: 3 };
+
+/// One of each kind; the names are those of the specification.
+fn examples() -> Vec<(&'static str, Frame)> {
+    vec![
+        ("hello", Frame::Hello(IDENTITY_EXAMPLE)),
+        ("welcome", Frame::Welcome(IDENTITY_EXAMPLE)),
+        ("forward", Frame::Forward(Bytes::from_static(b"QEVM"))),
+        ("forward_end", Frame::ForwardEnd),
+        ("return", Frame::Return(Bytes::from_static(&[0, 2, 0, 4, 0, 0, 0, 1]))),
+        ("return_end", Frame::ReturnEnd),
+        ("control", Frame::Control(Bytes::from_static(b"{}"))),
+        ("applied", Frame::Applied(1_048_576)),
+        ("ping", Frame::Ping(7)),
+        ("pong", Frame::Pong(7)),
+    ]
+}
+
+#[test]
+fn the_specification_shows_the_bytes_that_are_sent() {
+    let page = include_str!("../../../../docs/spec/carrier.md");
+    for (name, frame) in examples() {
+        let line = page
+            .lines()
+            .find_map(|line| line.strip_prefix(&format!("{name}:")))
+            .unwrap_or_else(|| panic!("docs/spec/carrier.md has no example of {name}"));
+        let bytes: Vec<u8> = line.split_whitespace().map(|byte| u8::from_str_radix(byte, 16).expect("hexadecimal")).collect();
+        assert_eq!(encoded(&frame), bytes, "{name}");
+        assert_eq!(decoder(&bytes).next_frame(), Ok(Some(frame)), "{name}");
+    }
+}
+
+#[test]
+fn a_frame_cut_at_any_length_waits_and_then_decodes() {
+    for (name, frame) in examples() {
+        let bytes = encoded(&frame);
+        for cut in 0..bytes.len() {
+            let mut decoder = decoder(&bytes[..cut]);
+            assert_eq!(decoder.next_frame(), Ok(None), "{name} cut at {cut}");
+            decoder.buffer_mut().extend_from_slice(&bytes[cut..]);
+            assert_eq!(decoder.next_frame(), Ok(Some(frame.clone())), "{name} cut at {cut}");
+        }
+    }
+}
+
+#[test]
+fn a_hostile_length_is_refused_before_anything_is_allocated() {
+    for kind in 0..=255_u8 {
+        let mut decoder = decoder(&[kind, 0xff, 0xff, 0xff, 0xff]);
+        assert!(decoder.next_frame().is_err(), "kind {kind}");
+        assert!(decoder.buffer_mut().capacity() < 4096);
+        assert!(decoder.next_frame().is_err(), "a broken connection stays broken");
+    }
+}
+
+#[test]
+fn another_version_is_named() {
+    let mut bytes = encoded(&Frame::Hello(IDENTITY_EXAMPLE));
+    bytes[HEADER + 1] = 9;
+    assert_eq!(decoder(&bytes).next_frame(), Err(MalformedFrame::Version(9)));
+}
+
+fn any_frame() -> impl Strategy<Value = Frame> {
+    let data = prop::collection::vec(any::<u8>(), 1..300).prop_map(Bytes::from);
+    let identity =
+        (any::<[u8; 16]>(), any::<[u8; 16]>(), any::<u64>()).prop_map(|(vm, task, generation)| Identity { vm, task, generation });
+    prop_oneof![
+        identity.clone().prop_map(Frame::Hello),
+        identity.prop_map(Frame::Welcome),
+        data.clone().prop_map(Frame::Forward),
+        data.clone().prop_map(Frame::Return),
+        data.prop_map(Frame::Control),
+        Just(Frame::ForwardEnd),
+        Just(Frame::ReturnEnd),
+        any::<u64>().prop_map(Frame::Applied),
+        any::<u64>().prop_map(Frame::Ping),
+        any::<u64>().prop_map(Frame::Pong),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn prop_frames_survive_any_cutting_of_the_stream(frames in prop::collection::vec(any_frame(), 0..12), cut in 1..64_usize) {
+        let mut bytes = BytesMut::new();
+        frames.iter().for_each(|frame| frame.encode(&mut bytes));
+        let mut decoder = Decoder::default();
+        let mut seen = Vec::new();
+        for part in bytes.chunks(cut) {
+            decoder.buffer_mut().extend_from_slice(part);
+            while let Some(frame) = decoder.next_frame().expect("well formed") {
+                seen.push(frame);
+            }
+        }
+        prop_assert_eq!(seen, frames);
+    }
+
+    #[test]
+    fn prop_no_bytes_can_panic_the_decoder(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        let mut decoder = decoder(&bytes);
+        while let Ok(Some(_)) = decoder.next_frame() {}
+    }
+}
+
+#[test]
+fn corpus_every_stored_input_is_taken_without_panic() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/frame");
+    let mut inputs = 0;
+    for entry in std::fs::read_dir(folder).expect("the corpus is checked in") {
+        let bytes = std::fs::read(entry.expect("readable").path()).expect("readable");
+        let mut decoder = decoder(&bytes);
+        while let Ok(Some(_)) = decoder.next_frame() {}
+        inputs += 1;
+    }
+    assert!(inputs >= 5, "the corpus has only {inputs} inputs");
+}

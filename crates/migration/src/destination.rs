@@ -1,0 +1,174 @@
+//! The destination of a move: runs the VM only on the source's release.
+//!
+//! ```text
+//!               released and loaded                 vCPUs run
+//!   Prepared ─────────────────────────▶ Activated ─────────────▶ Running ──▶ announced, told, ended: moved
+//!      │                                   │ `cont` refused, QEMU ended by us and proven dead
+//!      │ aborted, failed, expired          ▼
+//!      └────────────────────────────▶ Declined ──▶ cleared, told until settled, ended: stayed
+//! ```
+//! `Declined` is final: it is recorded before it is said, and nothing leads from it to `cont`. Declining is always safe before `Activated`.
+
+use godwit_model::{ErrorCode, Millis, Refusal, Retry, UnixMillis};
+use serde::{Deserialize, Serialize};
+
+use crate::message::PeerMessage;
+use crate::view::{Outcome, QemuMigration, QemuView, Vcpus};
+
+/// What the destination's journal says. Durable before it is acted on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "record")]
+pub enum DestinationRecord {
+    /// A conditional grant is held; QEMU loads, stopped.
+    Prepared,
+    /// The source's release is held: this host owns the VM and may run it.
+    Activated,
+    /// It was seen running here.
+    Running,
+    /// Never run here on this generation, and never to be.
+    Declined {
+        /// Why.
+        reason: Refusal,
+    },
+}
+
+/// All that the destination sees at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DestinationView {
+    /// Monotonic time.
+    pub now: Millis,
+    /// Wall clock, for the grant's expiry.
+    pub unix_now: UnixMillis,
+    /// Its QEMU; `None` when the process is proven dead.
+    pub qemu: Option<QemuView>,
+    /// The source has said that it released the VM.
+    pub released: bool,
+    /// The source has said that it keeps the VM, or the controller that the task is over.
+    pub aborted: Option<Refusal>,
+    /// The source has said that it knows how it ended.
+    pub settled: bool,
+    /// `cont` was refused since this process began to look.
+    pub cont_refused: Option<Refusal>,
+    /// The VM has been announced on its networks since this process began to look.
+    pub announced: bool,
+}
+
+/// What the destination does next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DestinationAction {
+    /// Nothing; look again when something happens, at the latest after this long.
+    Wait(Millis),
+    /// QMP `cont`.
+    ContinueVm,
+    /// End the local QEMU and look until it is proven dead.
+    EndQemu,
+    /// Announce the VM's addresses on its networks.
+    Announce,
+    /// Make this record durable, then look.
+    Record(DestinationRecord),
+    /// Tell the source, by every way there is; then wait this long for an answer.
+    Tell(PeerMessage, Millis),
+    /// The move is over for the destination.
+    End(Outcome),
+}
+
+/// The volatile half of the destination: all of it can be lost at any moment.
+#[derive(Clone, Debug)]
+pub struct Destination {
+    expires: UnixMillis,
+    released_seen: Option<Millis>,
+    resumed: Option<Millis>,
+}
+
+/// How long QEMU may take to load what was released to it.
+const LOAD_LIMIT: Millis = Millis(60_000);
+const IDLE: Millis = Millis(500);
+const BLACKOUT: Millis = Millis(5);
+const REPEAT: Millis = Millis(500);
+
+impl Destination {
+    /// A destination that begins, or begins again after a restart, to look.
+    #[must_use]
+    pub fn new(expires: UnixMillis) -> Self {
+        Self { expires, released_seen: None, resumed: None }
+    }
+
+    /// The vCPUs were told to run at `now`: what `Running` counts from.
+    pub fn on_continued(&mut self, now: Millis) {
+        self.resumed.get_or_insert(now);
+    }
+
+    /// Decides the next action from the journal's record and what is seen.
+    #[must_use]
+    pub fn decide(&mut self, record: &DestinationRecord, view: &DestinationView) -> DestinationAction {
+        match record {
+            DestinationRecord::Prepared => self.decide_prepared(view),
+            DestinationRecord::Activated => decide_activated(view),
+            DestinationRecord::Running => self.decide_running(view),
+            DestinationRecord::Declined { reason } => decide_declined(reason, view),
+        }
+    }
+
+    fn decide_prepared(&mut self, view: &DestinationView) -> DestinationAction {
+        let decline = |reason| DestinationAction::Record(DestinationRecord::Declined { reason });
+        if let Some(reason) = &view.aborted {
+            return decline(reason.clone());
+        }
+        let Some(qemu) = &view.qemu else { return decline(failed("the destination's QEMU ended before it had loaded the VM")) };
+        if matches!(qemu.migration, QemuMigration::Failed | QemuMigration::Cancelled) {
+            return decline(failed("the destination's QEMU could not load the VM"));
+        }
+        if !view.released {
+            let expired = view.unix_now >= self.expires;
+            let reason = Refusal::new(ErrorCode::GrantExpired, "the grant expired before the source released the VM");
+            return if expired { decline(reason.retry(Retry::Safe)) } else { DestinationAction::Wait(IDLE) };
+        }
+        let since = *self.released_seen.get_or_insert(view.now);
+        match (qemu.migration, qemu.vcpus) {
+            (QemuMigration::Completed, Vcpus::Paused) => DestinationAction::Record(DestinationRecord::Activated),
+            _ if view.now.get().saturating_sub(since.get()) > LOAD_LIMIT.get() => {
+                decline(failed("the destination's QEMU did not finish loading what was released to it"))
+            }
+            _ => DestinationAction::Wait(BLACKOUT),
+        }
+    }
+
+    fn decide_running(&mut self, view: &DestinationView) -> DestinationAction {
+        if !view.announced && view.qemu.is_some() {
+            return DestinationAction::Announce;
+        }
+        if view.settled {
+            return DestinationAction::End(Outcome::Moved);
+        }
+        let resumed = *self.resumed.get_or_insert(view.now);
+        let since = Millis(view.now.get().saturating_sub(resumed.get()));
+        DestinationAction::Tell(PeerMessage::Running { since }, REPEAT)
+    }
+}
+
+fn decide_activated(view: &DestinationView) -> DestinationAction {
+    match (&view.qemu, &view.cont_refused) {
+        (None, Some(reason)) => DestinationAction::Record(DestinationRecord::Declined { reason: reason.clone() }),
+        // It may have run: from here on its death is a crash of the VM on this host, not a reason to return it.
+        (None, None) => DestinationAction::Record(DestinationRecord::Running),
+        (Some(qemu), refused) => match (qemu.vcpus, refused) {
+            (Vcpus::Running | Vcpus::Other, _) => DestinationAction::Record(DestinationRecord::Running),
+            (_, Some(_)) => DestinationAction::EndQemu,
+            (_, None) => DestinationAction::ContinueVm,
+        },
+    }
+}
+
+fn decide_declined(reason: &Refusal, view: &DestinationView) -> DestinationAction {
+    if view.qemu.is_some() {
+        return DestinationAction::EndQemu;
+    }
+    if view.settled || view.aborted.is_some() {
+        return DestinationAction::End(Outcome::Stayed(reason.clone()));
+    }
+    DestinationAction::Tell(PeerMessage::Declined { reason: reason.clone() }, REPEAT)
+}
+
+fn failed(message: &str) -> Refusal {
+    Refusal::new(ErrorCode::MigrationFailed, message).hint("look at the destination's log of this VM").retry(Retry::Safe)
+}

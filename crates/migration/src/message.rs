@@ -1,0 +1,41 @@
+//! What the two agents of a move tell each other, over the carrier and, for when that is gone, through the controller. Every message
+//! is a standing fact: repeating, delaying or reordering it does no harm.
+
+use godwit_model::{Generation, Millis, Refusal, VmId};
+use serde::{Deserialize, Serialize};
+
+/// A message and the move it is about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// The VM.
+    pub vm: VmId,
+    /// The generation that the destination is to run.
+    pub generation: Generation,
+    /// What is so.
+    pub message: PeerMessage,
+}
+
+/// A standing fact about a move.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "fact", rename_all = "snake_case")]
+pub enum PeerMessage {
+    /// Source: my QEMU has completed or is proven dead; unless you decline I shall never run it again.
+    Released,
+    /// Source: it is off, I keep the VM. Do not run it.
+    Aborted {
+        /// Why.
+        reason: Refusal,
+    },
+    /// Destination: I run it.
+    Running {
+        /// How long its vCPUs had run when this was sent.
+        since: Millis,
+    },
+    /// Destination: I have never run it and never shall.
+    Declined {
+        /// Why.
+        reason: Refusal,
+    },
+    /// Source: I know how it ended; you need not tell me again.
+    Settled,
+}

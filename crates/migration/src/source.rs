@@ -1,0 +1,282 @@
+//! The source of a move: owns the VM until it has released it.
+//!
+//! ```text
+//!              completed, or QEMU proven dead            Running
+//!   Offered ───────────────────────────────▶ Released ─────────────▶ Confirmed ──▶ cleared, ended: moved
+//!      │                                        │ Declined
+//!      │ given up, failed, declined             ▼
+//!      └──────────────▶ ended: stayed ◀────── Returned (continued)
+//! ```
+//! *Our stop*: the VM is stopped by us, proven by `paused` while QEMU still copies. If QEMU reaches its own switch-over first, the move is
+//! cancelled and tried again. A destination is told `Released` only after the record is durable, and only then can it run.
+
+use godwit_model::{ErrorCode, MigrationPolicy, Millis, Refusal, Retry, UnixMillis};
+use serde::{Deserialize, Serialize};
+
+use crate::convergence::{WarmUp, predict_blackout};
+use crate::message::PeerMessage;
+use crate::view::{CarryView, Outcome, QemuMigration, QemuView, Vcpus};
+
+/// What the source's journal says. Durable before it is acted on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceRecord {
+    /// This host owns the VM and tries to move it.
+    Offered,
+    /// This host will never run the VM again unless the destination declines.
+    Released,
+    /// The destination declined: this host owns the VM as before.
+    Returned,
+    /// The destination runs it: what is left here may be removed.
+    Confirmed,
+}
+
+/// All that the source sees at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceView {
+    /// Monotonic time.
+    pub now: Millis,
+    /// Wall clock, for the grant's expiry.
+    pub unix_now: UnixMillis,
+    /// Its QEMU; `None` when the process is proven dead.
+    pub qemu: Option<QemuView>,
+    /// Its carry.
+    pub carry: CarryView,
+    /// The destination has said that it declines.
+    pub declined: Option<Refusal>,
+    /// The destination has said that it runs the VM.
+    pub running: bool,
+    /// The user wants it cancelled.
+    pub cancel: bool,
+}
+
+/// What the source does next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceAction {
+    /// Nothing; look again when something happens, at the latest after this long.
+    Wait(Millis),
+    /// QMP `migrate` into carry's socket.
+    Migrate,
+    /// QMP `stop`, then look.
+    Stop,
+    /// QMP `migrate-continue` from `pre-switchover`.
+    ContinueSwitchOver,
+    /// QMP `migrate_cancel`.
+    CancelQemu,
+    /// QMP `cont`.
+    ContinueVm,
+    /// Make this record durable, then look.
+    Record(SourceRecord),
+    /// Tell the destination, by every way there is; then wait this long for an answer.
+    Tell(PeerMessage, Millis),
+    /// The move is over for the source. On `Moved` the local QEMU may now be ended.
+    End(Outcome),
+}
+
+/// The volatile half of the source: all of it can be lost at any moment.
+#[derive(Clone, Debug)]
+pub struct Source {
+    policy: MigrationPolicy,
+    expires: UnixMillis,
+    began: Millis,
+    asked: bool,
+    stopped: Option<Millis>,
+    giving_up: Option<Refusal>,
+}
+
+/// How often to look when nothing is expected soon.
+const IDLE: Millis = Millis(250);
+/// How often to look while the decision to stop may be near.
+const NEAR: Millis = Millis(20);
+/// How often to look during the blackout; events usually wake earlier.
+const BLACKOUT: Millis = Millis(5);
+
+impl Source {
+    /// A source that begins, or begins again after a restart, to look at `now`.
+    #[must_use]
+    pub fn new(policy: MigrationPolicy, expires: UnixMillis, now: Millis) -> Self {
+        Self { policy, expires, began: now, asked: false, stopped: None, giving_up: None }
+    }
+
+    /// When our stop was proven, if it was.
+    #[must_use]
+    pub const fn stopped(&self) -> Option<Millis> {
+        self.stopped
+    }
+
+    /// Why the move is being given up, if it is.
+    #[must_use]
+    pub const fn giving_up(&self) -> Option<&Refusal> {
+        self.giving_up.as_ref()
+    }
+
+    /// Decides the next action from the journal's record and what is seen.
+    #[must_use]
+    pub fn decide(&mut self, record: SourceRecord, view: &SourceView) -> SourceAction {
+        match record {
+            SourceRecord::Offered => self.decide_offered(view),
+            SourceRecord::Released => decide_released(view),
+            SourceRecord::Returned => decide_returned(view),
+            SourceRecord::Confirmed => SourceAction::End(Outcome::Moved),
+        }
+    }
+
+    fn decide_offered(&mut self, view: &SourceView) -> SourceAction {
+        if let (None, Some(reason)) = (&self.giving_up, &view.declined) {
+            self.giving_up = Some(reason.clone());
+        }
+        let Some(qemu) = &view.qemu else {
+            // Proven dead it can never run again: the destination may hold everything.
+            return if view.declined.is_some() { self.end_stayed() } else { SourceAction::Record(SourceRecord::Released) };
+        };
+        match qemu.migration {
+            QemuMigration::Completed if view.declined.is_none() => SourceAction::Record(SourceRecord::Released),
+            QemuMigration::Completed | QemuMigration::Failed | QemuMigration::Cancelled => self.decide_over(qemu),
+            QemuMigration::None => self.decide_begin(qemu, view),
+            QemuMigration::Cancelling => SourceAction::Wait(BLACKOUT),
+            QemuMigration::Active | QemuMigration::PreSwitchover | QemuMigration::Device | QemuMigration::Unknown => {
+                self.asked = true;
+                self.decide_under_way(qemu, view)
+            }
+        }
+    }
+
+    /// QEMU has ended the migration without having completed it for a willing destination: run on here.
+    fn decide_over(&mut self, qemu: &QemuView) -> SourceAction {
+        match qemu.vcpus {
+            Vcpus::Running | Vcpus::Other => self.end_stayed(),
+            Vcpus::Paused | Vcpus::PostMigrate => SourceAction::ContinueVm,
+            Vcpus::FinishMigrate | Vcpus::InMigrate => SourceAction::Wait(BLACKOUT),
+        }
+    }
+
+    fn decide_begin(&mut self, qemu: &QemuView, view: &SourceView) -> SourceAction {
+        if self.giving_up.is_none() {
+            self.giving_up = self.reason_to_give_up(view);
+        }
+        if self.giving_up.is_some() {
+            return self.decide_over(qemu);
+        }
+        match (view.carry.connected, self.asked) {
+            (true, false) => {
+                self.asked = true;
+                SourceAction::Migrate
+            }
+            _ => SourceAction::Wait(IDLE),
+        }
+    }
+
+    fn decide_under_way(&mut self, qemu: &QemuView, view: &SourceView) -> SourceAction {
+        if self.stopped.is_none() {
+            match (qemu.vcpus, qemu.migration) {
+                (Vcpus::Paused, _) => self.stopped = Some(view.now),
+                (Vcpus::FinishMigrate, QemuMigration::PreSwitchover) => {
+                    self.give_up(qemu_first);
+                }
+                _ => {}
+            }
+        }
+        if self.giving_up.is_none() {
+            self.giving_up = self.reason_to_give_up(view);
+        }
+        if self.giving_up.is_some() {
+            return SourceAction::CancelQemu;
+        }
+        match (self.stopped, qemu.migration) {
+            (Some(_), QemuMigration::PreSwitchover) => SourceAction::ContinueSwitchOver,
+            (Some(_), _) | (None, QemuMigration::Device) => SourceAction::Wait(BLACKOUT),
+            (None, _) => self.decide_stop(qemu, view),
+        }
+    }
+
+    fn decide_stop(&mut self, qemu: &QemuView, view: &SourceView) -> SourceAction {
+        let Some(warm_up) = WarmUp::of(qemu, &view.carry) else { return SourceAction::Wait(NEAR) };
+        let blackout = predict_blackout(&warm_up);
+        if blackout <= self.policy.max_blackout {
+            return SourceAction::Stop;
+        }
+        let near = blackout.get() < self.policy.max_blackout.get().saturating_mul(4);
+        SourceAction::Wait(if near || qemu.remaining.get() < 64 << 20 { NEAR } else { IDLE })
+    }
+
+    fn reason_to_give_up(&self, view: &SourceView) -> Option<Refusal> {
+        let refusal = |code, message: String, hint: &str| Some(Refusal::new(code, message).hint(hint).retry(Retry::Safe));
+        if let Some(stopped) = self.stopped {
+            let since = Millis(view.now.get().saturating_sub(stopped.get()));
+            return if !view.carry.usable {
+                refusal(ErrorCode::MigrationFailed, "the connection broke during stop-and-copy".into(), RUNS_ON)
+            } else if since > self.policy.stop_limit {
+                let limit = self.policy.stop_limit;
+                refusal(ErrorCode::MigrationStalled, format!("the switch took longer than {limit}; the VM was continued"), RUNS_ON)
+            } else {
+                None
+            };
+        }
+        let warming = Millis(view.now.get().saturating_sub(self.began.get()));
+        if view.cancel {
+            refusal(ErrorCode::Cancelled, "cancelled by request; the VM runs where it was".into(), "start it again when it suits")
+        } else if !view.carry.usable {
+            refusal(ErrorCode::MigrationFailed, "the connection to the destination broke during warm-up".into(), RUNS_ON)
+        } else if view.carry.stalled > self.policy.stall {
+            let stall = self.policy.stall;
+            refusal(ErrorCode::MigrationStalled, format!("the destination has taken nothing for {stall}"), RUNS_ON)
+        } else if warming > self.policy.timeout {
+            Some(self.not_converging(view))
+        } else if view.unix_now >= self.expires {
+            refusal(ErrorCode::GrantExpired, "the grant expired before the VM was stopped".into(), "start the migration again")
+        } else {
+            None
+        }
+    }
+
+    fn not_converging(&self, view: &SourceView) -> Refusal {
+        let dirty = view.qemu.as_ref().and_then(|qemu| qemu.dirty_rate);
+        let dirty = dirty.map_or_else(|| "at an unknown rate".into(), |rate| format!("at {rate}"));
+        let (rate, budget, timeout) = (view.carry.rate, self.policy.max_blackout, self.policy.timeout);
+        Refusal::new(
+            ErrorCode::NotConverging,
+            format!("after {timeout} the VM still dirties memory {dirty} while the link takes {rate}: a blackout of {budget} cannot be kept"),
+        )
+        .hint("try at a quieter time, allow a longer `--max-blackout`, or give the migration more bandwidth")
+        .retry(Retry::Safe)
+    }
+
+    fn give_up(&mut self, reason: fn() -> Refusal) {
+        self.giving_up.get_or_insert_with(reason);
+    }
+
+    fn end_stayed(&mut self) -> SourceAction {
+        let reason = self.giving_up.clone().unwrap_or_else(|| {
+            Refusal::new(ErrorCode::MigrationFailed, "QEMU gave the migration up; the VM runs where it was").hint(RUNS_ON).retry(Retry::Safe)
+        });
+        SourceAction::End(Outcome::Stayed(reason))
+    }
+}
+
+const RUNS_ON: &str = "the VM runs on its old host; look at both hosts' logs and try again";
+
+fn qemu_first() -> Refusal {
+    Refusal::new(ErrorCode::QemuFirst, "QEMU reached its own switch-over before our stop; cancelled")
+        .hint("it is tried again by itself")
+        .retry(Retry::Safe)
+}
+
+fn decide_released(view: &SourceView) -> SourceAction {
+    match (&view.declined, view.running) {
+        (_, true) => SourceAction::Record(SourceRecord::Confirmed),
+        (Some(_), false) => SourceAction::Record(SourceRecord::Returned),
+        (None, false) => SourceAction::Tell(PeerMessage::Released, Millis(500)),
+    }
+}
+
+fn decide_returned(view: &SourceView) -> SourceAction {
+    let reason = view.declined.clone().unwrap_or_else(|| Refusal::new(ErrorCode::MigrationFailed, "the destination declined the VM"));
+    match view.qemu.as_ref().map(|qemu| qemu.vcpus) {
+        Some(Vcpus::Running | Vcpus::Other) | None => SourceAction::End(Outcome::Stayed(reason)),
+        Some(Vcpus::Paused | Vcpus::PostMigrate) => SourceAction::ContinueVm,
+        Some(Vcpus::FinishMigrate | Vcpus::InMigrate) => SourceAction::Wait(BLACKOUT),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,115 @@
+//! Tables for single decisions; whole runs are in `tests/simulation.rs`.
+
+use godwit_model::{Bytes, BytesPerSec};
+
+use super::*;
+
+fn view(vcpus: Vcpus, migration: QemuMigration) -> SourceView {
+    SourceView {
+        now: Millis(1_000),
+        unix_now: UnixMillis(1_000),
+        qemu: Some(QemuView {
+            vcpus,
+            migration,
+            remaining: Bytes(1 << 30),
+            dirty_rate: Some(BytesPerSec(1 << 20)),
+            since_sync: Millis(100),
+        }),
+        carry: CarryView {
+            usable: true,
+            connected: true,
+            rate: BytesPerSec(100 << 20),
+            round_trip: Millis(1),
+            stalled: Millis(0),
+        },
+        declined: None,
+        running: false,
+        cancel: false,
+    }
+}
+
+fn source() -> Source {
+    Source::new(MigrationPolicy::default(), UnixMillis(1_000_000), Millis(0))
+}
+
+#[test]
+fn the_vm_is_stopped_when_the_budget_holds_and_not_before() {
+    let mut far = view(Vcpus::Running, QemuMigration::Active);
+    assert!(matches!(source().decide(SourceRecord::Offered, &far), SourceAction::Wait(_)));
+    far.qemu.as_mut().expect("alive").remaining = Bytes(10 << 20);
+    assert_eq!(source().decide(SourceRecord::Offered, &far), SourceAction::Stop);
+    far.qemu.as_mut().expect("alive").dirty_rate = None;
+    assert!(matches!(source().decide(SourceRecord::Offered, &far), SourceAction::Wait(_)), "an unknown dirty rate is no promise");
+}
+
+#[test]
+fn a_switch_over_that_qemu_reached_first_is_cancelled() {
+    let mut source = source();
+    let first = view(Vcpus::FinishMigrate, QemuMigration::PreSwitchover);
+    assert_eq!(source.decide(SourceRecord::Offered, &first), SourceAction::CancelQemu);
+    let after = view(Vcpus::Running, QemuMigration::Cancelled);
+    let SourceAction::End(Outcome::Stayed(reason)) = source.decide(SourceRecord::Offered, &after) else { panic!("not ended") };
+    assert_eq!(reason.code, ErrorCode::QemuFirst);
+}
+
+#[test]
+fn our_stop_is_proven_before_the_switch_over_goes_on() {
+    let mut source = source();
+    let _ = source.decide(SourceRecord::Offered, &view(Vcpus::Paused, QemuMigration::Active));
+    assert_eq!(source.stopped(), Some(Millis(1_000)));
+    let gate = view(Vcpus::FinishMigrate, QemuMigration::PreSwitchover);
+    assert_eq!(source.decide(SourceRecord::Offered, &gate), SourceAction::ContinueSwitchOver);
+}
+
+#[test]
+fn nothing_is_released_before_qemu_has_completed() {
+    for migration in [QemuMigration::Active, QemuMigration::Device, QemuMigration::Failed, QemuMigration::Cancelled] {
+        let action = source().decide(SourceRecord::Offered, &view(Vcpus::Paused, migration));
+        assert_ne!(action, SourceAction::Record(SourceRecord::Released), "{migration:?}");
+    }
+    let completed = view(Vcpus::PostMigrate, QemuMigration::Completed);
+    assert_eq!(source().decide(SourceRecord::Offered, &completed), SourceAction::Record(SourceRecord::Released));
+}
+
+#[test]
+fn a_released_vm_is_continued_only_when_the_destination_declined() {
+    let mut seen = view(Vcpus::PostMigrate, QemuMigration::Completed);
+    seen.cancel = true;
+    seen.carry.usable = false;
+    seen.unix_now = UnixMillis(u64::MAX);
+    assert_eq!(source().decide(SourceRecord::Released, &seen), SourceAction::Tell(PeerMessage::Released, Millis(500)));
+    seen.declined = Some(Refusal::new(ErrorCode::MigrationFailed, "no"));
+    assert_eq!(source().decide(SourceRecord::Released, &seen), SourceAction::Record(SourceRecord::Returned));
+    assert_eq!(source().decide(SourceRecord::Returned, &seen), SourceAction::ContinueVm);
+}
+
+#[test]
+fn every_reason_to_give_up_leaves_the_vm_running_and_is_named() {
+    type Change = fn(&mut SourceView);
+    let cases: [(ErrorCode, Change); 5] = [
+        (ErrorCode::Cancelled, |view| view.cancel = true),
+        (ErrorCode::MigrationFailed, |view| view.carry.usable = false),
+        (ErrorCode::MigrationStalled, |view| view.carry.stalled = Millis(121_000)),
+        (ErrorCode::NotConverging, |view| view.now = Millis(31 * 60_000)),
+        (ErrorCode::GrantExpired, |view| view.unix_now = UnixMillis(1_000_000)),
+    ];
+    for (code, change) in cases {
+        let mut seen = view(Vcpus::Running, QemuMigration::Active);
+        change(&mut seen);
+        let mut source = source();
+        assert_eq!(source.decide(SourceRecord::Offered, &seen), SourceAction::CancelQemu, "{code}");
+        let reason = source.giving_up().expect("given up");
+        assert_eq!(reason.code, code);
+        assert!(reason.hint.is_some(), "{code} has no fix");
+    }
+}
+
+#[test]
+fn a_switch_that_takes_too_long_is_undone() {
+    let mut source = source();
+    let _ = source.decide(SourceRecord::Offered, &view(Vcpus::Paused, QemuMigration::Active));
+    let mut late = view(Vcpus::FinishMigrate, QemuMigration::Device);
+    late.now = Millis(12_000);
+    assert_eq!(source.decide(SourceRecord::Offered, &late), SourceAction::CancelQemu);
+    assert_eq!(source.decide(SourceRecord::Offered, &view(Vcpus::Paused, QemuMigration::Failed)), SourceAction::ContinueVm);
+}

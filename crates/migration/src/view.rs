@@ -1,0 +1,90 @@
+//! What a side can see of its own QEMU and of the wire.
+
+use godwit_model::{Bytes, BytesPerSec, Millis, Refusal};
+
+/// Whether a QEMU's vCPUs run, as `query-status` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vcpus {
+    /// `running`.
+    Running,
+    /// `paused` (and `prelaunch`): stopped by us.
+    Paused,
+    /// `finish-migrate`: stopped by QEMU for its switch-over; `cont` is refused.
+    FinishMigrate,
+    /// `postmigrate`: stopped after a completed or late-failed migration; only `cont` runs it again.
+    PostMigrate,
+    /// `inmigrate`: a destination that is still loading.
+    InMigrate,
+    /// Anything else: the guest ended or failed by itself.
+    Other,
+}
+
+/// `query-migrate`'s status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QemuMigration {
+    /// No migration was asked for.
+    None,
+    /// `setup` or `active`.
+    Active,
+    /// `pre-switchover`: waits for `migrate-continue`.
+    PreSwitchover,
+    /// `device`: the device state is under way.
+    Device,
+    /// `completed`.
+    Completed,
+    /// `failed` or `failing`.
+    Failed,
+    /// `cancelling`.
+    Cancelling,
+    /// `cancelled`.
+    Cancelled,
+    /// A status that this version does not know: treated as under way.
+    Unknown,
+}
+
+impl QemuMigration {
+    /// Whether QEMU has stopped moving bytes for good.
+    #[must_use]
+    pub const fn is_over(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// A living QEMU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QemuView {
+    /// Its vCPUs.
+    pub vcpus: Vcpus,
+    /// Its migration.
+    pub migration: QemuMigration,
+    /// RAM still to send in this pass.
+    pub remaining: Bytes,
+    /// What the guest dirties per second, once measured.
+    pub dirty_rate: Option<BytesPerSec>,
+    /// Time since QEMU last collected dirty pages.
+    pub since_sync: Millis,
+}
+
+/// The carry process of a side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CarryView {
+    /// The process lives and its connection has not broken.
+    pub usable: bool,
+    /// The peer's carry has said welcome.
+    pub connected: bool,
+    /// Bytes per second that the destination applies.
+    pub rate: BytesPerSec,
+    /// Round trip.
+    pub round_trip: Millis,
+    /// How long something has been in flight without anything being applied.
+    pub stalled: Millis,
+}
+
+/// How a move ended for a side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The VM belongs to the destination.
+    Moved,
+    /// The VM belongs to the source.
+    Stayed(Refusal),
+}

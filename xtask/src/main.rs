@@ -1,0 +1,63 @@
+//! Chores of this repository: `cargo xtask ci` runs everything that CI runs, `cargo xtask tidy` checks the house rules
+//! that a machine can check. Depends on little, so that it is built in seconds.
+
+mod ci;
+mod tidy;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+const USAGE: &str = "\
+Usage: cargo xtask <command>
+
+Commands:
+  ci [--skip STEP]...  every check and test, as CI runs them
+  tidy                 house rules: crate edges, file heads and lengths, links, names
+  help                 this text
+
+Steps of ci, in order: images, fmt, clippy, test, doctest, e2e, tidy, deny";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match run(&arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// True when everything that was asked for is in order.
+fn run(arguments: &[String]) -> Result<bool> {
+    let Some((command, rest)) = arguments.split_first() else {
+        bail!("no command\n\n{USAGE}");
+    };
+    match (command.as_str(), rest) {
+        ("ci", rest) => ci::run(&repository()?, &ci::Skipped::parse(rest)?),
+        ("tidy", []) => {
+            let complaints = tidy::check(&repository()?)?;
+            for complaint in &complaints {
+                println!("{complaint}");
+            }
+            match complaints.len() {
+                0 => println!("tidy: in order"),
+                n => println!("tidy: {n} to mend"),
+            }
+            Ok(complaints.is_empty())
+        }
+        ("help" | "--help" | "-h", _) => {
+            println!("{USAGE}");
+            Ok(true)
+        }
+        _ => bail!("unknown: {}\n\n{USAGE}", arguments.join(" ")),
+    }
+}
+
+/// The root of the repository: the folder above this package.
+fn repository() -> Result<PathBuf> {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).context("xtask lies in the repository")
+}
