@@ -110,6 +110,11 @@ impl Source {
         self.giving_up.as_ref()
     }
 
+    /// QEMU refused to begin: the move is given up.
+    pub fn on_refused(&mut self, reason: Refusal) {
+        self.giving_up.get_or_insert(reason);
+    }
+
     /// Decides the next action from the journal's record and what is seen.
     #[must_use]
     pub fn decide(&mut self, record: SourceRecord, view: &SourceView) -> SourceAction {
@@ -129,7 +134,7 @@ impl Source {
             // Proven dead it can never run again: the destination may hold everything.
             return if view.declined.is_some() { self.end_stayed() } else { SourceAction::Record(SourceRecord::Released) };
         };
-        match qemu.migration {
+        match self.of_this_move(qemu) {
             QemuMigration::Completed if view.declined.is_none() => SourceAction::Record(SourceRecord::Released),
             QemuMigration::Completed | QemuMigration::Failed | QemuMigration::Cancelled => self.decide_over(qemu),
             QemuMigration::None => self.decide_begin(qemu, view),
@@ -138,6 +143,16 @@ impl Source {
                 self.asked = true;
                 self.decide_under_way(qemu, view)
             }
+        }
+    }
+
+    /// QEMU keeps the status of its last migration for ever: an end that this side has not begun is an earlier move's, and a completed
+    /// migration is this one's only while the VM stands still after it.
+    fn of_this_move(&self, qemu: &QemuView) -> QemuMigration {
+        match qemu.migration {
+            QemuMigration::Completed if qemu.vcpus != Vcpus::PostMigrate => QemuMigration::None,
+            QemuMigration::Failed | QemuMigration::Cancelled if !self.asked => QemuMigration::None,
+            migration => migration,
         }
     }
 
@@ -154,7 +169,8 @@ impl Source {
         if self.giving_up.is_none() {
             self.giving_up = self.reason_to_give_up(view);
         }
-        if self.giving_up.is_some() {
+        // Standing still before anything began: an agent before this one died in the middle.
+        if self.giving_up.is_some() || qemu.vcpus != Vcpus::Running {
             return self.decide_over(qemu);
         }
         match (view.carry.connected, self.asked) {

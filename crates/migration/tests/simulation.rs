@@ -30,6 +30,8 @@ struct Qemu {
     migration: QemuMigration,
     remaining: u64,
     resumes_itself: bool,
+    /// Whether QEMU still holds the descriptor to migrate into: its monitor closes it with the agent's session.
+    descriptor: bool,
 }
 
 #[derive(Default)]
@@ -74,11 +76,15 @@ const EXPIRES: u64 = 400_000;
 
 impl World {
     fn new(seed: u64, eager: bool) -> Self {
+        let mut random = Seeded(seed);
+        // What an earlier move left behind.
+        let before = [QemuMigration::None, QemuMigration::Cancelled, QemuMigration::Failed, QemuMigration::Completed];
+        let migration = before[(random.next() % 4) as usize];
         Self {
-            random: Seeded(seed),
+            random,
             now: 0,
-            source_qemu: Some(Qemu { vcpus: Vcpus::Running, migration: QemuMigration::None, remaining: 1 << 30, resumes_itself: false }),
-            destination_qemu: Some(Qemu { vcpus: Vcpus::InMigrate, migration: QemuMigration::None, remaining: 0, resumes_itself: false }),
+            source_qemu: Some(Qemu { vcpus: Vcpus::Running, migration, remaining: 1 << 30, resumes_itself: false, descriptor: true }),
+            destination_qemu: Some(Qemu { vcpus: Vcpus::InMigrate, migration: QemuMigration::None, remaining: 0, resumes_itself: false, descriptor: true }),
             link: true,
             source: Source::new(MigrationPolicy::default(), UnixMillis(EXPIRES), Millis(0)),
             source_record: SourceRecord::Offered,
@@ -203,6 +209,9 @@ impl World {
                 self.source_away = self.now + self.random.next() % 60_000;
                 self.source = Source::new(MigrationPolicy::default(), UnixMillis(EXPIRES), Millis(self.source_away));
                 (self.declined, self.running, self.cancel) = (None, false, false);
+                if let Some(qemu) = &mut self.source_qemu {
+                    qemu.descriptor = false;
+                }
             }
             4..=6 => {
                 self.destination_away = self.now + self.random.next() % 60_000;
@@ -289,7 +298,8 @@ impl World {
     fn source_command(&mut self, action: &SourceAction) {
         let Some(qemu) = &mut self.source_qemu else { return };
         match action {
-            SourceAction::Migrate => qemu.migration = QemuMigration::Active,
+            SourceAction::Migrate if qemu.descriptor => qemu.migration = QemuMigration::Active,
+            SourceAction::Migrate => self.source.on_refused(Refusal::new(ErrorCode::QemuFailed, "no such descriptor")),
             // In finish-migrate QEMU answers success and changes nothing.
             SourceAction::Stop if qemu.vcpus == Vcpus::Running => qemu.vcpus = Vcpus::Paused,
             SourceAction::ContinueSwitchOver if qemu.migration == QemuMigration::PreSwitchover => {
