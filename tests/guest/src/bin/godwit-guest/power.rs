@@ -1,0 +1,110 @@
+//! Switching off: the ACPI power button, the guest agent channel, and the machine itself.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use godwit_guest::{AgentAnswer, answer_agent};
+use rustix::system::{RebootCommand, reboot};
+
+use crate::console::Console;
+use crate::thread;
+
+const EV_KEY: u16 = 1;
+const KEY_POWER: u16 = 116;
+/// `struct input_event`: two words of time, type, code, value.
+const INPUT_EVENT: usize = 24;
+const AGENT_PORT: &str = "org.qemu.guest_agent.0";
+const LONGEST_COMMAND: usize = 64 << 10;
+
+/// Switches the machine off. There are no disks to be flushed.
+pub(crate) fn off() {
+    // Not root, or not in a machine: nothing is left to be done.
+    let _ = reboot(RebootCommand::PowerOff);
+    std::process::exit(1);
+}
+
+/// Listens to all input devices for the power button.
+pub(crate) fn start_button(console: &Console) -> std::io::Result<()> {
+    let Ok(devices) = fs::read_dir("/dev/input") else { return Ok(()) };
+    for device in devices.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("event")) {
+        let Ok(mut device) = File::open(device.path()) else { continue };
+        let console = console.clone();
+        thread("button", move || {
+            let mut event = [0; INPUT_EVENT];
+            while device.read_exact(&mut event).is_ok() {
+                if is_power_press(&event) {
+                    console.poweroff("button");
+                }
+            }
+        })?;
+    }
+    Ok(())
+}
+
+fn is_power_press(event: &[u8; INPUT_EVENT]) -> bool {
+    let [.., t0, t1, c0, c1, v0, v1, v2, v3] = *event;
+    u16::from_ne_bytes([t0, t1]) == EV_KEY && u16::from_ne_bytes([c0, c1]) == KEY_POWER && i32::from_ne_bytes([v0, v1, v2, v3]) == 1
+}
+
+/// Answers on the guest agent channel, where there is one.
+pub(crate) fn start_agent(console: &Console) -> std::io::Result<()> {
+    let Some(mut port) = agent_port() else { return Ok(()) };
+    let console = console.clone();
+    thread("agent", move || {
+        let (mut command, mut piece) = (Vec::new(), [0; 4096]);
+        loop {
+            let length = match port.read(&mut piece) {
+                // Nobody is connected on the host's side, and the port cannot tell when somebody will be.
+                Ok(0) | Err(_) => {
+                    command.clear();
+                    std::thread::sleep(Duration::from_millis(100));
+                    continue;
+                }
+                Ok(length) => length,
+            };
+            for &byte in piece.get(..length).unwrap_or_default() {
+                if command.len() < LONGEST_COMMAND {
+                    command.push(byte);
+                }
+                if byte == b'\n' {
+                    match answer_agent(&command) {
+                        // An answer that nobody takes is no loss.
+                        AgentAnswer::Send(bytes) => drop(port.write_all(&bytes)),
+                        AgentAnswer::Poweroff => console.poweroff("agent"),
+                        AgentAnswer::Nothing => {}
+                    }
+                    command.clear();
+                }
+            }
+        }
+    })
+}
+
+fn agent_port() -> Option<File> {
+    let ports = fs::read_dir("/sys/class/virtio-ports").ok()?;
+    let port =
+        ports.flatten().find(|port| fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == AGENT_PORT))?;
+    OpenOptions::new().read(true).write(true).open(std::path::Path::new("/dev").join(port.file_name())).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(kind: u16, code: u16, value: i32) -> [u8; INPUT_EVENT] {
+        let mut event = [9; INPUT_EVENT];
+        event[16..18].copy_from_slice(&kind.to_ne_bytes());
+        event[18..20].copy_from_slice(&code.to_ne_bytes());
+        event[20..].copy_from_slice(&value.to_ne_bytes());
+        event
+    }
+
+    #[test]
+    fn only_pressing_the_power_button_counts() {
+        assert!(is_power_press(&event(EV_KEY, KEY_POWER, 1)));
+        assert!(!is_power_press(&event(EV_KEY, KEY_POWER, 0)));
+        assert!(!is_power_press(&event(EV_KEY, 30, 1)));
+        assert!(!is_power_press(&event(0, KEY_POWER, 1)));
+    }
+}
