@@ -119,7 +119,6 @@ impl Client {
     }
 
     /// A request to `path`, with credentials. Tests use it to send what the typed methods cannot.
-    #[must_use]
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}/v1{path}", self.endpoint.url)).bearer_auth(&self.endpoint.token)
     }

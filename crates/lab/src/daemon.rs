@@ -196,7 +196,9 @@ pub(crate) fn start_agent(record: &mut Record, host: &str) -> Result<u32, LabErr
         .arg(shared)
         .args(["--shared-pool", "shared", "--cgroup"])
         .arg(format!("{}/{host}", layout::cgroup(&record.spec.name)))
-        .args(["--uid-base", &uid_base.to_string()]);
+        .args(["--uid-base", &uid_base.to_string()])
+        // The outside client is no host, but must hear where a VM is announced.
+        .args(["--vtep", &layout::OUTSIDE_ADDRESS.to_string()]);
     if let Some(qemu) = &overrides.qemu {
         command.arg("--qemu").arg(qemu);
     }

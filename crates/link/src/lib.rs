@@ -4,6 +4,7 @@
 
 pub mod certificate;
 pub mod convert;
+pub mod status;
 pub mod token;
 
 #[expect(missing_docs, clippy::all, reason = "generated from proto/link.proto, which documents it")]

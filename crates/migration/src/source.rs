@@ -263,7 +263,9 @@ impl Source {
 
     fn end_stayed(&mut self) -> SourceAction {
         let reason = self.giving_up.clone().unwrap_or_else(|| {
-            Refusal::new(ErrorCode::MigrationFailed, "QEMU gave the migration up; the VM runs where it was").hint(RUNS_ON).retry(Retry::Safe)
+            Refusal::new(ErrorCode::MigrationFailed, "QEMU gave the migration up; the VM runs where it was")
+                .hint(RUNS_ON)
+                .retry(Retry::Safe)
         });
         SourceAction::End(Outcome::Stayed(reason))
     }
@@ -286,7 +288,8 @@ fn decide_released(view: &SourceView) -> SourceAction {
 }
 
 fn decide_returned(view: &SourceView) -> SourceAction {
-    let reason = view.declined.clone().unwrap_or_else(|| Refusal::new(ErrorCode::MigrationFailed, "the destination declined the VM"));
+    let reason =
+        view.declined.clone().unwrap_or_else(|| Refusal::new(ErrorCode::MigrationFailed, "the destination declined the VM"));
     match view.qemu.as_ref().map(|qemu| qemu.vcpus) {
         Some(Vcpus::Running | Vcpus::Other) | None => SourceAction::End(Outcome::Stayed(reason)),
         Some(Vcpus::Paused | Vcpus::PostMigrate) => SourceAction::ContinueVm,

@@ -83,8 +83,20 @@ impl World {
         Self {
             random,
             now: 0,
-            source_qemu: Some(Qemu { vcpus: Vcpus::Running, migration, remaining: 1 << 30, resumes_itself: false, descriptor: true }),
-            destination_qemu: Some(Qemu { vcpus: Vcpus::InMigrate, migration: QemuMigration::None, remaining: 0, resumes_itself: false, descriptor: true }),
+            source_qemu: Some(Qemu {
+                vcpus: Vcpus::Running,
+                migration,
+                remaining: 1 << 30,
+                resumes_itself: false,
+                descriptor: true,
+            }),
+            destination_qemu: Some(Qemu {
+                vcpus: Vcpus::InMigrate,
+                migration: QemuMigration::None,
+                remaining: 0,
+                resumes_itself: false,
+                descriptor: true,
+            }),
             link: true,
             source: Source::new(MigrationPolicy::default(), UnixMillis(EXPIRES), Millis(0)),
             source_record: SourceRecord::Offered,

@@ -21,7 +21,7 @@ pub use migration::{MigrationFigures, MigrationPhase, MigrationPolicy, Migration
 pub use name::{InvalidName, Name};
 pub use ownership::{Epoch, Generation, Grant};
 pub use spec::{
-    Accelerator, Boot, CacheMode, DiskFormat, DiskSpec, ImageKind, ImageRef, InvalidSpec, MacAddress, NicSpec, ResolvedSpec,
-    ResolvedDisk, ResolvedNic, SPEC_SCHEMA, VmSpec, VolumeRef,
+    Accelerator, Boot, CacheMode, DiskFormat, DiskSpec, ImageKind, ImageRef, InvalidSpec, MacAddress, NicSpec, ResolvedDisk,
+    ResolvedNic, ResolvedSpec, SPEC_SCHEMA, VmSpec, VolumeRef,
 };
 pub use units::{Bytes, BytesPerSec, Millis, UnixMillis};

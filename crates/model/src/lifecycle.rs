@@ -94,14 +94,15 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
             Admission::Ignore
         }
         (R::Delete, S::Running | S::Paused) => Admission::Deny(
-            Refusal::new(ErrorCode::VmRunning, "the VM has a running QEMU").hint("stop it first: `godwit vm stop` or `godwit vm kill`"),
+            Refusal::new(ErrorCode::VmRunning, "the VM has a running QEMU")
+                .hint("stop it first: `godwit vm stop` or `godwit vm kill`"),
         ),
-        (R::Start | R::Stop | R::Migrate, S::Paused) => Admission::Deny(
-            Refusal::new(ErrorCode::VmNotRunning, "the VM is paused").hint("run it on first: `godwit vm unpause`"),
-        ),
-        (R::Pause | R::Unpause | R::Migrate, S::Stopped | S::Crashed) => Admission::Deny(
-            Refusal::new(ErrorCode::VmNotRunning, "the VM does not run").hint("start it first: `godwit vm start`"),
-        ),
+        (R::Start | R::Stop | R::Migrate, S::Paused) => {
+            Admission::Deny(Refusal::new(ErrorCode::VmNotRunning, "the VM is paused").hint("run it on first: `godwit vm unpause`"))
+        }
+        (R::Pause | R::Unpause | R::Migrate, S::Stopped | S::Crashed) => {
+            Admission::Deny(Refusal::new(ErrorCode::VmNotRunning, "the VM does not run").hint("start it first: `godwit vm start`"))
+        }
     }
 }
 

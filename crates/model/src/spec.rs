@@ -408,7 +408,8 @@ mod tests {
 
     #[test]
     fn a_spec_that_qemu_would_misread_is_refused() {
-        let cases: [(&str, fn(&mut VmSpec)); 7] = [
+        type Change = fn(&mut VmSpec);
+        let cases: [(&str, Change); 7] = [
             ("no vcpu", |s| s.vcpus = 0),
             ("odd memory", |s| s.memory = Bytes(Bytes::mib(512).get() + 1)),
             ("tiny memory", |s| s.memory = Bytes::MIB),

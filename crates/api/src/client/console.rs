@@ -30,11 +30,13 @@ impl Client {
         let broken = |what: &str| ClientError::Endpoint { what: what.into() };
         let url = format!("{}/v1/vms/{}/console", endpoint.url.replacen("http", "ws", 1), segment(vm));
         let mut request = url.into_client_request().map_err(|_| broken("its address is not a URL"))?;
-        let bearer = HeaderValue::from_str(&format!("Bearer {}", endpoint.token)).map_err(|_| broken("its token has control characters"))?;
+        let bearer =
+            HeaderValue::from_str(&format!("Bearer {}", endpoint.token)).map_err(|_| broken("its token has control characters"))?;
         request.headers_mut().insert("authorization", bearer);
         let mut roots = rustls::RootCertStore::empty();
         if let Some(authority) = &endpoint.authority {
-            let certificate = CertificateDer::from_pem_slice(authority.as_bytes()).map_err(|_| broken("its authority is not PEM"))?;
+            let certificate =
+                CertificateDer::from_pem_slice(authority.as_bytes()).map_err(|_| broken("its authority is not PEM"))?;
             roots.add(certificate).map_err(|_| broken("its authority is not a certificate"))?;
         }
         let config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();

@@ -118,6 +118,7 @@ proptest! {
 }
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "the corpus is files; the decoder under test sees bytes")]
 fn corpus_every_stored_input_is_taken_without_panic() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/frame");
     let mut inputs = 0;

@@ -1,0 +1,23 @@
+//! `carry`: one unprivileged process per side of a migration. It holds QEMU's migration socket and the connection to the peer, moves the
+//! bytes, and relays the agents' messages. It decides nothing. It outlives the agent, which speaks to it over a unix socket.
+//!
+//! ```text
+//!   QEMU ◀──socketpair──▶ carry ◀──TLS 1.3, frames──▶ carry ◀──socketpair──▶ QEMU
+//!                           ▲                           ▲
+//!                     unix socket, JSON lines     unix socket, JSON lines
+//!                           ▼                           ▼
+//!                         agent                       agent
+//! ```
+
+mod client;
+mod connect;
+mod control;
+mod process;
+mod pump;
+
+pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
+pub(crate) use control::{CarryConfig, CarryStatus, Role};
+pub use process::{CarryError, run};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,202 @@
+//! The agent's hold on a carry: starts it, speaks to it, finds it again after a restart, and ends it.
+
+use std::io::{self, Seek, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use godwit_qemu::cage::{self, CagePlan, Launcher, Limit, PassedFds, SpawnError};
+use godwit_qemu::process::{AdoptError, ProcessIdentity, QemuProcess};
+use rustix::fs::MemfdFlags;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, watch};
+use tokio_util::codec::{FramedRead, LinesCodec};
+
+use super::control::{CarryConfig, CarryStatus, FromCarry, MAX_LINE, ToCarry};
+
+/// What a carry tells its agent.
+#[derive(Debug)]
+pub(crate) enum CarryNotice {
+    /// The status changed; read it from the client.
+    Status,
+    /// The other agent says this.
+    Peer(Box<serde_json::value::RawValue>),
+}
+
+/// A running carry.
+#[derive(Debug)]
+pub(crate) struct CarryClient {
+    process: Arc<QemuProcess>,
+    status: watch::Receiver<CarryStatus>,
+    to_carry: mpsc::Sender<ToCarry>,
+}
+
+/// Why there is no carry.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CarryStartError {
+    #[error("a socket for carry cannot be made")]
+    Socket(#[source] io::Error),
+    #[error("carry cannot be started")]
+    Spawn(#[source] SpawnError),
+    #[error("carry is gone")]
+    Gone(#[source] AdoptError),
+}
+
+/// What a carry is started with besides its configuration.
+pub(crate) struct CarryStart<'a> {
+    pub(crate) launcher: &'a Launcher,
+    pub(crate) uid: u32,
+    pub(crate) socket: &'a Path,
+    pub(crate) log: OwnedFd,
+}
+
+impl CarryClient {
+    /// Starts a carry. `fds` already holds what `config` refers to by number; the control socket is added.
+    pub(crate) async fn start(
+        start: CarryStart<'_>,
+        mut config: CarryConfig,
+        mut fds: PassedFds,
+        notices: mpsc::Sender<CarryNotice>,
+    ) -> Result<Self, CarryStartError> {
+        let _ = std::fs::remove_file(start.socket);
+        config.control_fd = fds.pass(UnixListener::bind(start.socket).map_err(CarryStartError::Socket)?);
+        let config_fd = fds.pass(memory_file(&config).map_err(CarryStartError::Socket)?);
+        let plan = CagePlan {
+            uid: start.uid,
+            gid: start.uid,
+            // The cage is this very binary: the file may have been replaced meanwhile, and need not be reachable for the uid.
+            binary: "/proc/self/exe".into(),
+            arguments: vec!["carry".into(), "--config-fd".into(), config_fd.to_string()],
+            working_dir: "/".into(),
+            nodes: vec![],
+            cgroup: None,
+            limits: Limit::DEFAULT.to_vec(),
+            keep: vec![],
+        };
+        let process = cage::spawn(start.launcher, plan, fds, start.log).await.map_err(CarryStartError::Spawn)?;
+        Ok(Self::attach(process, start.socket.to_owned(), notices))
+    }
+
+    /// Finds a carry again after a restart of the agent.
+    pub(crate) fn adopt(
+        identity: &ProcessIdentity,
+        socket: &Path,
+        notices: mpsc::Sender<CarryNotice>,
+    ) -> Result<Self, CarryStartError> {
+        let process = QemuProcess::adopt(identity).map_err(CarryStartError::Gone)?;
+        Ok(Self::attach(process, socket.to_owned(), notices))
+    }
+
+    fn attach(process: QemuProcess, socket: PathBuf, notices: mpsc::Sender<CarryNotice>) -> Self {
+        let process = Arc::new(process);
+        let (status_sender, status) = watch::channel(CarryStatus::default());
+        let (to_carry, requests) = mpsc::channel(64);
+        tokio::spawn(converse(Arc::clone(&process), socket, status_sender, requests, notices));
+        Self { process, status, to_carry }
+    }
+
+    /// What it said last. `broken` is set once it is dead.
+    pub(crate) fn status(&self) -> CarryStatus {
+        self.status.borrow().clone()
+    }
+
+    /// Whether the process lives.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.process.is_alive()
+    }
+
+    pub(crate) fn identity(&self) -> &ProcessIdentity {
+        self.process.identity()
+    }
+
+    /// Says something to the other agent, if the connection takes it: facts are repeated until answered.
+    pub(crate) fn tell_peer(&self, message: Box<serde_json::value::RawValue>) {
+        let _ = self.to_carry.try_send(ToCarry::Peer(message));
+    }
+
+    /// Ends it, kindly for a moment, then surely.
+    pub(crate) async fn end(self) {
+        let _ = self.to_carry.try_send(ToCarry::Quit);
+        if tokio::time::timeout(Duration::from_secs(2), self.process.exited()).await.is_err() {
+            self.process.kill();
+            self.process.exited().await;
+        }
+    }
+}
+
+async fn converse(
+    process: Arc<QemuProcess>,
+    socket: PathBuf,
+    status: watch::Sender<CarryStatus>,
+    mut requests: mpsc::Receiver<ToCarry>,
+    notices: mpsc::Sender<CarryNotice>,
+) {
+    tokio::select! {
+        _ = process.exited() => {}
+        () = async {
+            while let Ok(stream) = UnixStream::connect(&socket).await {
+                talk(stream, &status, &mut requests, &notices).await;
+                if notices.is_closed() {
+                    break;
+                }
+            }
+            process.exited().await;
+        } => {}
+    }
+    status.send_modify(|status| {
+        status.connected = false;
+        status.broken.get_or_insert_with(|| "the carry process ended".into());
+    });
+    let _ = notices.send(CarryNotice::Status).await;
+}
+
+async fn talk(
+    stream: UnixStream,
+    status: &watch::Sender<CarryStatus>,
+    requests: &mut mpsc::Receiver<ToCarry>,
+    notices: &mpsc::Sender<CarryNotice>,
+) {
+    let (reader, mut writer) = stream.into_split();
+    let mut lines = FramedRead::new(reader, LinesCodec::new_with_max_length(MAX_LINE));
+    loop {
+        tokio::select! {
+            line = lines.next() => {
+                let Some(Ok(line)) = line else { return };
+                let notice = match serde_json::from_str(&line) {
+                    Ok(FromCarry::Status(new)) => {
+                        status.send_replace(new);
+                        CarryNotice::Status
+                    }
+                    Ok(FromCarry::Peer(message)) => CarryNotice::Peer(message),
+                    Err(error) => {
+                        tracing::warn!(%error, "carry said something that is not its language");
+                        return;
+                    }
+                };
+                if notices.send(notice).await.is_err() {
+                    return;
+                }
+            }
+            request = requests.recv() => {
+                let Some(request) = request else { return };
+                let mut text = serde_json::to_vec(&request).expect("our own types serialise");
+                text.push(b'\n');
+                if writer.write_all(&text).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn memory_file(config: &CarryConfig) -> io::Result<OwnedFd> {
+    let fd = rustix::fs::memfd_create("godwit-carry-config", MemfdFlags::CLOEXEC)?;
+    let mut file = std::fs::File::from(fd);
+    file.write_all(&serde_json::to_vec(config)?)?;
+    file.rewind()?;
+    Ok(file.into())
+}

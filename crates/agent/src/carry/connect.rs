@@ -1,0 +1,141 @@
+//! The connection between two carries: TLS 1.3 with the certificates of both hosts, counted in bytes on the wire.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use godwit_link::certificate::{host_dns_name, host_of_dns_name};
+use godwit_model::Name;
+use rustls::pki_types::ServerName;
+use rustls::server::WebPkiClientVerifier;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+
+use crate::tls::{Material, TlsError};
+
+const DIAL_LIMIT: Duration = Duration::from_secs(10);
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(15);
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectError {
+    #[error("cannot reach the destination's carry at {0}: {1}")]
+    Dial(SocketAddr, io::Error),
+    #[error("cannot accept: {0}")]
+    Accept(io::Error),
+    #[error("the TLS handshake failed: {0}")]
+    Handshake(io::Error),
+    #[error("the TLS handshake took longer than {HANDSHAKE_LIMIT:?}")]
+    HandshakeTime,
+    #[error("the peer's certificate is not that of host {0}")]
+    Peer(Name),
+    #[error(transparent)]
+    Material(#[from] TlsError),
+}
+
+/// A TCP connection that counts what passes.
+pub(super) struct Counted {
+    inner: TcpStream,
+    bytes: Arc<AtomicU64>,
+}
+
+pub(super) type Connection = TlsStream<Counted>;
+
+/// Dials the destination's carry and insists on the certificate of `peer`.
+pub(super) async fn dial(
+    address: SocketAddr,
+    peer: &Name,
+    material: &Material,
+    bytes: Arc<AtomicU64>,
+) -> Result<Connection, ConnectError> {
+    let dialled = tokio::time::timeout(DIAL_LIMIT, TcpStream::connect(address)).await;
+    let tcp =
+        dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(|error| ConnectError::Dial(address, error))?;
+    let config = rustls::ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
+        .with_root_certificates(material.roots()?)
+        .with_client_auth_cert(material.chain()?, material.key()?)
+        .map_err(TlsError::Config)?;
+    let name = ServerName::try_from(host_dns_name(peer)).map_err(|_| ConnectError::Peer(peer.clone()))?;
+    let handshake = TlsConnector::from(Arc::new(config)).connect(name, counted(tcp, bytes));
+    Ok(TlsStream::Client(limited(handshake).await?))
+}
+
+/// Accepts connections until one carries the certificate of `peer`; others are turned away.
+pub(super) async fn accept(
+    listener: TcpListener,
+    peer: &Name,
+    material: &Material,
+    bytes: Arc<AtomicU64>,
+) -> Result<Connection, ConnectError> {
+    let verifier = WebPkiClientVerifier::builder(Arc::new(material.roots()?)).build().map_err(TlsError::Verifier)?;
+    let config = rustls::ServerConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(material.chain()?, material.key()?)
+        .map_err(TlsError::Config)?;
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    loop {
+        let (tcp, from) = listener.accept().await.map_err(ConnectError::Accept)?;
+        match limited(acceptor.accept(counted(tcp, Arc::clone(&bytes)))).await {
+            Ok(connection) if peer_host(connection.get_ref().1.peer_certificates()).as_ref() == Some(peer) => {
+                return Ok(TlsStream::Server(connection));
+            }
+            Ok(_) => tracing::warn!(%from, %peer, "turned away a connection with the certificate of another host"),
+            Err(error) => tracing::warn!(%from, %error, "turned away a connection"),
+        }
+    }
+}
+
+fn counted(tcp: TcpStream, bytes: Arc<AtomicU64>) -> Counted {
+    if let Err(error) = tcp.set_nodelay(true) {
+        tracing::warn!(%error, "cannot set TCP_NODELAY");
+    }
+    Counted { inner: tcp, bytes }
+}
+
+async fn limited<T>(handshake: impl Future<Output = io::Result<T>>) -> Result<T, ConnectError> {
+    match tokio::time::timeout(HANDSHAKE_LIMIT, handshake).await {
+        Ok(done) => done.map_err(ConnectError::Handshake),
+        Err(_) => Err(ConnectError::HandshakeTime),
+    }
+}
+
+fn peer_host(certificates: Option<&[rustls::pki_types::CertificateDer<'_>]>) -> Option<Name> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(certificates?.first()?).ok()?;
+    let names = certificate.subject_alternative_name().ok()??;
+    names.value.general_names.iter().find_map(|name| match name {
+        x509_parser::extensions::GeneralName::DNSName(name) => host_of_dns_name(name),
+        _ => None,
+    })
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.inner).poll_read(context, buffer);
+        self.bytes.fetch_add((buffer.filled().len() - before) as u64, Ordering::Relaxed);
+        polled
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.inner).poll_write(context, data);
+        if let Poll::Ready(Ok(written)) = &polled {
+            self.bytes.fetch_add(*written as u64, Ordering::Relaxed);
+        }
+        polled
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(context)
+    }
+}

@@ -1,0 +1,185 @@
+//! Two pumps over real TLS on loopback, with socket pairs in place of QEMU.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use bytes::Bytes;
+use godwit_carrier::{Decoder, Identity};
+use godwit_link::certificate::host_dns_name;
+use godwit_model::Name;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio::task::LocalSet;
+
+use super::connect::{accept, dial};
+use super::pump::{Ends, Pump, PumpError, Side};
+use crate::tls::Material;
+
+const IDENTITY: Identity = Identity { vm: [1; 16], task: [2; 16], generation: 3 };
+const SILENCE: Duration = Duration::from_secs(60);
+
+fn name(text: &str) -> Name {
+    Name::new(text).expect("name")
+}
+
+/// Certificates for hosts of one cluster.
+fn cluster(hosts: &[&str]) -> Vec<Material> {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let authority_key = KeyPair::generate().expect("key");
+    let mut params = CertificateParams::new(vec![]).expect("params");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = params.self_signed(&authority_key).expect("authority");
+    let issuer = rcgen::Issuer::new(params, authority_key);
+    hosts
+        .iter()
+        .map(|host| {
+            let key = KeyPair::generate().expect("key");
+            let params = CertificateParams::new(vec![host_dns_name(&name(host))]).expect("params");
+            let certificate = params.signed_by(&key, &issuer).expect("signed");
+            Material { certificate: certificate.pem(), key: key.serialize_pem(), authority: authority.pem() }
+        })
+        .collect()
+}
+
+/// One running side: what QEMU and the agent would hold, and how it ends.
+struct Running {
+    qemu: UnixStream,
+    to_peer: mpsc::Sender<Bytes>,
+    from_peer: mpsc::Receiver<Bytes>,
+    ended: tokio::task::JoinHandle<PumpError>,
+}
+
+fn start(side: Side, identity: Identity, mut connection: super::connect::Connection) -> Running {
+    let (qemu, ours) = UnixStream::pair().expect("pair");
+    let (to_peer, from_agent) = mpsc::channel(8);
+    let (to_agent, from_peer) = mpsc::channel(8);
+    let ended = tokio::task::spawn_local(async move {
+        let (pump, queues) = Pump::new(side, identity, SILENCE, None, to_agent);
+        let mut decoder = Decoder::default();
+        match pump.greet(&mut connection, &mut decoder).await {
+            Ok(()) => pump.run(Ends { connection, qemu: ours, from_agent }, queues, decoder).await,
+            Err(error) => error,
+        }
+    });
+    Running { qemu, to_peer, from_peer, ended }
+}
+
+async fn connected(source: &Material, destination: &Material) -> (super::connect::Connection, super::connect::Connection) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
+    let address: SocketAddr = listener.local_addr().expect("address");
+    let (h1, h2) = (name("h1"), name("h2"));
+    let (dialled, accepted) = tokio::join!(
+        dial(address, &h2, source, Arc::new(AtomicU64::new(0))),
+        accept(listener, &h1, destination, Arc::new(AtomicU64::new(0))),
+    );
+    (dialled.expect("dialled"), accepted.expect("accepted"))
+}
+
+async fn pair(destination_identity: Identity) -> (Running, Running) {
+    let materials = cluster(&["h1", "h2"]);
+    let (dialled, accepted) = connected(&materials[0], &materials[1]).await;
+    (start(Side::Source, IDENTITY, dialled), start(Side::Destination, destination_identity, accepted))
+}
+
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|index| (index * 31 % 251) as u8).collect()
+}
+
+#[tokio::test]
+async fn a_stream_its_return_path_and_its_end_arrive_whole() {
+    LocalSet::new()
+        .run_until(async {
+            let (mut source, mut destination) = pair(IDENTITY).await;
+            let sent = pattern(5 << 20);
+            let copy = sent.clone();
+            let writer = tokio::task::spawn_local(async move {
+                source.qemu.write_all(&copy).await.expect("written");
+                let mut back = [0; 4];
+                source.qemu.read_exact(&mut back).await.expect("return path");
+                (source, back)
+            });
+            let mut got = vec![0; sent.len()];
+            destination.qemu.read_exact(&mut got).await.expect("read");
+            assert!(got == sent, "the stream was changed");
+            destination.qemu.write_all(b"SHUT").await.expect("written");
+            let (source, back) = writer.await.expect("writer");
+            assert_eq!(&back, b"SHUT");
+            drop(source.qemu);
+            let mut rest = Vec::new();
+            destination.qemu.read_to_end(&mut rest).await.expect("end");
+            assert!(rest.is_empty());
+            source.to_peer.send(Bytes::from_static(b"{}")).await.expect("said");
+            assert_eq!(destination.from_peer.recv().await, Some(Bytes::from_static(b"{}")), "agents talk on after QEMU's end");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_destination_that_does_not_read_holds_the_source_back() {
+    LocalSet::new()
+        .run_until(async {
+            let (source, _destination) = pair(IDENTITY).await;
+            let data = vec![0; 1 << 20];
+            let mut taken = 0;
+            // Until nothing has been taken for a while: that is what is in flight plus the sockets' own buffers.
+            while let Ok(written) = tokio::time::timeout(Duration::from_millis(500), source.qemu.writable()).await {
+                written.expect("writable");
+                match source.qemu.try_write(&data) {
+                    Ok(count) => taken += count,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => panic!("{error}"),
+                }
+                assert!(taken < 4 << 20, "{taken} bytes are hidden from QEMU");
+            }
+            assert!(taken >= 512 << 10, "only {taken} bytes were taken");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_broken_connection_is_not_taken_for_the_end_of_the_stream() {
+    LocalSet::new()
+        .run_until(async {
+            let (source, destination) = pair(IDENTITY).await;
+            source.ended.abort();
+            assert!(matches!(destination.ended.await.expect("ended"), PumpError::Closed | PumpError::Connection(_)));
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn another_move_and_another_host_are_turned_away() {
+    LocalSet::new()
+        .run_until(async {
+            let other = Identity { generation: 4, ..IDENTITY };
+            let (source, destination) = pair(other).await;
+            assert!(matches!(destination.ended.await.expect("ended"), PumpError::Identity));
+            assert!(matches!(source.ended.await.expect("ended"), PumpError::Closed | PumpError::Connection(_)));
+
+            let materials = cluster(&["h1", "h2", "h3"]);
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
+            let address = listener.local_addr().expect("address");
+            let (h1, destination) = (name("h1"), materials[1].clone());
+            let accepting = tokio::task::spawn_local(async move { accept(listener, &h1, &destination, Arc::default()).await });
+            let refused = dial(address, &name("h3"), &materials[0], Arc::default()).await;
+            assert!(refused.is_err(), "h2 passed for h3");
+            if let Ok(mut stranger) = dial(address, &name("h2"), &materials[2], Arc::default()).await {
+                assert_eq!(stranger.read(&mut [0; 1]).await.unwrap_or(0), 0, "h3 passed for h1");
+            }
+            let foreign = cluster(&["h1"]);
+            let cut = match dial(address, &name("h2"), &foreign[0], Arc::default()).await {
+                Ok(mut connection) => connection.read(&mut [0; 1]).await.unwrap_or(0) == 0,
+                Err(_) => true,
+            };
+            assert!(cut, "a host of another cluster was let in");
+            assert!(!accepting.is_finished());
+            dial(address, &name("h2"), &materials[0], Arc::default()).await.expect("the right one is still welcome");
+            accepting.await.expect("joined").expect("accepted");
+        })
+        .await;
+}

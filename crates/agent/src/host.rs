@@ -1,0 +1,269 @@
+//! What all parts of the agent share: the host's journal, storage, network, identity, and the way out to the controller.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use godwit_link::v1::agent_message::Body;
+use godwit_link::v1::link_client::LinkClient;
+use godwit_link::v1::{self, AgentMessage};
+use godwit_model::{Bytes, ErrorCode, HostFacts, HostLoad, Refusal, Retry, UnixMillis, VmId};
+use godwit_qemu::cage::Launcher;
+use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
+use tokio::sync::mpsc;
+use tonic::transport::Channel;
+
+use crate::AgentOptions;
+use crate::identity::Identity;
+use crate::journal::{EndedMove, Journal, JournalError};
+use crate::network::HostNetwork;
+use crate::storage::{ImageCache, Pools};
+use crate::vm::Uids;
+
+/// Shared by everything in one agent.
+pub(crate) struct Host {
+    pub(crate) options: AgentOptions,
+    pub(crate) identity: Identity,
+    pub(crate) journal: Journal,
+    pub(crate) pools: Pools,
+    pub(crate) images: ImageCache,
+    pub(crate) network: HostNetwork,
+    pub(crate) facts: HostFacts,
+    pub(crate) launcher: Launcher,
+    pub(crate) controller: Controller,
+    pub(crate) memory: Ledger,
+    pub(crate) uids: Uids,
+    pub(crate) reports: Mutex<BTreeMap<VmId, v1::VmReport>>,
+}
+
+impl Host {
+    /// The directory of a VM's sockets: short, since socket paths are limited.
+    pub(crate) fn vm_dir(&self, vm: VmId) -> PathBuf {
+        self.options.run_dir.join(short(vm))
+    }
+
+    /// The socket of a VM's carry: not in the VM's own directory, whose owner could replace it.
+    pub(crate) fn carry_socket(&self, vm: VmId) -> PathBuf {
+        self.options.run_dir.join("carry").join(short(vm))
+    }
+
+    /// The uid of every carry of this host.
+    pub(crate) const fn carry_uid(&self) -> u32 {
+        self.options.uid_base
+    }
+
+    /// A cgroup for a VM, with its limits as far as this host can set them; none where there is no hierarchy. The host's conditions say so.
+    pub(crate) fn make_cgroup(&self, vm: VmId, memory: Bytes) -> Option<PathBuf> {
+        let parent = cgroup::hierarchy().ok()?.join(&self.options.cgroup);
+        match VmCgroup::create(&parent, &short(vm), CgroupLimits::for_ram(memory)) {
+            Ok((group, _)) => Some(group.path().to_owned()),
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "the VM gets no cgroup");
+                None
+            }
+        }
+    }
+
+    /// Removes what [`Host::make_cgroup`] made; the VM's processes are gone.
+    pub(crate) fn remove_cgroup(&self, vm: VmId) {
+        let Ok(root) = cgroup::hierarchy() else { return };
+        let group = VmCgroup::at(&root.join(&self.options.cgroup), &short(vm));
+        if let Err(error) = group.remove(Duration::from_secs(1)) {
+            tracing::warn!(error = &error as &dyn std::error::Error, "the VM's cgroup stays");
+        }
+    }
+
+    /// A log that a child may append to. What an earlier child wrote is kept once, as `.old`, when it has grown large.
+    pub(crate) fn log(&self, name: &str) -> std::io::Result<std::os::fd::OwnedFd> {
+        const LARGE: u64 = 4 << 20;
+        let dir = self.options.state_dir.join("log");
+        std::fs::create_dir_all(&dir)?;
+        let path = dir.join(format!("{name}.log"));
+        if std::fs::metadata(&path).is_ok_and(|metadata| metadata.len() > LARGE) {
+            std::fs::rename(&path, path.with_extension("old"))?;
+        }
+        Ok(std::fs::OpenOptions::new().create(true).append(true).open(path)?.into())
+    }
+
+    /// Load for a heartbeat.
+    pub(crate) fn load(&self) -> HostLoad {
+        let vms = u32::try_from(self.memory.holders()).unwrap_or(u32::MAX);
+        HostLoad { memory_free: self.memory.free(), vms, pools_free: self.pools.free() }
+    }
+
+    /// Keeps how a move ended here, and tells the controller until it has stored it.
+    pub(crate) fn end_move(&self, ended: &EndedMove) -> Result<(), JournalError> {
+        self.journal.write_ended(ended)?;
+        self.controller.send(Body::Ended(ended_message(ended)));
+        Ok(())
+    }
+
+    /// What is reported of a VM; told at once, and again at every hello.
+    pub(crate) fn report(&self, vm: VmId, report: Option<v1::VmReport>) {
+        let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        match report {
+            Some(report) => {
+                if reports.get(&vm) != Some(&report) {
+                    reports.insert(vm, report.clone());
+                    self.controller.send(Body::Vm(report));
+                }
+            }
+            None => drop(reports.remove(&vm)),
+        }
+    }
+}
+
+/// The first 8 hexadecimal digits of a VM's id.
+fn short(vm: VmId) -> String {
+    vm.uuid().simple().to_string().chars().take(8).collect()
+}
+
+pub(crate) fn ended_message(ended: &EndedMove) -> v1::MigrationEnded {
+    v1::MigrationEnded {
+        task: ended.task.to_string(),
+        vm: ended.vm.to_string(),
+        generation: ended.generation.0,
+        source: ended.source,
+        moved: ended.reason.is_none(),
+        reason: ended.reason.as_ref().map(Into::into),
+        figures: godwit_link::encode(&ended.figures),
+    }
+}
+
+/// Milliseconds since 1970: for what is shown and for expiry, never for durations.
+pub(crate) fn unix_now() -> UnixMillis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    UnixMillis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// The way to the controller, while there is one.
+#[derive(Default)]
+pub(crate) struct Controller {
+    session: Mutex<Option<(mpsc::UnboundedSender<AgentMessage>, LinkClient<Channel>)>>,
+}
+
+impl Controller {
+    /// A session has begun or ended.
+    pub(crate) fn set(&self, session: Option<(mpsc::UnboundedSender<AgentMessage>, LinkClient<Channel>)>) {
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session;
+    }
+
+    /// Says `body` if there is a session. What must arrive is said again at the next hello.
+    pub(crate) fn send(&self, body: Body) {
+        if let Some((sender, _)) = &*self.session.lock().unwrap_or_else(PoisonError::into_inner) {
+            let _ = sender.send(AgentMessage { body: Some(body) });
+        }
+    }
+
+    /// A client for calls beside the session.
+    pub(crate) fn client(&self) -> Result<LinkClient<Channel>, Refusal> {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        session
+            .as_ref()
+            .map(|(_, client)| client.clone())
+            .ok_or_else(|| Refusal::new(ErrorCode::HostDown, "the host has lost its controller").retry(Retry::Safe))
+    }
+}
+
+/// Memory promised to VMs: those here and those expected here.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    total: Bytes,
+    held: Mutex<BTreeMap<VmId, Bytes>>,
+}
+
+/// What QEMU itself needs beside the guest's RAM.
+const OVERHEAD: Bytes = Bytes::mib(64);
+
+impl Ledger {
+    pub(crate) fn new(total: Bytes) -> Self {
+        Self { total, held: Mutex::new(BTreeMap::new()) }
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmId, Bytes>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn holders(&self) -> usize {
+        self.locked().len()
+    }
+
+    /// Memory that further VMs may use.
+    pub(crate) fn free(&self) -> Bytes {
+        let held: u64 = self.locked().values().map(|bytes| bytes.get()).sum();
+        Bytes(self.total.get().saturating_sub(held))
+    }
+
+    /// Promises `memory` to `vm`; again is no second promise.
+    pub(crate) fn reserve(&self, vm: VmId, memory: Bytes) -> Result<(), Refusal> {
+        let wanted = Bytes(memory.get().saturating_add(OVERHEAD.get()));
+        let mut held = self.locked();
+        let others: u64 = held.iter().filter(|(holder, _)| **holder != vm).map(|(_, bytes)| bytes.get()).sum();
+        let free = Bytes(self.total.get().saturating_sub(others));
+        if wanted > free {
+            let missing = Bytes(wanted.get() - free.get());
+            return Err(Refusal::new(
+                ErrorCode::NotEnoughMemory,
+                format!("the VM needs {wanted} with QEMU's own share, the host has {free} for VMs: {missing} are missing"),
+            )
+            .hint("choose another host, or stop or move a VM away from this one"));
+        }
+        held.insert(vm, wanted);
+        Ok(())
+    }
+
+    /// The VM is gone from here.
+    pub(crate) fn release(&self, vm: VmId) {
+        self.locked().remove(&vm);
+    }
+}
+
+/// A failure of the host itself, with its cause.
+pub(crate) fn host_failed(what: &str, error: &dyn std::error::Error) -> Refusal {
+    let mut message = format!("{what}: {error}");
+    let mut cause = error.source();
+    while let Some(deeper) = cause {
+        message.push_str(&format!(": {deeper}"));
+        cause = deeper.source();
+    }
+    Refusal::new(ErrorCode::HostFailed, message).hint("look at the host's log").retry(Retry::Safe)
+}
+
+/// Makes a directory that only root and, if given, one uid can use.
+pub(crate) fn private_dir(path: &Path, owner: Option<u32>) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    if let Some(uid) = owner {
+        std::os::unix::fs::chown(path, Some(uid), Some(uid))?;
+    }
+    Ok(())
+}
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Host").field("name", &self.identity.name).finish_non_exhaustive()
+    }
+}
+
+/// Shared everywhere.
+pub(crate) type SharedHost = Arc<Host>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_promised_once_and_a_refusal_says_how_much_is_missing() {
+        let ledger = Ledger::new(Bytes::mib(1_000));
+        let (a, b) = (VmId::new(uuid::Uuid::from_u128(1)), VmId::new(uuid::Uuid::from_u128(2)));
+        ledger.reserve(a, Bytes::mib(436)).expect("fits");
+        ledger.reserve(a, Bytes::mib(436)).expect("the same promise again");
+        assert_eq!(ledger.free(), Bytes::mib(500));
+        let refusal = ledger.reserve(b, Bytes::mib(512)).expect_err("does not fit");
+        assert_eq!(refusal.code, ErrorCode::NotEnoughMemory);
+        assert!(refusal.message.contains("76 MiB are missing"), "{}", refusal.message);
+        ledger.release(a);
+        ledger.reserve(b, Bytes::mib(512)).expect("fits now");
+    }
+}

@@ -1,0 +1,129 @@
+//! What this host is: asked of QEMU as a VM's own user, and of the kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::Duration;
+
+use godwit_model::{Accelerator, Bytes, HostCondition, HostFacts, PoolFacts, VmId};
+use godwit_qemu::Launcher;
+use godwit_qemu::accel::{self, ProbeCommand};
+use godwit_qemu::capabilities::{self, HostCapabilities, Interview, InterviewError, Support};
+use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
+
+use crate::AgentOptions;
+use crate::journal::{Holding, VmRecord};
+
+/// QEMU under TCG on a loaded machine takes seconds to load; a hanging one must not hang the agent.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Takes the inventory.
+pub(crate) async fn take(
+    options: &AgentOptions,
+    launcher: &Launcher,
+    pools: Vec<PoolFacts>,
+    mut conditions: Vec<HostCondition>,
+) -> Result<HostFacts, InterviewError> {
+    let probe = accel::probe(&ProbeCommand::godwit("/proc/self/exe".into())).await;
+    if options.unprivileged_userfaultfd
+        && let Err(error) = std::fs::write("/proc/sys/vm/unprivileged_userfaultfd", "1")
+    {
+        tracing::warn!(%error, "vm.unprivileged_userfaultfd could not be set");
+    }
+    let interview = Interview {
+        binary: options.qemu.clone(),
+        accelerator: probe.accelerator,
+        uid: options.uid_base,
+        gid: options.uid_base,
+        working_dir: "/".into(),
+        limit: LIMIT,
+    };
+    let qemu = capabilities::interview(launcher, &interview).await?;
+    if probe.accelerator == Accelerator::Tcg {
+        conditions.push(HostCondition {
+            name: "accelerator".into(),
+            message: format!("VMs are emulated, slowly: {}", probe.reason),
+            fix: "enable virtualisation in the firmware (or nested virtualisation in the hypervisor) and load kvm_intel or kvm_amd"
+                .into(),
+        });
+    }
+    userfault_conditions(&qemu, &mut conditions);
+    cgroup_conditions(options, &mut conditions);
+    let machines = qemu.machines.iter().map(|machine| machine.name.clone()).collect();
+    Ok(HostFacts {
+        agent: env!("CARGO_PKG_VERSION").into(),
+        qemu: qemu.version,
+        accelerator: probe.accelerator,
+        accelerator_reason: probe.reason,
+        cpus: std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX)),
+        memory: options.memory.unwrap_or_else(memory_for_vms),
+        machines,
+        cpu_models: qemu.cpus.into_iter().collect(),
+        migration_capabilities: qemu.migration.into_iter().collect(),
+        pools,
+        conditions,
+    })
+}
+
+/// Post-copy and RAM snapshots are refused where QEMU may not use userfaultfd as the VM's own user.
+fn userfault_conditions(qemu: &HostCapabilities, conditions: &mut Vec<HostCondition>) {
+    for (what, support) in [("post-copy", &qemu.postcopy), ("RAM snapshots", &qemu.background_snapshot)] {
+        if let Support::No { reason, fix } = support {
+            let name = format!("userfaultfd_{}", if what == "post-copy" { "postcopy" } else { "snapshot" });
+            conditions.push(HostCondition { name, message: format!("{what} is refused: {reason}"), fix: fix.clone() });
+        }
+    }
+}
+
+/// Tries a cgroup with limits and tells which of them this host cannot keep.
+fn cgroup_conditions(options: &AgentOptions, conditions: &mut Vec<HostCondition>) {
+    const FIX: &str = "boot with cgroup v2 alone (systemd.unified_cgroup_hierarchy=1) so that all controllers are there";
+    let tried = cgroup::hierarchy().and_then(|root| {
+        let (group, unapplied) =
+            VmCgroup::create(&root.join(Path::new(&options.cgroup)), "probe", CgroupLimits::for_ram(Bytes::GIB))?;
+        group.remove(Duration::from_secs(1))?;
+        Ok(unapplied)
+    });
+    let message = match tried {
+        Ok(unapplied) if unapplied.is_empty() => return,
+        Ok(unapplied) => {
+            let limits: Vec<String> = unapplied.iter().map(|limit| format!("{} ({})", limit.limit, limit.reason)).collect();
+            format!("limits of VMs that this host cannot keep: {}", limits.join(", "))
+        }
+        Err(error) => format!("VMs have no cgroup: {error}"),
+    };
+    conditions.push(HostCondition { name: "cgroup_limits".into(), message, fix: FIX.into() });
+}
+
+/// Memory for VMs if none is set: all but 1 GiB or an eighth, whichever is more.
+fn memory_for_vms() -> Bytes {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total =
+        text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+    let total = total.unwrap_or(0) << 10;
+    Bytes(total.saturating_sub((total / 8).max(1 << 30)))
+}
+
+/// Ends processes under our uids that no record names: a QEMU is journalled before it is continued, so such a one never ran a vCPU,
+/// and a carry is journalled before it is used.
+pub(crate) fn end_orphans(records: &BTreeMap<VmId, VmRecord>, uid_base: u32) {
+    let carries = records.values().filter_map(|record| match &record.holding {
+        Holding::Owner => None,
+        Holding::Source(outgoing) => outgoing.carry.as_ref(),
+        Holding::Destination(incoming) => incoming.carry.as_ref(),
+    });
+    let known: BTreeSet<u32> =
+        records.values().filter_map(|record| record.process.as_ref()).chain(carries).map(|process| process.pid).collect();
+    let Ok(entries) = std::fs::read_dir("/proc") else { return };
+    for entry in entries.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let ours = std::os::unix::fs::MetadataExt::uid;
+        let uid = entry.metadata().map(|metadata| ours(&metadata)).unwrap_or(0);
+        if !known.contains(&pid)
+            && (uid_base..=uid_base + 1_000).contains(&uid)
+            && let Ok(process) = godwit_qemu::QemuProcess::from_child(pid)
+        {
+            tracing::warn!(pid, uid, "ends a process that no record names");
+            process.kill();
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The host's journal: which VMs this host holds, on which generation, and where each move stands. It, not any process, says who owns a VM.
+//!
+//! One file per VM, replaced as a whole: written beside, synced, renamed, the directory synced. A record is durable when [`Journal::write`]
+//! returns; a failed write leaves the old record. RAM is never lost by losing this file, but ownership is: it is worth its two syncs.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use godwit_migration::{DestinationRecord, SourceRecord};
+use godwit_model::{Epoch, Generation, Grant, MigrationFigures, MigrationPolicy, Refusal, ResolvedSpec, TaskId, UnixMillis, VmId};
+use godwit_qemu::process::ProcessIdentity;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+const SCHEMA: u32 = 1;
+
+/// What this host holds of one VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VmRecord {
+    /// Schema of the writer.
+    pub(crate) schema: u32,
+    /// What it was started with.
+    pub(crate) spec: ResolvedSpec,
+    /// The generation on which this host runs, or ran, the VM. For an incoming move: 0 until activated.
+    pub(crate) generation: Generation,
+    /// Its uid here.
+    pub(crate) uid: u32,
+    /// Its QEMU.
+    pub(crate) process: Option<ProcessIdentity>,
+    /// How this host holds it.
+    pub(crate) holding: Holding,
+    /// Whether its end was asked for: what tells a crash from a stop.
+    pub(crate) end_wanted: bool,
+}
+
+impl VmRecord {
+    pub(crate) fn new(spec: ResolvedSpec, generation: Generation, uid: u32, holding: Holding) -> Self {
+        Self { schema: SCHEMA, spec, generation, uid, process: None, holding, end_wanted: false }
+    }
+}
+
+/// How a host holds a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "as", rename_all = "snake_case")]
+pub(crate) enum Holding {
+    /// May run it.
+    Owner,
+    /// Tries to give it away; whether it may still run it is in the record.
+    Source(Outgoing),
+    /// Was offered it; whether it may run it is in the record.
+    Destination(Incoming),
+}
+
+/// A move away from this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Outgoing {
+    pub(crate) grant: Grant,
+    pub(crate) policy: MigrationPolicy,
+    pub(crate) record: SourceRecord,
+    pub(crate) carry: Option<ProcessIdentity>,
+    pub(crate) began: UnixMillis,
+}
+
+/// A move to this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Incoming {
+    pub(crate) grant: Grant,
+    pub(crate) record: DestinationRecord,
+    pub(crate) carry: Option<ProcessIdentity>,
+    pub(crate) carry_port: u16,
+}
+
+/// How a move ended here: kept and repeated until the controller has stored it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct EndedMove {
+    pub(crate) task: TaskId,
+    pub(crate) vm: VmId,
+    pub(crate) generation: Generation,
+    pub(crate) source: bool,
+    pub(crate) reason: Option<Refusal>,
+    pub(crate) figures: MigrationFigures,
+}
+
+/// What is true of the host as a whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct HostRecord {
+    epoch: Epoch,
+}
+
+/// The journal's directory.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    dir: PathBuf,
+}
+
+/// Why the journal could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum JournalError {
+    /// The file system refused; the old record stands.
+    #[error("the journal at {path:?} cannot be {action}")]
+    Io { path: PathBuf, action: &'static str, source: io::Error },
+    /// A record that this version cannot read: nothing is guessed, the agent does not start.
+    #[error("the journal's record {path:?} cannot be read by this version")]
+    Record { path: PathBuf, source: serde_json::Error },
+}
+
+impl Journal {
+    /// Opens, or begins, the journal in `dir`.
+    pub(crate) fn open(dir: PathBuf) -> Result<Self, JournalError> {
+        for sub in ["vms", "ended"] {
+            let path = dir.join(sub);
+            fs::create_dir_all(&path).map_err(|source| JournalError::Io { path, action: "made", source })?;
+        }
+        Ok(Self { dir })
+    }
+
+    fn vm_path(&self, vm: VmId) -> PathBuf {
+        self.dir.join("vms").join(format!("{vm}.json"))
+    }
+
+    fn ended_path(&self, task: TaskId, source: bool) -> PathBuf {
+        self.dir.join("ended").join(format!("{task}.{}.json", if source { "source" } else { "destination" }))
+    }
+
+    /// Every VM's record.
+    pub(crate) fn vms(&self) -> Result<BTreeMap<VmId, VmRecord>, JournalError> {
+        let records: Vec<VmRecord> = read_all(&self.dir.join("vms"))?;
+        Ok(records.into_iter().map(|record| (record.spec.vm, record)).collect())
+    }
+
+    /// Makes `record` durable.
+    pub(crate) fn write(&self, record: &VmRecord) -> Result<(), JournalError> {
+        replace(&self.vm_path(record.spec.vm), record)
+    }
+
+    /// Forgets a VM.
+    pub(crate) fn remove(&self, vm: VmId) -> Result<(), JournalError> {
+        remove(&self.vm_path(vm))
+    }
+
+    /// Ended moves that the controller has not acknowledged.
+    pub(crate) fn ended(&self) -> Result<Vec<EndedMove>, JournalError> {
+        read_all(&self.dir.join("ended"))
+    }
+
+    /// Keeps the end of a move until it is acknowledged.
+    /// The first word stands: after a restart less is known than before.
+    pub(crate) fn write_ended(&self, ended: &EndedMove) -> Result<(), JournalError> {
+        if self.ended_path(ended.task, ended.source).exists() {
+            return Ok(());
+        }
+        replace(&self.ended_path(ended.task, ended.source), ended)
+    }
+
+    /// The controller has stored the end of a move.
+    pub(crate) fn remove_ended(&self, task: TaskId, source: bool) -> Result<(), JournalError> {
+        remove(&self.ended_path(task, source))
+    }
+
+    /// The highest epoch this host has obeyed.
+    pub(crate) fn epoch(&self) -> Result<Epoch, JournalError> {
+        let path = self.dir.join("host.json");
+        match fs::read(&path) {
+            Ok(bytes) => parse::<HostRecord>(&path, &bytes).map(|host| host.epoch),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Epoch::default()),
+            Err(source) => Err(JournalError::Io { path, action: "read", source }),
+        }
+    }
+
+    /// From now on commands of an older epoch are refused.
+    pub(crate) fn write_epoch(&self, epoch: Epoch) -> Result<(), JournalError> {
+        replace(&self.dir.join("host.json"), &HostRecord { epoch })
+    }
+}
+
+fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, JournalError> {
+    serde_json::from_slice(bytes).map_err(|source| JournalError::Record { path: path.to_owned(), source })
+}
+
+fn read_all<T: DeserializeOwned>(dir: &Path) -> Result<Vec<T>, JournalError> {
+    let failed = |source| JournalError::Io { path: dir.to_owned(), action: "read", source };
+    let mut records = Vec::new();
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("json") => records.push(parse(&path, &fs::read(&path).map_err(failed)?)?),
+            // Left by a crash before the rename: never was a record.
+            _ => fs::remove_file(&path).map_err(failed)?,
+        }
+    }
+    Ok(records)
+}
+
+fn replace<T: Serialize>(path: &Path, value: &T) -> Result<(), JournalError> {
+    let failed = |source| JournalError::Io { path: path.to_owned(), action: "written", source };
+    let bytes = serde_json::to_vec_pretty(value).map_err(|error| failed(io::Error::other(error)))?;
+    let beside = path.with_extension("new");
+    let write = || {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        fs::rename(&beside, path)?;
+        sync_parent(path)
+    };
+    write().map_err(|error| {
+        let _ = fs::remove_file(&beside);
+        failed(error)
+    })
+}
+
+fn remove(path: &Path) -> Result<(), JournalError> {
+    let removed = match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other,
+    };
+    removed.and_then(|()| sync_parent(path)).map_err(|source| JournalError::Io { path: path.to_owned(), action: "removed", source })
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,189 @@
+//! The agent: owns the QEMU processes, disks, bridges and moves of its host, and acts safely alone while the controller is away.
+//!
+//! Restarting it, or killing it at any line, never touches a running VM or a move: QEMU and carry outlive it, and a new agent goes on from the
+//! journal and from what it sees. It must never decide who owns a VM by itself: [`godwit_migration`] does, from journalled grants and
+//! releases. Start with [`vm`](self) actors in `vm.rs`, then `session.rs`.
+
+pub mod carry;
+mod console;
+mod dial;
+mod host;
+mod identity;
+mod inventory;
+mod journal;
+mod network;
+mod session;
+mod storage;
+mod tls;
+mod vm;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use godwit_model::{Bytes, Name};
+use godwit_qemu::Launcher;
+use tokio::sync::watch;
+
+pub use identity::{JoinError, JoinOptions, join};
+
+use host::{Controller, Host, Ledger, private_dir};
+use identity::Identity;
+use journal::Journal;
+use network::{FleetNetworks, HostNetwork};
+use session::Sessions;
+use storage::{ImageCache, PoolConfig, Pools};
+use vm::{Registry, Uids};
+
+/// What `godwit agent` is given.
+#[derive(Clone, Debug)]
+pub struct AgentOptions {
+    /// Identity, journal, images and logs.
+    pub state_dir: PathBuf,
+    /// Sockets; a short path.
+    pub run_dir: PathBuf,
+    /// QEMU's binary.
+    pub qemu: PathBuf,
+    /// Pools by name: directory, and whether other hosts see the same.
+    pub pools: Vec<(Name, PathBuf, bool)>,
+    /// Memory for VMs; by default all but 1 GiB or an eighth, whichever is more.
+    pub memory: Option<Bytes>,
+    /// Parent of the VMs' cgroups, relative to the cgroup v2 mount.
+    pub cgroup: String,
+    /// First of the 1,001 uids that carry and VMs get.
+    pub uid_base: u32,
+    /// Tunnel endpoints outside the cluster that take part in its networks, such as a gateway's.
+    pub vteps: Vec<IpAddr>,
+    /// Whether this host may set `vm.unprivileged_userfaultfd=1`, which QEMU 7.2 needs for post-copy and RAM snapshots.
+    pub unprivileged_userfaultfd: bool,
+}
+
+/// Why an agent did not begin. VMs run on.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The host has not joined.
+    #[error("{0}")]
+    Identity(String),
+    /// A directory of its own cannot be used.
+    #[error("cannot use {path:?}")]
+    Dir {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Another agent runs with the same state.
+    #[error("another agent already runs with {0:?}")]
+    Running(PathBuf),
+    /// What is in the way, with what to do.
+    #[error("{what}")]
+    Begin {
+        /// What was done.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+fn begin<E: std::error::Error + Send + Sync + 'static>(what: &'static str) -> impl FnOnce(E) -> AgentError {
+    move |source| AgentError::Begin { what, source: Box::new(source) }
+}
+
+/// Runs the agent until it is told to end by SIGTERM or SIGINT. VMs run on.
+///
+/// # Errors
+/// [`AgentError`] if it could not begin.
+pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
+    let dir = |path: &PathBuf| {
+        let path = path.clone();
+        move |source| AgentError::Dir { path, source }
+    };
+    private_dir(&options.state_dir, None).map_err(dir(&options.state_dir))?;
+    let _lock = lock(&options.state_dir)?;
+    let identity = Identity::load(&options.state_dir).map_err(|error| AgentError::Identity(error.to_string()))?;
+    let run_dir = options.run_dir.clone();
+    // VMs and carry must reach their own directories in it, nobody may list it.
+    std::fs::create_dir_all(run_dir.join("carry")).map_err(dir(&run_dir))?;
+    let only_pass = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+    std::fs::set_permissions(&run_dir, only_pass).map_err(dir(&run_dir))?;
+
+    let journal = Journal::open(options.state_dir.join("journal")).map_err(begin("the journal cannot be opened"))?;
+    let records = journal.vms().map_err(begin("the journal cannot be read"))?;
+    let uids: BTreeMap<_, _> = records.iter().map(|(vm, record)| (*vm, record.uid)).collect();
+    let configs =
+        options.pools.iter().map(|(name, path, shared)| PoolConfig { name: name.clone(), path: path.clone(), shared: *shared });
+    let pools = Pools::open(configs.collect()).map_err(begin("a pool cannot be used"))?;
+    let images = ImageCache::open(options.state_dir.join("images")).map_err(begin("the image cache cannot be used"))?;
+    let network = HostNetwork::open(identity.address).await.map_err(begin("the network cannot be used"))?;
+    let launcher = Launcher::godwit("/proc/self/exe".into());
+    inventory::end_orphans(&records, options.uid_base);
+    let conditions = network.conditions().await.into_iter().chain(pools.conditions()).collect();
+    let facts = inventory::take(&options, &launcher, pools.facts(), conditions).await.map_err(begin("QEMU cannot be used"))?;
+
+    let memory = Ledger::new(facts.memory);
+    let uids = Uids::new(options.uid_base, uids);
+    let host = Arc::new(Host {
+        options,
+        identity,
+        journal,
+        pools,
+        images,
+        network,
+        facts,
+        launcher,
+        controller: Controller::default(),
+        memory,
+        uids,
+        reports: Mutex::default(),
+    });
+    let vms = Registry::begin(Arc::clone(&host), records.into_values());
+    let (fleet, changes) = watch::channel(FleetNetworks::default());
+    let sessions = tokio::spawn(Sessions::new(Arc::clone(&host), vms, fleet).run());
+    let networks = tokio::spawn(keep_networks(host, changes));
+    tracing::info!("the agent runs");
+    let ended = ended().await;
+    sessions.abort();
+    networks.abort();
+    ended.map_err(begin("signals cannot be heard"))
+}
+
+/// Makes the networks what the controller says, and tries again while that fails.
+async fn keep_networks(host: Arc<Host>, mut changes: watch::Receiver<FleetNetworks>) {
+    const AGAIN: Duration = Duration::from_secs(5);
+    while changes.changed().await.is_ok() {
+        loop {
+            let fleet = changes.borrow_and_update().clone();
+            match host.network.apply(&fleet).await {
+                Ok(()) => break,
+                Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "the networks are not what they should be"),
+            }
+            if tokio::time::timeout(AGAIN, changes.changed()).await.is_ok_and(|changed| changed.is_err()) {
+                return;
+            }
+        }
+    }
+}
+
+fn lock(state_dir: &std::path::Path) -> Result<std::fs::File, AgentError> {
+    let path = state_dir.join("lock");
+    let file = std::fs::File::create(&path).map_err(|source| AgentError::Dir { path: path.clone(), source })?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(_) => Err(AgentError::Running(path)),
+    }
+}
+
+async fn ended() -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,340 @@
+//! The session with the controller: dialled by the agent, kept for ever, said anew from the beginning each time.
+//!
+//! Everything that must arrive is a level: the hello carries every VM's report and every move's end that was not acknowledged. A command may
+//! come twice, on two sessions; it is carried out once and answered each time.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use godwit_link::v1::agent_message::Body;
+use godwit_link::v1::command::Action;
+use godwit_link::v1::controller_message::Body as FromController;
+use godwit_link::v1::link_client::LinkClient;
+use godwit_link::v1::{self, AgentMessage};
+use godwit_link::{MAX_MESSAGE, Malformed, PROTOCOL, convert, decode, encode};
+use godwit_migration::Peer;
+use godwit_model::{Epoch, ErrorCode, Generation, Grant, MigrationPolicy, Name, Refusal, Retry, VolumeRef};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::Channel;
+
+use crate::console;
+use crate::dial::{self, DialError};
+use crate::host::{SharedHost, ended_message, unix_now};
+use crate::network::FleetNetworks;
+use crate::tls::TlsError;
+use crate::vm::{Answer, Registry, VmCommand};
+
+/// Wait between two attempts to reach the controller, growing from the first to the second.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// Answers kept for commands that come again.
+const MAX_ANSWERS: usize = 512;
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum SessionError {
+    #[error("cannot reach the controller")]
+    Dial(#[from] DialError),
+    #[error("this host's certificate cannot be used")]
+    Tls(#[from] TlsError),
+    #[error("the controller ended the session: {}", .0.message())]
+    Status(#[from] tonic::Status),
+    #[error("the controller closed the session")]
+    Closed,
+    #[error("the controller's first message is no welcome")]
+    NoWelcome,
+    #[error("the controller's epoch {offered:?} is older than {known:?}: it runs on an old copy of its store")]
+    Epoch { offered: Epoch, known: Epoch },
+    #[error("the journal could not be written")]
+    Journal(#[from] crate::journal::JournalError),
+}
+
+/// One agent's sessions.
+pub(crate) struct Sessions {
+    host: SharedHost,
+    vms: Arc<Registry>,
+    answers: Mutex<Answers>,
+    fleet: watch::Sender<FleetNetworks>,
+}
+
+/// What was answered, and what is being worked on.
+#[derive(Default)]
+struct Answers {
+    known: BTreeMap<u64, Option<v1::CommandReply>>,
+    order: VecDeque<u64>,
+}
+
+impl Sessions {
+    pub(crate) fn new(host: SharedHost, vms: Arc<Registry>, fleet: watch::Sender<FleetNetworks>) -> Arc<Self> {
+        Arc::new(Self { host, vms, answers: Mutex::default(), fleet })
+    }
+
+    /// Holds a session whenever the controller can be reached.
+    pub(crate) async fn run(self: Arc<Self>) {
+        let mut backoff = BACKOFF.0;
+        let mut said = String::new();
+        loop {
+            let began = tokio::time::Instant::now();
+            if let Err(error) = self.attend().await {
+                self.host.controller.set(None);
+                // Once per reason: a controller that is away for a day must not fill the disk.
+                let text = format!("{error}");
+                if text != said {
+                    tracing::info!(error = &error as &dyn std::error::Error, "no session; the VMs run on");
+                    said = text;
+                }
+            }
+            backoff = if began.elapsed() > BACKOFF.1 { BACKOFF.0 } else { (backoff * 2).min(BACKOFF.1) };
+            tokio::time::sleep(backoff).await;
+        }
+    }
+
+    async fn attend(self: &Arc<Self>) -> Result<(), SessionError> {
+        let config = self.host.identity.material().client_config()?;
+        let channel = dial::dial(&self.host.identity.controller, config).await?;
+        let mut client = LinkClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let _ = sender.send(AgentMessage { body: Some(Body::Hello(self.hello()?)) });
+        let mut inbound = client.attend(UnboundedReceiverStream::new(receiver)).await?.into_inner();
+        let Some(FromController::Welcome(welcome)) = inbound.message().await?.and_then(|message| message.body) else {
+            return Err(SessionError::NoWelcome);
+        };
+        let (offered, known) = (Epoch(welcome.epoch), self.host.journal.epoch()?);
+        if offered < known {
+            return Err(SessionError::Epoch { offered, known });
+        }
+        if offered > known {
+            self.host.journal.write_epoch(offered)?;
+        }
+        tracing::info!(epoch = offered.0, "session begun");
+        self.host.controller.set(Some((sender, client.clone())));
+        for ended in self.host.journal.ended()? {
+            self.host.controller.send(Body::Ended(ended_message(&ended)));
+        }
+        let mut heartbeat = tokio::time::interval(Duration::from_millis(u64::from(welcome.heartbeat_ms.clamp(100, 60_000))));
+        let mut renewal = Box::pin(self.renewal(client.clone()));
+        loop {
+            tokio::select! {
+                message = inbound.message() => match message?.and_then(|message| message.body) {
+                    Some(body) => self.on_message(body, offered),
+                    None => return Err(SessionError::Closed),
+                },
+                _ = heartbeat.tick() => {
+                    self.host.controller.send(Body::Heartbeat(v1::Heartbeat { load: encode(&self.host.load()) }));
+                }
+                () = &mut renewal => return Err(SessionError::Closed),
+            }
+        }
+    }
+
+    fn hello(&self) -> Result<v1::Hello, SessionError> {
+        let reports = self.host.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(v1::Hello {
+            protocol: PROTOCOL,
+            address: self.host.identity.address.to_string(),
+            facts: encode(&self.host.facts),
+            load: encode(&self.host.load()),
+            vms: reports.values().cloned().collect(),
+            epoch: self.host.journal.epoch()?.0,
+        })
+    }
+
+    /// Renews this host's certificate when half of its life is over; the next session uses it. Ends when there is a new one.
+    async fn renewal(&self, mut client: LinkClient<Channel>) {
+        loop {
+            let wait = self.host.identity.renewal_due();
+            tokio::time::sleep(wait).await;
+            match self.host.identity.renew(&mut client).await {
+                Ok(()) => {
+                    tracing::info!("the host's certificate was renewed");
+                    return;
+                }
+                Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "the host's certificate was not renewed"),
+            }
+            tokio::time::sleep(Duration::from_secs(600)).await;
+        }
+    }
+
+    fn on_message(self: &Arc<Self>, body: FromController, epoch: Epoch) {
+        match body {
+            FromController::Command(command) => self.on_command(command, epoch),
+            FromController::Fleet(fleet) => match networks(&self.host, fleet) {
+                Ok(networks) => drop(self.fleet.send_replace(networks)),
+                Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "the fleet is malformed"),
+            },
+            FromController::Peer(peer) => {
+                let this = Arc::clone(self);
+                tokio::spawn(async move {
+                    if let Err(error) = this.on_peer(peer).await {
+                        tracing::warn!(error = &error as &dyn std::error::Error, "a peer's message is malformed");
+                    }
+                });
+            }
+            FromController::EndedAck(ack) => {
+                let removed = convert::task_id(&ack.task).map(|task| self.host.journal.remove_ended(task, ack.source));
+                if let Ok(Err(error)) = removed {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "an acknowledged end could not be removed");
+                }
+            }
+            FromController::Welcome(_) => {}
+        }
+    }
+
+    async fn on_peer(&self, peer: v1::Peer) -> Result<(), Malformed> {
+        let message: Peer = decode("message", &peer.message)?;
+        self.vms.peer(convert::task_id(&peer.task)?, &convert::name("host", &peer.host)?, message).await;
+        Ok(())
+    }
+
+    fn on_command(self: &Arc<Self>, command: v1::Command, epoch: Epoch) {
+        let id = command.id;
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        match answers.known.get(&id) {
+            Some(Some(reply)) => return self.host.controller.send(Body::Reply(reply.clone())),
+            Some(None) => return,
+            None => {
+                answers.known.insert(id, None);
+                answers.order.push_back(id);
+                if answers.order.len() > MAX_ANSWERS
+                    && let Some(oldest) = answers.order.pop_front()
+                {
+                    answers.known.remove(&oldest);
+                }
+            }
+        }
+        drop(answers);
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            let answer = if Epoch(command.epoch) < epoch {
+                Err(Refusal::new(ErrorCode::GenerationStale, "the command is of an older controller epoch"))
+            } else {
+                this.carry_out(command).await
+            };
+            let reply = match answer {
+                Ok(answer) => v1::CommandReply { id, refusal: None, carry_port: u32::from(answer.carry_port) },
+                Err(refusal) => v1::CommandReply { id, refusal: Some((&refusal).into()), carry_port: 0 },
+            };
+            let mut answers = this.answers.lock().unwrap_or_else(PoisonError::into_inner);
+            // A refusal that may be tried again is not remembered: the same command then is a new attempt.
+            let again = reply.refusal.as_ref().is_some_and(|refusal| refusal.retry != "never");
+            if again {
+                answers.known.remove(&id);
+                answers.order.retain(|other| *other != id);
+            } else if let Some(known) = answers.known.get_mut(&id) {
+                *known = Some(reply.clone());
+            }
+            drop(answers);
+            this.host.controller.send(Body::Reply(reply));
+        });
+    }
+
+    async fn carry_out(&self, command: v1::Command) -> Result<Answer, Refusal> {
+        let malformed = |error: Malformed| Refusal::new(ErrorCode::BadRequest, error.to_string());
+        let action = command.action.ok_or_else(|| Refusal::new(ErrorCode::BadRequest, "this agent does not know the command"))?;
+        if let Action::DeleteVolume(volume) = &action {
+            let volume = volume_ref(volume).map_err(malformed)?;
+            return self.host.pools.delete(&volume).await.map(|()| Answer::default());
+        }
+        if let Action::Console(console) = &action {
+            let vm = convert::vm_id(&console.vm).map_err(malformed)?;
+            return console::open(&self.host, vm, console.session.clone()).await.map(|()| Answer::default());
+        }
+        let (vm, command) = vm_command(&command.task, action).map_err(malformed)?;
+        self.check_grant(&command)?;
+        self.vms.command(vm, command).await
+    }
+
+    /// A grant counts only for the host that it names, and only in its time.
+    fn check_grant(&self, command: &VmCommand) -> Result<(), Refusal> {
+        let me = &self.host.identity.name;
+        let (grant, mine): (&Grant, bool) = match command {
+            VmCommand::Start { grant, spec } => (grant, grant.destination == *me && grant.source.is_none() && spec.vm == grant.vm),
+            VmCommand::Prepare { grant, spec, .. } => {
+                (grant, grant.destination == *me && grant.source.as_ref().is_some_and(|source| source != me) && spec.vm == grant.vm)
+            }
+            VmCommand::Migrate { grant, .. } => (grant, grant.source.as_ref() == Some(me) && grant.destination != *me),
+            _ => return Ok(()),
+        };
+        if !mine {
+            return Err(Refusal::new(ErrorCode::NotGranted, "the grant is not for this host"));
+        }
+        if unix_now() >= grant.expires {
+            return Err(Refusal::new(ErrorCode::GrantExpired, "the grant has expired")
+                .hint("compare the clocks of host and controller")
+                .retry(Retry::Never));
+        }
+        Ok(())
+    }
+}
+
+fn volume_ref(volume: &v1::DeleteVolume) -> Result<VolumeRef, Malformed> {
+    Ok(VolumeRef { pool: convert::name("pool", &volume.pool)?, volume: convert::name("volume", &volume.volume)? })
+}
+
+fn grant(grant: Option<v1::Grant>) -> Result<Grant, Malformed> {
+    grant.ok_or(Malformed::Field { field: "grant" })?.try_into()
+}
+
+fn vm_command(task: &str, action: Action) -> Result<(godwit_model::VmId, VmCommand), Malformed> {
+    let owned = |vm: &str, generation: u64| Ok::<_, Malformed>((convert::vm_id(vm)?, Generation(generation)));
+    Ok(match action {
+        Action::Start(start) => {
+            let grant = grant(start.grant)?;
+            (grant.vm, VmCommand::Start { spec: decode("spec", &start.spec)?, grant })
+        }
+        Action::Stop(stop) => {
+            let (vm, generation) = owned(&stop.vm, stop.generation)?;
+            (vm, VmCommand::Stop { generation })
+        }
+        Action::Kill(kill) => {
+            let (vm, generation) = owned(&kill.vm, kill.generation)?;
+            (vm, VmCommand::Kill { generation })
+        }
+        Action::Pause(pause) => {
+            let (vm, generation) = owned(&pause.vm, pause.generation)?;
+            (vm, VmCommand::Pause { generation })
+        }
+        Action::Unpause(unpause) => {
+            let (vm, generation) = owned(&unpause.vm, unpause.generation)?;
+            (vm, VmCommand::Unpause { generation })
+        }
+        Action::Forget(forget) => (convert::vm_id(&forget.vm)?, VmCommand::Forget),
+        Action::Prepare(prepare) => {
+            let grant = grant(prepare.grant)?;
+            let policy: MigrationPolicy = decode("policy", &prepare.policy)?;
+            (grant.vm, VmCommand::Prepare { spec: decode("spec", &prepare.spec)?, grant, policy })
+        }
+        Action::Migrate(migrate) => {
+            let grant = grant(migrate.grant)?;
+            let malformed = |field| Malformed::Field { field };
+            let ip: IpAddr = migrate.address.parse().map_err(|_| malformed("address"))?;
+            let port = u16::try_from(migrate.carry_port).map_err(|_| malformed("carry_port"))?;
+            let policy = decode("policy", &migrate.policy)?;
+            (grant.vm, VmCommand::Migrate { grant, address: SocketAddr::new(ip, port), policy })
+        }
+        Action::Cancel(cancel) => (convert::vm_id(&cancel.vm)?, VmCommand::Cancel { task: convert::task_id(task)? }),
+        Action::Settle(settle) => (convert::vm_id(&settle.vm)?, VmCommand::Settle { task: convert::task_id(task)? }),
+        Action::DeleteVolume(_) | Action::Console(_) => return Err(Malformed::Field { field: "action" }),
+    })
+}
+
+fn networks(host: &SharedHost, fleet: v1::Fleet) -> Result<FleetNetworks, Malformed> {
+    let address = |text: &str| text.parse::<IpAddr>().map_err(|_| Malformed::Field { field: "address" });
+    let members = fleet.members.iter().map(|member| address(&member.address));
+    let members = members.chain(host.options.vteps.iter().map(|vtep| Ok(*vtep))).collect::<Result<_, _>>()?;
+    let networks = fleet
+        .networks
+        .iter()
+        .map(|network| Ok((Name::new(&network.name).map_err(|_| Malformed::Field { field: "network" })?, network.vni)));
+    let locations = fleet.locations.iter().map(|location| {
+        let mac = location.mac.parse().map_err(|_| Malformed::Field { field: "mac" })?;
+        Ok((mac, convert::name("network", &location.network)?, address(&location.address)?))
+    });
+    Ok(FleetNetworks {
+        members,
+        networks: networks.collect::<Result<_, Malformed>>()?,
+        locations: locations.collect::<Result<_, Malformed>>()?,
+    })
+}

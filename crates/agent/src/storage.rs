@@ -1,0 +1,190 @@
+//! The host's storage: pools with volumes, and the cache of images.
+//!
+//! ```text
+//!  POOL/.godwit-pool     identity of the storage, the same on every host that sees it
+//!  POOL/volumes/NAME     a volume; its format is declared in the VM's spec and never probed
+//!  POOL/records/NAME     what a volume was created as; advisory, bound to the file by its inode
+//!  POOL/partial/UUID     a volume that is being made, locked by its maker
+//! ```
+//! Everything in a volume was written by a guest or a user. This process reads the header and the tables of a qcow2 file with a small
+//! reader of its own ([`qcow2`], [`tables`]). `qemu-img` creates empty volumes and copies images, never opens an existing volume, and
+//! reads an image only after that reader has passed it, as a user without rights and with two files in its hands.
+
+mod convert;
+mod image;
+mod locks;
+mod place;
+mod qcow2;
+mod refusal;
+mod tables;
+#[cfg(test)]
+mod tests;
+mod volume;
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use godwit_model::spec::ResolvedDisk;
+use godwit_model::{Bytes, ErrorCode, HostCondition, Name, PoolFacts, Refusal, VolumeRef};
+
+pub(crate) use image::{CachedImage, ImageCache};
+use place::Place;
+
+/// A pool as the administrator declares it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct PoolConfig {
+    /// Its name.
+    pub(crate) name: Name,
+    /// Its directory. One that is not shared is made if it is missing; a shared one must be there.
+    pub(crate) path: PathBuf,
+    /// Whether other hosts see the same directory.
+    pub(crate) shared: bool,
+}
+
+/// Why the declared pools cannot be.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StorageError {
+    /// Two pools of one name.
+    #[error("pool {0} is declared twice")]
+    Duplicate(Name),
+    /// A path that depends on where the agent was started.
+    #[error("the path of pool {0} must be absolute")]
+    Relative(Name),
+}
+
+/// The pools of this host. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Pools {
+    pools: Arc<[Pool]>,
+}
+
+struct Pool {
+    config: PoolConfig,
+    /// Known from the first time that the storage was there: another one in its place is not this pool.
+    identity: OnceLock<String>,
+}
+
+impl Pools {
+    /// Takes the declared pools. One whose storage is not there is no error: it is tried again at each use, see [`Pools::conditions`].
+    ///
+    /// # Errors
+    /// A declaration that cannot be right.
+    pub(crate) fn open(configs: Vec<PoolConfig>) -> Result<Self, StorageError> {
+        for (index, config) in configs.iter().enumerate() {
+            if configs.iter().take(index).any(|other| other.name == config.name) {
+                return Err(StorageError::Duplicate(config.name.clone()));
+            }
+            if !config.path.is_absolute() {
+                return Err(StorageError::Relative(config.name.clone()));
+            }
+        }
+        let pools = configs.into_iter().map(|config| Pool { config, identity: OnceLock::new() });
+        let pools = Self { pools: pools.collect() };
+        for place in pools.pools.iter().filter_map(|pool| pool.place().ok()) {
+            place.remove_abandoned();
+        }
+        Ok(pools)
+    }
+
+    /// The pools whose storage is there. Blocks on the file system.
+    pub(crate) fn facts(&self) -> Vec<PoolFacts> {
+        let facts = |pool: &Pool| {
+            let place = pool.place().ok()?;
+            let capacity = place.space().ok()?.capacity;
+            let PoolConfig { name, shared, .. } = pool.config.clone();
+            Some(PoolFacts { name, identity: pool.identity.get()?.clone(), shared, capacity })
+        };
+        self.pools.iter().filter_map(facts).collect()
+    }
+
+    /// Free space of the pools whose storage is there. Blocks on the file system.
+    pub(crate) fn free(&self) -> Vec<(Name, Bytes)> {
+        let free = |pool: &Pool| Some((pool.config.name.clone(), pool.place().ok()?.space().ok()?.free));
+        self.pools.iter().filter_map(free).collect()
+    }
+
+    /// Pools whose storage is not there. Blocks on the file system.
+    pub(crate) fn conditions(&self) -> Vec<HostCondition> {
+        let condition = |refusal: Refusal| HostCondition {
+            name: "pool_unavailable".to_owned(),
+            message: refusal.message,
+            fix: refusal.hint.unwrap_or_default(),
+        };
+        self.pools.iter().filter_map(|pool| pool.place().err()).map(condition).collect()
+    }
+
+    /// Checks a disk that must exist: there, whole, of the declared format, and sufficient to itself. The tables of a qcow2 volume that a
+    /// QEMU holds are not looked at: they change meanwhile.
+    ///
+    /// # Errors
+    /// `volume_missing`, `volume_truncated`, `volume_format`; `pool_unavailable` and `host_failed` where that is the cause.
+    pub(crate) async fn check(&self, disk: &ResolvedDisk) -> Result<(), Refusal> {
+        let disk = disk.clone();
+        self.at(&disk.volume.pool.clone(), move |place| volume::check(&place, &disk)).await
+    }
+
+    /// Makes the volume if it is missing and the disk says how; one that exists is left alone, whatever it is. Nothing half made is ever
+    /// seen under its name, and of several that make it at once one wins. `image` is the file of the disk's image.
+    ///
+    /// # Errors
+    /// As [`Pools::check`]; `image_invalid`, `not_enough_space`, `spec_invalid` for a size smaller than the image.
+    pub(crate) async fn prepare(&self, disk: &ResolvedDisk, image: Option<&Path>) -> Result<(), Refusal> {
+        let name = disk.volume.volume.clone();
+        if self.at(&disk.volume.pool, move |place| Ok((place.exists(&name)?, place))).await?.0 {
+            return Ok(());
+        }
+        let (wanted, image) = (disk.clone(), image.map(Path::to_owned));
+        let draft = self.at(&disk.volume.pool, move |place| volume::draft(place, &wanted, image.as_deref())).await?;
+        let draft = convert::fill(draft).await?;
+        blocking(move || draft.publish()).await
+    }
+
+    /// Opens a disk for QEMU: once read-only and once read-write, each a file description of its own.
+    ///
+    /// # Errors
+    /// As [`Pools::check`], without looking inside.
+    pub(crate) fn open_disk(&self, disk: &ResolvedDisk) -> Result<(OwnedFd, OwnedFd), Refusal> {
+        volume::open(&self.find(&disk.volume.pool)?.place()?, &disk.volume)
+    }
+
+    /// Removes a volume; one that does not exist is removed already.
+    ///
+    /// # Errors
+    /// `in_use` while a QEMU on this or another host holds it.
+    pub(crate) async fn delete(&self, volume: &VolumeRef) -> Result<(), Refusal> {
+        let volume = volume.clone();
+        self.at(&volume.pool.clone(), move |place| volume::delete(&place, &volume)).await
+    }
+
+    fn find(&self, name: &Name) -> Result<&Pool, Refusal> {
+        self.pools.iter().find(|pool| pool.config.name == *name).ok_or_else(|| {
+            let known: Vec<&str> = self.pools.iter().map(|pool| pool.config.name.as_str()).collect();
+            Refusal::new(ErrorCode::PoolUnavailable, format!("this host has no pool {name}, only: {}", known.join(", ")))
+                .hint("use a pool of this host, or declare it to the host's agent")
+        })
+    }
+
+    /// Works in a pool, where it may block.
+    async fn at<T: Send + 'static>(
+        &self,
+        name: &Name,
+        work: impl FnOnce(Place) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let (pools, name) = (self.clone(), name.clone());
+        blocking(move || work(pools.find(&name)?.place()?)).await
+    }
+}
+
+impl Pool {
+    fn place(&self) -> Result<Place, Refusal> {
+        Place::open(&self.config, &self.identity)
+    }
+}
+
+/// Runs what may block on a file system on a thread of its own.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Refusal> + Send + 'static) -> Result<T, Refusal> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(Refusal::new(ErrorCode::Internal, format!("work on storage ended unexpectedly: {error}"))))
+}

@@ -1,0 +1,222 @@
+//! One volume: checked, drafted, opened, removed.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use godwit_model::spec::ResolvedDisk;
+use godwit_model::{Bytes, CacheMode, DiskFormat, ErrorCode, ImageKind, Refusal, Retry, VolumeRef};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use super::place::{Partial, Place};
+use super::qcow2::{Header, MAX_HEADER, Unusable};
+use super::tables::{self, Unsound};
+use super::{locks, refusal};
+
+const REPLACE: &str = "declare the format that the volume has, or replace the volume by one of the declared format";
+const SUFFICIENT: &str = "replace the volume by one that is sufficient to itself (qemu-img convert makes one)";
+
+/// A volume on its way: a partial file, and what is to come into it.
+pub(super) struct Draft {
+    pub(super) volume: VolumeRef,
+    pub(super) format: DiskFormat,
+    pub(super) size: Bytes,
+    pub(super) image: Option<(File, DiskFormat)>,
+    pub(super) partial: Partial,
+}
+
+impl Draft {
+    /// Gives it its name. If another has that name by now, this one goes.
+    pub(super) fn publish(self) -> Result<(), Refusal> {
+        let Self { volume, format, size, partial, .. } = self;
+        match partial.publish(&volume.volume, format, size) {
+            Ok(won) => {
+                tracing::info!(%volume, %size, won, "volume created");
+                Ok(())
+            }
+            Err(error) => Err(refusal::system(&format!("finish volume {volume}"), &error)),
+        }
+    }
+}
+
+/// See [`super::Pools::check`].
+pub(super) fn check(place: &Place, disk: &ResolvedDisk) -> Result<(), Refusal> {
+    let volume = &disk.volume;
+    let file = open_file(place, volume, OFlags::RDONLY)?;
+    let system = |error: &std::io::Error| refusal::system(&format!("read volume {volume}"), error);
+    let length = file.metadata().map_err(|error| system(&error))?.len();
+    let record = place.record(&volume.volume, &file).map_err(|error| system(&error))?;
+    if let Some(record) = record.filter(|record| record.format != disk.format) {
+        let facts = format!("was created as {}, but is declared {}", record.format.driver(), disk.format.driver());
+        return Err(refusal::format(volume, &facts, REPLACE));
+    }
+    let promised = record.map(|record| record.size).or(disk.create);
+    if length == 0 {
+        return Err(refusal::truncated(volume, "it is empty"));
+    }
+    match disk.format {
+        DiskFormat::Raw => {
+            // A guest may write what it likes into a disk that we made raw. Of one that came from elsewhere, this is an error of its owner.
+            if record.is_none() && header(&file).map_err(|error| system(&error))?.is_ok() {
+                return Err(refusal::format(volume, "is declared raw, but is a qcow2 file", REPLACE));
+            }
+            short_of(volume, Bytes(length), promised)?;
+        }
+        DiskFormat::Qcow2 => {
+            let header = header(&file).map_err(|error| system(&error))?.map_err(|unusable| unusable_volume(volume, unusable))?;
+            short_of(volume, Bytes(header.size), promised)?;
+            if !locks::held_by_qemu(&file).map_err(|error| system(&error))? {
+                tables::check(&file, &header).map_err(|unsound| match unsound {
+                    Unsound::Truncated { .. } => refusal::truncated(volume, &unsound.to_string()),
+                    Unsound::Damaged(_) => {
+                        refusal::format(volume, &format!("is damaged: {unsound}"), "restore the volume from a backup")
+                    }
+                    Unsound::Io(error) => system(&error),
+                })?;
+            }
+        }
+    }
+    if disk.cache == CacheMode::Direct
+        && place.open_volume(&volume.volume, OFlags::RDONLY | OFlags::DIRECT).err() == Some(Errno::INVAL)
+    {
+        let facts = format!("the file system of pool {} has no direct I/O, which volume {volume} needs", volume.pool);
+        return Err(
+            Refusal::new(ErrorCode::PoolUnavailable, facts).hint("use cache mode writeback, or a pool on another file system")
+        );
+    }
+    Ok(())
+}
+
+fn short_of(volume: &VolumeRef, size: Bytes, promised: Option<Bytes>) -> Result<(), Refusal> {
+    match promised.filter(|promised| size < *promised) {
+        Some(promised) => {
+            let facts = format!("it should have {} bytes ({promised}), and has {} ({size})", promised.get(), size.get());
+            Err(refusal::truncated(volume, &facts))
+        }
+        None => Ok(()),
+    }
+}
+
+fn unusable_volume(volume: &VolumeRef, unusable: Unusable) -> Refusal {
+    match unusable {
+        Unusable::Short => refusal::truncated(volume, "it ends within its qcow2 header"),
+        Unusable::Magic => refusal::format(volume, "is declared qcow2, but does not begin as a qcow2 file", REPLACE),
+        Unusable::Backing | Unusable::DataFile => {
+            refusal::format(volume, &format!("{unusable}: it refers outside itself"), SUFFICIENT)
+        }
+        _ => refusal::format(volume, &unusable.to_string(), "replace the volume, or repair a copy of it (qemu-img check -r all)"),
+    }
+}
+
+/// The qcow2 header at the beginning of `file`, if it is one.
+fn header(file: &File) -> std::io::Result<Result<Header, Unusable>> {
+    let mut beginning = Vec::new();
+    file.take(MAX_HEADER as u64).read_to_end(&mut beginning)?;
+    Ok(Header::parse(&beginning))
+}
+
+/// Decides how a missing volume is made, and begins with it.
+pub(super) fn draft(place: Place, disk: &ResolvedDisk, image: Option<&Path>) -> Result<Draft, Refusal> {
+    let volume = disk.volume.clone();
+    let image = match (&disk.image, image) {
+        (None, _) => None,
+        (Some((_, kind)), Some(path)) => Some(open_image(path, *kind)?),
+        (Some((image, _)), None) => {
+            return Err(Refusal::new(ErrorCode::Internal, format!("image {} for volume {volume} was not fetched", image.id))
+                .hint("try again")
+                .retry(Retry::Safe));
+        }
+    };
+    let content = image.as_ref().map(|(_, _, size)| *size);
+    let size = match (disk.create, content) {
+        (None, None) => return Err(refusal::missing(&volume)),
+        (Some(size), Some(content)) if size < content => {
+            let facts = format!("volume {volume} is to have {size}, but its image has {content}");
+            return Err(
+                Refusal::new(ErrorCode::SpecInvalid, facts).hint("leave the size away, or make it at least that of the image")
+            );
+        }
+        (Some(size), _) | (None, Some(size)) => size,
+    };
+    let doing = format!("create volume {volume}");
+    if let Some((file, ..)) = &image {
+        let system = |error| refusal::system(&doing, &error);
+        let needed = Bytes(std::os::unix::fs::MetadataExt::blocks(&file.metadata().map_err(system)?).saturating_mul(512));
+        let free = place.space().map_err(system)?.free;
+        if free < needed {
+            let facts = format!(
+                "the image takes {needed}, pool {} has {free} free, {} too little",
+                volume.pool,
+                Bytes(needed.get() - free.get())
+            );
+            return Err(refusal::no_space(&doing, &facts));
+        }
+    }
+    let partial = place.partial().map_err(|error| refusal::system(&doing, &error))?;
+    Ok(Draft { volume, format: disk.format, size, image: image.map(|(file, format, _)| (file, format)), partial })
+}
+
+/// Opens an image that `qemu-img` may read, with its format and the size of the disk in it.
+fn open_image(path: &Path, kind: ImageKind) -> Result<(File, DiskFormat, Bytes), Refusal> {
+    let system = |error| refusal::system("read a disk image", &error);
+    let file = File::open(path).map_err(system)?;
+    let length = file.metadata().map_err(system)?.len();
+    match kind {
+        ImageKind::Raw if length == 0 => Err(refusal::image("is empty")),
+        ImageKind::Raw => Ok((file, DiskFormat::Raw, Bytes(length.next_multiple_of(512)))),
+        ImageKind::Qcow2 => {
+            let header = header(&file).map_err(system)?.map_err(|unusable| refusal::image(&unusable.to_string()))?;
+            tables::check(&file, &header).map_err(|unsound| match unsound {
+                Unsound::Io(error) => system(error),
+                unsound => refusal::image(&format!("is damaged or truncated: {unsound}")),
+            })?;
+            Ok((file, DiskFormat::Qcow2, Bytes(header.size.next_multiple_of(512))))
+        }
+        ImageKind::Kernel | ImageKind::Initrd => Err(refusal::image("is a kernel or initrd, not a disk")),
+    }
+}
+
+/// See [`super::Pools::open_disk`].
+pub(super) fn open(place: &Place, volume: &VolumeRef) -> Result<(OwnedFd, OwnedFd), Refusal> {
+    let open = |access| open_file(place, volume, access).map(OwnedFd::from);
+    Ok((open(OFlags::RDONLY)?, open(OFlags::RDWR)?))
+}
+
+/// See [`super::Pools::delete`].
+pub(super) fn delete(place: &Place, volume: &VolumeRef) -> Result<(), Refusal> {
+    let doing = format!("delete volume {volume}");
+    match open_file(place, volume, OFlags::RDONLY) {
+        Ok(file) => {
+            if locks::held_by_qemu(&file).map_err(|error| refusal::system(&doing, &error))? {
+                let facts = format!("volume {volume} is in use by a QEMU, on this host or another");
+                return Err(Refusal::new(ErrorCode::InUse, facts)
+                    .hint("stop or delete the VM that uses it first")
+                    .retry(Retry::Safe));
+            }
+        }
+        Err(refusal) if refusal.code == ErrorCode::VolumeMissing => {}
+        Err(refusal) => return Err(refusal),
+    }
+    place.remove(&volume.volume).map_err(|error| refusal::system(&doing, &error))
+}
+
+/// Opens a volume that is a file.
+fn open_file(place: &Place, volume: &VolumeRef, access: OFlags) -> Result<File, Refusal> {
+    let file = place.open_volume(&volume.volume, access).map_err(|error| match error {
+        Errno::NOENT => refusal::missing(volume),
+        Errno::LOOP | Errno::XDEV => {
+            let facts = "is a link: a volume lies in its pool itself";
+            refusal::format(volume, facts, "put the file itself into the pool's directory, or declare a pool where it is")
+        }
+        Errno::NXIO | Errno::ISDIR => not_a_file(volume),
+        error => refusal::system(&format!("open volume {volume}"), &error.into()),
+    })?;
+    let facts = file.metadata().map_err(|error| refusal::system(&format!("open volume {volume}"), &error))?;
+    if facts.is_file() { Ok(file) } else { Err(not_a_file(volume)) }
+}
+
+fn not_a_file(volume: &VolumeRef) -> Refusal {
+    refusal::format(volume, "is not a file", "put a disk file of the declared format in its place")
+}

@@ -1,0 +1,20 @@
+//! VMs on this host: one actor per VM owns its process, its monitor and its move; nothing else changes them.
+//!
+//! ```text
+//!   session ──command──▶ actor ◀── QMP notices, process exit, carry, peer, time
+//!                          │
+//!              journal, QEMU, carry, reports
+//! ```
+//! An actor that begins after a restart reads the journal, adopts the process by its pidfd and the monitor by its socket, and goes on by
+//! looking. The guest notices nothing.
+
+mod actor;
+mod destination;
+mod moving;
+mod registry;
+mod source;
+mod start;
+
+pub(crate) use actor::{Answer, VmCommand};
+pub(crate) use registry::Registry;
+pub(crate) use start::Uids;

@@ -1,0 +1,441 @@
+//! The actor: one loop over one closed event type, owner of everything about one VM on this host.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_link::v1;
+use godwit_migration::{DestinationRecord, Peer, SourceRecord};
+use godwit_model::{ErrorCode, Generation, Grant, MigrationPolicy, Name, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId};
+use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
+use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::destination::DestinationMove;
+use super::moving::vcpus;
+use super::registry::answer_for_nobody;
+use super::source::SourceMove;
+use crate::carry::CarryNotice;
+use crate::host::{SharedHost, host_failed};
+use crate::journal::{Holding, VmRecord};
+
+/// All that can happen to a VM here.
+pub(crate) enum VmEvent {
+    /// The controller wants something.
+    Command { command: Box<VmCommand>, reply: oneshot::Sender<Result<Answer, Refusal>> },
+    /// The other agent of a move said something.
+    Peer { task: TaskId, from: Name, peer: Peer },
+}
+
+/// What the controller can want.
+pub(crate) enum VmCommand {
+    Start { grant: Grant, spec: ResolvedSpec },
+    Stop { generation: Generation },
+    Kill { generation: Generation },
+    Pause { generation: Generation },
+    Unpause { generation: Generation },
+    Forget,
+    Prepare { grant: Grant, spec: ResolvedSpec, policy: MigrationPolicy },
+    Migrate { grant: Grant, address: std::net::SocketAddr, policy: MigrationPolicy },
+    Cancel { task: TaskId },
+    Settle { task: TaskId },
+}
+
+impl VmCommand {
+    pub(super) const fn brings_vm(&self) -> bool {
+        matches!(self, Self::Start { .. } | Self::Prepare { .. })
+    }
+
+    /// Commands whose aim is reached where nothing is known of the VM.
+    pub(super) const fn is_done_without_vm(&self) -> bool {
+        matches!(self, Self::Forget | Self::Settle { .. } | Self::Kill { .. })
+    }
+}
+
+/// What a command answers beside success.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Answer {
+    /// Where the prepared carry listens.
+    pub(crate) carry_port: u16,
+}
+
+/// A move under way, its volatile half.
+pub(super) enum Moving {
+    Source(Box<SourceMove>),
+    Destination(Box<DestinationMove>),
+}
+
+/// The owner of one VM on this host.
+pub(super) struct Actor {
+    pub(super) host: SharedHost,
+    pub(super) vm: VmId,
+    pub(super) record: Option<VmRecord>,
+    pub(super) state: RunState,
+    pub(super) process: Option<Arc<QemuProcess>>,
+    pub(super) qmp: Option<Qmp>,
+    pub(super) notices: Option<Notices>,
+    pub(super) moving: Option<Moving>,
+    pub(super) carry_notices: (mpsc::Sender<CarryNotice>, mpsc::Receiver<CarryNotice>),
+    pub(super) wake: Instant,
+    pub(super) guest_shut_down: bool,
+    events: mpsc::Receiver<VmEvent>,
+}
+
+/// How long an actor without anything to expect sleeps.
+const IDLE: Duration = Duration::from_secs(30);
+/// How long until a monitor that does not answer is tried again.
+pub(super) const RETRY: Duration = Duration::from_millis(500);
+const QMP_LIMIT: Duration = Duration::from_secs(10);
+
+impl Actor {
+    pub(super) fn new(host: SharedHost, vm: VmId, record: Option<VmRecord>, events: mpsc::Receiver<VmEvent>) -> Self {
+        Self {
+            host,
+            vm,
+            record,
+            state: RunState::Stopped,
+            process: None,
+            qmp: None,
+            notices: None,
+            moving: None,
+            carry_notices: mpsc::channel(64),
+            wake: Instant::now(),
+            guest_shut_down: false,
+            events,
+        }
+    }
+
+    /// Runs until nothing is held of the VM any more.
+    #[tracing::instrument(name = "vm", skip_all, fields(vm = %self.vm))]
+    pub(super) async fn run(mut self) {
+        self.adopt().await;
+        loop {
+            self.look_at_move().await;
+            self.publish();
+            let Self { events, notices, process, carry_notices, wake, .. } = &mut self;
+            let process = process.clone();
+            tokio::select! {
+                biased;
+                event = events.recv() => match event {
+                    Some(event) => self.on_event(event).await,
+                    None => return,
+                },
+                exit = async { process.expect("guarded").exited().await }, if process.is_some() => self.on_exit(exit),
+                notice = async { notices.as_mut().expect("guarded").next().await }, if notices.is_some() => self.on_notice(notice),
+                Some(notice) = carry_notices.1.recv() => self.on_carry(notice),
+                () = tokio::time::sleep_until(*wake) => self.on_wake().await,
+            }
+            if self.record.is_none() && self.moving.is_none() && self.events.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Finds again what an earlier life of the agent left running.
+    async fn adopt(&mut self) {
+        let Some(record) = self.record.clone() else { return };
+        if let Some(identity) = &record.process {
+            loop {
+                match QemuProcess::adopt(identity) {
+                    Ok(process) => {
+                        // It fitted when it was started: what is here is here.
+                        let _ = self.host.memory.reserve(self.vm, record.spec.memory);
+                        self.process = Some(Arc::new(process));
+                        self.connect().await;
+                        tracing::info!(pid = identity.pid, "adopted");
+                        break;
+                    }
+                    Err(AdoptError::Gone(_)) => break self.on_exit(Exit::Unknown),
+                    Err(error) => {
+                        // Not known to be dead: nothing may be concluded from it.
+                        tracing::error!(error = &error as &dyn std::error::Error, "the VM's QEMU cannot be watched yet");
+                        tokio::time::sleep(RETRY).await;
+                    }
+                }
+            }
+        }
+        match &record.holding {
+            Holding::Owner => {}
+            Holding::Source(outgoing) => {
+                self.moving =
+                    Some(Moving::Source(Box::new(SourceMove::resume(&self.host, self.vm, outgoing, &self.carry_notices.0))));
+            }
+            Holding::Destination(incoming) => {
+                let resumed = DestinationMove::resume(&self.host, self.vm, incoming, &self.carry_notices.0);
+                self.moving = Some(Moving::Destination(Box::new(resumed)));
+            }
+        }
+    }
+
+    /// Opens the monitor; on failure it is tried again later.
+    pub(super) async fn connect(&mut self) {
+        let path = self.host.vm_dir(self.vm).join("qmp");
+        match Qmp::connect(&path, Duration::from_secs(3)).await {
+            Ok(qmp) => {
+                self.notices = Some(qmp.listen());
+                self.qmp = Some(qmp);
+                self.refresh().await;
+            }
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "the VM's monitor does not answer");
+                self.wake = Instant::now() + RETRY;
+            }
+        }
+    }
+
+    /// Reads the run state from QEMU.
+    pub(super) async fn refresh(&mut self) {
+        let Some(qmp) = &self.qmp else { return };
+        if let Ok(status) = qmp.query_status().await {
+            use godwit_migration::Vcpus;
+            self.state = match vcpus(&status.status) {
+                Vcpus::Running => RunState::Running,
+                _ => RunState::Paused,
+            };
+        }
+    }
+
+    async fn on_wake(&mut self) {
+        self.wake = Instant::now() + IDLE;
+        if self.process.is_some() && self.qmp.is_none() {
+            self.connect().await;
+        }
+    }
+
+    fn on_carry(&mut self, notice: CarryNotice) {
+        self.wake = Instant::now();
+        let CarryNotice::Peer(text) = notice else { return };
+        match serde_json::from_str::<Peer>(text.get()) {
+            Ok(peer) if peer.vm == self.vm => self.on_peer_message(&peer),
+            _ => tracing::warn!("the other agent said something that is not about this move"),
+        }
+    }
+
+    fn on_notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Event(event) => match event.name.as_str() {
+                "SHUTDOWN" => self.guest_shut_down = true,
+                "STOP" => self.state = RunState::Paused,
+                "RESUME" => self.state = RunState::Running,
+                _ => {}
+            },
+            Notice::Missed(_) => {}
+            Notice::Ended(_) => {
+                self.qmp = None;
+                self.notices = None;
+                self.wake = Instant::now() + RETRY;
+                return;
+            }
+        }
+        if self.moving.is_some() {
+            self.wake = Instant::now();
+        }
+    }
+
+    /// The process is proven dead.
+    fn on_exit(&mut self, exit: Exit) {
+        self.process = None;
+        self.qmp = None;
+        self.notices = None;
+        self.host.memory.release(self.vm);
+        self.host.remove_cgroup(self.vm);
+        self.wake = Instant::now();
+        let Some(record) = &mut self.record else { return };
+        let clean = matches!(exit, Exit::Status(status) if status.success());
+        let expected = record.end_wanted || self.guest_shut_down || clean;
+        self.state = if expected { RunState::Stopped } else { RunState::Crashed };
+        self.guest_shut_down = false;
+        tracing::info!(?exit, state = ?self.state, "QEMU has ended");
+        record.process = None;
+        record.end_wanted = expected;
+        self.save_or_log();
+    }
+
+    /// Writes the record; a failure is logged, since what is lost can be read again from the world.
+    pub(super) fn save_or_log(&self) {
+        if let Err(error) = self.save() {
+            tracing::error!(error = %error.message, "the journal could not be written");
+        }
+    }
+
+    /// Writes the record.
+    pub(super) fn save(&self) -> Result<(), Refusal> {
+        let Some(record) = &self.record else { return Ok(()) };
+        self.host.journal.write(record).map_err(|error| host_failed("the journal could not be written", &error))
+    }
+
+    /// Forgets the VM.
+    pub(super) fn drop_record(&mut self) {
+        if let Err(error) = self.host.journal.remove(self.vm) {
+            tracing::error!(error = &error as &dyn std::error::Error, "the journal's record could not be removed");
+        }
+        self.record = None;
+        self.host.memory.release(self.vm);
+        self.host.uids.give_back(self.vm);
+        let _ = std::fs::remove_dir_all(self.host.vm_dir(self.vm));
+        self.host.report(self.vm, None);
+    }
+
+    async fn on_event(&mut self, event: VmEvent) {
+        match event {
+            VmEvent::Command { command, reply } => {
+                let answer = self.on_command(*command).await;
+                if let Err(refusal) = &answer {
+                    tracing::info!(code = %refusal.code, message = refusal.message, "refused");
+                }
+                self.publish();
+                let _ = reply.send(answer);
+            }
+            VmEvent::Peer { task, from, peer } => {
+                let mine = self.moving.as_ref().is_some_and(|moving| moving.is(task, peer.generation));
+                if mine {
+                    self.on_peer_message(&peer);
+                } else {
+                    answer_for_nobody(&self.host, task, &from, &peer);
+                }
+            }
+        }
+        self.wake = Instant::now();
+    }
+
+    fn on_peer_message(&mut self, peer: &Peer) {
+        match &mut self.moving {
+            Some(Moving::Source(moving)) => moving.on_peer(peer),
+            Some(Moving::Destination(moving)) => moving.on_peer(peer),
+            None => {}
+        }
+    }
+
+    async fn on_command(&mut self, command: VmCommand) -> Result<Answer, Refusal> {
+        match command {
+            VmCommand::Start { grant, spec } => self.start(grant, spec).await.map(|()| Answer::default()),
+            VmCommand::Prepare { grant, spec, policy } => self.prepare(grant, spec, policy).await,
+            VmCommand::Migrate { grant, address, policy } => self.migrate(grant, address, policy).await.map(|()| Answer::default()),
+            VmCommand::Cancel { task } => self.cancel(task).map(|()| Answer::default()),
+            VmCommand::Settle { task } => self.settle(task).await.map(|()| Answer::default()),
+            VmCommand::Forget => self.forget().map(|()| Answer::default()),
+            VmCommand::Stop { generation } => {
+                self.owned(generation)?;
+                self.ask(Qmp::system_powerdown).await
+            }
+            VmCommand::Pause { generation } => {
+                self.owned(generation)?;
+                let qmp = self.monitor()?.clone();
+                qmp.stop(QMP_LIMIT).await.map_err(qemu_failed)?;
+                self.refresh().await;
+                Ok(Answer::default())
+            }
+            VmCommand::Unpause { generation } => {
+                self.owned(generation)?;
+                self.ask(Qmp::cont).await
+            }
+            VmCommand::Kill { generation } => {
+                if self.process.is_none() {
+                    return Ok(Answer::default());
+                }
+                self.owned(generation)?;
+                if let Some(record) = &mut self.record {
+                    record.end_wanted = true;
+                }
+                self.save()?;
+                self.end_process().await;
+                Ok(Answer::default())
+            }
+        }
+    }
+
+    async fn ask<'a, F>(&'a mut self, command: impl FnOnce(&'a Qmp) -> F) -> Result<Answer, Refusal>
+    where
+        F: Future<Output = Result<(), QmpError>>,
+    {
+        command(self.monitor()?).await.map_err(qemu_failed)?;
+        Ok(Answer::default())
+    }
+
+    pub(super) fn monitor(&self) -> Result<&Qmp, Refusal> {
+        let silent = || {
+            if self.process.is_none() {
+                return Refusal::new(ErrorCode::VmNotRunning, "the VM does not run on this host");
+            }
+            Refusal::new(ErrorCode::QemuFailed, "the VM's QEMU does not answer")
+                .hint("look at the VM's log on its host; `godwit vm kill` ends it")
+                .retry(Retry::Safe)
+        };
+        self.qmp.as_ref().ok_or_else(silent)
+    }
+
+    /// Kills QEMU and waits until that is certain.
+    pub(super) async fn end_process(&mut self) {
+        if let Some(process) = self.process.clone() {
+            process.kill();
+            let exit = process.exited().await;
+            self.on_exit(exit);
+        }
+    }
+
+    /// Checks that this host owns the VM on exactly this generation, with no move in between.
+    pub(super) fn owned(&self, generation: Generation) -> Result<(), Refusal> {
+        let record = self.record.as_ref().ok_or_else(|| Refusal::new(ErrorCode::NotFound, "this host does not hold the VM"))?;
+        if record.holding != Holding::Owner {
+            return Err(Refusal::new(ErrorCode::VmBusy, "the VM is being moved")
+                .hint("wait for the task or cancel it")
+                .retry(Retry::Safe));
+        }
+        if record.generation != generation {
+            let (held, wanted) = (record.generation, generation);
+            return Err(Refusal::new(ErrorCode::GenerationStale, format!("this host holds generation {held}, not {wanted}")));
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self) -> Result<(), Refusal> {
+        if self.process.is_some() {
+            return Err(Refusal::new(ErrorCode::VmRunning, "the VM runs here").hint("stop it first"));
+        }
+        if self.moving.is_some() {
+            return Err(Refusal::new(ErrorCode::VmBusy, "the VM is being moved").retry(Retry::Safe));
+        }
+        self.drop_record();
+        Ok(())
+    }
+
+    /// Tells what is, if it changed.
+    pub(super) fn publish(&self) {
+        let Some(record) = &self.record else { return };
+        let (holding, generation) = match &record.holding {
+            Holding::Source(outgoing) if outgoing.record != SourceRecord::Offered && outgoing.record != SourceRecord::Returned => {
+                (v1::Holding::Released, record.generation)
+            }
+            Holding::Destination(incoming) => match incoming.record {
+                DestinationRecord::Activated | DestinationRecord::Running => (v1::Holding::Owner, incoming.grant.generation),
+                _ => (v1::Holding::Incoming, incoming.grant.generation),
+            },
+            _ => (v1::Holding::Owner, record.generation),
+        };
+        let report = v1::VmReport {
+            vm: self.vm.to_string(),
+            generation: generation.0,
+            state: v1::RunState::from(self.state).into(),
+            holding: holding.into(),
+            detail: String::new(),
+        };
+        self.host.report(self.vm, Some(report));
+    }
+}
+
+impl Moving {
+    fn is(&self, task: TaskId, generation: Generation) -> bool {
+        let grant = match self {
+            Self::Source(moving) => &moving.grant,
+            Self::Destination(moving) => &moving.grant,
+        };
+        grant.task == task && grant.generation == generation
+    }
+}
+
+/// QEMU's refusal as ours.
+pub(super) fn qemu_failed(error: QmpError) -> Refusal {
+    let retry = if error.refused().is_some() { Retry::Safe } else { Retry::Unknown };
+    let text: String = error.to_string().chars().take(500).collect();
+    Refusal::new(ErrorCode::QemuFailed, text).hint("look at the VM's log on its host").retry(retry)
+}

@@ -1,0 +1,329 @@
+//! The destination's side of a move: prepares a QEMU that waits, then carries out what `godwit_migration::Destination` decides.
+
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use godwit_migration::{Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, Peer, PeerMessage};
+use godwit_model::{
+    ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId,
+};
+use godwit_qemu::qmp::commands::AnnounceSchedule;
+use godwit_qemu::{PassedFds, Start};
+use tokio::sync::mpsc;
+
+use super::actor::{Actor, Answer, Moving, RETRY, qemu_failed};
+use super::moving::{Watch, fact, millis, tell};
+use crate::carry::{CarryClient, CarryNotice, Role};
+use crate::host::{SharedHost, host_failed, unix_now};
+use crate::journal::{EndedMove, Holding, Incoming, VmRecord};
+
+const INCOMING_FD: &str = "godwit-incoming";
+
+/// The volatile half of a move to here.
+pub(super) struct DestinationMove {
+    pub(super) grant: Grant,
+    machine: Destination,
+    carry: Option<CarryClient>,
+    watch: Watch,
+    began: Instant,
+    released: bool,
+    aborted: Option<Refusal>,
+    settled: bool,
+    cont_refused: Option<Refusal>,
+    announced: bool,
+}
+
+impl DestinationMove {
+    fn new(grant: Grant, carry: Option<CarryClient>) -> Self {
+        Self {
+            machine: Destination::new(grant.expires),
+            grant,
+            carry,
+            watch: Watch::new(),
+            began: Instant::now(),
+            released: false,
+            aborted: None,
+            settled: false,
+            cont_refused: None,
+            announced: false,
+        }
+    }
+
+    /// Goes on after a restart of the agent, from the journal.
+    pub(super) fn resume(host: &SharedHost, vm: VmId, incoming: &Incoming, notices: &mpsc::Sender<CarryNotice>) -> Self {
+        let carry =
+            incoming.carry.as_ref().and_then(|identity| CarryClient::adopt(identity, &host.carry_socket(vm), notices.clone()).ok());
+        Self::new(incoming.grant.clone(), carry)
+    }
+
+    pub(super) fn on_peer(&mut self, peer: &Peer) {
+        if peer.generation != self.grant.generation {
+            return;
+        }
+        match &peer.message {
+            PeerMessage::Released => self.released = true,
+            PeerMessage::Aborted { reason } => self.aborted = Some(reason.clone()),
+            PeerMessage::Settled => self.settled = true,
+            PeerMessage::Running { .. } | PeerMessage::Declined { .. } => {}
+        }
+    }
+}
+
+impl Actor {
+    /// Prepares for a VM that is to come.
+    pub(super) async fn prepare(&mut self, grant: Grant, spec: ResolvedSpec, policy: MigrationPolicy) -> Result<Answer, Refusal> {
+        if let Some(record) = &self.record {
+            match &record.holding {
+                Holding::Destination(incoming) if incoming.grant == grant && incoming.record == DestinationRecord::Prepared => {
+                    return Ok(Answer { carry_port: incoming.carry_port });
+                }
+                Holding::Owner if self.process.is_none() && record.generation < grant.generation => {}
+                Holding::Owner if self.process.is_some() => {
+                    return Err(Refusal::new(ErrorCode::AlreadyOnHost, "the VM runs on this host"));
+                }
+                _ => {
+                    return Err(Refusal::new(ErrorCode::VmBusy, "another move of the VM has not ended on this host")
+                        .hint("wait until it has ended; `godwit task list` shows it")
+                        .retry(Retry::Safe));
+                }
+            }
+        }
+        let address = self.host.identity.address;
+        let listener = TcpListener::bind((address, 0)).map_err(|error| host_failed("cannot listen for the source", &error))?;
+        let carry_port = listener.local_addr().map_err(|error| host_failed("cannot listen for the source", &error))?.port();
+        let incoming = Incoming { grant: grant.clone(), record: DestinationRecord::Prepared, carry: None, carry_port };
+        let record = VmRecord::new(spec, Generation(0), 0, Holding::Destination(incoming));
+        self.begin(record, Start::Incoming).await?;
+        match self.begin_destination(&grant, listener, policy).await {
+            Ok(carry) => {
+                self.moving = Some(Moving::Destination(Box::new(DestinationMove::new(grant, Some(carry)))));
+                Ok(Answer { carry_port })
+            }
+            Err(refusal) => {
+                self.end_process().await;
+                self.drop_record();
+                Err(refusal)
+            }
+        }
+    }
+
+    async fn begin_destination(
+        &mut self,
+        grant: &Grant,
+        listener: TcpListener,
+        policy: MigrationPolicy,
+    ) -> Result<CarryClient, Refusal> {
+        let qmp = self.monitor()?.clone();
+        let known = qmp.query_migrate_capabilities().await.map_err(qemu_failed)?;
+        let wanted = [("events", true), ("return-path", true), ("late-block-activate", true)];
+        let capabilities: Vec<(&str, bool)> =
+            wanted.into_iter().filter(|(wanted, _)| known.iter().any(|known| known.capability == *wanted)).collect();
+        qmp.set_migration_capabilities(&capabilities).await.map_err(qemu_failed)?;
+        let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+        qmp.getfd(INCOMING_FD, qemus.into()).await.map_err(qemu_failed)?;
+        let source = grant.source.clone().ok_or_else(|| Refusal::new(ErrorCode::BadRequest, "the grant names no source"))?;
+        let mut fds = PassedFds::new();
+        let role = Role::Destination { listen_fd: fds.pass(listener) };
+        let carry = self.start_carry(role, grant, &source, ours.into(), policy.stall, fds).await?;
+        if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
+            incoming.carry = Some(carry.identity().clone());
+        }
+        let kept = match self.save() {
+            Ok(()) => qmp.migrate_incoming_fd(INCOMING_FD).await.map_err(qemu_failed),
+            Err(refusal) => Err(refusal),
+        };
+        if let Err(refusal) = kept {
+            carry.end().await;
+            return Err(refusal);
+        }
+        Ok(carry)
+    }
+
+    /// The controller gives the task up, or knows how it ended at the source: without a release the destination declines.
+    pub(super) async fn settle(&mut self, task: TaskId) -> Result<(), Refusal> {
+        if let Some(Moving::Destination(moving)) = &mut self.moving
+            && moving.grant.task == task
+        {
+            let reason = Refusal::new(ErrorCode::Cancelled, "the task is over").retry(Retry::Safe);
+            moving.aborted.get_or_insert(reason);
+        }
+        Ok(())
+    }
+
+    /// One look and one action; how long to wait then, or `None` to look again at once.
+    pub(super) async fn step_destination(&mut self) -> Option<Duration> {
+        let (record, view) = match self.see_destination().await {
+            Ok(seen) => seen,
+            Err(refusal) => {
+                tracing::warn!(message = refusal.message, "QEMU cannot be looked at");
+                return Some(RETRY);
+            }
+        };
+        let Some(Moving::Destination(moving)) = &mut self.moving else { return Some(RETRY) };
+        let action = moving.machine.decide(&record, &view);
+        if !matches!(action, DestinationAction::Wait(_) | DestinationAction::Tell(..)) {
+            tracing::debug!(?action, ?record, qemu = ?view.qemu, "destination");
+        }
+        self.act_destination(action).await
+    }
+
+    async fn see_destination(&mut self) -> Result<(DestinationRecord, DestinationView), Refusal> {
+        let record = match self.record.as_ref().map(|record| &record.holding) {
+            Some(Holding::Destination(incoming)) => incoming.record.clone(),
+            _ => return Err(Refusal::new(ErrorCode::Internal, "the journal knows no move")),
+        };
+        // What is dead, or to be ended, need not answer.
+        let declined = matches!(record, DestinationRecord::Declined { .. });
+        let qmp = match (&self.process, declined) {
+            (Some(_), false) => Some(self.monitor()?.clone()),
+            _ => None,
+        };
+        let alive = self.process.is_some();
+        let Some(Moving::Destination(moving)) = &mut self.moving else {
+            return Err(Refusal::new(ErrorCode::Internal, "no move"));
+        };
+        let qemu = match qmp {
+            Some(qmp) => Some(moving.watch.look(&qmp).await.map_err(qemu_failed)?),
+            None if alive => Some(godwit_migration::QemuView {
+                vcpus: godwit_migration::Vcpus::InMigrate,
+                migration: godwit_migration::QemuMigration::Unknown,
+                remaining: godwit_model::Bytes(0),
+                dirty_rate: None,
+                since_sync: Millis(0),
+            }),
+            None => None,
+        };
+        let view = DestinationView {
+            now: millis(moving.began.elapsed()),
+            unix_now: unix_now(),
+            qemu,
+            released: moving.released,
+            aborted: moving.aborted.clone(),
+            settled: moving.settled,
+            cont_refused: moving.cont_refused.clone(),
+            announced: moving.announced,
+        };
+        Ok((record, view))
+    }
+
+    async fn act_destination(&mut self, action: DestinationAction) -> Option<Duration> {
+        match action {
+            DestinationAction::Wait(wait) => Some(Duration::from_millis(wait.get())),
+            DestinationAction::Tell(message, wait) => {
+                if let Some(Moving::Destination(moving)) = &self.moving {
+                    let peer = fact(self.vm, moving.grant.generation, message);
+                    if let Some(source) = &moving.grant.source {
+                        tell(&self.host, moving.carry.as_ref(), moving.grant.task, source, &peer);
+                    }
+                }
+                Some(Duration::from_millis(wait.get()))
+            }
+            DestinationAction::Record(next) => self.record_destination(next).then_some(()).map_or(Some(RETRY), |()| None),
+            DestinationAction::EndQemu => {
+                self.end_process().await;
+                None
+            }
+            DestinationAction::Announce => {
+                self.announce().await;
+                None
+            }
+            DestinationAction::ContinueVm => self.continue_destination().await,
+            DestinationAction::End(outcome) => self.end_destination(outcome).await,
+        }
+    }
+
+    async fn continue_destination(&mut self) -> Option<Duration> {
+        let continued = self.command(godwit_qemu::Qmp::cont).await;
+        let Some(Moving::Destination(moving)) = &mut self.moving else { return None };
+        match continued {
+            Ok(()) => {
+                moving.machine.on_continued(millis(moving.began.elapsed()));
+                self.state = RunState::Running;
+                None
+            }
+            // Only QEMU's own refusal proves that nothing ran.
+            Err(refusal) if refusal.retry == Retry::Safe => {
+                tracing::error!(message = refusal.message, "the destination's QEMU refused to run the VM");
+                moving.cont_refused = Some(refusal);
+                None
+            }
+            Err(_) => Some(RETRY),
+        }
+    }
+
+    /// Announces the VM's addresses: by QEMU on the guest's behalf and by the host itself.
+    async fn announce(&mut self) {
+        if let Ok(qmp) = self.monitor()
+            && let Err(error) = qmp.announce_self(AnnounceSchedule::default()).await
+        {
+            tracing::warn!(%error, "QEMU could not announce the VM");
+        }
+        if let Some(record) = &self.record {
+            for nic in &record.spec.nics {
+                self.host.network.announce(&nic.network, vec![nic.mac]);
+            }
+        }
+        if let Some(Moving::Destination(moving)) = &mut self.moving {
+            moving.announced = true;
+        }
+    }
+
+    /// Whether the record is durable; if not the one before stands, in memory too.
+    fn record_destination(&mut self, next: DestinationRecord) -> bool {
+        let Some(record) = &mut self.record else { return false };
+        let before = record.clone();
+        if let Holding::Destination(incoming) = &mut record.holding {
+            if next == DestinationRecord::Activated {
+                record.generation = incoming.grant.generation;
+            }
+            incoming.record = next.clone();
+        }
+        match self.host.journal.write(record) {
+            Ok(()) => {
+                tracing::info!(record = ?next, "journalled");
+                true
+            }
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "the journal could not be written");
+                *record = before;
+                false
+            }
+        }
+    }
+
+    async fn end_destination(&mut self, outcome: Outcome) -> Option<Duration> {
+        let Some(Moving::Destination(moving)) = &self.moving else { return None };
+        let ended = EndedMove {
+            task: moving.grant.task,
+            vm: self.vm,
+            generation: moving.grant.generation,
+            source: false,
+            reason: match &outcome {
+                Outcome::Moved => None,
+                Outcome::Stayed(reason) => Some(reason.clone()),
+            },
+            figures: MigrationFigures::default(),
+        };
+        if let Err(error) = self.host.end_move(&ended) {
+            tracing::error!(error = &error as &dyn std::error::Error, "the end of the move could not be kept");
+            return Some(RETRY);
+        }
+        tracing::info!(?outcome, "the move has ended here");
+        let Some(Moving::Destination(moving)) = self.moving.take() else { return None };
+        if let Some(carry) = moving.carry {
+            carry.end().await;
+        }
+        match outcome {
+            Outcome::Moved => {
+                if let Some(record) = &mut self.record {
+                    record.holding = Holding::Owner;
+                }
+                self.save_or_log();
+                self.refresh().await;
+            }
+            Outcome::Stayed(_) => self.drop_record(),
+        }
+        None
+    }
+}

@@ -1,0 +1,136 @@
+//! What both sides of a move share: how QEMU and carry are looked at, and how the peer is told.
+
+use std::time::{Duration, Instant};
+
+use godwit_link::v1;
+use godwit_link::v1::agent_message::Body;
+use godwit_migration::{CarryView, Peer, PeerMessage, QemuMigration, QemuView, Vcpus};
+use godwit_model::{Bytes, BytesPerSec, Generation, Millis, Name, TaskId, VmId};
+use godwit_qemu::qmp::views::{Migration, MigrationStatus, RunStatus};
+use godwit_qemu::qmp::{Qmp, QmpError};
+
+use crate::carry::{CarryClient, CarryStatus};
+use crate::host::SharedHost;
+
+/// Milliseconds of a duration.
+pub(super) fn millis(duration: Duration) -> Millis {
+    Millis(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Tells the peer a fact, over the carrier and through the controller.
+pub(super) fn tell(host: &SharedHost, carry: Option<&CarryClient>, task: TaskId, to: &Name, peer: &Peer) {
+    if let (Some(carry), Ok(text)) = (carry, serde_json::value::to_raw_value(peer)) {
+        carry.tell_peer(text);
+    }
+    tell_through_controller(host, task, to, peer);
+}
+
+pub(super) fn tell_through_controller(host: &SharedHost, task: TaskId, to: &Name, peer: &Peer) {
+    let message = godwit_link::encode(peer);
+    host.controller.send(Body::Peer(v1::Peer { task: task.to_string(), host: to.to_string(), message }));
+}
+
+/// A fact about this very move.
+pub(super) fn fact(vm: VmId, generation: Generation, message: PeerMessage) -> Peer {
+    Peer { vm, generation, message }
+}
+
+/// Follows what QEMU says between two looks.
+#[derive(Debug)]
+pub(super) struct Watch {
+    syncs: u64,
+    synced: Instant,
+    sampled: Option<BytesPerSec>,
+    /// What QEMU said last about RAM, for progress.
+    pub(super) ram: Ram,
+}
+
+/// RAM as QEMU counts it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Ram {
+    pub(super) total: Bytes,
+    pub(super) rounds: u32,
+}
+
+impl Watch {
+    pub(super) fn new() -> Self {
+        Self { syncs: 0, synced: Instant::now(), sampled: None, ram: Ram::default() }
+    }
+
+    /// Takes over the dirty rate that QEMU has sampled before the migration, once it is there.
+    pub(super) async fn sample(&mut self, qmp: &Qmp) {
+        if self.sampled.is_none()
+            && let Ok(rate) = qmp.query_dirty_rate().await
+            && let (Some(mib), "measured") = (rate.mib_per_sec, rate.status.as_str())
+        {
+            // QEMU counts in whole MiB per second: the fraction is taken for one more.
+            let mib = u64::try_from(mib).unwrap_or(0);
+            self.sampled = Some(BytesPerSec((mib + 1) << 20));
+        }
+    }
+
+    /// Looks at a QEMU that answers.
+    pub(super) async fn look(&mut self, qmp: &Qmp) -> Result<QemuView, QmpError> {
+        let status = qmp.query_status().await?;
+        let migration = qmp.query_migrate().await?;
+        Ok(QemuView {
+            vcpus: vcpus(&status.status),
+            migration: phase(&migration),
+            remaining: Bytes(migration.ram.as_ref().map_or(0, |ram| ram.remaining)),
+            dirty_rate: self.follow(&migration),
+            since_sync: millis(self.synced.elapsed()),
+        })
+    }
+
+    fn follow(&mut self, migration: &Migration) -> Option<BytesPerSec> {
+        let ram = migration.ram.as_ref()?;
+        if ram.dirty_sync_count != self.syncs {
+            self.syncs = ram.dirty_sync_count;
+            self.synced = Instant::now();
+        }
+        self.ram = Ram { total: Bytes(ram.total), rounds: u32::try_from(ram.dirty_sync_count).unwrap_or(u32::MAX) };
+        match ram.dirty_pages_rate.saturating_mul(ram.page_size.max(1)) {
+            0 => self.sampled,
+            rate => Some(BytesPerSec(rate)),
+        }
+    }
+}
+
+pub(super) fn vcpus(status: &RunStatus) -> Vcpus {
+    match status {
+        RunStatus::Running => Vcpus::Running,
+        RunStatus::Paused | RunStatus::Prelaunch => Vcpus::Paused,
+        RunStatus::FinishMigrate => Vcpus::FinishMigrate,
+        RunStatus::PostMigrate => Vcpus::PostMigrate,
+        RunStatus::InMigrate => Vcpus::InMigrate,
+        _ => Vcpus::Other,
+    }
+}
+
+fn phase(migration: &Migration) -> QemuMigration {
+    match migration.status() {
+        MigrationStatus::Idle => QemuMigration::None,
+        MigrationStatus::Setup | MigrationStatus::Active => QemuMigration::Active,
+        MigrationStatus::PreSwitchover => QemuMigration::PreSwitchover,
+        MigrationStatus::Device => QemuMigration::Device,
+        MigrationStatus::Completed => QemuMigration::Completed,
+        MigrationStatus::Failed | MigrationStatus::Failing => QemuMigration::Failed,
+        MigrationStatus::Cancelling => QemuMigration::Cancelling,
+        MigrationStatus::Cancelled => QemuMigration::Cancelled,
+        _ => QemuMigration::Unknown,
+    }
+}
+
+/// What is seen of a carry, or of its absence.
+pub(super) fn carry_view(carry: Option<&CarryClient>) -> (CarryView, CarryStatus) {
+    let status = carry.map(CarryClient::status).unwrap_or_default();
+    let usable = carry.is_some_and(CarryClient::is_alive) && status.broken.is_none();
+    let view = CarryView {
+        usable,
+        connected: status.connected,
+        rate: BytesPerSec(status.rate),
+        round_trip: Millis(status.round_trip_us.div_ceil(1_000)),
+        stalled: Millis(status.stalled_ms),
+    };
+    (view, status)
+}

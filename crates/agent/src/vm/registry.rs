@@ -1,0 +1,98 @@
+//! Finds the actor of a VM, and makes one for a VM that comes.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use godwit_migration::{Peer, PeerMessage};
+use godwit_model::{ErrorCode, Name, Refusal, Retry, TaskId, VmId};
+use tokio::sync::{mpsc, oneshot};
+
+use super::actor::{Actor, Answer, VmCommand, VmEvent};
+use super::moving::tell_through_controller;
+use crate::host::SharedHost;
+use crate::journal::VmRecord;
+
+const BACKLOG: usize = 64;
+
+/// All actors of this host.
+pub(crate) struct Registry {
+    host: SharedHost,
+    actors: Mutex<HashMap<VmId, mpsc::Sender<VmEvent>>>,
+}
+
+impl Registry {
+    /// Wakes an actor for every record of the journal.
+    pub(crate) fn begin(host: SharedHost, records: impl IntoIterator<Item = VmRecord>) -> Arc<Self> {
+        let registry = Arc::new(Self { host, actors: Mutex::new(HashMap::new()) });
+        for record in records {
+            let vm = record.spec.vm;
+            registry.spawn(vm, Some(record));
+        }
+        registry
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, HashMap<VmId, mpsc::Sender<VmEvent>>> {
+        self.actors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn spawn(self: &Arc<Self>, vm: VmId, record: Option<VmRecord>) -> mpsc::Sender<VmEvent> {
+        let (sender, events) = mpsc::channel(BACKLOG);
+        self.locked().insert(vm, sender.clone());
+        let actor = Actor::new(Arc::clone(&self.host), vm, record, events);
+        let registry = Arc::clone(self);
+        let mine = sender.clone();
+        tokio::spawn(async move {
+            actor.run().await;
+            let mut actors = registry.locked();
+            if actors.get(&vm).is_some_and(|sender| sender.same_channel(&mine)) {
+                actors.remove(&vm);
+            }
+        });
+        sender
+    }
+
+    /// Hands a command to the VM's actor. Only commands that bring a VM here make an actor.
+    pub(crate) async fn command(self: &Arc<Self>, vm: VmId, command: VmCommand) -> Result<Answer, Refusal> {
+        let known = self.locked().get(&vm).cloned();
+        let sender = match known {
+            Some(sender) => sender,
+            None if command.brings_vm() => self.spawn(vm, None),
+            None if command.is_done_without_vm() => return Ok(Answer::default()),
+            None => return Err(unknown(vm)),
+        };
+        let (reply, answer) = oneshot::channel();
+        if sender.send(VmEvent::Command { command: Box::new(command), reply }).await.is_err() {
+            return Err(unknown(vm).retry(Retry::Safe));
+        }
+        answer.await.unwrap_or_else(|_| Err(unknown(vm).retry(Retry::Unknown)))
+    }
+
+    /// Hands a message of the other agent, however it came, to the VM's actor. Without one the move is over here.
+    pub(crate) async fn peer(&self, task: TaskId, from: &Name, peer: Peer) {
+        let sender = self.locked().get(&peer.vm).cloned();
+        let over = match sender {
+            Some(sender) => sender.send(VmEvent::Peer { task, from: from.clone(), peer: peer.clone() }).await.is_err(),
+            None => true,
+        };
+        if over {
+            answer_for_nobody(&self.host, task, from, &peer);
+        }
+    }
+}
+
+/// What is said of a move that this host no longer, or never, took part in.
+pub(super) fn answer_for_nobody(host: &SharedHost, task: TaskId, to: &Name, peer: &Peer) {
+    let message = match &peer.message {
+        PeerMessage::Running { .. } | PeerMessage::Declined { .. } => PeerMessage::Settled,
+        // A move that is not in the journal was never activated here, and its generation will not be prepared again.
+        PeerMessage::Released => PeerMessage::Declined {
+            reason: Refusal::new(ErrorCode::MigrationFailed, "the destination holds nothing of this move").retry(Retry::Safe),
+        },
+        PeerMessage::Aborted { .. } | PeerMessage::Settled => return,
+    };
+    tell_through_controller(host, task, to, &Peer { message, ..peer.clone() });
+}
+
+fn unknown(vm: VmId) -> Refusal {
+    Refusal::new(ErrorCode::NotFound, format!("this host holds no VM {vm}"))
+}

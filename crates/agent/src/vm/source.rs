@@ -1,0 +1,478 @@
+//! The source's side of a move: carries out what `godwit_migration::Source` decides.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use godwit_link::v1;
+use godwit_link::v1::agent_message::Body;
+use godwit_migration::{
+    Outcome, Peer, PeerMessage, QemuMigration, Source, SourceAction, SourceRecord, SourceView, Vcpus, WarmUp, predict_blackout,
+};
+use godwit_model::{
+    Bytes, BytesPerSec, ErrorCode, Grant, MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress, Millis, Refusal,
+    RunState, TaskId, VmId,
+};
+use godwit_qemu::PassedFds;
+use godwit_qemu::qmp::Qmp;
+use godwit_qemu::qmp::commands::MigrationParameters;
+use tokio::sync::mpsc;
+
+use super::actor::{Actor, Moving, RETRY, qemu_failed};
+use super::moving::{Watch, carry_view, fact, millis, tell};
+use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, Role};
+use crate::host::{SharedHost, host_failed, unix_now};
+use crate::journal::{EndedMove, Holding, Outgoing};
+
+/// The name under which QEMU holds the socket to carry.
+const MIGRATION_FD: &str = "godwit-migration";
+/// QEMU must never be what limits the rate: carry does.
+const UNLIMITED: BytesPerSec = BytesPerSec(16 << 30);
+/// QEMU's own switch-over is to come as late as it lets us ask.
+const LATE: Millis = Millis(1);
+const STOP_LIMIT: Duration = Duration::from_secs(30);
+const PROGRESS_EVERY: Duration = Duration::from_millis(300);
+
+/// The volatile half of a move away from here.
+pub(super) struct SourceMove {
+    pub(super) grant: Grant,
+    machine: Source,
+    carry: Option<CarryClient>,
+    watch: Watch,
+    began: Instant,
+    declined: Option<Refusal>,
+    running: Option<Millis>,
+    cancel: bool,
+    stopped: Option<Instant>,
+    blackout: Option<Millis>,
+    told: Option<(Instant, MigrationPhase, u16)>,
+}
+
+impl SourceMove {
+    fn new(grant: Grant, policy: MigrationPolicy, carry: Option<CarryClient>) -> Self {
+        let machine = Source::new(policy, grant.expires, Millis(0));
+        Self {
+            grant,
+            machine,
+            carry,
+            watch: Watch::new(),
+            began: Instant::now(),
+            declined: None,
+            running: None,
+            cancel: false,
+            stopped: None,
+            blackout: None,
+            told: None,
+        }
+    }
+
+    /// Goes on after a restart of the agent, from the journal.
+    pub(super) fn resume(host: &SharedHost, vm: VmId, outgoing: &Outgoing, notices: &mpsc::Sender<CarryNotice>) -> Self {
+        let carry = outgoing.carry.as_ref().and_then(|identity| {
+            CarryClient::adopt(identity, &host.carry_socket(vm), notices.clone())
+                .inspect_err(|error| tracing::warn!(error = error as &dyn std::error::Error, "no carry"))
+                .ok()
+        });
+        Self::new(outgoing.grant.clone(), outgoing.policy, carry)
+    }
+
+    pub(super) fn on_peer(&mut self, peer: &Peer) {
+        if peer.generation != self.grant.generation {
+            return;
+        }
+        match &peer.message {
+            PeerMessage::Declined { reason } => self.declined = Some(reason.clone()),
+            PeerMessage::Running { since } => {
+                if self.running.is_none() {
+                    self.running = Some(*since);
+                    let (view, _) = carry_view(self.carry.as_ref());
+                    self.blackout = self.stopped.map(|stopped| {
+                        let late = since.get() + view.round_trip.get() / 2;
+                        Millis(millis(stopped.elapsed()).get().saturating_sub(late))
+                    });
+                }
+            }
+            PeerMessage::Released | PeerMessage::Aborted { .. } | PeerMessage::Settled => {}
+        }
+    }
+}
+
+impl Actor {
+    /// Accepts a move away from here.
+    pub(super) async fn migrate(&mut self, grant: Grant, address: SocketAddr, policy: MigrationPolicy) -> Result<(), Refusal> {
+        if let Some(Moving::Source(moving)) = &self.moving
+            && moving.grant == grant
+        {
+            return Ok(());
+        }
+        let owned = self.record.as_ref().is_some_and(|record| grant.generation > record.generation);
+        if !owned {
+            return Err(Refusal::new(ErrorCode::GenerationStale, "the grant is not newer than what this host holds"));
+        }
+        let generation = self.record.as_ref().map(|record| record.generation).unwrap_or_default();
+        self.owned(generation)?;
+        self.refresh().await;
+        if self.state != RunState::Running {
+            return Err(Refusal::new(ErrorCode::VmNotRunning, "the VM does not run on this host").hint("start it first"));
+        }
+        if let Some(record) = &mut self.record {
+            record.holding = Holding::Source(Outgoing {
+                grant: grant.clone(),
+                policy,
+                record: SourceRecord::Offered,
+                carry: None,
+                began: unix_now(),
+            });
+        }
+        let begun = async {
+            self.save()?;
+            self.begin_source(&grant, address, policy).await
+        };
+        match begun.await {
+            Ok(carry) => {
+                self.moving = Some(Moving::Source(Box::new(SourceMove::new(grant, policy, Some(carry)))));
+                Ok(())
+            }
+            Err(refusal) => {
+                self.own_again();
+                Err(refusal)
+            }
+        }
+    }
+
+    async fn begin_source(&mut self, grant: &Grant, address: SocketAddr, policy: MigrationPolicy) -> Result<CarryClient, Refusal> {
+        let qmp = self.monitor()?.clone();
+        prepare_source(&qmp).await?;
+        let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+        qmp.getfd(MIGRATION_FD, qemus.into()).await.map_err(qemu_failed)?;
+        let role = Role::Source { address, bandwidth: policy.bandwidth };
+        let carry = self.start_carry(role, grant, &grant.destination, ours.into(), policy.stall, PassedFds::new()).await?;
+        if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
+            outgoing.carry = Some(carry.identity().clone());
+        }
+        if let Err(refusal) = self.save() {
+            carry.end().await;
+            return Err(refusal);
+        }
+        Ok(carry)
+    }
+
+    /// Starts this side's carry for a move with `peer`.
+    pub(super) async fn start_carry(
+        &self,
+        role: Role,
+        grant: &Grant,
+        peer: &godwit_model::Name,
+        qemu: OwnedFd,
+        stall: Millis,
+        mut fds: PassedFds,
+    ) -> Result<CarryClient, Refusal> {
+        let host = &self.host;
+        let material = host.identity.material();
+        let config = CarryConfig {
+            role,
+            vm: self.vm,
+            task: grant.task,
+            generation: grant.generation,
+            peer: peer.clone(),
+            qemu_fd: fds.pass(qemu),
+            control_fd: -1,
+            silence: Millis(stall.get() + 30_000),
+            certificate: material.certificate,
+            key: material.key,
+            authority: material.authority,
+        };
+        let log = host.log("carry").map_err(|error| host_failed("the log of carry cannot be opened", &error))?;
+        let socket = host.carry_socket(self.vm);
+        let start = CarryStart { launcher: &host.launcher, uid: host.carry_uid(), socket: &socket, log };
+        CarryClient::start(start, config, fds, self.carry_notices.0.clone())
+            .await
+            .map_err(|error| host_failed("carry could not be started", &error))
+    }
+
+    /// The VM is this host's as before the move.
+    fn own_again(&mut self) {
+        if let Some(record) = &mut self.record {
+            record.holding = Holding::Owner;
+        }
+        self.save_or_log();
+    }
+
+    /// Asks for the move of `task` to be cancelled.
+    pub(super) fn cancel(&mut self, task: TaskId) -> Result<(), Refusal> {
+        let too_late = || Refusal::new(ErrorCode::TooLate, "the switch has begun: the VM is about to run on the destination");
+        let offered = matches!(
+            self.record.as_ref().map(|record| &record.holding),
+            Some(Holding::Source(outgoing)) if outgoing.record == SourceRecord::Offered
+        );
+        match &mut self.moving {
+            Some(Moving::Source(moving)) if moving.grant.task == task => {
+                if !offered || moving.stopped.is_some() {
+                    return Err(too_late());
+                }
+                moving.cancel = true;
+                Ok(())
+            }
+            _ => Err(Refusal::new(ErrorCode::NotFound, "this host carries out no such move")),
+        }
+    }
+
+    /// Looks at the move, if there is one, and does what is to be done, until there is something to wait for.
+    pub(super) async fn look_at_move(&mut self) {
+        loop {
+            let wait = match &self.moving {
+                None => return,
+                Some(Moving::Source(_)) => self.step_source().await,
+                Some(Moving::Destination(_)) => self.step_destination().await,
+            };
+            if let Some(wait) = wait {
+                let wake = tokio::time::Instant::now() + wait;
+                self.wake = if self.process.is_some() && self.qmp.is_none() { self.wake.min(wake) } else { wake };
+                return;
+            }
+        }
+    }
+
+    /// One look and one action; how long to wait then, or `None` to look again at once.
+    async fn step_source(&mut self) -> Option<Duration> {
+        let (record, view) = match self.see_source().await {
+            Ok(seen) => seen,
+            Err(refusal) => {
+                tracing::warn!(message = refusal.message, "QEMU cannot be looked at");
+                return Some(RETRY);
+            }
+        };
+        let Some(Moving::Source(moving)) = &mut self.moving else { return Some(RETRY) };
+        let action = moving.machine.decide(record, &view);
+        if !matches!(action, SourceAction::Wait(_)) {
+            tracing::debug!(?action, ?record, qemu = ?view.qemu, "source");
+        }
+        self.tell_progress(record, &view);
+        self.act_source(action).await
+    }
+
+    async fn see_source(&mut self) -> Result<(SourceRecord, SourceView), Refusal> {
+        let record = match self.record.as_ref().map(|record| &record.holding) {
+            Some(Holding::Source(outgoing)) => outgoing.record,
+            _ => return Err(Refusal::new(ErrorCode::Internal, "the journal knows no move")),
+        };
+        let qmp = if self.process.is_some() { Some(self.monitor()?.clone()) } else { None };
+        let Some(Moving::Source(moving)) = &mut self.moving else {
+            return Err(Refusal::new(ErrorCode::Internal, "no move"));
+        };
+        let qemu = match qmp {
+            Some(qmp) => {
+                moving.watch.sample(&qmp).await;
+                Some(moving.watch.look(&qmp).await.map_err(qemu_failed)?)
+            }
+            None => None,
+        };
+        let (carry, _) = carry_view(moving.carry.as_ref());
+        let view = SourceView {
+            now: millis(moving.began.elapsed()),
+            unix_now: unix_now(),
+            qemu,
+            carry,
+            declined: moving.declined.clone(),
+            running: moving.running.is_some(),
+            cancel: moving.cancel,
+        };
+        Ok((record, view))
+    }
+
+    async fn act_source(&mut self, action: SourceAction) -> Option<Duration> {
+        let done = match action {
+            SourceAction::Wait(wait) => return Some(Duration::from_millis(wait.get())),
+            SourceAction::End(outcome) => return self.end_source(outcome).await,
+            SourceAction::Tell(message, wait) => {
+                if let Some(Moving::Source(moving)) = &self.moving {
+                    let peer = fact(self.vm, moving.grant.generation, message);
+                    tell(&self.host, moving.carry.as_ref(), moving.grant.task, &moving.grant.destination, &peer);
+                }
+                return Some(Duration::from_millis(wait.get()));
+            }
+            SourceAction::Record(next) => {
+                self.record_source(next);
+                return self.save().err().map(|_| RETRY);
+            }
+            SourceAction::Stop => {
+                if let Some(Moving::Source(moving)) = &mut self.moving {
+                    moving.stopped = Some(Instant::now());
+                }
+                match self.monitor() {
+                    Ok(qmp) => qmp.stop(STOP_LIMIT).await.map_err(qemu_failed),
+                    Err(refusal) => Err(refusal),
+                }
+            }
+            SourceAction::Migrate => match self.monitor() {
+                Ok(qmp) => qmp.migrate_fd(MIGRATION_FD).await.map_err(qemu_failed),
+                Err(refusal) => Err(refusal),
+            }
+            .inspect_err(|refusal| {
+                if let Some(Moving::Source(moving)) = &mut self.moving {
+                    moving.machine.on_refused(refusal.clone());
+                }
+            }),
+            SourceAction::ContinueSwitchOver => self.command(Qmp::migrate_continue).await,
+            SourceAction::CancelQemu => self.command(Qmp::migrate_cancel).await,
+            SourceAction::ContinueVm => self.command(Qmp::cont).await,
+        };
+        if let Err(refusal) = done {
+            tracing::warn!(message = refusal.message, "QEMU did not do as told");
+            return Some(Duration::from_millis(20));
+        }
+        None
+    }
+
+    pub(super) async fn command<'a, F>(&'a self, command: impl FnOnce(&'a Qmp) -> F) -> Result<(), Refusal>
+    where
+        F: Future<Output = Result<(), godwit_qemu::QmpError>>,
+    {
+        command(self.monitor()?).await.map_err(qemu_failed)
+    }
+
+    /// Sets the record; if it cannot be written the one before stands, in memory too.
+    fn record_source(&mut self, next: SourceRecord) {
+        let Some(record) = &mut self.record else { return };
+        let before = record.clone();
+        if let Holding::Source(outgoing) = &mut record.holding {
+            outgoing.record = next;
+        }
+        if let Err(error) = self.host.journal.write(record) {
+            tracing::error!(error = &error as &dyn std::error::Error, "the journal could not be written");
+            *record = before;
+        } else {
+            tracing::info!(record = ?next, "journalled");
+        }
+    }
+
+    async fn end_source(&mut self, outcome: Outcome) -> Option<Duration> {
+        let Some(Moving::Source(moving)) = &self.moving else { return None };
+        let (_, status) = carry_view(moving.carry.as_ref());
+        let ended = EndedMove {
+            task: moving.grant.task,
+            vm: self.vm,
+            generation: moving.grant.generation,
+            source: true,
+            reason: match &outcome {
+                Outcome::Moved => None,
+                Outcome::Stayed(reason) => Some(reason.clone()),
+            },
+            figures: MigrationFigures {
+                total: millis(moving.began.elapsed()),
+                blackout: moving.blackout.unwrap_or_default(),
+                wire_bytes: Bytes(status.wire_bytes),
+                ram_bytes: Bytes(status.stream_bytes),
+                rounds: moving.watch.ram.rounds,
+            },
+        };
+        if let Err(error) = self.host.end_move(&ended) {
+            tracing::error!(error = &error as &dyn std::error::Error, "the end of the move could not be kept");
+            return Some(RETRY);
+        }
+        let last = match &outcome {
+            Outcome::Moved => PeerMessage::Settled,
+            Outcome::Stayed(reason) => PeerMessage::Aborted { reason: reason.clone() },
+        };
+        let peer = fact(self.vm, moving.grant.generation, last);
+        tell(&self.host, moving.carry.as_ref(), moving.grant.task, &moving.grant.destination, &peer);
+        tracing::info!(?outcome, figures = ?ended.figures, "the move has ended here");
+        let Some(Moving::Source(moving)) = self.moving.take() else { return None };
+        if let Some(carry) = moving.carry {
+            // The last fact is on its way through the controller, too.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            carry.end().await;
+        }
+        match outcome {
+            Outcome::Moved => {
+                if let Some(record) = &mut self.record {
+                    record.end_wanted = true;
+                }
+                self.end_process().await;
+                self.drop_record();
+            }
+            Outcome::Stayed(_) => {
+                self.own_again();
+                self.refresh().await;
+            }
+        }
+        None
+    }
+
+    fn tell_progress(&mut self, record: SourceRecord, view: &SourceView) {
+        let Some(Moving::Source(moving)) = &mut self.moving else { return };
+        let (_, status) = carry_view(moving.carry.as_ref());
+        let qemu = view.qemu.as_ref();
+        let phase = match (record, qemu.map(|qemu| (qemu.vcpus, qemu.migration))) {
+            (SourceRecord::Offered, Some((_, QemuMigration::None))) => MigrationPhase::Prepare,
+            (SourceRecord::Offered, Some((Vcpus::Running, _))) => MigrationPhase::WarmUp,
+            (SourceRecord::Offered, _) => MigrationPhase::StopAndCopy,
+            (SourceRecord::Released, _) => MigrationPhase::HandOver,
+            (SourceRecord::Returned | SourceRecord::Confirmed, _) => MigrationPhase::CleanUp,
+        };
+        let last = moving.told.map_or((None, 0), |(at, phase, permille)| (Some((at, phase)), permille));
+        if last.0.is_some_and(|(at, before)| before == phase && at.elapsed() < PROGRESS_EVERY) {
+            return;
+        }
+        let remaining = qemu.map_or(Bytes(0), |qemu| qemu.remaining);
+        let total = moving.watch.ram.total.get().max(1);
+        let believed = match phase {
+            MigrationPhase::Prepare => 0,
+            // The first pass is most of the work; what later passes still have to do shrinks with what remains.
+            MigrationPhase::WarmUp if moving.watch.ram.rounds <= 1 => 900 * total.saturating_sub(remaining.get()) / total,
+            MigrationPhase::WarmUp => 900 + 60 * total.saturating_sub(remaining.get()) / total,
+            MigrationPhase::StopAndCopy => 970,
+            MigrationPhase::HandOver => 985,
+            MigrationPhase::CleanUp => 995,
+        };
+        let permille = last.1.max(u16::try_from(believed).unwrap_or(0));
+        let predicted = qemu.and_then(|qemu| WarmUp::of(qemu, &view.carry)).map(|warm_up| predict_blackout(&warm_up));
+        let rate = view.carry.rate;
+        let dirty_rate = qemu.and_then(|qemu| qemu.dirty_rate);
+        let converges = rate.get() > dirty_rate.map_or(0, |rate| rate.get());
+        let time_left = (converges && phase == MigrationPhase::WarmUp)
+            .then(|| Millis(remaining.get().saturating_mul(1_000) / (rate.get() - dirty_rate.map_or(0, |rate| rate.get())).max(1)));
+        let progress = MigrationProgress {
+            phase,
+            permille,
+            wire_bytes: Bytes(status.wire_bytes),
+            ram_bytes: Bytes(status.stream_bytes),
+            remaining,
+            rate,
+            dirty_rate,
+            rounds: moving.watch.ram.rounds,
+            predicted_blackout: predicted,
+            time_left,
+        };
+        moving.told = Some((Instant::now(), phase, permille));
+        let progress = godwit_link::encode(&progress);
+        self.host.controller.send(Body::Progress(v1::Progress { task: moving.grant.task.to_string(), progress }));
+    }
+}
+
+/// Sets what a source needs. What this QEMU does not have is left out where that is safe.
+async fn prepare_source(qmp: &Qmp) -> Result<(), Refusal> {
+    let known: Vec<String> =
+        qmp.query_migrate_capabilities().await.map_err(qemu_failed)?.into_iter().map(|known| known.capability).collect();
+    let mut capabilities = vec![("events", true), ("return-path", true), ("pause-before-switchover", true)];
+    for (capability, _) in &capabilities {
+        if !known.iter().any(|known| known == capability) {
+            return Err(Refusal::new(ErrorCode::HostIncompatible, format!("this QEMU has no migration capability {capability}"))
+                .hint("install QEMU 7.2 or newer on the source host"));
+        }
+    }
+    // Asked of the source alone, the destination never acknowledges: QEMU then cannot switch over by itself while the VM runs.
+    if known.iter().any(|known| known == "switchover-ack") {
+        capabilities.push(("switchover-ack", true));
+    }
+    qmp.set_migration_capabilities(&capabilities).await.map_err(qemu_failed)?;
+    let parameters =
+        MigrationParameters { max_bandwidth: Some(UNLIMITED), downtime_limit: Some(LATE), ..MigrationParameters::default() };
+    qmp.set_migration_parameters(parameters).await.map_err(qemu_failed)?;
+    // Without a sample the VM could not be stopped before the second pass.
+    if let Err(error) = qmp.calc_dirty_rate(1).await {
+        tracing::info!(%error, "no dirty rate can be sampled");
+    }
+    Ok(())
+}

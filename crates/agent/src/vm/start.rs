@@ -1,0 +1,233 @@
+//! Brings a QEMU into being: memory promised, images fetched, disks checked and opened, taps made, then the cage. Whatever fails, nothing is
+//! left; and no vCPU runs before the journal knows the process.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt;
+use godwit_link::v1::FetchImageRequest;
+use godwit_model::{Accelerator, ErrorCode, Grant, ImageRef, Refusal, ResolvedSpec, Retry, RunState, VmId};
+use godwit_qemu::cage::{self, CagePlan, DeviceNode, Limit, PassedFds};
+use godwit_qemu::command::{DiskFds, qemu_arguments};
+use godwit_qemu::{Qmp, Resources, Sockets, Start};
+
+use super::actor::{Actor, qemu_failed};
+use crate::host::{SharedHost, host_failed, private_dir};
+use crate::journal::{Holding, VmRecord};
+use crate::storage::CachedImage;
+
+/// Time for a new QEMU to answer its monitor.
+const GREETING: Duration = Duration::from_secs(60);
+
+impl Actor {
+    /// Starts the VM on a fresh generation.
+    pub(super) async fn start(&mut self, grant: Grant, spec: ResolvedSpec) -> Result<(), Refusal> {
+        if let Some(record) = &self.record {
+            if record.generation > grant.generation || (record.generation == grant.generation && record.holding != Holding::Owner) {
+                let (held, granted) = (record.generation, grant.generation);
+                return Err(Refusal::new(
+                    ErrorCode::GenerationStale,
+                    format!("this host knows generation {held}, granted was {granted}"),
+                ));
+            }
+            if self.process.is_some() {
+                if record.generation != grant.generation {
+                    return Err(Refusal::new(ErrorCode::VmRunning, "the VM already runs on this host on an older generation"));
+                }
+                return self.run_on().await;
+            }
+        }
+        self.begin(VmRecord::new(spec, grant.generation, 0, Holding::Owner), Start::Fresh).await?;
+        if let Err(refusal) = self.run_on().await {
+            self.end_process().await;
+            return Err(refusal);
+        }
+        Ok(())
+    }
+
+    /// Lets a QEMU of ours run, unless it does already.
+    async fn run_on(&mut self) -> Result<(), Refusal> {
+        self.refresh().await;
+        if self.state != RunState::Running {
+            self.monitor()?.cont().await.map_err(qemu_failed)?;
+            self.state = RunState::Running;
+        }
+        Ok(())
+    }
+
+    /// Makes `record` the VM's and starts its QEMU, stopped. On failure the record before stands and nothing is left.
+    pub(super) async fn begin(&mut self, mut record: VmRecord, start: Start) -> Result<(), Refusal> {
+        let before = self.record.take();
+        record.uid = self.host.uids.take(self.vm)?;
+        let memory = record.spec.memory;
+        let begun = async {
+            self.host.memory.reserve(self.vm, memory)?;
+            self.record = Some(record);
+            self.save()?;
+            self.launch(start).await
+        }
+        .await;
+        if let Err(refusal) = begun {
+            self.end_process().await;
+            match before {
+                Some(before) => {
+                    self.record = Some(before);
+                    self.save_or_log();
+                    self.host.memory.release(self.vm);
+                }
+                None => self.drop_record(),
+            }
+            return Err(refusal);
+        }
+        Ok(())
+    }
+
+    async fn launch(&mut self, start: Start) -> Result<(), Refusal> {
+        let Some(record) = self.record.clone() else { return Ok(()) };
+        let (spec, uid, host) = (&record.spec, record.uid, Arc::clone(&self.host));
+        let mut fds = PassedFds::new();
+        let mut boot_file = async |image: &Option<ImageRef>| -> Result<Option<i32>, Refusal> {
+            match image {
+                Some(image) => Ok(Some(fds.pass(fetch_image(&host, image).await?.file))),
+                None => Ok(None),
+            }
+        };
+        let kernel = boot_file(&spec.kernel).await?;
+        let initrd = boot_file(&spec.initrd).await?;
+        let mut disks = Vec::new();
+        for disk in &spec.disks {
+            if start == Start::Fresh {
+                let image = match &disk.image {
+                    Some((image, _)) => Some(fetch_image(&host, image).await?.path),
+                    None => None,
+                };
+                host.pools.prepare(disk, image.as_deref()).await?;
+            }
+            host.pools.check(disk).await?;
+            let (read_only, read_write) = host.pools.open_disk(disk)?;
+            disks.push(DiskFds { read_only: fds.pass(read_only), read_write: fds.pass(read_write) });
+        }
+        let mut taps = Vec::new();
+        for (slot, nic) in spec.nics.iter().enumerate() {
+            let tap = host.network.create_tap(&nic.network, self.vm, slot).await;
+            taps.push(fds.pass(tap.map_err(|error| host_failed("the VM's interface could not be made", &error))?));
+        }
+        let runtime_dir = host.vm_dir(self.vm);
+        let failed = |error: std::io::Error| host_failed("the VM's runtime directory cannot be used", &error);
+        let _ = std::fs::remove_dir_all(&runtime_dir);
+        private_dir(&runtime_dir, Some(uid)).map_err(failed)?;
+        let channels = Sockets::in_dir(&runtime_dir).listen(&mut fds).map_err(failed)?;
+        let resources = Resources { runtime_dir: runtime_dir.clone(), channels, kernel, initrd, disks, taps, start };
+        let arguments =
+            qemu_arguments(spec, &resources).map_err(|error| Refusal::new(ErrorCode::SpecInvalid, error.to_string()))?;
+        let cgroup = host.make_cgroup(self.vm, spec.memory);
+        let mut nodes = vec![DeviceNode::userfaultfd()];
+        if spec.accelerator == Accelerator::Kvm {
+            nodes.push(DeviceNode::kvm());
+        }
+        let plan = CagePlan {
+            uid,
+            gid: uid,
+            binary: host.options.qemu.clone(),
+            arguments,
+            working_dir: runtime_dir,
+            nodes,
+            cgroup,
+            limits: Limit::DEFAULT.to_vec(),
+            keep: vec![],
+        };
+        let log = host.log(&spec.name.to_string()).map_err(|error| host_failed("the VM's log cannot be opened", &error))?;
+        let process =
+            cage::spawn(&host.launcher, plan, fds, log).await.map_err(|error| host_failed("QEMU could not be started", &error))?;
+        if let Some(record) = &mut self.record {
+            record.process = Some(process.identity().clone());
+            record.end_wanted = false;
+        }
+        self.process = Some(Arc::new(process));
+        self.guest_shut_down = false;
+        self.state = RunState::Paused;
+        // The journal knows the process before any vCPU can run: a QEMU that no record names was never continued.
+        self.save()?;
+        self.greet().await
+    }
+
+    async fn greet(&mut self) -> Result<(), Refusal> {
+        let Some(process) = self.process.clone() else { return Ok(()) };
+        let path = self.host.vm_dir(self.vm).join("qmp");
+        let qmp = tokio::select! {
+            qmp = Qmp::connect(&path, GREETING) => qmp,
+            exit = process.exited() => {
+                return Err(Refusal::new(ErrorCode::QemuFailed, format!("QEMU ended at once ({exit:?})"))
+                    .hint("its reason is at the end of the VM's log on the host")
+                    .retry(Retry::Safe));
+            }
+        };
+        let qmp = qmp.map_err(|error| host_failed("QEMU does not answer", &error))?;
+        self.notices = Some(qmp.listen());
+        self.qmp = Some(qmp);
+        Ok(())
+    }
+}
+
+/// An image from the host's cache, fetched from the controller if need be.
+async fn fetch_image(host: &SharedHost, image: &ImageRef) -> Result<CachedImage, Refusal> {
+    let (host, id) = (Arc::clone(host), image.id.to_string());
+    let cache = Arc::clone(&host);
+    let fetch = move || {
+        async_stream(async move {
+            let mut client = host.controller.client().map_err(std::io::Error::other)?;
+            let chunks = client.fetch_image(FetchImageRequest { image: id }).await.map_err(std::io::Error::other)?.into_inner();
+            Ok(chunks.map(|chunk| chunk.map(|chunk| chunk.data.into()).map_err(std::io::Error::other)))
+        })
+    };
+    cache.images.get(image, fetch).await
+}
+
+/// A stream that begins with a future.
+fn async_stream<S>(
+    begin: impl Future<Output = std::io::Result<S>> + Send + 'static,
+) -> futures::stream::BoxStream<'static, std::io::Result<bytes::Bytes>>
+where
+    S: futures::Stream<Item = std::io::Result<bytes::Bytes>> + Send + 'static,
+{
+    futures::stream::once(begin)
+        .flat_map(|begun| match begun {
+            Ok(stream) => stream.boxed(),
+            Err(error) => futures::stream::once(std::future::ready(Err(error))).boxed(),
+        })
+        .boxed()
+}
+
+/// Which VM has which uid here. A uid is used again only when its VM is forgotten.
+#[derive(Debug)]
+pub(crate) struct Uids {
+    first: u32,
+    taken: Mutex<BTreeMap<VmId, u32>>,
+}
+
+/// VMs of one host.
+const MAX_VMS: u32 = 1_000;
+
+impl Uids {
+    /// `base` itself is for carry.
+    pub(crate) fn new(base: u32, taken: BTreeMap<VmId, u32>) -> Self {
+        Self { first: base + 1, taken: Mutex::new(taken) }
+    }
+
+    fn take(&self, vm: VmId) -> Result<u32, Refusal> {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(uid) = taken.get(&vm) {
+            return Ok(*uid);
+        }
+        let free = (self.first..self.first + MAX_VMS).find(|uid| !taken.values().any(|other| other == uid));
+        let uid = free.ok_or_else(|| Refusal::new(ErrorCode::HostFailed, format!("a host runs at most {MAX_VMS} VMs")))?;
+        taken.insert(vm, uid);
+        Ok(uid)
+    }
+
+    /// The VM is forgotten.
+    pub(crate) fn give_back(&self, vm: VmId) {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&vm);
+    }
+}

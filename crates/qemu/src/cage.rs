@@ -1,0 +1,128 @@
+//! The cage: QEMU runs under a uid of its own, in a mount namespace and cgroup of its own, cannot gain privileges, and holds only the
+//! descriptors that it was given.
+//!
+//! ```text
+//!  agent ── spawn ──▶ `godwit cage --plan-fd N` (single-threaded, root)
+//!                        session, cgroup, mounts, limits, uid, no_new_privs ── exec ──▶ QEMU (same pid)
+//!        ◀── status pipe: a reason, or closed by the exec ──┘
+//! ```
+//! The process is not tied to the agent: it has its own session, no death signal, and no descriptor of the agent.
+
+mod enter;
+mod launch;
+mod nodes;
+
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use enter::{CageError, run};
+pub use launch::{Launcher, SpawnError, spawn};
+
+/// What the hidden subcommand does, as JSON in the descriptor it is given. Everything in it comes from the agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CagePlan {
+    /// The VM's own uid; not 0.
+    pub uid: u32,
+    /// The VM's own gid; not 0.
+    pub gid: u32,
+    /// What to run.
+    pub binary: PathBuf,
+    /// Its arguments, without its name.
+    pub arguments: Vec<String>,
+    /// Where it starts.
+    pub working_dir: PathBuf,
+    /// Devices that the VM's uid gets as nodes of its own.
+    #[serde(default)]
+    pub nodes: Vec<DeviceNode>,
+    /// Directory of the cgroup to join.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
+    /// Limits to set.
+    #[serde(default)]
+    pub limits: Vec<Limit>,
+    /// Descriptors that stay open besides the standard ones; all others are closed. Filled in by [`spawn`].
+    #[serde(default)]
+    pub keep: Vec<RawFd>,
+}
+
+/// A device that the VM's uid may open: the same device as at `path`, as a node that belongs to the VM, seen only by it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceNode {
+    /// Where it is on the host and in the cage.
+    pub path: PathBuf,
+    /// Whether the start fails without it. If not, the reason goes to the log.
+    pub required: bool,
+}
+
+impl DeviceNode {
+    /// `/dev/kvm`: without it a VM that needs it cannot run.
+    #[must_use]
+    pub fn kvm() -> Self {
+        Self { path: "/dev/kvm".into(), required: true }
+    }
+
+    /// `/dev/userfaultfd`: without it post-copy and RAM snapshots are refused, all else works.
+    #[must_use]
+    pub fn userfaultfd() -> Self {
+        Self { path: "/dev/userfaultfd".into(), required: false }
+    }
+}
+
+/// A limit of the process, soft and hard alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// Of what.
+    pub resource: LimitedResource,
+    /// How much.
+    pub value: u64,
+}
+
+/// What a [`Limit`] limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LimitedResource {
+    /// Size of a core dump in bytes: 0, since a core of QEMU is the guest's RAM.
+    Core,
+    /// Open descriptors.
+    OpenFiles,
+    /// Locked memory in bytes.
+    LockedMemory,
+    /// Processes and threads of this uid.
+    Processes,
+}
+
+impl Limit {
+    /// What every QEMU gets.
+    pub const DEFAULT: &'static [Self] = &[
+        Self { resource: LimitedResource::Core, value: 0 },
+        Self { resource: LimitedResource::OpenFiles, value: 4_096 },
+        Self { resource: LimitedResource::Processes, value: 1_024 },
+    ];
+}
+
+/// Descriptors for a QEMU to be, with the numbers that they will have there.
+#[derive(Debug, Default)]
+pub struct PassedFds {
+    fds: Vec<(RawFd, OwnedFd)>,
+}
+
+impl PassedFds {
+    /// Numbers under this are left to the standard streams and to the cage.
+    const FIRST: RawFd = 10;
+
+    /// None yet.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { fds: Vec::new() }
+    }
+
+    /// Passes `fd` and says which number it will have. Ours is closed by [`spawn`]: a copy that we kept would hold the locks of a disk
+    /// beyond QEMU's life.
+    pub fn pass(&mut self, fd: impl Into<OwnedFd>) -> RawFd {
+        let number = Self::FIRST + RawFd::try_from(self.fds.len()).expect("far fewer descriptors than 2^31");
+        self.fds.push((number, fd.into()));
+        number
+    }
+}

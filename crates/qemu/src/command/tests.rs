@@ -1,0 +1,184 @@
+//! Golden command lines, and that no value can become an option.
+
+use godwit_model::spec::{ResolvedDisk, ResolvedNic};
+use godwit_model::{Bytes, DiskFormat, ImageId, ImageRef, Name, VmId};
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+
+fn image(digest: &str) -> ImageRef {
+    ImageRef { id: ImageId::new(Uuid::from_u128(7)), digest: digest.into(), size: Bytes::MIB }
+}
+
+fn disk(volume: &str, format: DiskFormat, cache: CacheMode) -> ResolvedDisk {
+    ResolvedDisk { volume: volume.parse().expect("volume"), format, cache, create: None, image: None }
+}
+
+fn spec() -> ResolvedSpec {
+    let nic = |mac: &str| ResolvedNic { network: Name::new("default").expect("name"), mac: mac.parse().expect("mac") };
+    ResolvedSpec {
+        schema: godwit_model::spec::SPEC_SCHEMA,
+        vm: VmId::new(Uuid::from_u128(0x1111_2222_3333_4444_5555_6666_7777_8888)),
+        name: Name::new("web1").expect("name"),
+        accelerator: Accelerator::Tcg,
+        machine: "pc-q35-7.2".into(),
+        cpu: "qemu64-v1".into(),
+        vcpus: 2,
+        memory: Bytes::mib(512),
+        kernel: Some(image("aa")),
+        initrd: Some(image("bb")),
+        cmdline: "console=ttyS0 quiet".into(),
+        disks: vec![disk("shared/web1", DiskFormat::Qcow2, CacheMode::Direct), disk("local/x", DiskFormat::Raw, CacheMode::Writeback)],
+        nics: vec![nic("52:54:00:00:00:01")],
+    }
+}
+
+fn resources() -> Resources {
+    Resources {
+        runtime_dir: "/run/godwit/vm/1".into(),
+        channels: ChannelFds { qmp: 20, console: 21, guest_agent: 22 },
+        kernel: Some(10),
+        initrd: Some(11),
+        disks: vec![DiskFds { read_only: 12, read_write: 13 }, DiskFds { read_only: 14, read_write: 15 }],
+        taps: vec![16],
+        start: Start::Incoming,
+    }
+}
+
+/// One option per line, with its value.
+fn lines(arguments: &[String]) -> String {
+    let mut text = String::new();
+    for argument in arguments {
+        text.push_str(if !argument.starts_with('-') { " " } else if text.is_empty() { "" } else { "\n" });
+        text.push_str(argument);
+    }
+    text + "\n"
+}
+
+#[test]
+fn the_command_line_is_the_golden_one() {
+    let arguments = qemu_arguments(&spec(), &resources()).expect("arguments");
+    let golden = include_str!("../../tests/golden/q35-7.2-incoming.txt");
+    assert_eq!(lines(&arguments), golden, "the command line is the ABI of VMs that run: see the module's documentation");
+}
+
+#[test]
+fn the_guest_sees_the_same_on_every_host() {
+    let here = qemu_arguments(&spec(), &resources()).expect("arguments");
+    let elsewhere = Resources {
+        runtime_dir: "/var/run/other".into(),
+        channels: ChannelFds { qmp: 60, console: 61, guest_agent: 62 },
+        kernel: Some(30),
+        initrd: Some(31),
+        disks: vec![DiskFds { read_only: 42, read_write: 43 }, DiskFds { read_only: 44, read_write: 45 }],
+        taps: vec![50],
+        start: Start::Fresh,
+    };
+    let there = qemu_arguments(&spec(), &elsewhere).expect("arguments");
+    let visible = |arguments: &[String]| -> Vec<String> {
+        let options = ["-device", "-machine", "-cpu", "-smp", "-m", "-uuid", "-append", "-boot", "-rtc"];
+        arguments.windows(2).filter(|pair| options.contains(&pair[0].as_str())).map(|pair| pair.join(" ")).collect()
+    };
+    assert_eq!(visible(&here), visible(&there));
+    assert!(visible(&here).len() > 15);
+}
+
+#[test]
+fn a_fresh_vm_waits_for_cont_and_not_for_a_migration() {
+    let arguments = qemu_arguments(&spec(), &Resources { start: Start::Fresh, ..resources() }).expect("arguments");
+    assert!(arguments.contains(&"-S".to_owned()) && !arguments.contains(&"-incoming".to_owned()));
+    let arguments = qemu_arguments(&spec(), &resources()).expect("arguments");
+    assert!(arguments.contains(&"-S".to_owned()) && arguments.windows(2).any(|pair| pair == ["-incoming", "defer"]));
+}
+
+#[test]
+fn a_disk_without_a_boot_kernel_boots_from_the_first_disk() {
+    let spec = ResolvedSpec { kernel: None, initrd: None, cmdline: String::new(), ..spec() };
+    let arguments = qemu_arguments(&spec, &Resources { kernel: None, initrd: None, ..resources() }).expect("arguments");
+    assert!(!arguments.iter().any(|argument| ["-kernel", "-append", "-initrd"].contains(&argument.as_str())));
+    assert_eq!(arguments.iter().filter(|argument| argument.contains("bootindex")).count(), 1);
+}
+
+#[test]
+fn udp_segmentation_is_off_where_it_exists() {
+    for (machine, named) in [("pc-q35-7.2", false), ("pc-q35-8.1", false), ("pc-q35-8.2", true), ("pc-q35-10.0", true), ("q35", false)] {
+        assert_eq!(has_udp_segmentation(machine), named, "{machine}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_together_is_refused() {
+    let count = |what| move |error: CommandError| matches!(error, CommandError::Count { what: of, .. } if of == what);
+    let cases: [(&str, ResolvedSpec, Resources, fn(CommandError) -> bool); 5] = [
+        ("machine", ResolvedSpec { machine: "q35,dumpdtb=/x".into(), ..spec() }, resources(), |e| {
+            matches!(e, CommandError::Identifier { .. })
+        }),
+        ("cpu", ResolvedSpec { cpu: "qemu64\n-daemonize".into(), ..spec() }, resources(), |e| matches!(e, CommandError::Identifier { .. })),
+        ("cmdline", ResolvedSpec { cmdline: "a\nb".into(), ..spec() }, resources(), |e| e == CommandError::Cmdline),
+        ("long path", spec(), Resources { runtime_dir: format!("/{}", "x".repeat(100)).into(), ..resources() }, |e| {
+            matches!(e, CommandError::RuntimeDir(_))
+        }),
+        ("relative path", spec(), Resources { runtime_dir: "run".into(), ..resources() }, |e| matches!(e, CommandError::RuntimeDir(_))),
+    ];
+    for (what, spec, resources, expected) in cases {
+        let error = qemu_arguments(&spec, &resources).expect_err(what);
+        assert!(expected(error.clone()), "{what}: {error}");
+    }
+    let error = qemu_arguments(&spec(), &Resources { taps: vec![], ..resources() }).expect_err("a tap is missing");
+    assert!(count("interfaces")(error));
+}
+
+/// Splits like QEMU: at commas that are not doubled.
+fn split_like_qemu(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut rest = text.chars().peekable();
+    while let Some(character) = rest.next() {
+        if character == ',' && rest.peek() != Some(&',') {
+            parts.push(String::new());
+            continue;
+        }
+        if character == ',' {
+            rest.next();
+        }
+        parts.last_mut().expect("never empty").push(character);
+    }
+    parts
+}
+
+#[test]
+fn commas_and_newlines_in_paths_and_command_lines_stay_values() {
+    let odd = Resources { runtime_dir: "/run/a,server=off,b".into(), ..resources() };
+    let spec = ResolvedSpec { cmdline: "-daemonize,x=y -incoming exec:id".into(), ..spec() };
+    let arguments = qemu_arguments(&spec, &odd).expect("arguments");
+    let vnc = arguments.windows(2).find(|pair| pair[0] == "-vnc").expect("VNC");
+    assert_eq!(split_like_qemu(&vnc[1]), ["unix:/run/a,server=off,b/vnc"]);
+    let position = arguments.iter().position(|argument| *argument == spec.cmdline).expect("passed unchanged");
+    assert_eq!(arguments[position - 1], "-append");
+}
+
+proptest! {
+    /// Whatever text reaches a value, the number of arguments and QEMU's view of keys stay the same, or the spec is refused.
+    #[test]
+    fn no_text_of_a_spec_becomes_an_option(
+        cmdline in "[ -~]{0,99}|.*",
+        machine in "[a-z0-9.-]{1,20}|[ -~]{0,20}|.*",
+        cpu in "[A-Za-z0-9-]{1,20}|[ -~]{0,20}|.*",
+        directory in "[ -~]{0,60}|.*",
+    ) {
+        let plain = qemu_arguments(&spec(), &resources()).expect("arguments");
+        let odd = ResolvedSpec { cmdline, machine, cpu, ..spec() };
+        if let Ok(arguments) = qemu_arguments(&odd, &Resources { runtime_dir: format!("/{directory}").into(), ..resources() }) {
+            prop_assert_eq!(arguments.len(), plain.len());
+            for (index, (argument, usual)) in arguments.iter().zip(&plain).enumerate() {
+                if usual == &spec().cmdline {
+                    prop_assert_eq!(&arguments[index - 1], "-append");
+                } else if usual.starts_with('{') {
+                    prop_assert!(serde_json::from_str::<serde_json::Value>(argument).is_ok());
+                } else {
+                    prop_assert_eq!(split_like_qemu(argument).len(), split_like_qemu(usual).len());
+                }
+            }
+        }
+    }
+}

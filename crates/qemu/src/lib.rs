@@ -1,0 +1,23 @@
+//! The driver: starts QEMU, talks to it, and knows what it can do. The only crate that knows QEMU's names and syntax.
+//!
+//! It must never decide who may run a VM, never continue a VM by itself, and never take anything that QEMU says as trusted: every size is
+//! bounded, unknown events, fields and values end nothing.
+//!
+//! Start with [`command`] (what a [`godwit_model::ResolvedSpec`] becomes), then [`cage`] (how that is run: own uid, mount namespace,
+//! limits), [`process`] (watching and adopting it) and [`qmp`] (talking to it). [`capabilities`] and [`accel`] say what a host offers,
+//! [`cgroup`] holds a VM's limits.
+
+pub mod accel;
+pub mod cage;
+pub mod capabilities;
+pub mod cgroup;
+pub mod command;
+pub mod process;
+pub mod qmp;
+
+pub use accel::AccelReport;
+pub use cage::{CagePlan, Launcher, PassedFds};
+pub use capabilities::HostCapabilities;
+pub use command::{Resources, Sockets, Start};
+pub use process::{ProcessIdentity, QemuProcess};
+pub use qmp::{Notice, Notices, Qmp, QmpError};

@@ -1,0 +1,254 @@
+//! A place for VMs on this machine: directories, descriptors, the cage, and everything gone at the end.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use godwit_model::spec::{ResolvedDisk, ResolvedNic, SPEC_SCHEMA};
+use godwit_model::{Accelerator, Bytes, CacheMode, DiskFormat, ImageId, ImageRef, Name, ResolvedSpec, VmId};
+use godwit_qemu::cage::{DeviceNode, Limit};
+use godwit_qemu::command::{DiskFds, default_cpu, qemu_arguments};
+use godwit_qemu::qmp::views::{Known, MigrationStatus, RunStatus};
+use godwit_qemu::{CagePlan, Launcher, Notice, Notices, PassedFds, QemuProcess, Qmp, Resources, Sockets, Start};
+use uuid::Uuid;
+
+/// Generous, since the machine may be busy; nothing waits this long when all is well.
+pub(crate) const LIMIT: Duration = Duration::from_secs(90);
+
+/// QEMU's binaries here: the one on PATH first.
+pub(crate) fn qemus() -> Vec<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/local/bin:/usr/bin";
+    let installed = path.split(':').map(|dir| Path::new(dir).join("qemu-system-x86_64")).find(|file| file.exists());
+    let installed = installed.expect("QEMU is installed: run scripts/setup");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/qemu-other");
+    let other = Command::new(script).output().expect("scripts/qemu-other runs");
+    let other = other.status.success().then(|| PathBuf::from(String::from_utf8_lossy(&other.stdout).trim()));
+    if other.is_none() {
+        eprintln!("no other version of QEMU in reach: tests of mixed versions see one version");
+    }
+    std::iter::once(installed).chain(other).collect()
+}
+
+/// Every pair of source and destination.
+pub(crate) fn pairs() -> Vec<(PathBuf, PathBuf)> {
+    let all = qemus();
+    all.iter().flat_map(|source| all.iter().map(move |destination| (source.clone(), destination.clone()))).collect()
+}
+
+/// The subcommands of `examples/cage.rs`, which cargo builds beside the tests.
+pub(crate) fn launcher() -> Launcher {
+    let test = std::env::current_exe().expect("this test");
+    let target = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
+    let program = target.join("examples/cage");
+    assert!(program.exists(), "{program:?} is not built: run the tests of the whole package");
+    Launcher::godwit(program)
+}
+
+/// A file of the guest image.
+fn guest_file(name: &str) -> PathBuf {
+    let cache = std::env::var_os("GODWIT_CACHE").map_or_else(|| PathBuf::from("/var/cache/godwit"), PathBuf::from);
+    let path = cache.join(name);
+    assert!(path.exists(), "{path:?} is missing: run scripts/guest-image");
+    path
+}
+
+/// A directory that VMs of other uids can pass through.
+pub(crate) struct Place {
+    dir: tempfile::TempDir,
+}
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A number that no other test of this run uses.
+fn unique() -> u32 {
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+impl Place {
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::Builder::new().prefix("gwq").tempdir_in("/tmp").expect("a directory");
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o711)).expect("passable");
+        Self { dir }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A sparse file for a disk.
+    pub(crate) fn raw_disk(&self, name: &str, size: Bytes) -> PathBuf {
+        let path = self.dir.path().join(name);
+        File::create(&path).and_then(|file| file.set_len(size.get())).expect("a disk");
+        path
+    }
+
+    pub(crate) fn qcow2_disk(&self, name: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("64M").status().expect("qemu-img");
+        assert!(made.success());
+        path
+    }
+}
+
+/// Boots the test guest's kernel with one of everything.
+pub(crate) fn spec(machine: &str, disks: &[DiskFormat]) -> ResolvedSpec {
+    let image = || ImageRef { id: ImageId::new(Uuid::new_v4()), digest: String::new(), size: Bytes::MIB };
+    let disk = |(index, format): (usize, &DiskFormat)| ResolvedDisk {
+        volume: format!("shared/disk{index}").parse().expect("volume"),
+        format: *format,
+        cache: CacheMode::Direct,
+        create: None,
+        image: None,
+    };
+    ResolvedSpec {
+        schema: SPEC_SCHEMA,
+        vm: VmId::new(Uuid::new_v4()),
+        name: Name::new("test").expect("name"),
+        accelerator: Accelerator::Tcg,
+        machine: machine.into(),
+        cpu: default_cpu(Accelerator::Tcg).into(),
+        vcpus: 2,
+        memory: Bytes::mib(256),
+        kernel: Some(image()),
+        initrd: Some(image()),
+        // Memory that changes slowly, so that the guest is as good as idle but alive.
+        cmdline: "console=ttyS0 quiet panic=-1".into(),
+        disks: disks.iter().enumerate().map(disk).collect(),
+        nics: vec![ResolvedNic { network: Name::new("default").expect("name"), mac: "52:54:00:aa:bb:01".parse().expect("mac") }],
+    }
+}
+
+/// A VM of a test; killed when dropped.
+pub(crate) struct Vm {
+    pub(crate) process: QemuProcess,
+    pub(crate) qmp: Qmp,
+    pub(crate) sockets: Sockets,
+    pub(crate) uid: u32,
+    log: PathBuf,
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.process.kill();
+        if std::thread::panicking() {
+            eprintln!("log of QEMU:\n{}", self.log());
+        }
+    }
+}
+
+/// Starts `binary` with `spec`; its disks are the files `disks`.
+pub(crate) async fn launch(place: &Place, binary: &Path, spec: &ResolvedSpec, disks: &[PathBuf], start: Start) -> Vm {
+    let number = unique();
+    let uid = 410_000 + number;
+    let dir = place.path().join(format!("vm{number}"));
+    fs::create_dir(&dir).expect("a directory");
+    fs::set_permissions(&dir, Permissions::from_mode(0o700)).expect("closed");
+    chown(&dir, Some(uid), Some(uid)).expect("given");
+    let sockets = Sockets::in_dir(&dir);
+    let mut fds = PassedFds::new();
+    let channels = sockets.listen(&mut fds).expect("sockets");
+    let kernel = spec.kernel.is_some().then(|| fds.pass(File::open(guest_file("vmlinuz")).expect("kernel")));
+    let initrd = spec.initrd.is_some().then(|| fds.pass(File::open(guest_file("initramfs.cpio.gz")).expect("initrd")));
+    let disks = disks.iter().map(|path| DiskFds::open(path, CacheMode::Direct, &mut fds).expect("disk")).collect();
+    let taps = spec.nics.iter().map(|_| fds.pass(tap())).collect();
+    let resources = Resources { runtime_dir: dir.clone(), channels, kernel, initrd, disks, taps, start };
+    let plan = CagePlan {
+        uid,
+        gid: uid,
+        binary: binary.to_owned(),
+        arguments: qemu_arguments(spec, &resources).expect("arguments"),
+        working_dir: dir.clone(),
+        nodes: vec![DeviceNode::userfaultfd()],
+        cgroup: None,
+        limits: Limit::DEFAULT.to_vec(),
+        keep: vec![],
+    };
+    let log = dir.join("log");
+    let log_file = OwnedFd::from(File::create(&log).expect("log"));
+    let process = godwit_qemu::cage::spawn(&launcher(), plan, fds, log_file).await.expect("QEMU was executed");
+    let qmp = match Qmp::connect(&sockets.qmp, LIMIT).await {
+        Ok(qmp) => qmp,
+        Err(error) => panic!("{error:?}: {}", fs::read_to_string(&log).unwrap_or_default()),
+    };
+    Vm { process, qmp, sockets, uid, log }
+}
+
+impl Vm {
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub(crate) async fn run_status(&self) -> RunStatus {
+        self.qmp.query_status().await.expect("status").status
+    }
+
+    pub(crate) async fn migration_status(&self) -> MigrationStatus {
+        self.qmp.query_migrate().await.expect("migration").status()
+    }
+
+    /// Continues it and waits until its kernel has started user space.
+    pub(crate) async fn boot(&self) {
+        let console = tokio::net::UnixStream::connect(&self.sockets.console).await.expect("console");
+        self.qmp.cont().await.expect("cont");
+        let (mut seen, mut piece) = (String::new(), vec![0; 4096]);
+        let reading = async {
+            loop {
+                console.readable().await.expect("console");
+                match console.try_read(&mut piece) {
+                    Ok(0) => panic!("the console closed: {seen}"),
+                    Ok(length) => seen.push_str(&String::from_utf8_lossy(&piece[..length])),
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => continue,
+                    Err(error) => panic!("{error}"),
+                }
+                // The guest program's first JSON line.
+                if seen.contains("{\"") {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(LIMIT, reading).await.expect("the guest boots");
+    }
+}
+
+/// Waits for a status of the migration.
+pub(crate) async fn wait_migration(notices: &mut Notices, wanted: &MigrationStatus) {
+    wait_event(notices, &Known::Migration(wanted.clone())).await;
+}
+
+/// Waits for an event.
+pub(crate) async fn wait_event(notices: &mut Notices, wanted: &Known) {
+    let waiting = async {
+        loop {
+            match notices.next().await {
+                Notice::Event(event) if event.known() == *wanted => return,
+                Notice::Event(_) => {}
+                other => panic!("waited for {wanted:?}: {other:?}"),
+            }
+        }
+    };
+    tokio::time::timeout(LIMIT, waiting).await.unwrap_or_else(|_| panic!("never heard of {wanted:?}"));
+}
+
+/// A tap of its own that is gone with its descriptor.
+fn tap() -> OwnedFd {
+    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
+    tap_of(&file);
+    file.into()
+}
+
+#[expect(unsafe_code, reason = "there is no safe call for TUNSETIFF")]
+fn tap_of(file: &File) {
+    use std::os::fd::AsRawFd;
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    const IFF_TAP_NO_PI_VNET_HDR: u16 = 0x0002 | 0x1000 | 0x4000;
+    // struct ifreq: a name of 16 bytes, all zero for one that the kernel chooses, then the flags.
+    let mut request = [0_u8; 40];
+    request[16..18].copy_from_slice(&IFF_TAP_NO_PI_VNET_HDR.to_ne_bytes());
+    // SAFETY: the request is as large as struct ifreq and outlives the call.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
