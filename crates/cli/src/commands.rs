@@ -1,0 +1,14 @@
+//! One file per noun: help texts, arguments, and the glue to the client.
+
+pub(crate) mod completions;
+pub(crate) mod context;
+pub(crate) mod event;
+pub(crate) mod host;
+pub(crate) mod image;
+pub(crate) mod lab;
+pub(crate) mod network;
+pub(crate) mod pool;
+pub(crate) mod task;
+pub(crate) mod team;
+pub(crate) mod token;
+pub(crate) mod vm;

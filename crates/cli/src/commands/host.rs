@@ -1,0 +1,127 @@
+//! `godwit host`: hosts, and how they join.
+
+use clap::{Args, Subcommand};
+use godwit_api::v1::{Host, JoinTokenCreate};
+use godwit_model::{Millis, Name};
+
+use crate::arguments::OnlineArgs;
+use crate::daemon::join;
+use crate::error::Failure;
+use crate::output::{Facts, Table, note, or_nothing, print_data, word};
+use crate::session::Session;
+use crate::text::moment;
+use crate::watch::watch;
+
+/// `godwit host`.
+#[derive(Args)]
+pub(crate) struct HostArgs {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Print a token with which one host can join, once
+    #[command(after_help = "Example, with the new host reachable by ssh:
+  godwit host token h7 | ssh h7 godwit host join --controller gw.example.org:7444 --name h7 \\
+      --address 10.0.0.7 --state-dir /var/lib/godwit/agent")]
+    Token {
+        /// The only host that can use it
+        name: Name,
+        /// How long it can be used, such as 10m; an hour by default, at most a day
+        #[arg(long, value_name = "TIME")]
+        lifetime: Option<Millis>,
+        #[command(flatten)]
+        online: OnlineArgs,
+    },
+    /// Make this machine a host of the cluster
+    Join(join::JoinArgs),
+    /// List hosts
+    List {
+        /// Go on with every change, as JSON lines
+        #[arg(long)]
+        watch: bool,
+        #[command(flatten)]
+        online: OnlineArgs,
+    },
+    /// Show a host, and what limits it
+    Show {
+        /// Its name
+        name: Name,
+        #[command(flatten)]
+        online: OnlineArgs,
+    },
+}
+
+pub(crate) fn run(args: HostArgs) -> Result<(), Failure> {
+    match args.verb {
+        Verb::Token { name, lifetime, online } => {
+            let session = Session::open(&online)?;
+            let request = JoinTokenCreate { host: name, lifetime };
+            let created = crate::block_on(async { Ok(session.client.create_join_token(&request).await?) })?;
+            note(&format!("lets {} join once, until {}; it is not shown again", request.host, moment(created.expires)));
+            print_data(session.format, &created, || created.token.clone())
+        }
+        Verb::Join(args) => join::run(args),
+        Verb::List { watch, online } => crate::block_on(list(Session::open(&online)?, watch)),
+        Verb::Show { name, online } => {
+            let session = Session::open(&online)?;
+            let host = crate::block_on(async { Ok(session.client.host(&name).await?) })?;
+            print_data(session.format, &host, || show(&host))
+        }
+    }
+}
+
+async fn list(session: Session, watching: bool) -> Result<(), Failure> {
+    if watching {
+        return watch::<Host>(&session.client).await;
+    }
+    let hosts = session.client.hosts().await?;
+    print_data(session.format, &hosts, || {
+        let mut table = Table::new(&["NAME", "STATE", "ADDRESS", "VMS", "FREE", "MEMORY", "ACCELERATOR", "QEMU", "CONDITIONS"]);
+        for host in &hosts {
+            let (facts, load) = (host.facts.as_ref(), host.load.as_ref());
+            table.row([
+                host.name.to_string(),
+                state(host).to_owned(),
+                host.address.clone(),
+                or_nothing(load.map(|load| load.vms)),
+                or_nothing(load.map(|load| load.memory_free)),
+                or_nothing(facts.map(|facts| facts.memory)),
+                or_nothing(facts.map(|facts| word(&facts.accelerator))),
+                or_nothing(facts.map(|facts| &facts.qemu)),
+                or_nothing(facts.map(|facts| facts.conditions.len()).filter(|&count| count > 0)),
+            ]);
+        }
+        table.render()
+    })
+}
+
+fn show(host: &Host) -> String {
+    let mut facts = Facts::default();
+    facts.fact("Name", &host.name).fact("State", format!("{} since {}", state(host), moment(host.since)));
+    facts.fact("Address", &host.address);
+    if let Some(load) = &host.load {
+        facts.fact("VMs", load.vms).fact("Memory free", load.memory_free);
+    }
+    if let Some(known) = &host.facts {
+        facts.fact("Memory", known.memory).fact("CPUs", known.cpus);
+        facts.fact("Accelerator", format!("{}: {}", word(&known.accelerator), known.accelerator_reason));
+        facts.fact("QEMU", &known.qemu).fact("Agent", &known.agent);
+        facts.fact("CPU models", known.cpu_models.join(" ")).fact("Machines", known.machines.join(" "));
+        for pool in &known.pools {
+            let shared = if pool.shared { ", shared" } else { "" };
+            let free = host.load.iter().flat_map(|load| &load.pools_free).find(|(name, _)| *name == pool.name);
+            let free = free.map(|(_, free)| format!(", {free} free")).unwrap_or_default();
+            facts.fact("Pool", format!("{}: {}{free}{shared}", pool.name, pool.capacity));
+        }
+        for condition in &known.conditions {
+            facts.fact("Condition", format!("{}: {}", condition.name, condition.message)).fact("  fix", &condition.fix);
+        }
+    }
+    facts.render()
+}
+
+fn state(host: &Host) -> &'static str {
+    if host.connected { "connected" } else { "not connected" }
+}

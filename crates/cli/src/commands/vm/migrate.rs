@@ -1,0 +1,83 @@
+//! `godwit vm migrate`.
+
+use clap::Args;
+use godwit_api::v1::{Task, VmMigrate};
+use godwit_model::{BytesPerSec, MigrationPolicy, Millis, Name};
+
+use crate::error::Failure;
+use crate::output::print_data;
+use crate::progress::summary;
+use crate::session::{Session, WaitArgs, judge};
+use crate::text::{moment, visible};
+
+/// Which VM, where to, and within which limits.
+#[derive(Args)]
+#[command(after_help = "The VM runs all the time but for its blackout. Limits are never raised: a VM that writes too much for \
+its blackout budget stays where it is, and the error says so. Ctrl-C stops watching, not the migration.
+
+Examples:
+  godwit vm migrate web1 --to h2 --dry-run
+  godwit vm migrate web1 --to h2 --max-blackout 100ms --reason 'h1 gets new memory'
+  godwit task wait $(godwit vm migrate web1 --to h2 --detach)")]
+pub(crate) struct MigrateArgs {
+    /// Its name
+    name: Name,
+    /// The host to move to
+    #[arg(long, value_name = "HOST")]
+    to: Name,
+    /// Longest time without a running vCPU [default: 300ms]
+    #[arg(long, value_name = "TIME")]
+    max_blackout: Option<Millis>,
+    /// Upper limit of the wire rate, such as 500mbit or 100MiB/s [default: none]
+    #[arg(long, value_name = "RATE")]
+    bandwidth: Option<BytesPerSec>,
+    /// Give up if memory was not copied after this time [default: 30m]
+    #[arg(long, value_name = "TIME")]
+    timeout: Option<Millis>,
+    /// Why; recorded with the task
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    /// Only check, and say what was found
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
+pub(super) async fn run(session: &Session, args: MigrateArgs) -> Result<(), Failure> {
+    let defaults = MigrationPolicy::default();
+    let policy = MigrationPolicy {
+        max_blackout: args.max_blackout.unwrap_or(defaults.max_blackout),
+        bandwidth: args.bandwidth.or(defaults.bandwidth),
+        timeout: args.timeout.unwrap_or(defaults.timeout),
+        ..defaults
+    };
+    let request = VmMigrate { host: args.to, policy, dry_run: args.dry_run, reason: args.reason };
+    if request.dry_run {
+        let task = session.client.migrate_vm(&args.name, &request).await?;
+        print_data(session.format, &task, || plan(&task, &request.host))?;
+        return judge(&task);
+    }
+    // Where it comes from is known only before it goes.
+    let before = session.client.vm(&args.name).await?;
+    let task = session.client.migrate_vm(&args.name, &request).await?;
+    session
+        .conclude(task, &args.wait, Some(&request.host), async |task| {
+            let journey = before.status.host.as_ref().map(|from| (from, &request.host));
+            summary(task, journey, Some(before.spec.memory))
+        })
+        .await
+}
+
+/// What the checks found.
+fn plan(task: &Task, to: &Name) -> String {
+    let mut text = format!("{} could move to {to}\n", task.subject);
+    for line in task.trail.iter().map(|line| line.text.as_str()).chain((!task.step.is_empty()).then_some(task.step.as_str())) {
+        text.push_str(&format!("  {}\n", visible(line)));
+    }
+    if let Some(error) = &task.error {
+        text = format!("{} cannot move to {to} (asked {})\n", task.subject, moment(task.created));
+        text.push_str(&format!("  {}\n", visible(&error.message)));
+    }
+    text
+}

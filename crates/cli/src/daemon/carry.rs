@@ -1,0 +1,24 @@
+//! `godwit carry --config-fd N`: started by an agent, moves the bytes of one migration.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use super::{descriptors, log};
+use crate::error::{Exit, with_causes};
+use crate::output::note;
+
+pub(super) fn run(arguments: Vec<OsString>) -> ExitCode {
+    let Some([Some(config)]) = descriptors(&arguments, ["--config-fd"]) else {
+        note("error: carry is started by the agent, with --config-fd");
+        return ExitCode::from(Exit::Usage as u8);
+    };
+    crate::install_crypto();
+    log();
+    match godwit_agent::carry::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            note(&format!("error: {}", with_causes(&error)));
+            ExitCode::FAILURE
+        }
+    }
+}

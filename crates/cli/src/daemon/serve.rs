@@ -1,0 +1,76 @@
+//! `godwit serve`: the controller.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use godwit_controller::{LogFormat, ServeOptions, serve};
+use godwit_model::{Bytes, Millis};
+
+use crate::error::Failure;
+
+/// How to serve.
+#[derive(Args)]
+#[command(after_help = "At its first start it makes the cluster's authority (ca.pem) and an administrator's token (admin.token) in the data \
+directory. Sockets handed over by systemd (LISTEN_FDS, named `api` and `link`) take the place of the addresses.
+
+Example:
+  godwit serve --data-dir /var/lib/godwit/controller --api-listen 0.0.0.0:7443 \\
+      --advertise gw.example.org --advertise 192.0.2.10")]
+pub(crate) struct ServeArgs {
+    /// Directory for the store, the authority, images and the administrator's token
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/godwit/controller")]
+    data_dir: PathBuf,
+    /// Where to listen for users
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7443")]
+    api_listen: SocketAddr,
+    /// Where to listen for agents
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:7444")]
+    link_listen: SocketAddr,
+    /// A name or address under which users and hosts reach this controller; can be repeated
+    #[arg(long, value_name = "NAME|ADDRESS")]
+    advertise: Vec<String>,
+    /// Serve the API in clear text; refused unless it listens on loopback
+    #[arg(long)]
+    insecure_loopback: bool,
+    /// How log lines look
+    #[arg(long, value_enum, default_value = "text", value_name = "text|json", hide_possible_values = true)]
+    log: LogArg,
+    /// Largest image that can be imported
+    #[arg(long, value_name = "SIZE", default_value = "64GiB")]
+    image_limit: Bytes,
+    /// How often agents say that they are there
+    #[arg(long, value_name = "TIME", default_value = "2s", hide = true)]
+    heartbeat: Millis,
+    /// How many changes are kept for those who watch events
+    #[arg(long, value_name = "COUNT", default_value_t = 100_000, hide = true)]
+    log_kept: u64,
+    /// Largest size of the store, in pages of 4 KiB
+    #[arg(long, value_name = "PAGES", hide = true)]
+    store_pages: Option<u32>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogArg {
+    Text,
+    Json,
+}
+
+pub(crate) fn run(args: ServeArgs) -> Result<(), Failure> {
+    let options = ServeOptions {
+        data_dir: args.data_dir,
+        api_listen: args.api_listen,
+        link_listen: args.link_listen,
+        advertise: args.advertise,
+        insecure_loopback: args.insecure_loopback,
+        log: match args.log {
+            LogArg::Text => LogFormat::Text,
+            LogArg::Json => LogFormat::Json,
+        },
+        image_limit: args.image_limit,
+        heartbeat: std::time::Duration::from_millis(args.heartbeat.get()),
+        log_kept: args.log_kept,
+        store_pages: args.store_pages,
+    };
+    super::run_to_end(async { serve(options).await.map_err(Failure::daemon) })
+}

@@ -1,0 +1,7 @@
+//! The binary as a process, against a controller that only pretends.
+
+mod console;
+mod conventions;
+mod fake;
+mod objects;
+mod tasks;

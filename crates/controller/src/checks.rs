@@ -1,0 +1,107 @@
+//! What is looked at before a VM starts or moves; every refusal names its fix. Pure: facts in, answer out.
+
+use godwit_model::{Accelerator, Bytes, CacheMode, ErrorCode, HostFacts, HostLoad, Name, Refusal, ResolvedSpec, Retry, VolumeRef};
+
+/// A connected host as a check sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Candidate<'a> {
+    pub(crate) name: &'a Name,
+    pub(crate) facts: &'a HostFacts,
+    pub(crate) load: &'a HostLoad,
+}
+
+fn known_word(accelerator: Accelerator) -> &'static str {
+    match accelerator {
+        Accelerator::Kvm => "KVM",
+        Accelerator::Tcg => "TCG (no hardware virtualisation)",
+    }
+}
+
+fn incompatible(message: String, hint: String) -> Refusal {
+    Refusal::new(ErrorCode::HostIncompatible, message).hint(hint)
+}
+
+/// Machine type, CPU model and accelerator.
+fn check_platform(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusal> {
+    let Candidate { name, facts, .. } = host;
+    if facts.accelerator != spec.accelerator {
+        return Err(incompatible(
+            format!("the VM runs on {}, host {name} has {}", known_word(spec.accelerator), known_word(facts.accelerator)),
+            format!("choose a host with the same accelerator; {name} says: {}", facts.accelerator_reason),
+        ));
+    }
+    if !facts.machines.contains(&spec.machine) {
+        return Err(incompatible(
+            format!("QEMU {} on host {name} does not know the machine type {}", facts.qemu, spec.machine),
+            format!("upgrade QEMU on {name}, or start the VM with a machine type that every host knows (leave `machine` out)"),
+        ));
+    }
+    // What ties a VM to equal hosts was asked for by name; it cannot be checked here.
+    let tied = matches!(spec.cpu.as_str(), "host" | "max");
+    if !tied && !facts.cpu_models.contains(&spec.cpu) {
+        return Err(incompatible(
+            format!("host {name} cannot run the CPU model {}", spec.cpu),
+            format!("choose another host, or start the VM with a CPU model that {name} has (leave `cpu` out for the baseline)"),
+        ));
+    }
+    Ok(())
+}
+
+fn check_memory(needed: Bytes, host: Candidate<'_>) -> Result<(), Refusal> {
+    let free = host.load.memory_free;
+    if free < needed {
+        let missing = Bytes(needed.0 - free.0);
+        let message = format!(
+            "host {} has {free} of memory free for VMs, the VM needs {needed}: {missing} ({} bytes) are missing",
+            host.name, missing.0
+        );
+        return Err(Refusal::new(ErrorCode::NotEnoughMemory, message)
+            .hint(format!("free {missing} on {} by moving or stopping VMs there, or choose another host", host.name))
+            .retry(Retry::Safe));
+    }
+    Ok(())
+}
+
+fn pool_missing(volume: &VolumeRef, host: &Name) -> Refusal {
+    Refusal::new(ErrorCode::PoolUnavailable, format!("host {host} has no pool {} for volume {volume}", volume.pool))
+        .hint(format!("start the agent of {host} with `--pool {}=DIRECTORY`, or choose another host", volume.pool))
+}
+
+/// Whether `host` can start the VM.
+pub(crate) fn check_start(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusal> {
+    check_platform(spec, host)?;
+    for disk in &spec.disks {
+        if !host.facts.pools.iter().any(|pool| pool.name == disk.volume.pool) {
+            return Err(pool_missing(&disk.volume, host.name));
+        }
+    }
+    check_memory(spec.memory, host)
+}
+
+/// Whether the running VM can move from `source` to `destination`.
+pub(crate) fn check_move(spec: &ResolvedSpec, source: Candidate<'_>, destination: Candidate<'_>) -> Result<(), Refusal> {
+    check_platform(spec, destination)?;
+    for disk in &spec.disks {
+        let pool = |host: Candidate<'_>| {
+            let found = host.facts.pools.iter().find(|pool| pool.name == disk.volume.pool).cloned();
+            found.ok_or_else(|| pool_missing(&disk.volume, host.name))
+        };
+        let (here, there) = (pool(source)?, pool(destination)?);
+        if !here.shared || !there.shared || here.identity != there.identity {
+            let why = if here.shared && there.shared { "see different storage" } else { "do not both share" };
+            let (volume, name, from, to) = (&disk.volume, &here.name, source.name, destination.name);
+            return Err(Refusal::new(ErrorCode::PoolUnavailable, format!("hosts {from} and {to} {why} in pool {name} of volume {volume}"))
+                .hint(format!(
+                    "mount the same directory as pool {name} on both and declare it with `--shared-pool {name}`; moving disks is not there yet"
+                )));
+        }
+        if disk.cache != CacheMode::Direct {
+            return Err(Refusal::new(ErrorCode::HostIncompatible, format!("volume {} is cached by the host ({:?})", disk.volume, disk.cache))
+                .hint("stop the VM, set the disk's cache to `direct`, and start it again: two hosts' caches of shared storage are not coherent"));
+        }
+    }
+    check_memory(spec.memory, destination)
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

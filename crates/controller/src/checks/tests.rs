@@ -1,0 +1,114 @@
+//! Each rule broken alone, and what is said of it.
+
+use godwit_model::{Boot, DiskFormat, PoolFacts, ResolvedDisk, VmId, VmSpec};
+
+use super::*;
+use crate::resolve::decide_start;
+
+/// A host that can run everything the tests ask for.
+pub(crate) fn facts() -> HostFacts {
+    HostFacts {
+        agent: "0".into(),
+        qemu: "7.2.0".into(),
+        accelerator: Accelerator::Tcg,
+        accelerator_reason: "no /dev/kvm".into(),
+        cpus: 2,
+        memory: Bytes::mib(4096),
+        machines: ["pc-q35-7.1", "pc-q35-7.2", "pc-q35-10.0", "pc-i440fx-7.2", "q35"].map(String::from).to_vec(),
+        cpu_models: vec!["qemu64-v1".into()],
+        migration_capabilities: vec![],
+        pools: vec![PoolFacts { name: name("shared"), identity: "one".into(), shared: true, capacity: Bytes::GIB }],
+        conditions: vec![],
+    }
+}
+
+pub(crate) fn load(free: Bytes) -> HostLoad {
+    HostLoad { memory_free: free, vms: 0, pools_free: vec![(name("shared"), Bytes::GIB)] }
+}
+
+fn name(text: &str) -> Name {
+    Name::new(text).expect("name")
+}
+
+fn vm() -> VmSpec {
+    VmSpec { vcpus: 1, memory: Bytes::mib(512), boot: Boot::Disk, disks: vec![], nics: vec![], machine: None, cpu: None }
+}
+
+fn spec() -> ResolvedSpec {
+    let (h, load) = (facts(), load(Bytes::GIB));
+    let id = VmId::new(uuid::Uuid::nil());
+    let candidate = Candidate { name: &name("h1"), facts: &h, load: &load };
+    let (_, mut spec) = decide_start((id, &name("web1"), &vm()), None, &[candidate], &|_| None).expect("a host");
+    spec.disks.push(ResolvedDisk {
+        volume: "shared/root".parse().expect("volume"),
+        format: DiskFormat::Raw,
+        cache: CacheMode::Direct,
+        create: None,
+        image: None,
+    });
+    spec
+}
+
+#[test]
+fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
+    type Break = fn(&mut ResolvedSpec, &mut HostFacts, &mut HostFacts, &mut HostLoad);
+    let cases: [(ErrorCode, Break); 9] = [
+        (ErrorCode::HostIncompatible, |_, _, to, _| to.accelerator = Accelerator::Kvm),
+        (ErrorCode::HostIncompatible, |_, _, to, _| to.machines.retain(|machine| machine != "pc-q35-10.0")),
+        (ErrorCode::HostIncompatible, |_, _, to, _| to.cpu_models.clear()),
+        (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools.clear()),
+        (ErrorCode::PoolUnavailable, |_, from, _, _| from.pools[0].shared = false),
+        (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools[0].shared = false),
+        (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools[0].identity = "other".into()),
+        (ErrorCode::HostIncompatible, |spec, ..| spec.disks[0].cache = CacheMode::Writeback),
+        (ErrorCode::NotEnoughMemory, |_, _, _, load| load.memory_free = Bytes::mib(500)),
+    ];
+    let check = |change: Break| {
+        let (mut spec, mut from, mut to, mut there) = (spec(), facts(), facts(), load(Bytes::GIB));
+        change(&mut spec, &mut from, &mut to, &mut there);
+        let (h1, h2, here) = (name("h1"), name("h2"), load(Bytes(0)));
+        let source = Candidate { name: &h1, facts: &from, load: &here };
+        check_move(&spec, source, Candidate { name: &h2, facts: &to, load: &there })
+    };
+    assert_eq!(check(|_, _, _, _| {}), Ok(()));
+    for (number, (code, change)) in cases.into_iter().enumerate() {
+        let refusal = check(change).expect_err("accepted");
+        assert_eq!(refusal.code, code, "case {number}: {refusal}");
+        assert!(refusal.hint.is_some(), "case {number} names no fix");
+    }
+    let refusal = check(|_, _, _, load| load.memory_free = Bytes::mib(500)).expect_err("too little");
+    assert!(refusal.message.contains("12 MiB (12582912 bytes) are missing"), "{refusal}");
+}
+
+#[test]
+fn a_vm_starts_where_most_memory_is_free_with_the_newest_machine_that_all_know() {
+    let (old, new) = (HostFacts { machines: vec!["pc-q35-7.2".into(), "pc-q35-7.1".into()], ..facts() }, facts());
+    let (little, much, none) = (load(Bytes::mib(600)), load(Bytes::mib(700)), load(Bytes::mib(1)));
+    let (h1, h2, h3) = (name("h1"), name("h2"), name("h3"));
+    let hosts = [
+        Candidate { name: &h1, facts: &old, load: &little },
+        Candidate { name: &h2, facts: &new, load: &much },
+        Candidate { name: &h3, facts: &new, load: &none },
+    ];
+    let (id, web1, vm) = (VmId::new(uuid::Uuid::nil()), name("web1"), vm());
+    let (host, spec) = decide_start((id, &web1, &vm), None, &hosts, &|_| None).expect("a host");
+    assert_eq!((host, spec.machine.as_str(), spec.cpu.as_str()), (h2, "pc-q35-7.2", "qemu64-v1"));
+    assert_eq!(decide_start((id, &web1, &vm), Some(&h1), &hosts, &|_| None).expect("h1").0, h1);
+    let code = |wanted: Option<&Name>, hosts: &[Candidate<'_>]| {
+        decide_start((id, &web1, &vm), wanted, hosts, &|_| None).expect_err("refused").code
+    };
+    assert_eq!(code(Some(&h3), &hosts), ErrorCode::NotEnoughMemory);
+    assert_eq!(code(None, &[]), ErrorCode::NoHost);
+    let unversioned = HostFacts { machines: vec!["q35".into()], ..facts() };
+    assert_eq!(code(None, &[Candidate { facts: &unversioned, ..hosts[1] }]), ErrorCode::NoHost);
+}
+
+#[test]
+fn on_hardware_the_baseline_is_newer_where_it_runs() {
+    let kvm = HostFacts { accelerator: Accelerator::Kvm, cpu_models: vec!["Nehalem-v2".into()], ..facts() };
+    let (h1, free) = (name("h1"), load(Bytes::GIB));
+    let host = Candidate { name: &h1, facts: &kvm, load: &free };
+    let id = VmId::new(uuid::Uuid::nil());
+    let (_, spec) = decide_start((id, &name("web1"), &vm()), None, &[host], &|_| None).expect("a host");
+    assert_eq!((spec.cpu.as_str(), spec.accelerator), ("Nehalem-v2", Accelerator::Kvm));
+}

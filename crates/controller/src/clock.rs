@@ -1,0 +1,28 @@
+//! The wall clock and random identities: the only place of this crate that reads either.
+
+use std::time::SystemTime;
+
+use godwit_model::UnixMillis;
+use uuid::Uuid;
+
+/// Now.
+pub(crate) fn now() -> UnixMillis {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    UnixMillis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// A moment for people, UTC to the second.
+pub(crate) fn readable(moment: UnixMillis) -> String {
+    let seconds = i64::try_from(moment.0 / 1_000).unwrap_or(i64::MAX);
+    jiff::Timestamp::from_second(seconds).map_or_else(|_| "an unknown moment".into(), |stamp| stamp.to_string())
+}
+
+/// A fresh identity.
+pub(crate) fn fresh() -> Uuid {
+    Uuid::new_v4()
+}
+
+/// A fresh secret, 64 hexadecimal digits.
+pub(crate) fn secret() -> String {
+    format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple())
+}

@@ -1,0 +1,282 @@
+//! Typed access to the store. Every write insists on this controller's epoch: one that was superseded can no longer change anything.
+
+use std::sync::Arc;
+
+use godwit_model::{Epoch, ErrorCode, Refusal, Retry};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::rows::{EpochRow, Row};
+use crate::store::{Change, Entry, Expect, Store, StoreError, Txn, Write};
+
+/// How often something is tried that others keep changing.
+pub(crate) const ATTEMPTS: u32 = 200;
+
+/// Evaluates a block of reads and one commit, again as long as rows change in between. The block may use `?` and `return` as a function
+/// that results in `Result<_, Fault>`. A macro, because futures of async closures that borrow cannot be sent between threads yet.
+macro_rules! retry {
+    ($attempt:block) => {{
+        let mut attempts = 1;
+        loop {
+            let result: Result<_, $crate::db::Fault> = async $attempt.await;
+            match result {
+                Err(fault) if fault.is_conflict() && attempts < $crate::db::ATTEMPTS => {
+                    attempts += 1;
+                    tokio::task::yield_now().await;
+                }
+                result => break result,
+            }
+        }
+    }};
+}
+pub(crate) use retry;
+
+/// Why something could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Fault {
+    /// It may not be, and why.
+    #[error("{0}")]
+    Refused(Refusal),
+    /// The store did not do it.
+    #[error("the store refused")]
+    Store(#[from] StoreError),
+    /// Another controller has taken over the store.
+    #[error("another controller has taken over")]
+    Deposed,
+    /// A row that this version cannot read.
+    #[error("the row {key} cannot be read")]
+    Unreadable {
+        /// Where it is.
+        key: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A row of a later version.
+    #[error("the row {key} has schema {schema}")]
+    Schema {
+        /// Where it is.
+        key: String,
+        /// What it has.
+        schema: u32,
+    },
+}
+
+impl From<Refusal> for Fault {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl Fault {
+    /// What the user is told.
+    pub(crate) fn refusal(self) -> Refusal {
+        match self {
+            Self::Refused(refusal) => refusal,
+            Self::Store(StoreError::Full(_)) => {
+                Refusal::new(ErrorCode::StoreFull, "the controller's store has no space left; nothing was changed")
+                    .hint("make space on the file system of the controller's data directory, then send the request again")
+                    .retry(Retry::Safe)
+            }
+            Self::Store(StoreError::Conflict { key }) => Refusal::new(ErrorCode::RevisionConflict, format!("{key} keeps changing"))
+                .hint("send the request again")
+                .retry(Retry::Safe),
+            Self::Store(StoreError::Compacted { compacted }) => {
+                Refusal::new(ErrorCode::RevisionConflict, format!("changes up to {compacted} are no longer kept"))
+                    .hint("list the objects again, then watch without a cursor")
+            }
+            Self::Store(StoreError::Closed) | Self::Deposed => {
+                Refusal::new(ErrorCode::HostDown, "this controller is shutting down")
+                    .hint("send the request again when a controller serves")
+                    .retry(Retry::Unknown)
+            }
+            fault => {
+                tracing::error!(error = &fault as &dyn std::error::Error, "the store cannot be used");
+                Refusal::new(ErrorCode::Internal, fault.to_string()).hint("the controller's log says more").retry(Retry::Unknown)
+            }
+        }
+    }
+
+    /// Whether reading again and trying again can help.
+    pub(crate) fn is_conflict(&self) -> bool {
+        matches!(self, Self::Store(StoreError::Conflict { .. }))
+    }
+
+    /// Whether it is the space that is missing.
+    pub(crate) fn is_full(&self) -> bool {
+        matches!(self, Self::Store(StoreError::Full(_)))
+    }
+}
+
+/// A row with its revision.
+#[derive(Clone, Debug)]
+pub(crate) struct Stored<R> {
+    /// What is stored.
+    pub(crate) row: R,
+    /// Its revision.
+    pub(crate) revision: u64,
+}
+
+#[derive(Serialize)]
+struct EnvelopeOut<'a, R> {
+    schema: u32,
+    row: &'a R,
+}
+
+#[derive(Deserialize)]
+struct EnvelopeIn<'a> {
+    schema: u32,
+    #[serde(borrow)]
+    row: &'a serde_json::value::RawValue,
+}
+
+fn pack<R: Row>(row: &R) -> Vec<u8> {
+    serde_json::to_vec(&EnvelopeOut { schema: R::SCHEMA, row }).expect("rows have string keys and no failing serialisers")
+}
+
+/// Reads a stored value.
+pub(crate) fn unpack<R: Row>(key: &str, value: &[u8]) -> Result<R, Fault> {
+    let unreadable = |source| Fault::Unreadable { key: key.into(), source };
+    let envelope: EnvelopeIn<'_> = serde_json::from_slice(value).map_err(unreadable)?;
+    if envelope.schema != R::SCHEMA {
+        return Err(Fault::Schema { key: key.into(), schema: envelope.schema });
+    }
+    serde_json::from_str(envelope.row.get()).map_err(unreadable)
+}
+
+fn stored<R: Row>(entry: Entry) -> Result<Stored<R>, Fault> {
+    Ok(Stored { row: unpack(&entry.key, &entry.value)?, revision: entry.revision })
+}
+
+/// Writes that are done together or not at all.
+#[derive(Default)]
+pub(crate) struct Batch(Txn);
+
+impl Batch {
+    /// A row that must not be there yet.
+    pub(crate) fn create<R: Row>(mut self, row: &R) -> Self {
+        self.0.expects.push((row.key(), Expect::Absent));
+        self.0.writes.push(Write::Put(row.key(), pack(row)));
+        self
+    }
+
+    /// A row that must still be at the revision that was read.
+    pub(crate) fn update<R: Row>(mut self, stored: &Stored<R>) -> Self {
+        self.0.expects.push((stored.row.key(), Expect::At(stored.revision)));
+        self.0.writes.push(Write::Put(stored.row.key(), pack(&stored.row)));
+        self
+    }
+
+    /// Removes a row that must still be at the revision that was read.
+    pub(crate) fn delete<R: Row>(mut self, stored: &Stored<R>) -> Self {
+        self.0.expects.push((stored.row.key(), Expect::At(stored.revision)));
+        self.0.writes.push(Write::Delete(stored.row.key()));
+        self
+    }
+
+    /// Insists that a row is still as it was read.
+    pub(crate) fn unchanged<R: Row>(mut self, stored: &Stored<R>) -> Self {
+        self.0.expects.push((stored.row.key(), Expect::At(stored.revision)));
+        self
+    }
+
+    /// Claims a key for `owner`; it must be free.
+    pub(crate) fn claim(mut self, key: String, owner: &impl ToString) -> Self {
+        self.0.expects.push((key.clone(), Expect::Absent));
+        self.0.writes.push(Write::Put(key, owner.to_string().into_bytes()));
+        self
+    }
+
+    /// Frees a claimed key.
+    pub(crate) fn free(mut self, key: String) -> Self {
+        self.0.writes.push(Write::Delete(key));
+        self
+    }
+}
+
+/// The store, under this controller's epoch.
+#[derive(Clone)]
+pub(crate) struct Db {
+    store: Arc<dyn Store>,
+    epoch: Epoch,
+    reign: u64,
+}
+
+impl Db {
+    /// Begins a new epoch.
+    pub(crate) async fn open(store: Arc<dyn Store>) -> Result<Self, Fault> {
+        let key = EpochRow::PREFIX;
+        let before = store.get(key).await?;
+        let (epoch, expect) = match before {
+            None => (Epoch(1), Expect::Absent),
+            Some(entry) => (Epoch(unpack::<EpochRow>(key, &entry.value)?.epoch.0 + 1), Expect::At(entry.revision)),
+        };
+        let writes = vec![Write::Put(key.into(), pack(&EpochRow { epoch }))];
+        let reign = store.txn(Txn { expects: vec![(key.into(), expect)], writes }).await?;
+        Ok(Self { store, epoch, reign })
+    }
+
+    /// The epoch of this controller.
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// One row.
+    pub(crate) async fn find<R: Row>(&self, rest: &str) -> Result<Option<Stored<R>>, Fault> {
+        self.store.get(&format!("{}{rest}", R::PREFIX)).await?.map(stored).transpose()
+    }
+
+    /// One page of rows under a part of their prefix.
+    pub(crate) async fn page<R: Row>(&self, under: &str, after: Option<&str>, limit: usize) -> Result<Vec<Stored<R>>, Fault> {
+        let prefix = format!("{}{under}", R::PREFIX);
+        let after = after.map(|after| format!("{prefix}{after}"));
+        self.store.range(&prefix, after.as_deref(), limit).await?.into_iter().map(stored).collect()
+    }
+
+    /// Every row of a kind.
+    pub(crate) async fn all<R: Row>(&self) -> Result<Vec<Stored<R>>, Fault> {
+        self.page("", None, usize::MAX).await
+    }
+
+    /// Who claimed `key`.
+    pub(crate) async fn claimed(&self, key: &str) -> Result<Option<String>, Fault> {
+        Ok(self.store.get(key).await?.map(|entry| String::from_utf8_lossy(&entry.value).into_owned()))
+    }
+
+    /// The claims under `prefix`, as (what follows the prefix, owner).
+    pub(crate) async fn claims(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<(String, String)>, Fault> {
+        let after = after.map(|after| format!("{prefix}{after}"));
+        let entries = self.store.range(prefix, after.as_deref(), limit).await?;
+        let claim = |entry: Entry| {
+            (entry.key.get(prefix.len()..).unwrap_or_default().to_owned(), String::from_utf8_lossy(&entry.value).into_owned())
+        };
+        Ok(entries.into_iter().map(claim).collect())
+    }
+
+    /// Writes a batch.
+    pub(crate) async fn commit(&self, batch: Batch) -> Result<(), Fault> {
+        let mut txn = batch.0;
+        txn.expects.insert(0, (EpochRow::PREFIX.into(), Expect::At(self.reign)));
+        match self.store.txn(txn).await {
+            Ok(_) => Ok(()),
+            Err(StoreError::Conflict { key }) if key == EpochRow::PREFIX => Err(Fault::Deposed),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Changes behind `after`.
+    pub(crate) async fn changes(&self, after: u64, limit: usize) -> Result<Vec<Change>, Fault> {
+        Ok(self.store.changes(after, limit).await?)
+    }
+
+    /// The newest revision.
+    pub(crate) fn watch(&self) -> watch::Receiver<u64> {
+        self.store.watch()
+    }
+
+    /// Keeps `kept` changes in the log.
+    pub(crate) async fn trim(&self, kept: u64) -> Result<(), Fault> {
+        let newest = *self.store.watch().borrow();
+        Ok(self.store.compact(newest.saturating_sub(kept)).await?)
+    }
+}

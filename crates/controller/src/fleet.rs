@@ -1,0 +1,109 @@
+//! What every agent is told of the others: members, networks, and where each VM's address is. Pushed when it changed.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use godwit_link::v1::{self, controller_message::Body};
+use godwit_model::{Name, VmRequest};
+
+use crate::db::{Db, Fault};
+use crate::hub::Hub;
+use crate::rows::{HostRow, Row, VmRow};
+
+/// The one network there is now.
+pub(crate) const DEFAULT_NETWORK: (&str, u32) = ("default", 1);
+
+/// Keeps the fleet and tells it.
+pub(crate) struct Fleet {
+    db: Db,
+    hub: Arc<Hub>,
+    /// Held while it is sent, so that no agent gets an older one after a newer one.
+    current: Mutex<v1::Fleet>,
+}
+
+fn address_of(host: &HostRow, hub: &Hub) -> String {
+    hub.presence(&host.name).map_or_else(|| host.address.clone(), |presence| presence.address)
+}
+
+impl Fleet {
+    /// Empty until it is first computed.
+    pub(crate) fn new(db: Db, hub: Arc<Hub>) -> Self {
+        Self { db, hub, current: Mutex::default() }
+    }
+
+    async fn compute(&self) -> Result<v1::Fleet, Fault> {
+        let hosts: HashMap<Name, String> = self
+            .db
+            .all::<HostRow>()
+            .await?
+            .into_iter()
+            .map(|host| (host.row.name.clone(), address_of(&host.row, &self.hub)))
+            .collect();
+        let mut members: Vec<_> =
+            hosts.iter().map(|(host, address)| v1::Member { host: host.to_string(), address: address.clone() }).collect();
+        members.sort_by(|a, b| a.host.cmp(&b.host));
+        let mut locations = Vec::new();
+        for vm in self.db.all::<VmRow>().await? {
+            let starting = vm.row.activity.is_some_and(|activity| activity.request == VmRequest::Start);
+            let address = vm.row.host.as_ref().and_then(|host| hosts.get(host));
+            let (Some(address), true) = (address, starting || vm.row.has_process()) else { continue };
+            for nic in &vm.row.spec.nics {
+                locations.push(v1::Location {
+                    mac: nic.mac.map(|mac| mac.to_string()).unwrap_or_default(),
+                    network: nic.network.to_string(),
+                    address: address.clone(),
+                    vm: vm.row.id.to_string(),
+                    generation: vm.row.generation.0,
+                });
+            }
+        }
+        locations.sort_by(|a, b| a.mac.cmp(&b.mac));
+        let (name, vni) = DEFAULT_NETWORK;
+        Ok(v1::Fleet { members, networks: vec![v1::Network { name: name.into(), vni }], locations })
+    }
+
+    /// Tells one host that has just connected.
+    pub(crate) fn tell(&self, host: &Name) {
+        let current = self.current.lock().expect("no holder panics");
+        self.hub.send(host, Body::Fleet(current.clone()));
+    }
+
+    /// Computes it anew and tells everybody if it changed.
+    pub(crate) async fn refresh(&self) -> Result<(), Fault> {
+        let fresh = self.compute().await?;
+        let mut current = self.current.lock().expect("no holder panics");
+        if *current != fresh {
+            *current = fresh;
+            for (host, _) in self.hub.present() {
+                self.hub.send(&host, Body::Fleet(current.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Follows the store, for ever.
+    pub(crate) async fn follow(&self) {
+        let mut watch = self.db.watch();
+        let mut seen = 0;
+        loop {
+            let newest = *watch.borrow_and_update();
+            // Without the log (it was compacted) everything may have changed.
+            let relevant = match self.db.changes(seen, 1_000).await {
+                Ok(changes) => {
+                    seen = changes.last().map_or(newest, |change| change.revision);
+                    changes.iter().any(|change| change.key.starts_with(HostRow::PREFIX) || change.key.starts_with(VmRow::PREFIX))
+                }
+                Err(_) => {
+                    seen = newest;
+                    true
+                }
+            };
+            if relevant && let Err(fault) = self.refresh().await {
+                tracing::error!(error = &fault as &dyn std::error::Error, "the fleet cannot be read");
+            }
+            if seen >= newest && watch.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Hosts, pools, networks, join tokens, health.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use godwit_api::v1;
+use godwit_link::JoinToken;
+use godwit_model::{ErrorCode, Millis, Name, Refusal, TokenId, UnixMillis};
+
+use super::extract::{Body, Listing, Named, Query, page};
+use super::{Answer, App, Refusals};
+use crate::db::{Batch, Fault, retry};
+use crate::fleet::DEFAULT_NETWORK;
+use crate::principals::{Action, Principal, Target, authorize, not_found, stored_hash};
+use crate::rows::{HostRow, JoinRow, VmRow};
+use crate::{clock, views};
+
+/// How long a join token is good for.
+const JOIN_LIFETIME: Millis = Millis(3_600_000);
+const LONGEST_JOIN_LIFETIME: Millis = Millis(24 * 3_600_000);
+
+/// Whether the controller serves
+#[utoipa::path(get, path = "/v1/health", tag = "controller", operation_id = "health", security(()),
+    responses((status = 200, body = v1::Health), Refusals))]
+pub(super) async fn health(State(app): State<Arc<App>>) -> Json<v1::Health> {
+    Json(v1::Health { version: env!("CARGO_PKG_VERSION").into(), epoch: app.db.epoch().0 })
+}
+
+/// Hosts
+#[utoipa::path(get, path = "/v1/hosts", tag = "host", operation_id = "host_list", params(Listing),
+    responses((status = 200, body = v1::Page<v1::Host>), Refusals))]
+pub(super) async fn host_list(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Query(query): Query<Listing>,
+) -> Answer<Json<v1::Page<v1::Host>>> {
+    authorize(&who, Action::Look, Target::Cluster)?;
+    let limit = query.limit()?;
+    let rows = app.db.page::<HostRow>("", query.after.as_deref(), limit + 1).await?;
+    Ok(Json(page(rows.iter().map(|row| views::host(row, &app.hub)).collect(), limit, |host| host.name.to_string())))
+}
+
+/// A host
+#[utoipa::path(get, path = "/v1/hosts/{host}", tag = "host", operation_id = "host_show", params(("host" = Name, Path)),
+    responses((status = 200, body = v1::Host), Refusals))]
+pub(super) async fn host_show(State(app): State<Arc<App>>, who: Principal, Named(host): Named) -> Answer<Json<v1::Host>> {
+    authorize(&who, Action::Look, Target::Cluster)?;
+    let row = app.db.find::<HostRow>(host.as_str()).await?.ok_or_else(|| not_found("host", &host))?;
+    Ok(Json(views::host(&row, &app.hub)))
+}
+
+/// Removes a host that is gone for good: its certificate is refused from then on
+///
+/// Refused while its agent is connected, or a VM runs there as far as is known.
+#[utoipa::path(delete, path = "/v1/hosts/{host}", tag = "host", operation_id = "host_delete", params(("host" = Name, Path)),
+    responses((status = 204), Refusals))]
+pub(super) async fn host_delete(State(app): State<Arc<App>>, who: Principal, Named(host): Named) -> Answer<StatusCode> {
+    authorize(&who, Action::Change, Target::Cluster)?;
+    retry!({
+        let row = app.db.find::<HostRow>(host.as_str()).await?.ok_or_else(|| not_found("host", &host))?;
+        let in_use = |message: String, hint: &str| Fault::Refused(Refusal::new(ErrorCode::InUse, message).hint(hint));
+        if app.hub.presence(&host).is_some() {
+            return Err(in_use(format!("host {host} is connected"), "stop its agent first"));
+        }
+        let uses = |vm: &VmRow| vm.host.as_ref() == Some(&host) && (vm.has_process() || vm.activity.is_some());
+        if let Some(vm) = app.db.all::<VmRow>().await?.into_iter().find(|vm| uses(&vm.row)) {
+            return Err(in_use(
+                format!("VM {} of team {} runs there as far as is known", vm.row.name, vm.row.team),
+                "a silent host is not a dead host: bring it back and move or stop its VMs",
+            ));
+        }
+        app.db.commit(Batch::default().delete(&row)).await
+    })?;
+    tracing::info!(%host, principal = who.name, "host removed");
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Makes a one-time token with which a host can join
+#[utoipa::path(post, path = "/v1/join-tokens", tag = "host", operation_id = "join_token_create", request_body = v1::JoinTokenCreate,
+    responses((status = 201, body = v1::JoinTokenCreated), Refusals))]
+pub(super) async fn join_token_create(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Body(request): Body<v1::JoinTokenCreate>,
+) -> Answer<(StatusCode, Json<v1::JoinTokenCreated>)> {
+    authorize(&who, Action::Change, Target::Administration)?;
+    let lifetime = request.lifetime.unwrap_or(JOIN_LIFETIME);
+    if lifetime > LONGEST_JOIN_LIFETIME {
+        return Err(Refusal::new(ErrorCode::BadRequest, format!("a join token lives at most a day, not {lifetime}"))
+            .hint("ask for less; a new one is made at any time")
+            .into());
+    }
+    let token = JoinToken { id: TokenId::new(clock::fresh()), secret: clock::secret(), authority: app.authority.fingerprint() };
+    let expires = UnixMillis(clock::now().0.saturating_add(lifetime.0));
+    let hash = stored_hash(&token.secret);
+    let row = JoinRow { id: token.id, host: request.host, expires, hash, used: None };
+    app.db.commit(Batch::default().create(&row)).await?;
+    tracing::info!(host = %row.host, principal = who.name, "join token made");
+    Ok((StatusCode::CREATED, Json(v1::JoinTokenCreated { token: token.reveal(), expires })))
+}
+
+/// Pools
+#[utoipa::path(get, path = "/v1/pools", tag = "pool", operation_id = "pool_list", params(Listing),
+    responses((status = 200, body = v1::Page<v1::Pool>), Refusals))]
+pub(super) async fn pool_list(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Query(query): Query<Listing>,
+) -> Answer<Json<v1::Page<v1::Pool>>> {
+    authorize(&who, Action::Look, Target::Cluster)?;
+    let limit = query.limit()?;
+    let mut pools = views::pools(&app.db.all::<HostRow>().await?, &app.hub);
+    pools.retain(|pool| query.after.as_deref().is_none_or(|after| pool.name.as_str() > after));
+    Ok(Json(page(pools, limit, |pool| pool.name.to_string())))
+}
+
+/// A pool
+#[utoipa::path(get, path = "/v1/pools/{pool}", tag = "pool", operation_id = "pool_show", params(("pool" = Name, Path)),
+    responses((status = 200, body = v1::Pool), Refusals))]
+pub(super) async fn pool_show(State(app): State<Arc<App>>, who: Principal, Named(pool): Named) -> Answer<Json<v1::Pool>> {
+    authorize(&who, Action::Look, Target::Cluster)?;
+    let pools = views::pools(&app.db.all::<HostRow>().await?, &app.hub);
+    let found = pools.into_iter().find(|candidate| candidate.name == pool);
+    Ok(Json(found.ok_or_else(|| not_found("pool", &pool))?))
+}
+
+/// Networks
+#[utoipa::path(get, path = "/v1/networks", tag = "network", operation_id = "network_list", params(Listing),
+    responses((status = 200, body = v1::Page<v1::Network>), Refusals))]
+pub(super) async fn network_list(who: Principal, Query(query): Query<Listing>) -> Answer<Json<v1::Page<v1::Network>>> {
+    authorize(&who, Action::Look, Target::Cluster)?;
+    let limit = query.limit()?;
+    let (name, vni) = DEFAULT_NETWORK;
+    let name = Name::new(name).map_err(|_| Refusal::new(ErrorCode::Internal, "the default network has no name"))?;
+    let mut networks = vec![v1::Network { name, vni }];
+    networks.retain(|network| query.after.as_deref().is_none_or(|after| network.name.as_str() > after));
+    Ok(Json(page(networks, limit, |network| network.name.to_string())))
+}

@@ -1,0 +1,279 @@
+//! VMs: create, look, and everything that becomes a task.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use godwit_api::v1;
+use godwit_model::{Boot, ErrorCode, Generation, ImageKind, MacAddress, Name, Refusal, RunState, VmId, VmSpec};
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use super::extract::{Body, Condition, Listing, MaybeBody, Named, Query, Team, team_of};
+use super::{Answer, App, Refusals};
+use crate::db::{Batch, Fault};
+use crate::fleet::DEFAULT_NETWORK;
+use crate::principals::{Action, Principal, Target, authorize, not_found};
+use crate::rows::{ImageRow, TeamRow, VmRow};
+use crate::tasks::{Ask, Asked};
+use crate::{clock, views};
+
+/// VMs
+#[utoipa::path(get, path = "/v1/vms", tag = "vm", operation_id = "vm_list", params(Listing),
+    responses((status = 200, body = v1::Page<v1::Vm>), Refusals))]
+pub(super) async fn vm_list(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Query(query): Query<Listing>,
+) -> Answer<Json<v1::Page<v1::Vm>>> {
+    let team = team_of(&who, query.team.as_ref());
+    authorize(&who, Action::Look, Target::Team(team))?;
+    let limit = query.limit()?;
+    let names = app.db.claims(&format!("vmname/{team}/"), query.after.as_deref(), limit + 1).await?;
+    let next = if names.len() > limit { names.get(limit - 1).map(|(name, _)| name.clone()) } else { None };
+    let mut items = Vec::new();
+    for (_, id) in names.iter().take(limit) {
+        // One that was deleted between the two looks is not there.
+        if let Some(row) = app.db.find::<VmRow>(id).await? {
+            items.push(views::vm(&row, &app.hub));
+        }
+    }
+    Ok(Json(v1::Page { items, next }))
+}
+
+/// A VM
+#[utoipa::path(get, path = "/v1/vms/{vm}", tag = "vm", operation_id = "vm_show", params(("vm" = Name, Path), Team),
+    responses((status = 200, body = v1::Vm), Refusals))]
+pub(super) async fn vm_show(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(vm): Named,
+    Query(query): Query<Team>,
+) -> Answer<Json<v1::Vm>> {
+    let team = team_of(&who, query.team.as_ref());
+    authorize(&who, Action::Look, Target::Team(team))?;
+    Ok(Json(views::vm(&app.tasks.vm(team, &vm).await?, &app.hub)))
+}
+
+/// Creates a VM; it is not started
+#[utoipa::path(post, path = "/v1/vms", tag = "vm", operation_id = "vm_create", params(Team), request_body = v1::VmCreate,
+    responses((status = 201, body = v1::Vm), Refusals))]
+pub(super) async fn vm_create(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Query(query): Query<Team>,
+    Body(request): Body<v1::VmCreate>,
+) -> Answer<(StatusCode, Json<v1::Vm>)> {
+    let team = team_of(&who, query.team.as_ref());
+    authorize(&who, Action::Change, Target::Team(team))?;
+    let v1::VmCreate { name, mut spec } = request;
+    spec.validate().map_err(Refusal::from)?;
+    app.db.find::<TeamRow>(team.as_str()).await?.ok_or_else(|| not_found("team", team))?;
+    check_references(&app, team, &spec).await?;
+    for nic in &mut spec.nics {
+        nic.mac.get_or_insert_with(draw_mac);
+    }
+    if let Some(twice) =
+        spec.nics.iter().enumerate().find(|(index, nic)| spec.nics.iter().take(*index).any(|other| other.mac == nic.mac))
+    {
+        let mac = twice.1.mac.map(|mac| mac.to_string()).unwrap_or_default();
+        return Err(Refusal::new(ErrorCode::SpecInvalid, format!("two interfaces have the address {mac}"))
+            .hint("leave one of them out")
+            .into());
+    }
+    let now = clock::now();
+    let row = VmRow {
+        id: VmId::new(clock::fresh()),
+        name,
+        team: team.clone(),
+        created: now,
+        spec,
+        state: RunState::Stopped,
+        since: now,
+        detail: String::new(),
+        host: None,
+        generation: Generation(0),
+        reported: Generation(0),
+        issued: Generation(0),
+        pending: None,
+        granted: std::collections::BTreeMap::new(),
+        activity: None,
+        resolved: None,
+    };
+    let mut batch = Batch::default().create(&row).claim(format!("vmname/{team}/{}", row.name), &row.id);
+    for mac in row.spec.nics.iter().filter_map(|nic| nic.mac) {
+        batch = batch.claim(format!("mac/{mac}"), &row.id);
+    }
+    for disk in &row.spec.disks {
+        batch = batch.claim(format!("volume/{}", disk.volume), &row.id);
+    }
+    app.db.commit(batch).await.map_err(|fault| claimed(fault, &row.name))?;
+    tracing::info!(vm = %row.name, %team, principal = who.name, "VM created");
+    Ok((StatusCode::CREATED, Json(views::vm(&app.tasks.vm(team, &row.name).await?, &app.hub))))
+}
+
+/// Says whose claim was in the way.
+fn claimed(fault: Fault, name: &Name) -> Fault {
+    let Fault::Store(crate::store::StoreError::Conflict { key }) = &fault else { return fault };
+    let refusal = match key.split_once('/') {
+        Some(("mac", mac)) => Refusal::new(ErrorCode::InUse, format!("another VM has the address {mac}"))
+            .hint("leave the address out to have one drawn"),
+        Some(("volume", volume)) => {
+            Refusal::new(ErrorCode::InUse, format!("another VM has the volume {volume}")).hint("choose another volume")
+        }
+        _ => Refusal::new(ErrorCode::NameTaken, format!("there is a VM {name} already")).hint("choose another name"),
+    };
+    refusal.into()
+}
+
+/// Images and networks that the spec names must be there and fit.
+async fn check_references(app: &App, team: &Name, spec: &VmSpec) -> Result<(), Fault> {
+    let mut wanted: Vec<(&Name, &[ImageKind])> = Vec::new();
+    if let Boot::Kernel { kernel, initrd, .. } = &spec.boot {
+        wanted.push((kernel, &[ImageKind::Kernel]));
+        wanted.extend(initrd.iter().map(|initrd| (initrd, &[ImageKind::Initrd] as &[_])));
+    }
+    wanted.extend(spec.disks.iter().filter_map(|disk| Some((disk.image.as_ref()?, &[ImageKind::Raw, ImageKind::Qcow2] as &[_]))));
+    for (image, kinds) in wanted {
+        let found = app.db.find::<ImageRow>(&format!("{team}/{image}")).await?.ok_or_else(|| not_found("image", image))?;
+        if !kinds.contains(&found.row.kind) {
+            let refusal =
+                Refusal::new(ErrorCode::SpecInvalid, format!("image {image} is a {:?}, which does not go there", found.row.kind));
+            return Err(refusal.hint("`godwit image list` shows the kind of each image").into());
+        }
+    }
+    match spec.nics.iter().find(|nic| nic.network.as_str() != DEFAULT_NETWORK.0) {
+        Some(nic) => Err(not_found("network", &nic.network).into()),
+        None => Ok(()),
+    }
+}
+
+/// A random address in QEMU's range.
+fn draw_mac() -> MacAddress {
+    let [a, b, c, ..] = *clock::fresh().as_bytes();
+    MacAddress([0x52, 0x54, 0x00, a, b, c])
+}
+
+struct Request {
+    who: Principal,
+    team: Option<Name>,
+    vm: Name,
+    revision: Option<u64>,
+    reason: Option<String>,
+}
+
+/// Authorises, records, starts; answers the task.
+async fn ask(app: &App, request: Request, asked: Asked) -> Answer<(StatusCode, Json<v1::Task>)> {
+    let Request { who, team, vm, revision, reason } = request;
+    let team = team_of(&who, team.as_ref()).clone();
+    authorize(&who, Action::Change, Target::Team(&team))?;
+    if reason.as_ref().is_some_and(|reason| reason.len() > 1_000 || reason.chars().any(char::is_control)) {
+        return Err(Refusal::new(ErrorCode::BadRequest, "a reason has at most 1000 characters and no control characters").into());
+    }
+    let ask = Ask { team, vm, principal: who.name, reason, revision };
+    let task = app.tasks.ask(&ask, &asked).await?;
+    Ok((StatusCode::ACCEPTED, Json(views::task(&task))))
+}
+
+macro_rules! asks {
+    ($(#[$doc:meta])* $name:ident, $verb:literal, $body:ident, $asked:expr) => {
+        $(#[$doc])*
+        #[utoipa::path(post, path = concat!("/v1/vms/{vm}/", $verb), tag = "vm", operation_id = concat!("vm_", $verb),
+            params(("vm" = Name, Path), Team, ("If-Match" = Option<String>, Header, description = "Revision that the VM must still have.")),
+            request_body = Option<v1::$body>, responses((status = 202, body = v1::Task), Refusals))]
+        pub(super) async fn $name(
+            State(app): State<Arc<App>>,
+            who: Principal,
+            Named(vm): Named,
+            Query(query): Query<Team>,
+            Condition(revision): Condition,
+            MaybeBody(body): MaybeBody<v1::$body>,
+        ) -> Answer<(StatusCode, Json<v1::Task>)> {
+            let asked: fn(v1::$body) -> Asked = $asked;
+            ask(&app, Request { who, team: query.team, vm, revision, reason: None }, asked(body)).await
+        }
+    };
+    ($(#[$doc:meta])* $name:ident, $verb:literal, $asked:expr) => {
+        $(#[$doc])*
+        #[utoipa::path(post, path = concat!("/v1/vms/{vm}/", $verb), tag = "vm", operation_id = concat!("vm_", $verb),
+            params(("vm" = Name, Path), Team, ("If-Match" = Option<String>, Header, description = "Revision that the VM must still have.")),
+            responses((status = 202, body = v1::Task), Refusals))]
+        pub(super) async fn $name(
+            State(app): State<Arc<App>>,
+            who: Principal,
+            Named(vm): Named,
+            Query(query): Query<Team>,
+            Condition(revision): Condition,
+            MaybeBody(()): MaybeBody<()>,
+        ) -> Answer<(StatusCode, Json<v1::Task>)> {
+            ask(&app, Request { who, team: query.team, vm, revision, reason: None }, $asked).await
+        }
+    };
+}
+
+asks! {
+    /// Starts a VM
+    vm_start, "start", VmStart, |body| Asked::Start(body.host)
+}
+asks! {
+    /// Asks the guest to power off
+    vm_stop, "stop", VmStop, |body| Asked::Stop(body.timeout)
+}
+asks! {
+    /// Ends a VM without asking it
+    vm_kill, "kill", Asked::Kill
+}
+asks! {
+    /// Lets a VM stand still
+    vm_pause, "pause", Asked::Pause
+}
+asks! {
+    /// Lets a paused VM run on
+    vm_unpause, "unpause", Asked::Unpause
+}
+
+/// Moves a running VM
+///
+/// Everything is checked before the answer. With `dry_run` the task is only described: it is `done` and was never recorded.
+#[utoipa::path(post, path = "/v1/vms/{vm}/migrate", tag = "vm", operation_id = "vm_migrate",
+    params(("vm" = Name, Path), Team, ("If-Match" = Option<String>, Header, description = "Revision that the VM must still have.")),
+    request_body = v1::VmMigrate, responses((status = 202, body = v1::Task), Refusals))]
+pub(super) async fn vm_migrate(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(vm): Named,
+    Query(query): Query<Team>,
+    Condition(revision): Condition,
+    Body(body): Body<v1::VmMigrate>,
+) -> Answer<(StatusCode, Json<v1::Task>)> {
+    let reason = body.reason.clone();
+    ask(&app, Request { who, team: query.team, vm, revision, reason }, Asked::Migrate(body)).await
+}
+
+/// What a deletion takes with it.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Deletion {
+    /// The team; by default the principal's own (for an administrator `default`).
+    team: Option<Name>,
+    /// Also delete its volumes.
+    #[serde(default)]
+    volumes: bool,
+}
+
+/// Deletes a stopped VM
+#[utoipa::path(delete, path = "/v1/vms/{vm}", tag = "vm", operation_id = "vm_delete",
+    params(("vm" = Name, Path), Deletion, ("If-Match" = Option<String>, Header, description = "Revision that the VM must still have.")),
+    responses((status = 202, body = v1::Task), Refusals))]
+pub(super) async fn vm_delete(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(vm): Named,
+    Query(query): Query<Deletion>,
+    Condition(revision): Condition,
+) -> Answer<(StatusCode, Json<v1::Task>)> {
+    let asked = Asked::Delete { volumes: query.volumes };
+    ask(&app, Request { who, team: query.team, vm, revision, reason: None }, asked).await
+}

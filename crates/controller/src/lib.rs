@@ -1,0 +1,32 @@
+//! The controller: API, store, tasks, grants, the cluster's authority, and who may do what.
+//!
+//! It must never touch a host, guess who owns a VM, hand out a generation twice, or answer a request without a principal. One runner: the
+//! newest grant of a VM is written to the store before anybody hears of it. Start with [`options::ServeOptions`] and [`serve`]; then
+//! `tasks` (what long work does, resumable at every step), `hub` and `link` (the agents), `http` (the users), `store` (what is durable).
+
+pub mod options;
+
+mod authority;
+mod checks;
+mod clock;
+mod db;
+mod fleet;
+mod http;
+mod hub;
+mod images;
+mod link;
+mod principals;
+mod reports;
+mod resolve;
+mod rows;
+mod server;
+mod sockets;
+mod store;
+mod tasks;
+mod views;
+
+#[cfg(test)]
+mod tests;
+
+pub use options::{LogFormat, ServeOptions};
+pub use server::{Controller, ServeError, serve};

@@ -1,0 +1,190 @@
+//! A host's presence: one stream, from Hello to the third missed heartbeat.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use godwit_link::status::status_of;
+use godwit_link::v1::{self, agent_message::Body, controller_message};
+use godwit_link::{PROTOCOL, decode};
+use godwit_model::{ErrorCode, HostFacts, Name, Refusal};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+use super::{LinkServer, checked_address};
+use crate::clock;
+use crate::db::{Batch, Fault, retry};
+use crate::hub::{Attendance, Presence, QUEUE, ToAgent};
+use crate::reports::Dropped;
+use crate::rows::HostRow;
+
+/// How long an agent may take to introduce itself.
+const INTRODUCTION: Duration = Duration::from_secs(10);
+/// Heartbeats that may be missing.
+const MISSED: u32 = 3;
+
+fn malformed() -> Refusal {
+    Refusal::new(ErrorCode::BadRequest, "the agent did not introduce itself as this controller expects")
+        .hint("agent and controller must be of compatible versions")
+}
+
+impl LinkServer {
+    /// Serves one stream; the answer begins at once, refusals come through it.
+    pub(super) fn begin_attendance(
+        &self,
+        host: Name,
+        inbound: Streaming<v1::AgentMessage>,
+    ) -> impl Stream<Item = Result<v1::ControllerMessage, Status>> + Send + use<> {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let server = self.clone();
+        self.tracker.spawn(async move {
+            let stop = server.stop.clone();
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = server.attendance(&host, inbound, sender) => {}
+            }
+        });
+        ReceiverStream::new(receiver)
+    }
+
+    async fn attendance(&self, host: &Name, mut inbound: Streaming<v1::AgentMessage>, sender: ToAgent) {
+        let hello = match tokio::time::timeout(INTRODUCTION, inbound.message()).await {
+            Ok(Ok(Some(v1::AgentMessage { body: Some(Body::Hello(hello)) }))) => hello,
+            Ok(Ok(Some(_))) => return refuse(&sender, &malformed()).await,
+            _ => return,
+        };
+        let attendance = match self.welcome(host, &hello, &sender).await {
+            Ok(attendance) => attendance,
+            Err(refusal) => {
+                tracing::warn!(%host, %refusal, "the host is not welcome");
+                return refuse(&sender, &refusal).await;
+            }
+        };
+        tracing::info!(%host, address = hello.address, vms = hello.vms.len(), "connected");
+        self.note_presence(host, true).await;
+        let why = match self.take_stock(host, &hello).await {
+            Ok(()) => self.listen_to(host, &attendance, &mut inbound).await,
+            Err(fault) => format!("its first words cannot be stored: {fault}"),
+        };
+        if self.hub.detach(host, attendance.number) {
+            tracing::info!(%host, why, "disconnected");
+            self.note_presence(host, false).await;
+        }
+    }
+
+    async fn welcome(&self, host: &Name, hello: &v1::Hello, sender: &ToAgent) -> Result<Attendance, Refusal> {
+        if hello.protocol != PROTOCOL {
+            return Err(Refusal::new(
+                ErrorCode::HostIncompatible,
+                format!("the agent speaks version {} of the link, this controller {PROTOCOL}", hello.protocol),
+            )
+            .hint("bring agent and controller to versions that go together"));
+        }
+        let epoch = self.db.epoch().0;
+        if hello.epoch > epoch {
+            return Err(Refusal::new(
+                ErrorCode::GenerationStale,
+                format!(
+                    "the agent has served epoch {}, this controller is epoch {epoch}: its store is older than the cluster",
+                    hello.epoch
+                ),
+            )
+            .hint("start the controller on its newest store; an old copy would hand out rights to run a VM twice"));
+        }
+        let facts: HostFacts = decode("facts", &hello.facts).map_err(|_| malformed())?;
+        let load = decode("load", &hello.load).map_err(|_| malformed())?;
+        let presence = Presence { address: checked_address(&hello.address)?, facts: Arc::new(facts), load };
+        let heartbeat_ms = u32::try_from(self.heartbeat.as_millis()).unwrap_or(u32::MAX);
+        let body = controller_message::Body::Welcome(v1::Welcome { epoch, heartbeat_ms });
+        // Before the hub knows the session: nothing may overtake it. The queue is empty; a receiver that is gone shows below.
+        let _ = sender.try_send(Ok(v1::ControllerMessage { body: Some(body) }));
+        let attendance = self.hub.attach(host, presence, sender.clone());
+        self.fleet.tell(host);
+        Ok(attendance)
+    }
+
+    /// What the host's journal says corrects what we believe, upwards only.
+    async fn take_stock(&self, host: &Name, hello: &v1::Hello) -> Result<(), Fault> {
+        for report in &hello.vms {
+            self.believe(host, self.reports.vm(host, report, true).await)?;
+        }
+        self.reports.missing(host, &hello.vms).await
+    }
+
+    /// Says why the session ended.
+    async fn listen_to(&self, host: &Name, attendance: &Attendance, inbound: &mut Streaming<v1::AgentMessage>) -> String {
+        loop {
+            let message = tokio::select! {
+                () = attendance.closed.cancelled() => return "replaced by a later session, or it does not read".into(),
+                message = tokio::time::timeout(self.heartbeat * MISSED, inbound.message()) => message,
+            };
+            let body = match message {
+                Err(_) => return format!("{MISSED} heartbeats are missing"),
+                Ok(Err(status)) => return format!("the stream broke: {}", status.message()),
+                Ok(Ok(None)) => return "the agent closed the stream".into(),
+                Ok(Ok(Some(message))) => message.body,
+            };
+            if let Err(fault) = self.message(host, attendance, body).await {
+                return format!("what it said cannot be stored: {fault}");
+            }
+        }
+    }
+
+    async fn message(&self, host: &Name, attendance: &Attendance, body: Option<Body>) -> Result<(), Fault> {
+        let believed = match body {
+            Some(Body::Heartbeat(heartbeat)) => {
+                match decode("load", &heartbeat.load) {
+                    Ok(load) => self.hub.set_load(host, attendance.number, load),
+                    Err(error) => return self.believe(host, Err(error.into())),
+                }
+                Ok(())
+            }
+            Some(Body::Vm(report)) => self.reports.vm(host, &report, false).await,
+            Some(Body::Reply(reply)) => {
+                self.hub.answered(host, attendance.number, reply);
+                Ok(())
+            }
+            Some(Body::Progress(progress)) => self.reports.progress(host, &progress).await,
+            Some(Body::Ended(ended)) => self.reports.ended(host, &ended).await,
+            Some(Body::Peer(peer)) => self.reports.peer(host, peer).await,
+            Some(Body::Hello(_)) | None => Ok(()),
+        };
+        self.believe(host, believed)
+    }
+
+    /// Drops what may not be said; only what could not be stored ends the session, so that it is said again.
+    fn believe(&self, host: &Name, result: Result<(), Dropped>) -> Result<(), Fault> {
+        match result {
+            Ok(()) => Ok(()),
+            Err(Dropped::Fault(fault)) => Err(fault),
+            Err(dropped) => {
+                tracing::warn!(%host, reason = %dropped, "message dropped");
+                Ok(())
+            }
+        }
+    }
+
+    /// Tells watchers. That it is connected is known without the store, so a full one costs only their news.
+    async fn note_presence(&self, host: &Name, connected: bool) {
+        let presence = self.hub.presence(host);
+        let written = retry!({
+            let Some(mut row) = self.db.find::<HostRow>(host.as_str()).await? else { return Ok(()) };
+            row.row.connected = connected;
+            row.row.since = self.hub.since(host).unwrap_or_else(clock::now);
+            if let Some(presence) = &presence {
+                row.row.address.clone_from(&presence.address);
+                row.row.facts = Some((*presence.facts).clone());
+            }
+            self.db.commit(Batch::default().update(&row)).await
+        });
+        if let Err(fault) = written {
+            tracing::warn!(%host, error = &fault as &dyn std::error::Error, "the host's presence cannot be stored");
+        }
+    }
+}
+
+async fn refuse(sender: &ToAgent, refusal: &Refusal) {
+    // An agent that is gone needs no answer.
+    let _ = sender.send(Err(status_of(refusal))).await;
+}

@@ -1,0 +1,220 @@
+//! What agents say, and what of it is believed: only about VMs granted to their host, and never for an older generation.
+
+use std::sync::Arc;
+
+use godwit_link::convert::{self, Malformed};
+use godwit_link::decode;
+use godwit_link::v1::{self, controller_message::Body};
+use godwit_model::{Generation, MigrationFigures, MigrationProgress, Name, RunState, TaskId, VmId};
+
+use crate::clock;
+use crate::db::{Batch, Db, Fault, retry};
+use crate::hub::Hub;
+use crate::rows::{Ended, MigrateWork, TaskRow, VmRow, Work};
+use crate::tasks::Tasks;
+
+/// Text of hosts that is kept.
+const DETAIL: usize = 500;
+
+/// Takes in what agents say.
+pub(crate) struct Reports {
+    pub(crate) db: Db,
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) tasks: Arc<Tasks>,
+}
+
+/// Why a message is dropped.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Dropped {
+    /// It means nothing.
+    #[error("the message is malformed")]
+    Malformed(#[from] Malformed),
+    /// It is about what was never granted to the host.
+    #[error("not_granted: {0}")]
+    NotGranted(&'static str),
+    /// It could not be stored: the agent has to say it again.
+    #[error("the message cannot be stored")]
+    Fault(#[from] Fault),
+}
+
+/// Hostile text, made fit for logs and terminals.
+fn plain(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(DETAIL).collect()
+}
+
+fn migrate_work(task: &TaskRow) -> Option<&MigrateWork> {
+    match &task.work {
+        Work::Migrate(work) => Some(work),
+        _ => None,
+    }
+}
+
+impl Reports {
+    /// A VM as its host sees it. `standing`: part of a host's first words, which tell all that is in its journal.
+    pub(crate) async fn vm(&self, host: &Name, report: &v1::VmReport, standing: bool) -> Result<(), Dropped> {
+        let id = convert::vm_id(&report.vm)?;
+        let state = RunState::try_from(report.state())?;
+        let generation = Generation(report.generation);
+        let incoming_for = retry!({
+            let Some(mut vm) = self.db.find::<VmRow>(&id.to_string()).await? else { return Ok(Err("no such VM")) };
+            let Some(granted) = vm.row.granted.get(host).copied() else { return Ok(Err("the VM was never granted to it")) };
+            if generation > granted.generation {
+                return Ok(Err("a generation that was never granted to it"));
+            }
+            if report.holding() == v1::Holding::Incoming {
+                let wanted = vm.row.pending.as_ref().is_some_and(|p| p.destination == *host && p.generation == generation);
+                return Ok(Ok((!wanted).then_some(granted.task)));
+            }
+            let newest = generation > vm.row.generation || (generation == vm.row.generation && vm.row.host.as_ref() == Some(host));
+            if report.holding() != v1::Holding::Owner || !newest {
+                return Ok(Ok(None));
+            }
+            let before = vm.row.clone();
+            take_over(&mut vm.row, host, generation);
+            vm.row.set_state(state, clock::now());
+            vm.row.reported = generation;
+            if state == RunState::Crashed {
+                vm.row.detail = plain(&report.detail);
+            }
+            if vm.row != before {
+                self.db.commit(Batch::default().update(&vm)).await?;
+                if vm.row.state != before.state || vm.row.host != before.host {
+                    tracing::info!(%host, vm = %vm.row.name, ?state, %generation, detail = plain(&report.detail), "VM state");
+                }
+            }
+            if let Some(activity) = vm.row.activity {
+                self.tasks.wake(activity.task);
+            }
+            Ok(Ok(None))
+        })?
+        .map_err(Dropped::NotGranted)?;
+        if let (Some(task), true) = (incoming_for, standing) {
+            self.tasks.decline_leftover(host, id, task);
+        }
+        Ok(())
+    }
+
+    /// VMs that run on a host as far as we know, and of which its journal knows nothing.
+    pub(crate) async fn missing(&self, host: &Name, told: &[v1::VmReport]) -> Result<(), Fault> {
+        for vm in self.db.all::<VmRow>().await? {
+            let here = vm.row.host.as_ref() == Some(host) && vm.row.has_process() && vm.row.activity.is_none();
+            if !here || told.iter().any(|report| report.vm == vm.row.id.to_string()) {
+                continue;
+            }
+            tracing::warn!(%host, vm = %vm.row.name, "the host's journal does not know a VM that runs there");
+            retry!({
+                let Some(mut vm) = self.db.find::<VmRow>(&vm.row.id.to_string()).await? else { return Ok(()) };
+                vm.row.detail = format!("host {host} came back without any record of this VM");
+                self.db.commit(Batch::default().update(&vm)).await
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Progress of a migration, from one of its two hosts.
+    pub(crate) async fn progress(&self, host: &Name, message: &v1::Progress) -> Result<(), Dropped> {
+        let id = convert::task_id(&message.task)?;
+        let progress: MigrationProgress = decode("progress", &message.progress)?;
+        if let Some(task) = self.party(host, id).await? {
+            // A store without space costs progress, nothing else.
+            match self.tasks.progress(task.id, progress).await {
+                Err(fault) if !fault.is_full() => return Err(fault.into()),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The task, if `host` is source or destination of it.
+    async fn party(&self, host: &Name, id: TaskId) -> Result<Option<TaskRow>, Dropped> {
+        let Some(task) = self.db.find::<TaskRow>(&id.to_string()).await? else {
+            return Err(Dropped::NotGranted("no such task"));
+        };
+        let work = migrate_work(&task.row).ok_or(Dropped::NotGranted("not a migration"))?;
+        if work.source != *host && work.destination != *host {
+            return Err(Dropped::NotGranted("a migration of other hosts"));
+        }
+        Ok((!task.row.state.ended()).then_some(task.row))
+    }
+
+    /// The end of a migration, as one side knows it. Acknowledged only when it is stored.
+    pub(crate) async fn ended(&self, host: &Name, message: &v1::MigrationEnded) -> Result<(), Dropped> {
+        let (id, vm_id) = (convert::task_id(&message.task)?, convert::vm_id(&message.vm)?);
+        let figures: Option<MigrationFigures> =
+            if message.figures.is_empty() { None } else { Some(decode("figures", &message.figures)?) };
+        let ended = Ended {
+            generation: Generation(message.generation),
+            moved: message.moved,
+            reason: message.reason.clone().map(Into::into),
+            figures,
+        };
+        retry!({ self.store_ended(host, id, vm_id, message.source, &ended).await })?.map_err(Dropped::NotGranted)?;
+        self.hub.send(host, Body::EndedAck(v1::EndedAck { task: message.task.clone(), source: message.source }));
+        self.tasks.wake(id);
+        Ok(())
+    }
+
+    async fn store_ended(
+        &self,
+        host: &Name,
+        id: TaskId,
+        vm_id: VmId,
+        source: bool,
+        ended: &Ended,
+    ) -> Result<Result<(), &'static str>, Fault> {
+        let Some(mut task) = self.db.find::<TaskRow>(&id.to_string()).await? else { return Ok(Err("no such task")) };
+        if task.row.vm != vm_id {
+            return Ok(Err("another VM than the task's"));
+        }
+        let Work::Migrate(work) = &mut task.row.work else { return Ok(Err("not a migration")) };
+        if *host != (if source { work.source.clone() } else { work.destination.clone() }) {
+            return Ok(Err("not its side of the migration"));
+        }
+        let destination = work.destination.clone();
+        let mut batch = Batch::default();
+        let side = if source { &mut work.source_ended } else { &mut work.destination_ended };
+        if ended.generation == work.generation && side.is_none() && !task.row.state.ended() {
+            *side = Some(ended.clone());
+            batch = batch.update(&task);
+        }
+        if let Some(mut vm) = self.db.find::<VmRow>(&vm_id.to_string()).await? {
+            let granted = vm.row.granted.get(&destination).is_some_and(|granted| ended.generation <= granted.generation);
+            if ended.moved && !granted {
+                return Ok(Err("a generation that was never granted"));
+            }
+            if ended.moved && ended.generation > vm.row.generation {
+                take_over(&mut vm.row, &destination, ended.generation);
+                vm.row.set_state(RunState::Running, clock::now());
+                batch = batch.update(&vm);
+            }
+        }
+        self.db.commit(batch).await?;
+        Ok(Ok(()))
+    }
+
+    /// A message from one agent of a migration to the other.
+    pub(crate) async fn peer(&self, host: &Name, message: v1::Peer) -> Result<(), Dropped> {
+        let id = convert::task_id(&message.task)?;
+        let to = convert::name("host", &message.host)?;
+        let Some(task) = self.db.find::<TaskRow>(&id.to_string()).await? else {
+            return Err(Dropped::NotGranted("no such task"));
+        };
+        let work = migrate_work(&task.row).ok_or(Dropped::NotGranted("not a migration"))?;
+        let sides = (&work.source, &work.destination);
+        if (host, &to) != sides && (&to, host) != sides {
+            return Err(Dropped::NotGranted("not between the two hosts of the migration"));
+        }
+        // Peers repeat what matters; one that is away is told by the carrier, or later.
+        self.hub.send(&to, Body::Peer(v1::Peer { host: host.to_string(), ..message }));
+        Ok(())
+    }
+}
+
+/// The newest generation's holder owns the VM; never an older one's.
+fn take_over(vm: &mut VmRow, host: &Name, generation: Generation) {
+    if generation > vm.generation {
+        vm.generation = generation;
+        vm.host = Some(host.clone());
+        vm.pending.take_if(|pending| pending.generation <= generation);
+    }
+}

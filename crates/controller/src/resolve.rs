@@ -1,0 +1,134 @@
+//! From what was asked for to what a VM is started with: nothing stays a default or an alias. Pure but for the images, which are given.
+
+use godwit_model::{
+    Accelerator, Boot, ErrorCode, HostFacts, ImageKind, ImageRef, Name, Refusal, ResolvedDisk, ResolvedNic, ResolvedSpec,
+    SPEC_SCHEMA, VmId, VmSpec,
+};
+
+use crate::checks::{Candidate, check_start};
+
+const FAMILY: &str = "pc-q35-";
+/// The oldest CPU model that every TCG has.
+const TCG_BASELINE: &str = "qemu64-v1";
+/// The oldest CPU model that a current operating system wants (x86-64-v2).
+const KVM_BASELINE: &str = "Nehalem-v2";
+
+/// An image that a spec names, found in the store.
+pub(crate) type FindImage<'a> = &'a dyn Fn(&Name) -> Option<(ImageRef, ImageKind)>;
+
+/// Position of a machine type in the order of its family.
+fn version_of(machine: &str) -> Option<(u32, u32)> {
+    let (major, minor) = machine.strip_prefix(FAMILY)?.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// The newest machine type of the family that all of `hosts` know.
+fn newest_common_machine(hosts: &[Candidate<'_>]) -> Option<String> {
+    let known = hosts.first()?.facts.machines.iter();
+    known
+        .filter(|machine| hosts.iter().all(|host| host.facts.machines.contains(machine)))
+        .filter_map(|machine| Some((version_of(machine)?, machine)))
+        .max()
+        .map(|(_, machine)| machine.clone())
+}
+
+fn baseline(accelerator: Accelerator, facts: &HostFacts) -> &'static str {
+    let nehalem = facts.cpu_models.iter().any(|model| model == KVM_BASELINE);
+    if accelerator == Accelerator::Kvm && nehalem { KVM_BASELINE } else { TCG_BASELINE }
+}
+
+/// What the VM is started with on `host`, one of the connected `hosts`.
+pub(crate) fn resolve(
+    (vm, name, spec): (VmId, &Name, &VmSpec),
+    host: Candidate<'_>,
+    hosts: &[Candidate<'_>],
+    images: FindImage<'_>,
+) -> Result<ResolvedSpec, Refusal> {
+    let machine = match spec.machine.as_deref() {
+        Some(machine) if machine != "q35" => machine.to_owned(),
+        _ => newest_common_machine(hosts).ok_or_else(|| {
+            Refusal::new(ErrorCode::NoHost, "the connected hosts have no versioned q35 machine type in common")
+                .hint("bring their QEMU versions closer together, or give the VM a machine type of the host it shall run on")
+        })?,
+    };
+    let find = |image: &Name| {
+        images(image).ok_or_else(|| {
+            Refusal::new(ErrorCode::NotFound, format!("the VM needs image {image}, which does not exist"))
+                .hint("import it with `godwit image import`")
+        })
+    };
+    let (kernel, initrd, cmdline) = match &spec.boot {
+        Boot::Disk => (None, None, String::new()),
+        Boot::Kernel { kernel, initrd, cmdline } => {
+            let initrd = initrd.as_ref().map(&find).transpose()?;
+            (Some(find(kernel)?.0), initrd.map(|(image, _)| image), cmdline.clone())
+        }
+    };
+    let mut disks = Vec::new();
+    for disk in &spec.disks {
+        disks.push(ResolvedDisk {
+            volume: disk.volume.clone(),
+            format: disk.format,
+            cache: disk.cache,
+            create: disk.size,
+            image: disk.image.as_ref().map(&find).transpose()?,
+        });
+    }
+    let mac = |nic: &godwit_model::NicSpec| nic.mac.ok_or_else(|| Refusal::new(ErrorCode::Internal, "an interface has no address"));
+    let nics = spec.nics.iter().map(|nic| Ok(ResolvedNic { network: nic.network.clone(), mac: mac(nic)? }));
+    let nics = nics.collect::<Result<_, Refusal>>()?;
+    Ok(ResolvedSpec {
+        schema: SPEC_SCHEMA,
+        vm,
+        name: name.clone(),
+        accelerator: host.facts.accelerator,
+        machine,
+        cpu: spec.cpu.clone().unwrap_or_else(|| baseline(host.facts.accelerator, host.facts).to_owned()),
+        vcpus: spec.vcpus,
+        memory: spec.memory,
+        kernel,
+        initrd,
+        cmdline,
+        disks,
+        nics,
+    })
+}
+
+/// The host to start on, and what with: the wanted one, or the one with most free memory of those that can.
+pub(crate) fn decide_start(
+    vm: (VmId, &Name, &VmSpec),
+    wanted: Option<&Name>,
+    hosts: &[Candidate<'_>],
+    images: FindImage<'_>,
+) -> Result<(Name, ResolvedSpec), Refusal> {
+    let mut best: Option<(Candidate<'_>, ResolvedSpec)> = None;
+    let mut reasons = Vec::new();
+    for host in hosts.iter().filter(|host| wanted.is_none_or(|wanted| wanted == host.name)) {
+        let spec = resolve(vm, *host, hosts, images)?;
+        match check_start(&spec, *host) {
+            Ok(()) if best.as_ref().is_none_or(|(best, _)| host.load.memory_free > best.load.memory_free) => {
+                best = Some((*host, spec))
+            }
+            Ok(()) => {}
+            Err(refusal) => reasons.push(refusal),
+        }
+    }
+    match (best, reasons.len(), wanted) {
+        (Some((host, spec)), ..) => Ok((host.name.clone(), spec)),
+        (None, 0, _) => {
+            Err(Refusal::new(ErrorCode::NoHost, "no host is connected").hint("start an agent: `godwit host join`, `godwit agent`"))
+        }
+        (None, 1, _) | (None, _, Some(_)) => Err(reasons.swap_remove(0)),
+        (None, count, None) => {
+            // One reason that all share keeps its code: it says more than that there is no host.
+            let code = reasons.first().map(|first| first.code).filter(|code| reasons.iter().all(|reason| reason.code == *code));
+            let all: Vec<_> = reasons.iter().map(|reason| reason.message.clone()).collect();
+            let hint = reasons.first().and_then(|first| first.hint.clone()).unwrap_or_default();
+            Err(Refusal::new(
+                code.unwrap_or(ErrorCode::NoHost),
+                format!("none of {count} hosts can run the VM: {}", all.join("; ")),
+            )
+            .hint(hint))
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! What is stored, by key. Rows are never sent: `views` makes the wire's types of them.
+//!
+//! | key | row | beside it |
+//! |---|---|---|
+//! | `epoch` | the controller's reign | |
+//! | `team/<team>`, `token/<id>`, `join/<id>`, `host/<host>` | as named | |
+//! | `image/<team>/<image>` | an image; its content is the file `images/<id>` | |
+//! | `vm/<id>` | a VM | `vmname/<team>/<vm>`, `mac/<mac>`, `volume/<pool>/<volume>`: which VM has it |
+//! | `task/<id>` | a task | |
+
+use std::collections::BTreeMap;
+
+use godwit_api::v1::{Role, TaskNote, TaskState};
+use godwit_model::{
+    Activity, Bytes, Epoch, Generation, HostFacts, ImageId, ImageKind, MigrationFigures, MigrationPolicy, MigrationProgress,
+    Millis, Name, Refusal, ResolvedSpec, RunState, TaskId, TokenId, UnixMillis, VmId, VmRequest, VmSpec,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// A stored value of one kind.
+pub(crate) trait Row: Serialize + DeserializeOwned + Clone + Send {
+    /// Version of its shape. A row of another version is not read.
+    const SCHEMA: u32 = 1;
+    /// What its keys begin with.
+    const PREFIX: &'static str;
+    /// Its key.
+    fn key(&self) -> String;
+}
+
+macro_rules! rows {
+    ($($row:ident: $prefix:literal => |$it:ident| $rest:expr;)*) => {$(
+        impl Row for $row {
+            const PREFIX: &'static str = $prefix;
+            fn key(&self) -> String {
+                let $it = self;
+                format!(concat!($prefix, "{}"), $rest)
+            }
+        }
+    )*};
+}
+
+rows! {
+    EpochRow: "epoch" => |_row| "";
+    TeamRow: "team/" => |row| row.name;
+    TokenRow: "token/" => |row| row.id;
+    JoinRow: "join/" => |row| row.id;
+    HostRow: "host/" => |row| row.name;
+    ImageRow: "image/" => |row| format!("{}/{}", row.team, row.name);
+    VmRow: "vm/" => |row| row.id;
+    TaskRow: "task/" => |row| row.id;
+}
+
+/// The reign of this controller; every write insists on it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct EpochRow {
+    pub(crate) epoch: Epoch,
+}
+
+/// A team.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct TeamRow {
+    pub(crate) name: Name,
+    pub(crate) created: UnixMillis,
+}
+
+/// An API token; of its secret only the hash.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct TokenRow {
+    pub(crate) id: TokenId,
+    pub(crate) team: Name,
+    pub(crate) role: Role,
+    pub(crate) description: String,
+    pub(crate) created: UnixMillis,
+    pub(crate) hash: String,
+}
+
+/// A join token; of its secret only the hash.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct JoinRow {
+    pub(crate) id: TokenId,
+    pub(crate) host: Name,
+    pub(crate) expires: UnixMillis,
+    pub(crate) hash: String,
+    /// The public key (its hash) that it was used for.
+    pub(crate) used: Option<String>,
+}
+
+/// A host that joined. Whether it is connected is in memory; `connected` and `since` are here so that watchers are told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct HostRow {
+    pub(crate) name: Name,
+    pub(crate) address: String,
+    pub(crate) joined: UnixMillis,
+    /// Public keys (their hashes) that may speak for the host: the newest last, the one before it until the newest is used.
+    pub(crate) keys: Vec<String>,
+    pub(crate) connected: bool,
+    pub(crate) since: UnixMillis,
+    pub(crate) facts: Option<HostFacts>,
+}
+
+/// An image.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ImageRow {
+    pub(crate) id: ImageId,
+    pub(crate) name: Name,
+    pub(crate) team: Name,
+    pub(crate) kind: ImageKind,
+    pub(crate) size: Bytes,
+    pub(crate) digest: String,
+    pub(crate) created: UnixMillis,
+}
+
+/// A VM. Generations are issued here, and only here: `issued` grows in the transaction that records the grant.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct VmRow {
+    pub(crate) id: VmId,
+    pub(crate) name: Name,
+    pub(crate) team: Name,
+    pub(crate) created: UnixMillis,
+    /// With every MAC address filled in.
+    pub(crate) spec: VmSpec,
+    pub(crate) state: RunState,
+    pub(crate) since: UnixMillis,
+    /// What the host said of a crash.
+    pub(crate) detail: String,
+    /// The host that owns `generation`.
+    pub(crate) host: Option<Name>,
+    /// The newest generation that a host owned: started, or taken over by a move.
+    pub(crate) generation: Generation,
+    /// The newest generation that its host has reported about.
+    pub(crate) reported: Generation,
+    /// The highest generation ever granted.
+    pub(crate) issued: Generation,
+    /// A move under way: the grant that is not yet activated.
+    pub(crate) pending: Option<PendingGrant>,
+    /// Every host that ever got a grant, with its newest: it may speak about the VM.
+    pub(crate) granted: BTreeMap<Name, GrantedTo>,
+    pub(crate) activity: Option<Activity>,
+    pub(crate) resolved: Option<ResolvedSpec>,
+}
+
+/// A conditional grant that was not yet activated or declined.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PendingGrant {
+    pub(crate) destination: Name,
+    pub(crate) generation: Generation,
+    pub(crate) task: TaskId,
+}
+
+/// The newest grant that a host got for a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct GrantedTo {
+    pub(crate) generation: Generation,
+    pub(crate) task: TaskId,
+}
+
+impl VmRow {
+    /// Issues the next generation to `host`.
+    pub(crate) fn issue(&mut self, host: &Name, task: TaskId) -> Generation {
+        self.issued = self.issued.next();
+        self.granted.insert(host.clone(), GrantedTo { generation: self.issued, task });
+        self.issued
+    }
+
+    /// Notes an observed state.
+    pub(crate) fn set_state(&mut self, state: RunState, now: UnixMillis) {
+        if self.state != state {
+            self.state = state;
+            self.since = now;
+        }
+        if state != RunState::Crashed {
+            self.detail.clear();
+        }
+    }
+
+    /// Lets go of the VM if it is `task` that holds it.
+    pub(crate) fn release(&mut self, task: TaskId) {
+        self.activity.take_if(|activity| activity.task == task);
+        self.pending.take_if(|pending| pending.task == task);
+    }
+
+    /// Whether QEMU is there.
+    pub(crate) fn has_process(&self) -> bool {
+        matches!(self.state, RunState::Running | RunState::Paused)
+    }
+}
+
+/// A task.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TaskRow {
+    pub(crate) id: TaskId,
+    pub(crate) team: Name,
+    pub(crate) subject: Name,
+    pub(crate) vm: VmId,
+    pub(crate) work: Work,
+    pub(crate) state: TaskState,
+    pub(crate) created: UnixMillis,
+    pub(crate) ended: Option<UnixMillis>,
+    pub(crate) principal: String,
+    pub(crate) reason: Option<String>,
+    pub(crate) step: String,
+    pub(crate) cancel: bool,
+    pub(crate) progress: Option<MigrationProgress>,
+    pub(crate) figures: Option<MigrationFigures>,
+    pub(crate) error: Option<Refusal>,
+    pub(crate) trail: Vec<TaskNote>,
+}
+
+/// What a task does, with all that it needs to go on after a restart.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub(crate) enum Work {
+    /// Starts the VM on `host`.
+    Start { host: Name, generation: Generation },
+    /// Asks the guest to power off.
+    Stop { timeout: Millis },
+    /// Ends QEMU.
+    Kill,
+    /// Lets vCPUs stand still.
+    Pause,
+    /// Lets vCPUs run on.
+    Unpause,
+    /// Removes the VM.
+    Delete { volumes: bool },
+    /// Moves the VM.
+    Migrate(Box<MigrateWork>),
+}
+
+impl Work {
+    /// The kind shown to people.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Start { .. } => "vm.start",
+            Self::Stop { .. } => "vm.stop",
+            Self::Kill => "vm.kill",
+            Self::Pause => "vm.pause",
+            Self::Unpause => "vm.unpause",
+            Self::Delete { .. } => "vm.delete",
+            Self::Migrate(_) => "vm.migrate",
+        }
+    }
+
+    /// What it asks of the VM.
+    pub(crate) fn request(&self) -> VmRequest {
+        match self {
+            Self::Start { .. } => VmRequest::Start,
+            Self::Stop { .. } => VmRequest::Stop,
+            Self::Kill => VmRequest::Kill,
+            Self::Pause => VmRequest::Pause,
+            Self::Unpause => VmRequest::Unpause,
+            Self::Delete { .. } => VmRequest::Delete,
+            Self::Migrate(_) => VmRequest::Migrate,
+        }
+    }
+}
+
+/// A migration and where it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MigrateWork {
+    pub(crate) source: Name,
+    pub(crate) destination: Name,
+    pub(crate) policy: MigrationPolicy,
+    /// From 1.
+    pub(crate) attempt: u32,
+    pub(crate) generation: Generation,
+    pub(crate) expires: UnixMillis,
+    pub(crate) stage: Stage,
+    pub(crate) source_ended: Option<Ended>,
+    pub(crate) destination_ended: Option<Ended>,
+}
+
+/// The step a migration does next, or is in. Written before the step is begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "at", rename_all = "snake_case")]
+pub(crate) enum Stage {
+    /// The destination is told to prepare.
+    Prepare,
+    /// The source is told to move; the destination's carry listens on `port`.
+    MoveOut { port: u16 },
+    /// The agents are at it.
+    Moving,
+    /// It never began: the destination is told to decline.
+    Settle,
+}
+
+/// What one side said at the end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Ended {
+    pub(crate) generation: Generation,
+    pub(crate) moved: bool,
+    pub(crate) reason: Option<Refusal>,
+    pub(crate) figures: Option<MigrationFigures>,
+}

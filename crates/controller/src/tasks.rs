@@ -1,0 +1,317 @@
+//! Long work: recorded before it starts, resumed after a restart at the step that was recorded, held by the VM in the same transaction.
+//!
+//! ```text
+//!   request ─▶ admit: one transaction writes task, activity and grant ─▶ executor
+//!                                                                          │ each step: write the stage, then command an agent
+//!   restart ─▶ every running task ─────────────────────────────────────────┘ (same command id again: the agent answers from its journal)
+//! ```
+//! Nothing of an executor lives in memory only, so it may be dropped at any line.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use godwit_api::v1::{TaskNote, TaskState};
+use godwit_link::v1::{self, command::Action};
+use godwit_model::{ErrorCode, MigrationProgress, Name, Refusal, TaskId};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::clock;
+use crate::db::{Batch, Db, Fault, Stored, retry};
+use crate::hub::{Answer, Hub};
+use crate::principals::not_found;
+use crate::rows::{TaskRow, VmRow, Work};
+
+mod admit;
+mod cancel;
+mod migrate;
+mod power;
+
+pub(crate) use admit::{Ask, Asked};
+pub(crate) use cancel::cancellable;
+
+/// Lines of a trail that are kept.
+const TRAIL: usize = 200;
+/// Progress of one task is written at most this often.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
+/// How long to wait before a store without space is tried again.
+const FULL_PERIOD: Duration = Duration::from_secs(1);
+/// Ended tasks that are kept.
+const ENDED_KEPT: usize = 2_000;
+
+/// As `retry`, for a task that cannot go on before it is written: again also while the store has no space.
+macro_rules! patiently {
+    ($id:ident, $attempt:block) => {{
+        let mut told = false;
+        loop {
+            match $crate::db::retry!($attempt) {
+                Err(fault) if fault.is_full() => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!(task = %$id, "the store has no space left: the task waits");
+                    }
+                    tokio::time::sleep($crate::tasks::FULL_PERIOD).await;
+                }
+                result => break result,
+            }
+        }
+    }};
+}
+use patiently;
+
+/// The executor of tasks.
+pub(crate) struct Tasks {
+    db: Db,
+    hub: Arc<Hub>,
+    wakers: Mutex<HashMap<TaskId, Arc<Notify>>>,
+    written: Mutex<HashMap<TaskId, Instant>>,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// How a task ends.
+#[derive(Clone, Debug)]
+pub(crate) enum Outcome {
+    /// Well.
+    Done,
+    /// Badly.
+    Failed(Refusal),
+    /// By request.
+    Cancelled(Refusal),
+}
+
+impl Tasks {
+    /// An executor; nothing runs yet.
+    pub(crate) fn new(db: Db, hub: Arc<Hub>, tracker: TaskTracker, stop: CancellationToken) -> Self {
+        Self { db, hub, wakers: Mutex::default(), written: Mutex::default(), tracker, stop }
+    }
+
+    /// Goes on with every task that had not ended.
+    pub(crate) async fn resume(self: &Arc<Self>) -> Result<(), Fault> {
+        for task in self.db.all::<TaskRow>().await? {
+            if !task.row.state.ended() {
+                tracing::info!(task = %task.row.id, kind = task.row.work.kind(), "resumed");
+                self.spawn(task.row.id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops the oldest ended tasks beyond a number.
+    pub(crate) async fn prune(&self) -> Result<(), Fault> {
+        let mut ended: Vec<_> = self.db.all::<TaskRow>().await?.into_iter().filter(|task| task.row.state.ended()).collect();
+        ended.sort_by_key(|task| task.row.created);
+        let surplus = ended.len().saturating_sub(ENDED_KEPT);
+        for task in ended.iter().take(surplus) {
+            self.db.commit(Batch::default().delete(task)).await?;
+        }
+        Ok(())
+    }
+
+    fn spawn(self: &Arc<Self>, id: TaskId) {
+        let tasks = self.clone();
+        self.tracker.spawn(async move {
+            let stop = tasks.stop.clone();
+            tokio::select! {
+                () = stop.cancelled() => {}
+                result = tasks.run(id) => if let Err(fault) = result {
+                    tracing::error!(task = %id, error = &fault as &dyn std::error::Error, "the task rests until the next start of the controller");
+                }
+            }
+            tasks.wakers.lock().expect("no holder panics").remove(&id);
+            tasks.written.lock().expect("no holder panics").remove(&id);
+        });
+    }
+
+    async fn run(&self, id: TaskId) -> Result<(), Fault> {
+        let task = self.task(id).await?.row;
+        match task.work {
+            Work::Start { .. } => self.run_start(id).await,
+            Work::Stop { timeout } => self.run_stop(id, timeout).await,
+            Work::Kill => self.run_kill(id).await,
+            Work::Pause | Work::Unpause => self.run_pause(id).await,
+            Work::Delete { volumes } => self.run_delete(id, volumes).await,
+            Work::Migrate(_) => self.run_migrate(id).await,
+        }
+    }
+
+    fn waker(&self, id: TaskId) -> Arc<Notify> {
+        self.wakers.lock().expect("no holder panics").entry(id).or_default().clone()
+    }
+
+    /// Tells a task's executor to look again.
+    pub(crate) fn wake(&self, id: TaskId) {
+        let waker = self.wakers.lock().expect("no holder panics").get(&id).cloned();
+        if let Some(waker) = waker {
+            waker.notify_one();
+        }
+    }
+
+    /// A task as stored.
+    pub(crate) async fn task(&self, id: TaskId) -> Result<Stored<TaskRow>, Fault> {
+        self.db.find(&id.to_string()).await?.ok_or_else(|| not_found("task", id).into())
+    }
+
+    async fn both(&self, id: TaskId) -> Result<(Stored<TaskRow>, Stored<VmRow>), Fault> {
+        let task = self.task(id).await?;
+        let vm = self.db.find::<VmRow>(&task.row.vm.to_string()).await?;
+        Ok((task, vm.ok_or_else(|| Fault::Refused(Refusal::new(ErrorCode::Internal, "the VM of a running task is gone")))?))
+    }
+
+    /// Changes a task and its VM together. While the store has no space, it waits for some.
+    async fn edit(&self, id: TaskId, mut change: impl FnMut(&mut TaskRow, &mut VmRow)) -> Result<TaskRow, Fault> {
+        patiently!(id, {
+            let (mut task, mut vm) = self.both(id).await?;
+            let before = (task.row.clone(), vm.row.clone());
+            change(&mut task.row, &mut vm.row);
+            let (task_changed, vm_changed) = (task.row != before.0, vm.row != before.1);
+            if task_changed || vm_changed {
+                let batch = if task_changed { Batch::default().update(&task) } else { Batch::default().unchanged(&task) };
+                self.db.commit(if vm_changed { batch.update(&vm) } else { batch.unchanged(&vm) }).await?;
+            }
+            Ok(task.row)
+        })
+    }
+
+    /// Says what a task does right now.
+    async fn set_step(&self, id: TaskId, step: &str) -> Result<(), Fault> {
+        self.edit(id, |task, _| step.clone_into(&mut task.step)).await.map(|_| ())
+    }
+
+    /// Ends a task and lets go of its VM.
+    async fn finish(&self, id: TaskId, outcome: Outcome, mut change: impl FnMut(&mut TaskRow, &mut VmRow)) -> Result<(), Fault> {
+        let task = self
+            .edit(id, |task, vm| {
+                if !task.state.ended() {
+                    change(task, vm);
+                    vm.release(id);
+                    conclude(task, &outcome);
+                }
+            })
+            .await?;
+        tracing::info!(task = %id, kind = task.work.kind(), subject = %task.subject, state = ?task.state,
+            error = task.error.as_ref().map(tracing::field::display), "ended");
+        Ok(())
+    }
+
+    /// Notes progress, at most twice a second, never backwards.
+    pub(crate) async fn progress(&self, id: TaskId, progress: MigrationProgress) -> Result<(), Fault> {
+        {
+            let mut written = self.written.lock().expect("no holder panics");
+            let now = Instant::now();
+            if written.get(&id).is_some_and(|last| now.duration_since(*last) < PROGRESS_PERIOD) {
+                return Ok(());
+            }
+            written.insert(id, now);
+        }
+        retry!({
+            let mut task = self.task(id).await?;
+            if task.row.state.ended() {
+                return Ok(());
+            }
+            let mut progress = progress.clone();
+            if let Some(before) = &task.row.progress {
+                // A second attempt begins anew on the wire; what people see does not.
+                progress.permille = progress.permille.max(before.permille);
+            }
+            task.row.progress = Some(progress);
+            self.db.commit(Batch::default().update(&task)).await
+        })
+    }
+
+    /// Commands a host and waits for its answer through every disconnect. The id is made of the task and the step, so that the agent
+    /// recognises the command when this controller, or a later one, sends it again.
+    async fn command(&self, id: TaskId, host: &Name, tag: &str, action: Action) -> Result<Result<Answer, Refusal>, Fault> {
+        match self.command_until(id, host, tag, action, std::future::pending()).await? {
+            Some(answer) => Ok(answer),
+            None => Err(Fault::Refused(Refusal::new(ErrorCode::Internal, "a command was given up that cannot be"))),
+        }
+    }
+
+    /// As `command`, but gives up while the host is away if `given_up` says so.
+    async fn command_until(
+        &self,
+        id: TaskId,
+        host: &Name,
+        tag: &str,
+        action: Action,
+        given_up: impl Future<Output = Result<(), Fault>> + Send,
+    ) -> Result<Option<Result<Answer, Refusal>>, Fault> {
+        let mut given_up = std::pin::pin!(given_up);
+        let step = self.task(id).await?.row.step;
+        let command = v1::Command { id: command_id(id, tag), epoch: self.db.epoch().0, task: id.to_string(), action: Some(action) };
+        loop {
+            if let Some(answer) = self.hub.command(host, command.clone())
+                && let Ok(answer) = answer.await
+            {
+                return Ok(Some(answer));
+            }
+            // A session that just ended may still be in the hub for a moment; the next turn sees that.
+            tokio::task::yield_now().await;
+            if self.hub.presence(host).is_none() {
+                self.set_step(id, &self.waiting_for(host)).await?;
+                tokio::select! {
+                    () = self.hub.connected(host) => {}
+                    result = &mut given_up => return result.map(|()| None),
+                }
+                self.set_step(id, &step).await?;
+            }
+        }
+    }
+
+    fn waiting_for(&self, host: &Name) -> String {
+        match self.hub.since(host) {
+            Some(since) => format!("waits for host {host}, not connected since {}", clock::readable(since)),
+            None => format!("waits for host {host}, not connected since the controller started"),
+        }
+    }
+}
+
+/// Writes the end into a task.
+fn conclude(task: &mut TaskRow, outcome: &Outcome) {
+    let (state, error, text) = match outcome {
+        Outcome::Done => (TaskState::Done, None, "done".to_owned()),
+        Outcome::Failed(refusal) => (TaskState::Failed, Some(refusal.clone()), format!("failed: {refusal}")),
+        Outcome::Cancelled(refusal) => (TaskState::Cancelled, Some(refusal.clone()), format!("cancelled: {refusal}")),
+    };
+    note(task, text.clone());
+    task.state = state;
+    task.error = error;
+    task.ended = Some(clock::now());
+    task.step = match state {
+        TaskState::Done => "done".into(),
+        TaskState::Cancelled => "cancelled".into(),
+        _ => "failed".into(),
+    };
+}
+
+/// Adds a line to a task's trail.
+fn note(task: &mut TaskRow, text: impl Into<String>) {
+    task.trail.push(TaskNote { at: clock::now(), text: text.into() });
+    if task.trail.len() > TRAIL {
+        // The beginning and the end say most.
+        task.trail.remove(TRAIL / 2);
+    }
+}
+
+/// The id of a command: the same for the same step of the same task, whoever asks and however often.
+fn command_id(task: TaskId, tag: &str) -> u64 {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(task.uuid().as_bytes()).update(tag.as_bytes());
+    let mut first = [0_u8; 8];
+    first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    u64::from_le_bytes(first)
+}
+
+impl Tasks {
+    /// A host came back with a VM prepared for a migration that will never reach it: it declines.
+    pub(crate) fn decline_leftover(&self, host: &Name, vm: godwit_model::VmId, task: TaskId) {
+        let id = command_id(task, &format!("leftover {}", clock::now().0));
+        let action = Some(Action::Settle(v1::SettleMigration { vm: vm.to_string() }));
+        tracing::info!(%host, %vm, %task, "a prepared migration that has ended is declined");
+        // Its answer changes nothing here: it is asked again whenever the host comes back with it.
+        let _ = self.hub.command(host, v1::Command { id, epoch: self.db.epoch().0, task: task.to_string(), action });
+    }
+}

@@ -1,0 +1,241 @@
+//! From a request to a recorded task: everything is checked, and everything is written, before anything starts.
+
+use std::sync::Arc;
+
+use godwit_api::v1::{self, TaskState};
+use godwit_model::lifecycle::decide_admission;
+use godwit_model::{
+    Activity, Admission, ErrorCode, Generation, ImageKind, ImageRef, Millis, Name, Refusal, Retry, TaskId, UnixMillis, VmRequest,
+};
+
+use super::{Outcome, Tasks, conclude, note};
+use crate::checks::{Candidate, check_move};
+use crate::clock;
+use crate::db::{Batch, Fault, Stored, retry};
+use crate::hub::Presence;
+use crate::principals::not_found;
+use crate::resolve::decide_start;
+use crate::rows::{HostRow, ImageRow, MigrateWork, PendingGrant, Stage, TaskRow, VmRow, Work};
+
+/// How long a guest may take to power off, if nothing else was said.
+const STOP_TIMEOUT: Millis = Millis(5 * 60_000);
+/// What a grant outlives the warm-up by.
+const GRANT_MARGIN: u64 = 10 * 60_000;
+
+/// Of which VM, by whom, and under which condition.
+#[derive(Clone, Debug)]
+pub(crate) struct Ask {
+    pub(crate) team: Name,
+    pub(crate) vm: Name,
+    pub(crate) principal: String,
+    pub(crate) reason: Option<String>,
+    /// The revision that the VM must still have.
+    pub(crate) revision: Option<u64>,
+}
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub(crate) enum Asked {
+    Start(Option<Name>),
+    Stop(Option<Millis>),
+    Kill,
+    Pause,
+    Unpause,
+    Delete { volumes: bool },
+    Migrate(v1::VmMigrate),
+}
+
+impl Asked {
+    fn request(&self) -> VmRequest {
+        match self {
+            Self::Start(_) => VmRequest::Start,
+            Self::Stop(_) => VmRequest::Stop,
+            Self::Kill => VmRequest::Kill,
+            Self::Pause => VmRequest::Pause,
+            Self::Unpause => VmRequest::Unpause,
+            Self::Delete { .. } => VmRequest::Delete,
+            Self::Migrate(_) => VmRequest::Migrate,
+        }
+    }
+}
+
+fn host_down(name: &Name) -> Refusal {
+    Refusal::new(ErrorCode::HostDown, format!("host {name} is not connected"))
+        .hint(format!("start the agent on {name} (`godwit agent`) or restore its link, or choose another host"))
+        .retry(Retry::Safe)
+}
+
+fn candidates(present: &[(Name, Presence)]) -> Vec<Candidate<'_>> {
+    present.iter().map(|(name, presence)| Candidate { name, facts: &presence.facts, load: &presence.load }).collect()
+}
+
+impl Tasks {
+    /// The VM of a team by its name.
+    pub(crate) async fn vm(&self, team: &Name, name: &Name) -> Result<Stored<VmRow>, Fault> {
+        let id = self.db.claimed(&format!("vmname/{team}/{name}")).await?;
+        let vm = match id {
+            Some(id) => self.db.find::<VmRow>(&id).await?,
+            None => None,
+        };
+        vm.ok_or_else(|| not_found("vm", name).into())
+    }
+
+    /// Records the task and starts it.
+    pub(crate) async fn ask(self: &Arc<Self>, ask: &Ask, asked: &Asked) -> Result<Stored<TaskRow>, Fault> {
+        let dry = matches!(asked, Asked::Migrate(request) if request.dry_run);
+        let (task, replaced) = retry!({ self.admit(ask, asked, dry).await })?;
+        if !dry {
+            tracing::info!(task = %task.id, kind = task.work.kind(), subject = %task.subject, principal = task.principal, "accepted");
+            if !task.state.ended() {
+                self.spawn(task.id);
+            }
+            if let Some(replaced) = replaced {
+                self.wake(replaced);
+            }
+        }
+        let id = task.id;
+        Ok(if dry { Stored { row: task, revision: 0 } } else { self.task(id).await? })
+    }
+
+    async fn admit(&self, ask: &Ask, asked: &Asked, dry: bool) -> Result<(TaskRow, Option<TaskId>), Fault> {
+        let mut vm = self.vm(&ask.team, &ask.vm).await?;
+        if ask.revision.is_some_and(|revision| revision != vm.revision) {
+            return Err(Refusal::new(
+                ErrorCode::RevisionConflict,
+                format!("VM {} has changed: it is at revision {}", ask.vm, vm.revision),
+            )
+            .hint("look at it again, then decide again")
+            .into());
+        }
+        let ignored = match decide_admission(vm.row.state, vm.row.activity, asked.request()) {
+            Admission::Deny(refusal) => return Err(refusal.into()),
+            Admission::Ignore => true,
+            Admission::Accept => false,
+        };
+        let id = TaskId::new(clock::fresh());
+        let now = clock::now();
+        let replaced = vm.row.activity.map(|activity| activity.task);
+        let work = self.work(&mut vm.row, id, asked, ignored, now).await?;
+        let mut task = TaskRow {
+            id,
+            team: ask.team.clone(),
+            subject: ask.vm.clone(),
+            vm: vm.row.id,
+            work,
+            state: TaskState::Running,
+            created: now,
+            ended: None,
+            principal: ask.principal.clone(),
+            reason: ask.reason.clone(),
+            step: "accepted".into(),
+            cancel: false,
+            progress: None,
+            figures: None,
+            error: None,
+            trail: vec![],
+        };
+        describe(&mut task);
+        if dry {
+            conclude(&mut task, &Outcome::Done);
+            task.step = "checked only: it could begin now".into();
+            return Ok((task, None));
+        }
+        if ignored {
+            note(&mut task, "nothing to do: it is so already");
+            conclude(&mut task, &Outcome::Done);
+            self.db.commit(Batch::default().unchanged(&vm).create(&task)).await?;
+            return Ok((task, None));
+        }
+        vm.row.activity = Some(Activity { task: id, request: asked.request() });
+        self.db.commit(Batch::default().update(&vm).create(&task)).await?;
+        Ok((task, replaced))
+    }
+
+    /// What there is to do, with the grant already in the row if it takes one.
+    async fn work(&self, vm: &mut VmRow, id: TaskId, asked: &Asked, ignored: bool, now: UnixMillis) -> Result<Work, Fault> {
+        Ok(match asked {
+            Asked::Start(host) if ignored => {
+                let host = host.clone().or_else(|| vm.host.clone());
+                Work::Start { host: host.ok_or_else(|| not_found("host", "of this VM"))?, generation: vm.generation }
+            }
+            Asked::Start(host) => self.admit_start(vm, id, host.as_ref()).await?,
+            Asked::Stop(timeout) => Work::Stop { timeout: timeout.unwrap_or(STOP_TIMEOUT) },
+            Asked::Kill => Work::Kill,
+            Asked::Pause => Work::Pause,
+            Asked::Unpause => Work::Unpause,
+            Asked::Delete { volumes } => Work::Delete { volumes: *volumes },
+            Asked::Migrate(request) => self.admit_migrate(vm, id, request, now).await?,
+        })
+    }
+
+    async fn known(&self, host: &Name) -> Result<(), Fault> {
+        self.db.find::<HostRow>(host.as_str()).await?.map(|_| ()).ok_or_else(|| not_found("host", host).into())
+    }
+
+    async fn admit_start(&self, vm: &mut VmRow, id: TaskId, wanted: Option<&Name>) -> Result<Work, Fault> {
+        if let Some(host) = wanted {
+            self.known(host).await?;
+            self.hub.presence(host).ok_or_else(|| host_down(host))?;
+        }
+        let images = self.db.page::<ImageRow>(&format!("{}/", vm.team), None, usize::MAX).await?;
+        let find = |name: &Name| -> Option<(ImageRef, ImageKind)> {
+            let image = &images.iter().find(|image| image.row.name == *name)?.row;
+            Some((ImageRef { id: image.id, digest: image.digest.clone(), size: image.size }, image.kind))
+        };
+        let present = self.hub.present();
+        let (host, resolved) = decide_start((vm.id, &vm.name, &vm.spec), wanted, &candidates(&present), &find)?;
+        let generation = vm.issue(&host, id);
+        vm.host = Some(host.clone());
+        vm.generation = generation;
+        vm.resolved = Some(resolved);
+        Ok(Work::Start { host, generation })
+    }
+
+    async fn admit_migrate(&self, vm: &mut VmRow, id: TaskId, request: &v1::VmMigrate, now: UnixMillis) -> Result<Work, Fault> {
+        let destination = &request.host;
+        self.known(destination).await?;
+        let internal = |what: &str| Fault::Refused(Refusal::new(ErrorCode::Internal, format!("a running VM without {what}")));
+        let source = vm.host.clone().ok_or_else(|| internal("a host"))?;
+        if source == *destination {
+            return Err(Refusal::new(ErrorCode::AlreadyOnHost, format!("VM {} already runs on {destination}", vm.name))
+                .hint("nothing needs to be done; choose another host to move it")
+                .into());
+        }
+        let there = self.hub.presence(destination).ok_or_else(|| host_down(destination))?;
+        let here = self.hub.presence(&source).ok_or_else(|| host_down(&source))?;
+        let spec = vm.resolved.as_ref().ok_or_else(|| internal("its resolved spec"))?;
+        check_move(
+            spec,
+            Candidate { name: &source, facts: &here.facts, load: &here.load },
+            Candidate { name: destination, facts: &there.facts, load: &there.load },
+        )?;
+        let generation = vm.issue(destination, id);
+        vm.pending = Some(PendingGrant { destination: destination.clone(), generation, task: id });
+        Ok(Work::Migrate(Box::new(MigrateWork {
+            source,
+            destination: destination.clone(),
+            policy: request.policy,
+            attempt: 1,
+            generation,
+            expires: expiry(now, request.policy.timeout),
+            stage: Stage::Prepare,
+            source_ended: None,
+            destination_ended: None,
+        })))
+    }
+}
+
+/// The end of a conditional grant.
+pub(super) fn expiry(now: UnixMillis, timeout: Millis) -> UnixMillis {
+    UnixMillis(now.0.saturating_add(timeout.0).saturating_add(GRANT_MARGIN))
+}
+
+/// The first line of a trail.
+fn describe(task: &mut TaskRow) {
+    let text = match &task.work {
+        Work::Start { host, generation: Generation(number) } => format!("to start on {host}, generation {number}"),
+        Work::Migrate(work) => format!("to move from {} to {}, generation {}", work.source, work.destination, work.generation),
+        _ => return,
+    };
+    note(task, text);
+}

@@ -1,0 +1,279 @@
+//! A migration, from its recorded grant to its recorded end.
+//!
+//! ```text
+//!   Prepare ──ready──▶ MoveOut ──accepted──▶ Moving ──source: moved──▶ done
+//!      │refused           │refused              │ └─source: stayed──▶ failed, cancelled, or (QEMU first) Prepare again
+//!      └──────cancelled───┴──▶ Settle ──▶ failed, cancelled
+//! ```
+//! From MoveOut accepted to its end a migration belongs to the two agents. Here it is only waited for: a host that is away makes it wait
+//! and nothing else, and the VM's owner changes in the transaction that stores an agent's word (see `reports`).
+
+use godwit_link::encode;
+use godwit_link::v1::{self, command::Action};
+use godwit_model::{ErrorCode, Grant, Refusal, TaskId};
+use tokio::time::{Duration, Instant};
+
+use super::admit::expiry;
+use super::{Outcome, Tasks, note};
+use crate::clock;
+use crate::db::Fault;
+use crate::rows::{HostRow, MigrateWork, PendingGrant, Stage, TaskRow, VmRow, Work};
+
+/// How often a migration is begun when QEMU reaches its switch-over before us.
+const ATTEMPTS: u32 = 3;
+/// How long the destination may take to say that it has cleared, before it is told to.
+const CLEARING: Duration = Duration::from_secs(30);
+
+fn work_of(task: &mut TaskRow) -> Option<&mut MigrateWork> {
+    match &mut task.work {
+        Work::Migrate(work) => Some(work),
+        _ => None,
+    }
+}
+
+fn cancelled() -> Refusal {
+    Refusal::new(ErrorCode::Cancelled, "cancelled by request; the VM runs where it was")
+}
+
+fn grant_of(id: TaskId, vm: &VmRow, work: &MigrateWork) -> v1::Grant {
+    (&Grant {
+        vm: vm.id,
+        generation: work.generation,
+        source: Some(work.source.clone()),
+        destination: work.destination.clone(),
+        task: id,
+        expires: work.expires,
+    })
+        .into()
+}
+
+impl Tasks {
+    pub(super) async fn run_migrate(&self, id: TaskId) -> Result<(), Fault> {
+        loop {
+            let (task, vm) = self.both(id).await?;
+            let Work::Migrate(work) = &task.row.work else { return Ok(()) };
+            if task.row.state.ended() {
+                return Ok(());
+            }
+            match work.stage {
+                Stage::Prepare => self.prepare(id, &vm.row, work).await?,
+                Stage::MoveOut { .. } if work.source_ended.is_some() => self.set_stage(id, Stage::Moving).await?,
+                Stage::MoveOut { port } => self.move_out(id, &vm.row, work, port).await?,
+                Stage::Moving => self.moving(id, &vm.row).await?,
+                Stage::Settle => self.settle(id, &vm.row, work).await?,
+            }
+        }
+    }
+
+    async fn set_stage(&self, id: TaskId, stage: Stage) -> Result<(), Fault> {
+        let set = |task: &mut TaskRow, _: &mut VmRow| {
+            if let Some(work) = work_of(task) {
+                work.stage = stage;
+            }
+        };
+        self.edit(id, set).await.map(|_| ())
+    }
+
+    /// The migration will not begin, for this reason.
+    async fn give_up(&self, id: TaskId, refusal: Option<&Refusal>) -> Result<(), Fault> {
+        let set = |task: &mut TaskRow, _: &mut VmRow| {
+            if let Some(refusal) = refusal {
+                note(task, refusal.message.clone());
+                task.error = Some(refusal.clone());
+            }
+            if let Some(work) = work_of(task) {
+                work.stage = Stage::Settle;
+            }
+        };
+        self.edit(id, set).await.map(|_| ())
+    }
+
+    async fn prepare(&self, id: TaskId, vm: &VmRow, work: &MigrateWork) -> Result<(), Fault> {
+        let destination = &work.destination;
+        self.set_step(id, &format!("{destination} prepares")).await?;
+        let Some(spec) = &vm.resolved else {
+            return self.give_up(id, Some(&Refusal::new(ErrorCode::Internal, "the VM has no resolved spec"))).await;
+        };
+        let grant = Some(grant_of(id, vm, work));
+        let action = Action::Prepare(v1::PrepareIncoming { grant, spec: encode(spec), policy: encode(&work.policy) });
+        let answer = self.command_until(id, destination, &format!("prepare {}", work.attempt), action, self.cancelled(id)).await?;
+        let port = match answer {
+            None => return self.give_up(id, None).await,
+            Some(Err(refusal)) => return self.give_up(id, Some(&refusal)).await,
+            Some(Ok(answer)) => u16::try_from(answer.carry_port).ok().filter(|port| *port != 0),
+        };
+        let Some(port) = port else {
+            let refusal = Refusal::new(ErrorCode::Internal, format!("{destination} prepared but named no port"));
+            return self.give_up(id, Some(&refusal)).await;
+        };
+        let set = |task: &mut TaskRow, _: &mut VmRow| {
+            note(task, format!("{destination} is ready"));
+            // The last moment at which a cancel needs no word of the source.
+            let stage = if task.cancel { Stage::Settle } else { Stage::MoveOut { port } };
+            if let Some(work) = work_of(task) {
+                work.stage = stage;
+            }
+        };
+        self.edit(id, set).await.map(|_| ())
+    }
+
+    /// Returns when the task was asked to be cancelled.
+    async fn cancelled(&self, id: TaskId) -> Result<(), Fault> {
+        let waker = self.waker(id);
+        while !self.task(id).await?.row.cancel {
+            waker.notified().await;
+        }
+        Ok(())
+    }
+
+    async fn move_out(&self, id: TaskId, vm: &VmRow, work: &MigrateWork, port: u16) -> Result<(), Fault> {
+        let (source, destination) = (&work.source, &work.destination);
+        self.set_step(id, &format!("{source} begins")).await?;
+        let address = match self.hub.presence(destination) {
+            Some(presence) => presence.address,
+            None => self.db.find::<HostRow>(destination.as_str()).await?.map(|host| host.row.address).unwrap_or_default(),
+        };
+        let grant = Some(grant_of(id, vm, work));
+        let action = Action::Migrate(v1::MigrateOut { grant, address, carry_port: port.into(), policy: encode(&work.policy) });
+        match self.command(id, source, &format!("move {}", work.attempt), action).await? {
+            Ok(_) => self.set_stage(id, Stage::Moving).await,
+            Err(refusal) => self.give_up(id, Some(&refusal)).await,
+        }
+    }
+
+    /// Waits for the source's word, and a while for the destination's.
+    async fn moving(&self, id: TaskId, vm: &VmRow) -> Result<(), Fault> {
+        let waker = self.waker(id);
+        let mut connections = self.hub.watch();
+        let mut asked_to_cancel = false;
+        let mut clearing: Option<Instant> = None;
+        loop {
+            let task = self.task(id).await?.row;
+            let Work::Migrate(work) = &task.work else { return Ok(()) };
+            let away = [&work.source, &work.destination].into_iter().find(|host| self.hub.presence(host).is_none());
+            if let Some(ended) = &work.source_ended {
+                let cleared = work.destination_ended.is_some() || self.hub.presence(&work.destination).is_none();
+                let deadline = *clearing.get_or_insert_with(|| Instant::now() + CLEARING);
+                if cleared || Instant::now() >= deadline {
+                    if !cleared && !ended.moved {
+                        self.decline(id, vm, work).await?;
+                    }
+                    return self.end(id, work.clone()).await;
+                }
+                self.set_step(id, &format!("{} clears up", work.destination)).await?;
+            } else {
+                let step = match away {
+                    Some(host) => self.waiting_for(host),
+                    None => format!("moves from {} to {}", work.source, work.destination),
+                };
+                self.set_step(id, &step).await?;
+                if task.cancel && !asked_to_cancel && self.hub.presence(&work.source).is_some() {
+                    asked_to_cancel = true;
+                    self.pass_cancel(id, vm, work).await?;
+                    continue;
+                }
+            }
+            let deadline = clearing;
+            tokio::select! {
+                () = waker.notified() => {}
+                // The hub lives as long as the executor.
+                _ = connections.changed() => {}
+                () = async { match deadline {
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
+                    None => std::future::pending().await,
+                } } => {}
+            }
+        }
+    }
+
+    async fn pass_cancel(&self, id: TaskId, vm: &VmRow, work: &MigrateWork) -> Result<(), Fault> {
+        let action = Action::Cancel(v1::CancelMigration { vm: vm.id.to_string() });
+        // Given up while the source is away: its word of the end may come first.
+        let ended = async {
+            let waker = self.waker(id);
+            loop {
+                let task = self.task(id).await?.row;
+                if matches!(&task.work, Work::Migrate(work) if work.source_ended.is_some()) {
+                    waker.notify_one();
+                    return Ok(());
+                }
+                waker.notified().await;
+            }
+        };
+        if let Some(Err(refusal)) = self.command_until(id, &work.source, &format!("cancel {}", work.attempt), action, ended).await?
+        {
+            self.edit(id, |task, _| {
+                note(task, format!("not cancelled: {refusal}"));
+                task.cancel = false;
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// Tells a destination that was not released to decline, if it can be told now. Otherwise it is told when it comes back.
+    async fn decline(&self, id: TaskId, vm: &VmRow, work: &MigrateWork) -> Result<(), Fault> {
+        let destination = &work.destination;
+        let action = Action::Settle(v1::SettleMigration { vm: vm.id.to_string() });
+        let away = std::future::ready(Ok(()));
+        match self.command_until(id, destination, &format!("settle {}", work.attempt), action, away).await? {
+            Some(Ok(_)) => Ok(()),
+            Some(Err(refusal)) => {
+                self.edit(id, |task, _| note(task, format!("{destination} did not clear: {refusal}"))).await.map(|_| ())
+            }
+            None => self
+                .edit(id, |task, _| note(task, format!("{destination} is away and clears when it comes back")))
+                .await
+                .map(|_| ()),
+        }
+    }
+
+    async fn settle(&self, id: TaskId, vm: &VmRow, work: &MigrateWork) -> Result<(), Fault> {
+        self.set_step(id, &format!("{} clears up", work.destination)).await?;
+        self.decline(id, vm, work).await?;
+        let error = self.task(id).await?.row.error;
+        let outcome = error.map_or_else(|| Outcome::Cancelled(cancelled()), Outcome::Failed);
+        self.finish(id, outcome, |_, _| {}).await
+    }
+
+    /// The agents are through: says how it ended, or begins again.
+    async fn end(&self, id: TaskId, work: Box<MigrateWork>) -> Result<(), Fault> {
+        let Some(source) = &work.source_ended else { return Ok(()) };
+        let taken = work.destination_ended.as_ref().is_some_and(|ended| ended.moved);
+        if taken && !source.moved {
+            tracing::error!(task = %id, "source and destination both claim the VM; the newer generation counts");
+        }
+        if source.moved || taken {
+            let figures = source.figures.or_else(|| work.destination_ended.as_ref().and_then(|ended| ended.figures));
+            return self.finish(id, Outcome::Done, |task, _| task.figures = figures).await;
+        }
+        let reason = source
+            .reason
+            .clone()
+            .unwrap_or_else(|| Refusal::new(ErrorCode::MigrationFailed, "the source gave no reason; the VM runs where it was"));
+        match reason.code {
+            ErrorCode::Cancelled => self.finish(id, Outcome::Cancelled(reason), |_, _| {}).await,
+            ErrorCode::QemuFirst if work.attempt < ATTEMPTS => self.again(id, &reason).await,
+            _ => self.finish(id, Outcome::Failed(reason), |_, _| {}).await,
+        }
+    }
+
+    /// A new generation, a new grant, the same task.
+    async fn again(&self, id: TaskId, reason: &Refusal) -> Result<(), Fault> {
+        let begin = |task: &mut TaskRow, vm: &mut VmRow| {
+            let cancel = task.cancel;
+            let Some(work) = work_of(task) else { return };
+            let generation = vm.issue(&work.destination, id);
+            vm.pending = Some(PendingGrant { destination: work.destination.clone(), generation, task: id });
+            work.attempt += 1;
+            work.generation = generation;
+            work.expires = expiry(clock::now(), work.policy.timeout);
+            work.stage = if cancel { Stage::Settle } else { Stage::Prepare };
+            work.source_ended = None;
+            work.destination_ended = None;
+            let text = format!("{reason}; attempt {} of {ATTEMPTS}, generation {generation}", work.attempt);
+            note(task, text);
+        };
+        self.edit(id, begin).await.map(|_| ())
+    }
+}

@@ -1,0 +1,215 @@
+//! Start, stop, kill, pause, unpause, delete.
+
+use godwit_link::encode;
+use godwit_link::v1::{self, command::Action};
+use godwit_model::{ErrorCode, Generation, Grant, Millis, Name, Refusal, RunState, TaskId, UnixMillis};
+use tokio::time::{Duration, Instant};
+
+use super::{Outcome, Tasks, note, patiently};
+use crate::clock;
+use crate::db::{Batch, Fault};
+use crate::rows::{VmRow, Work};
+
+/// How long an unconditional grant can wait for its host.
+const START_LIFETIME: u64 = 24 * 3_600_000;
+
+fn no_host(vm: &VmRow) -> Refusal {
+    Refusal::new(ErrorCode::Internal, format!("VM {} runs but has no host", vm.name))
+}
+
+/// Whether the answer means that what was asked for is so.
+fn already(refusal: &Refusal) -> bool {
+    refusal.code == ErrorCode::VmNotRunning
+}
+
+impl Tasks {
+    pub(super) async fn run_start(&self, id: TaskId) -> Result<(), Fault> {
+        let (task, vm) = self.both(id).await?;
+        let Work::Start { host, generation } = &task.row.work else { return Ok(()) };
+        let Some(spec) = &vm.row.resolved else {
+            let refusal = Refusal::new(ErrorCode::Internal, "the VM has no resolved spec");
+            return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
+        };
+        self.set_step(id, &format!("starts QEMU on {host}")).await?;
+        let grant = Grant {
+            vm: vm.row.id,
+            generation: *generation,
+            source: None,
+            destination: host.clone(),
+            task: id,
+            expires: UnixMillis(task.row.created.0 + START_LIFETIME),
+        };
+        let action = Action::Start(v1::StartVm { grant: Some((&grant).into()), spec: encode(spec) });
+        match self.command(id, host, "start", action).await? {
+            Ok(_) => {
+                let now = clock::now();
+                self.finish(id, Outcome::Done, |_, vm| {
+                    // A report about this generation, perhaps of a crash since then, knows better.
+                    if vm.generation == *generation && vm.reported < *generation {
+                        vm.set_state(RunState::Running, now);
+                    }
+                })
+                .await
+            }
+            Err(refusal) => self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+        }
+    }
+
+    pub(super) async fn run_stop(&self, id: TaskId, timeout: Millis) -> Result<(), Fault> {
+        let (task, vm) = self.both(id).await?;
+        let Some(host) = vm.row.host.clone() else {
+            return self.finish(id, Outcome::Failed(no_host(&vm.row)), |_, _| {}).await;
+        };
+        let waker = self.waker(id);
+        self.set_step(id, "asks the guest to power off").await?;
+        let action = Action::Stop(v1::StopVm { vm: vm.row.id.to_string(), generation: vm.row.generation.0 });
+        let given_up = self.stop_given_up(id);
+        match self.command_until(id, &host, "stop", action, given_up).await? {
+            Some(Err(refusal)) if !already(&refusal) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+            _ => {}
+        }
+        self.set_step(id, "waits for the guest to power off").await?;
+        let spent = clock::now().0.saturating_sub(task.row.created.0);
+        let deadline = Instant::now() + Duration::from_millis(timeout.0.saturating_sub(spent));
+        loop {
+            let (task, vm) = self.both(id).await?;
+            if vm.row.activity.is_none_or(|activity| activity.task != id) {
+                let cut = Refusal::new(ErrorCode::Cancelled, "cut short: the VM was killed");
+                return self.finish(id, Outcome::Cancelled(cut), |_, _| {}).await;
+            }
+            if !vm.row.has_process() {
+                return self.finish(id, Outcome::Done, |_, _| {}).await;
+            }
+            if task.row.cancel {
+                let cancelled = Refusal::new(ErrorCode::Cancelled, "no longer waits; the guest was asked and may still power off");
+                return self.finish(id, Outcome::Cancelled(cancelled), |_, _| {}).await;
+            }
+            tokio::select! {
+                () = waker.notified() => {}
+                () = tokio::time::sleep_until(deadline) => {
+                    let refusal = Refusal::new(ErrorCode::VmRunning, format!("the guest did not power off within {timeout}"))
+                        .hint("look at its console, or end it without asking: `godwit vm kill`");
+                    return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
+                }
+            }
+        }
+    }
+
+    /// Returns when a stop shall no longer wait for its host.
+    async fn stop_given_up(&self, id: TaskId) -> Result<(), Fault> {
+        let waker = self.waker(id);
+        loop {
+            let (task, vm) = self.both(id).await?;
+            if task.row.cancel || vm.row.activity.is_none_or(|activity| activity.task != id) {
+                // Whoever waits next shall see it as well.
+                waker.notify_one();
+                return Ok(());
+            }
+            waker.notified().await;
+        }
+    }
+
+    pub(super) async fn run_kill(&self, id: TaskId) -> Result<(), Fault> {
+        let (_, vm) = self.both(id).await?;
+        let Some(host) = vm.row.host.clone() else {
+            return self.finish(id, Outcome::Failed(no_host(&vm.row)), |_, _| {}).await;
+        };
+        self.set_step(id, &format!("ends QEMU on {host}")).await?;
+        let generation = vm.row.generation;
+        let action = Action::Kill(v1::KillVm { vm: vm.row.id.to_string(), generation: generation.0 });
+        match self.command(id, &host, "kill", action).await? {
+            Err(refusal) if !already(&refusal) => self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+            _ => self.finish_in(id, generation, RunState::Stopped).await,
+        }
+    }
+
+    pub(super) async fn run_pause(&self, id: TaskId) -> Result<(), Fault> {
+        let (task, vm) = self.both(id).await?;
+        let Some(host) = vm.row.host.clone() else {
+            return self.finish(id, Outcome::Failed(no_host(&vm.row)), |_, _| {}).await;
+        };
+        let (name, generation) = (vm.row.id.to_string(), vm.row.generation);
+        let (tag, action, state) = if task.row.work == Work::Pause {
+            ("pause", Action::Pause(v1::PauseVm { vm: name, generation: generation.0 }), RunState::Paused)
+        } else {
+            ("unpause", Action::Unpause(v1::UnpauseVm { vm: name, generation: generation.0 }), RunState::Running)
+        };
+        match self.command(id, &host, tag, action).await? {
+            Err(refusal) => self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+            Ok(_) => self.finish_in(id, generation, state).await,
+        }
+    }
+
+    /// Ends well, with the VM in `state`; one that ended meanwhile stays ended.
+    async fn finish_in(&self, id: TaskId, generation: Generation, state: RunState) -> Result<(), Fault> {
+        let now = clock::now();
+        self.finish(id, Outcome::Done, |_, vm| {
+            if vm.generation == generation && vm.has_process() {
+                vm.set_state(state, now);
+            }
+        })
+        .await
+    }
+
+    pub(super) async fn run_delete(&self, id: TaskId, volumes: bool) -> Result<(), Fault> {
+        let (_, vm) = self.both(id).await?;
+        let vm = vm.row;
+        if volumes {
+            for disk in &vm.spec.disks {
+                let has_pool = |host: &Name| {
+                    let present = self.hub.presence(host);
+                    present.is_some_and(|present| present.facts.pools.iter().any(|pool| pool.name == disk.volume.pool))
+                };
+                let any = || self.hub.present().into_iter().map(|(host, _)| host).find(has_pool);
+                let Some(host) = vm.host.clone().or_else(any) else {
+                    self.edit(id, |task, _| note(task, format!("volume {} stays: no connected host has its pool", disk.volume)))
+                        .await?;
+                    continue;
+                };
+                self.set_step(id, &format!("deletes volume {}", disk.volume)).await?;
+                let (pool, volume) = (disk.volume.pool.to_string(), disk.volume.volume.to_string());
+                let action = Action::DeleteVolume(v1::DeleteVolume { pool, volume });
+                match self.command(id, &host, &format!("volume {}", disk.volume), action).await? {
+                    Err(refusal) if refusal.code != ErrorCode::VolumeMissing => {
+                        return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        self.set_step(id, "lets the hosts forget it").await?;
+        for host in vm.granted.keys() {
+            let last = vm.host.as_ref() == Some(host);
+            // Of earlier hosts at most a record of a stopped VM is left; it is not worth waiting for them.
+            if !last && self.hub.presence(host).is_none() {
+                continue;
+            }
+            let action = Action::Forget(v1::ForgetVm { vm: vm.id.to_string() });
+            if let Err(refusal) = self.command(id, host, &format!("forget {host}"), action).await?
+                && last
+                && refusal.code != ErrorCode::NotFound
+            {
+                return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
+            }
+        }
+        self.remove(id).await
+    }
+
+    /// Ends the task and removes the VM and its claims, in one transaction.
+    async fn remove(&self, id: TaskId) -> Result<(), Fault> {
+        patiently!(id, {
+            let (mut task, vm) = self.both(id).await?;
+            super::conclude(&mut task.row, &Outcome::Done);
+            let mut batch = Batch::default().update(&task).delete(&vm).free(format!("vmname/{}/{}", vm.row.team, vm.row.name));
+            for nic in &vm.row.spec.nics {
+                if let Some(mac) = nic.mac {
+                    batch = batch.free(format!("mac/{mac}"));
+                }
+            }
+            for disk in &vm.row.spec.disks {
+                batch = batch.free(format!("volume/{}", disk.volume));
+            }
+            self.db.commit(batch).await
+        })
+    }
+}

@@ -1,0 +1,170 @@
+//! From what is stored and what is connected to what is sent.
+
+use std::collections::BTreeMap;
+
+use godwit_api::v1;
+use godwit_model::{Bytes, ErrorCode, HostFacts, Name, PoolFacts, Refusal, RunState};
+use serde::Serialize;
+
+use crate::clock;
+use crate::db::Stored;
+use crate::hub::Hub;
+use crate::rows::{HostRow, ImageRow, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::tasks::cancellable;
+
+fn condition(name: &str, message: String, fix: &str) -> v1::Condition {
+    v1::Condition { name: name.into(), message, fix: fix.into() }
+}
+
+/// A VM.
+pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
+    let row = &stored.row;
+    let mut conditions = Vec::new();
+    if let Some(host) = row.host.as_ref().filter(|host| row.has_process() && hub.presence(host).is_none()) {
+        let since = hub.since(host).map_or_else(|| "the controller started".into(), clock::readable);
+        let message = format!("host {host} is not connected since {since}: what is shown is what was last known");
+        conditions.push(condition(
+            "host_unreachable",
+            message,
+            "restore the host's agent or link; the VM keeps running without it",
+        ));
+    }
+    if row.state == RunState::Crashed {
+        let message = format!("QEMU ended without being asked to: {}", row.detail);
+        conditions.push(condition("crashed", message, "look at the agent's log on its host, then start the VM again"));
+    } else if !row.detail.is_empty() {
+        conditions.push(condition(
+            "unknown_to_host",
+            row.detail.clone(),
+            "check the state directory of that host's agent before starting the VM",
+        ));
+    }
+    let started = row.resolved.as_ref().filter(|_| row.generation.0 > 0).map(|spec| v1::Started {
+        machine: spec.machine.clone(),
+        cpu: spec.cpu.clone(),
+        accelerator: spec.accelerator,
+    });
+    v1::Vm {
+        id: row.id,
+        name: row.name.clone(),
+        team: row.team.clone(),
+        revision: stored.revision,
+        created: row.created,
+        spec: row.spec.clone(),
+        status: v1::VmStatus {
+            state: row.state,
+            host: row.host.clone(),
+            generation: row.pending.as_ref().map_or(row.generation, |pending| pending.generation),
+            activity: row.activity,
+            started,
+            macs: row.spec.nics.iter().map(|nic| nic.mac.map(|mac| mac.to_string()).unwrap_or_default()).collect(),
+            conditions,
+            since: row.since,
+        },
+    }
+}
+
+/// A host.
+pub(crate) fn host(stored: &Stored<HostRow>, hub: &Hub) -> v1::Host {
+    let row = &stored.row;
+    let presence = hub.presence(&row.name);
+    v1::Host {
+        name: row.name.clone(),
+        revision: stored.revision,
+        address: presence.as_ref().map_or_else(|| row.address.clone(), |presence| presence.address.clone()),
+        connected: presence.is_some(),
+        since: hub.since(&row.name).unwrap_or(row.since),
+        facts: presence.as_ref().map(|presence| (*presence.facts).clone()).or_else(|| row.facts.clone()),
+        load: presence.map(|presence| presence.load),
+    }
+}
+
+/// An image.
+pub(crate) fn image(stored: &Stored<ImageRow>) -> v1::Image {
+    let row = &stored.row;
+    v1::Image {
+        id: row.id,
+        name: row.name.clone(),
+        team: row.team.clone(),
+        revision: stored.revision,
+        kind: row.kind,
+        size: row.size,
+        digest: row.digest.clone(),
+        created: row.created,
+    }
+}
+
+/// A task.
+pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
+    let row = &stored.row;
+    v1::Task {
+        id: row.id,
+        team: row.team.clone(),
+        kind: row.work.kind().into(),
+        subject: row.subject.clone(),
+        state: row.state,
+        revision: stored.revision,
+        created: row.created,
+        ended: row.ended,
+        principal: row.principal.clone(),
+        reason: row.reason.clone(),
+        step: row.step.clone(),
+        cancellable: cancellable(row),
+        progress: row.progress.clone(),
+        figures: row.figures,
+        error: row.error.clone().filter(|_| row.state.ended()),
+        trail: row.trail.clone(),
+    }
+}
+
+/// A team.
+pub(crate) fn team(row: &TeamRow) -> v1::Team {
+    v1::Team { name: row.name.clone(), created: row.created }
+}
+
+/// A token, without its secret.
+pub(crate) fn token(row: &TokenRow) -> v1::Token {
+    v1::Token { id: row.id, team: row.team.clone(), role: row.role, description: row.description.clone(), created: row.created }
+}
+
+/// The pools of all hosts, put together by name.
+pub(crate) fn pools(hosts: &[Stored<HostRow>], hub: &Hub) -> Vec<v1::Pool> {
+    let mut pools: BTreeMap<Name, Vec<(Name, PoolFacts, Option<Bytes>)>> = BTreeMap::new();
+    for host in hosts {
+        let name = &host.row.name;
+        let presence = hub.presence(name);
+        let facts: Option<&HostFacts> = presence.as_ref().map(|presence| &*presence.facts).or(host.row.facts.as_ref());
+        for pool in facts.map(|facts| facts.pools.as_slice()).unwrap_or_default() {
+            let frees = presence.as_ref().map(|presence| presence.load.pools_free.as_slice()).unwrap_or_default();
+            let free = frees.iter().find(|(free, _)| *free == pool.name).map(|(_, free)| *free);
+            pools.entry(pool.name.clone()).or_default().push((name.clone(), pool.clone(), free));
+        }
+    }
+    pools.into_iter().map(|(name, seen)| pool(name, &seen)).collect()
+}
+
+fn pool(name: Name, seen: &[(Name, PoolFacts, Option<Bytes>)]) -> v1::Pool {
+    let mut conditions = Vec::new();
+    let declared = seen.iter().filter(|(_, facts, _)| facts.shared).count();
+    let same = seen.iter().all(|(_, facts, _)| seen.first().is_some_and(|(_, first, _)| first.identity == facts.identity));
+    if declared > 0 && declared < seen.len() {
+        let message = format!("{declared} of {} hosts declare the pool shared", seen.len());
+        conditions.push(condition("declared_differently", message, "start all its agents with the same `--shared-pool`"));
+    } else if declared > 0 && !same {
+        let message = "hosts declare the pool shared but see different storage".to_owned();
+        conditions.push(condition("different_storage", message, "mount the same directory on every host of the pool"));
+    }
+    v1::Pool {
+        name,
+        shared: declared == seen.len() && same,
+        hosts: seen.iter().map(|(host, ..)| host.clone()).collect(),
+        capacity: seen.iter().map(|(_, facts, _)| facts.capacity).min().unwrap_or_default(),
+        free: seen.iter().filter_map(|(.., free)| *free).min().unwrap_or_default(),
+        conditions,
+    }
+}
+
+/// An object as an event carries it.
+pub(crate) fn value(object: &impl Serialize) -> Result<serde_json::Value, Refusal> {
+    serde_json::to_value(object).map_err(|_| Refusal::new(ErrorCode::Internal, "an object cannot be written as JSON"))
+}

@@ -1,0 +1,54 @@
+//! What is tested with: the binary, the guest's kernel and initramfs, and the other version of QEMU.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+/// What a test guest boots.
+#[derive(Debug, Clone)]
+pub struct GuestImages {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+}
+
+/// The binary under test: `GODWIT_BIN`, or the one beside this program (or above it, where tests lie in `deps`).
+///
+/// # Errors
+/// When there is none.
+pub fn godwit_binary() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("GODWIT_BIN") {
+        return std::path::absolute(&path).with_context(|| format!("GODWIT_BIN={}", path.display()));
+    }
+    let own = env::current_exe().context("find this program")?;
+    let found = own.ancestors().skip(1).take(2).map(|dir| dir.join("godwit")).find(|path| path.is_file());
+    found.with_context(|| format!("no `godwit` beside {}: build it (`cargo build -p godwit`) or set GODWIT_BIN", own.display()))
+}
+
+/// The guest's images: from `GODWIT_GUEST_KERNEL` and `GODWIT_GUEST_INITRD`, or made by `scripts/guest-image`.
+///
+/// # Errors
+/// When they can be neither found nor made.
+pub fn guest_images() -> Result<GuestImages> {
+    if let (Some(kernel), Some(initrd)) = (env::var_os("GODWIT_GUEST_KERNEL"), env::var_os("GODWIT_GUEST_INITRD")) {
+        return Ok(GuestImages { kernel: kernel.into(), initrd: initrd.into() });
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/guest-image");
+    let output = Command::new("bash").arg(&script).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("run {}", script.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut lines = text.lines().filter(|line| line.starts_with('/')).map(PathBuf::from);
+    match (output.status.success(), lines.next(), lines.next()) {
+        (true, Some(kernel), Some(initrd)) => Ok(GuestImages { kernel, initrd }),
+        _ => bail!("{}: {}, printed {text:?}", script.display(), output.status),
+    }
+}
+
+/// The QEMU of another major version than the one on PATH, where there is one: `GODWIT_QEMU_OTHER`.
+#[must_use]
+pub fn other_qemu() -> Option<PathBuf> {
+    env::var_os("GODWIT_QEMU_OTHER").map(PathBuf::from)
+}

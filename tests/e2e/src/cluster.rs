@@ -1,0 +1,555 @@
+//! A cluster on lab hosts with the guests of one test, and all that is asked of it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use bytes::Bytes as Chunk;
+use godwit_api::client::{Client, ClientError};
+use godwit_api::v1::{Task, TaskState, VmCreate, VmMigrate, VmStart};
+use godwit_guest::Status;
+use godwit_lab::{HostOverride, Lab, LabSpec, LabStatus, LinkRate};
+use godwit_model::{ImageKind, MigrationPolicy, MigrationProgress, Name, Refusal, TaskId};
+use tokio::runtime::Runtime;
+
+use crate::artefacts::{GuestImages, godwit_binary, guest_images};
+use crate::guest::{Guest, GuestSpec};
+use crate::outside::{Outside, Witness};
+use crate::{checks, logs, processes};
+
+/// How long an answer of the controller is waited for while it may be away.
+const AWAY: Duration = Duration::from_secs(90);
+/// How long a guest may take from its start to its first answer.
+const BOOT: Duration = Duration::from_secs(90);
+/// Tasks tell of themselves in events; asking is simpler, and this is how often.
+pub(crate) const ASK: Duration = Duration::from_millis(50);
+
+/// What a cluster shall be like.
+#[derive(Debug, Clone)]
+pub struct ClusterSpec {
+    lab: LabSpec,
+}
+
+/// A running cluster. Take it down with [`Cluster::finish`]; dropped without it counts as a failed test: it says what it knows and goes.
+pub struct Cluster {
+    lab: Lab,
+    runtime: Runtime,
+    client: Client,
+    outside: Outside,
+    witness: Option<Witness>,
+    guests: BTreeMap<String, Guest>,
+    images: Option<(Name, Name)>,
+    expected: Vec<String>,
+    finished: bool,
+    pub(crate) moves: BTreeMap<String, TaskId>,
+}
+
+impl ClusterSpec {
+    /// A cluster of this many hosts, with links of 1 Gbit/s.
+    ///
+    /// # Errors
+    /// When there is no binary to test.
+    pub fn new(hosts: u16) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("e{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        Ok(Self { lab: LabSpec { hosts, ..LabSpec::new(name, godwit_binary()?) } })
+    }
+
+    /// Another rate for all hosts' links.
+    ///
+    /// # Panics
+    /// When it is no rate.
+    #[must_use]
+    pub fn link(mut self, rate: &str) -> Self {
+        self.lab.link_rate = rate.parse::<LinkRate>().expect("a rate");
+        self
+    }
+
+    /// Another QEMU on one host.
+    #[must_use]
+    pub fn qemu(mut self, host: &str, qemu: &Path) -> Self {
+        self.host(host).qemu = Some(qemu.to_owned());
+        self
+    }
+
+    /// More arguments for the agent of one host.
+    #[must_use]
+    pub fn agent(mut self, host: &str, arguments: &[&str]) -> Self {
+        self.host(host).agent_args.extend(arguments.iter().map(ToString::to_string));
+        self
+    }
+
+    /// More arguments for the controller.
+    #[must_use]
+    pub fn serve(mut self, arguments: &[&str]) -> Self {
+        self.lab.serve_args.extend(arguments.iter().map(ToString::to_string));
+        self
+    }
+
+    fn host(&mut self, host: &str) -> &mut HostOverride {
+        self.lab.overrides.entry(host.to_owned()).or_default()
+    }
+
+    /// The name of the lab that it will be.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.lab.name
+    }
+
+    /// Builds it.
+    ///
+    /// # Errors
+    /// The step that failed; nothing is left then.
+    pub fn up(self) -> Result<Cluster> {
+        remove_abandoned();
+        // Somebody else may have installed a provider before; any will do.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        runtime.spawn(clean_up_when_told_to_end(self.lab.name.clone()));
+        let lab = Lab::up(self.lab).map_err(with_causes)?;
+        let connected = || -> Result<_> {
+            let client = Client::new(lab.api()?.endpoint().context("read what the client needs")?)?;
+            let outside = Outside::new(lab.outside_namespace());
+            let witness = outside.witness()?;
+            Ok((client, outside, witness))
+        };
+        match connected() {
+            Ok((client, outside, witness)) => Ok(Cluster {
+                lab,
+                runtime,
+                client,
+                outside,
+                witness: Some(witness),
+                guests: BTreeMap::new(),
+                images: None,
+                expected: Vec::new(),
+                finished: false,
+                moves: BTreeMap::new(),
+            }),
+            Err(error) => {
+                Lab::remove(lab.name())?;
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Cluster {
+    /// The lab below.
+    #[must_use]
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// The client of the API, as administrator.
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The outside client.
+    #[must_use]
+    pub fn outside(&self) -> &Outside {
+        &self.outside
+    }
+
+    /// The witness.
+    ///
+    /// # Panics
+    /// After [`Cluster::finish`].
+    #[must_use]
+    pub fn witness(&self) -> &Witness {
+        self.witness.as_ref().expect("until the end")
+    }
+
+    /// The guests that were created.
+    pub fn guests(&self) -> impl Iterator<Item = &Guest> {
+        self.guests.values()
+    }
+
+    /// A guest by its name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn guest(&self, name: &str) -> Result<&Guest> {
+        self.guests.get(name).with_context(|| format!("no guest {name}"))
+    }
+
+    /// The lab as it is now.
+    ///
+    /// # Errors
+    /// When its record cannot be read.
+    pub fn lab_status(&self) -> Result<LabStatus> {
+        Ok(self.lab.status()?)
+    }
+
+    /// From now on these words in a line of a log are no failure.
+    pub fn expect_log(&mut self, words: &str) {
+        self.expected.push(words.to_owned());
+    }
+
+    /// Runs something asynchronous to its end.
+    pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.runtime.block_on(future)
+    }
+
+    /// Asks the controller once; says why not.
+    ///
+    /// # Errors
+    /// The controller's refusal, also where it cannot be reached.
+    pub fn ask<T>(&self, future: impl Future<Output = Result<T, ClientError>>) -> Result<T, Refusal> {
+        self.runtime.block_on(future).map_err(|error| error.refusal())
+    }
+
+    /// Asks until the controller can be reached.
+    fn ask_patiently<T, F: Future<Output = Result<T, ClientError>>>(&self, ask: impl Fn() -> F) -> Result<T> {
+        let deadline = Instant::now() + AWAY;
+        loop {
+            match self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(5), ask()).await }) {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(ClientError::Unreachable { .. })) | Err(_) if Instant::now() < deadline => thread::sleep(ASK),
+                Ok(Err(error)) => return Err(with_causes(error)),
+                Err(_) => bail!("the controller does not answer within {AWAY:?}"),
+            }
+        }
+    }
+
+    /// Imports the test guest's kernel and initramfs, once.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn import_guest(&mut self) -> Result<(Name, Name)> {
+        if let Some(images) = &self.images {
+            return Ok(images.clone());
+        }
+        let GuestImages { kernel, initrd } = guest_images()?;
+        let names = (Name::new("guest-kernel")?, Name::new("guest-initrd")?);
+        self.import(&names.0, ImageKind::Kernel, fs::read(&kernel).with_context(|| kernel.display().to_string())?)?;
+        self.import(&names.1, ImageKind::Initrd, fs::read(&initrd).with_context(|| initrd.display().to_string())?)?;
+        self.images = Some(names.clone());
+        Ok(names)
+    }
+
+    /// Imports an image.
+    ///
+    /// # Errors
+    /// The controller's refusal.
+    pub fn import(&self, name: &Name, kind: ImageKind, content: Vec<u8>) -> Result<(), Refusal> {
+        let mut content = Chunk::from(content);
+        let chunks = std::iter::from_fn(move || {
+            let length = content.len().min(1 << 20);
+            (length > 0).then(|| Ok(content.split_to(length)))
+        });
+        self.ask(self.client.import_image(name, kind, futures::stream::iter(chunks.collect::<Vec<_>>()))).map(|_| ())
+    }
+
+    /// Creates a guest; it is not started.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn create(&mut self, spec: &GuestSpec) -> Result<Guest> {
+        let (kernel, initrd) = self.import_guest()?;
+        let number = u8::try_from(self.guests.len()).context("few guests")?;
+        let address = Ipv4Addr::new(10, 99, 0, 10 + number);
+        let request = VmCreate { name: Name::new(&spec.name)?, spec: spec.vm_spec(address, &kernel, &initrd) };
+        let vm = self.ask(self.client.create_vm(&request))?;
+        let guest = Guest { name: vm.name, id: vm.id, address, nics: request.spec.nics.len() };
+        self.guests.insert(spec.name.clone(), guest.clone());
+        Ok(guest)
+    }
+
+    /// Asks for a start.
+    ///
+    /// # Errors
+    /// The controller's refusal.
+    pub fn begin_start(&self, vm: &str, host: &str) -> Result<TaskId, Refusal> {
+        let request = VmStart { host: Some(name(host)) };
+        Ok(self.ask(self.client.start_vm(&name(vm), &request))?.id)
+    }
+
+    /// Creates a guest, starts it on a host and waits until it answers.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn boot(&mut self, spec: &GuestSpec, host: &str) -> Result<Guest> {
+        self.boot_all(&[(spec.clone(), host)])?;
+        Ok(self.guest(&spec.name)?.clone())
+    }
+
+    /// As [`Cluster::boot`], several at once.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn boot_all(&mut self, specs: &[(GuestSpec, &str)]) -> Result<()> {
+        let mut tasks = Vec::new();
+        for (spec, host) in specs {
+            self.create(spec)?;
+            tasks.push(self.begin_start(&spec.name, host).with_context(|| format!("start {} on {host}", spec.name))?);
+        }
+        for task in tasks {
+            self.done(task, BOOT)?;
+        }
+        for (spec, _) in specs {
+            self.status_within(&spec.name, BOOT)?;
+        }
+        Ok(())
+    }
+
+    /// What a guest says of itself.
+    ///
+    /// # Errors
+    /// When it does not answer in time.
+    pub fn status(&self, vm: &str) -> Result<Status> {
+        self.status_within(vm, Duration::from_secs(20))
+    }
+
+    fn status_within(&self, vm: &str, patience: Duration) -> Result<Status> {
+        self.outside.status(self.guest(vm)?.address, patience).with_context(|| format!("guest {vm}"))
+    }
+
+    /// Where a VM runs, as the controller knows it.
+    ///
+    /// # Errors
+    /// When it runs nowhere.
+    pub fn host_of(&self, vm: &str) -> Result<String> {
+        let known = self.ask_patiently(|| self.client.vm_by(vm))?;
+        known.status.host.map(|host| host.to_string()).with_context(|| format!("{vm} is on no host"))
+    }
+
+    /// Asks for a migration.
+    ///
+    /// # Errors
+    /// The controller's refusal.
+    pub fn begin_move(&mut self, vm: &str, to: &str, policy: MigrationPolicy) -> Result<TaskId, Refusal> {
+        let request = VmMigrate { host: name(to), policy, dry_run: false, reason: None };
+        let task = self.ask(self.client.migrate_vm(&name(vm), &request))?.id;
+        self.moves.insert(vm.to_owned(), task);
+        Ok(task)
+    }
+
+    /// Moves a VM, whatever it takes.
+    ///
+    /// # Errors
+    /// When it does not get there.
+    pub fn migrate(&mut self, vm: &str, to: &str) -> Result<Task> {
+        let task = self.begin_move(vm, to, MigrationPolicy::default()).with_context(|| format!("migrate {vm} to {to}"))?;
+        let done = self.done(task, Duration::from_secs(180))?;
+        self.moves.remove(vm);
+        let host = self.host_of(vm)?;
+        ensure!(host == to, "{vm} was moved to {to} but is on {host}");
+        Ok(done)
+    }
+
+    /// A task as it is now.
+    ///
+    /// # Errors
+    /// When the controller stays away.
+    pub fn task(&self, task: TaskId) -> Result<Task> {
+        self.ask_patiently(|| self.client.task(task))
+    }
+
+    /// A task that has ended, well or badly.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn ended(&self, task: TaskId, patience: Duration) -> Result<Task> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let now = self.task(task)?;
+            if now.state.ended() {
+                return Ok(now);
+            }
+            ensure!(Instant::now() < deadline, "task {} of {} is at `{}` after {patience:?}: {:?}", now.kind, now.subject, now.step, now);
+            thread::sleep(ASK);
+        }
+    }
+
+    /// A task that has ended well.
+    ///
+    /// # Errors
+    /// Its own reason when it has not.
+    pub fn done(&self, task: TaskId, patience: Duration) -> Result<Task> {
+        let ended = self.ended(task, patience)?;
+        match ended.state {
+            TaskState::Done => Ok(ended),
+            _ => Err(anyhow!("{} of {} ended {:?}: {:?}; {:?}", ended.kind, ended.subject, ended.state, ended.error, ended.trail)),
+        }
+    }
+
+    /// Waits until a migration is as far as `far` wants it.
+    ///
+    /// # Errors
+    /// When it ends before.
+    pub fn wait_progress(&self, task: TaskId, far: impl Fn(&MigrationProgress) -> bool) -> Result<MigrationProgress> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let now = self.task(task)?;
+            if let Some(progress) = now.progress.as_ref().filter(|progress| far(progress)) {
+                return Ok(progress.clone());
+            }
+            ensure!(!now.state.ended(), "{} of {} has ended too early: {:?} {:?}", now.kind, now.subject, now.state, now.error);
+            ensure!(Instant::now() < deadline, "{} of {} does not get on: {:?}", now.kind, now.subject, now);
+            thread::sleep(ASK);
+        }
+    }
+
+    /// Waits until the controller knows a host as connected, or not.
+    ///
+    /// # Errors
+    /// When it stays the other way.
+    pub fn wait_connected(&self, host: &str, connected: bool) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.ask_patiently(|| self.client.host_by(host))?.connected != connected {
+            ensure!(Instant::now() < deadline, "host {host} does not become {}connected", if connected { "" } else { "dis" });
+            thread::sleep(ASK);
+        }
+        Ok(())
+    }
+
+    /// What runs on a host for its VMs.
+    ///
+    /// # Errors
+    /// When the host is unknown.
+    pub fn processes(&self, host: &str) -> Result<Vec<processes::HostProcess>> {
+        let status = self.lab_status()?;
+        let host = status.hosts.iter().find(|known| known.name == host).with_context(|| format!("no host {host}"))?;
+        processes::of_host(host)
+    }
+
+    /// Checks what must hold at any moment, and, where no task runs, that nothing is left behind.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub fn check(&self) -> Result<()> {
+        checks::no_second_runner(self)?;
+        checks::guests_are_whole(self)?;
+        checks::nothing_is_left(self)
+    }
+
+    /// The end of a test that went well: the last checks, the logs, and everything is taken down without a trace.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub fn finish(mut self) -> Result<()> {
+        self.check()?;
+        let status = self.lab_status()?;
+        let logs = logs::all(&status);
+        let complaints: Vec<_> = logs.iter().flat_map(|log| logs::complaints(log, &self.expected)).collect();
+        for complaint in &complaints {
+            eprintln!("{}: {}", complaint.log.display(), complaint.line);
+        }
+        ensure!(complaints.is_empty(), "{} unexpected line(s) in the logs, the first: {}", complaints.len(), complaints[0].line);
+        self.take_down()
+    }
+
+    /// Takes everything down and looks whether that is so.
+    ///
+    /// # Errors
+    /// What is left.
+    pub fn take_down(mut self) -> Result<()> {
+        self.finished = true;
+        self.witness = None;
+        Lab::remove(self.lab.name()).map_err(with_causes)?;
+        let traces = checks::traces(self.lab.name());
+        ensure!(traces.is_empty(), "left of the lab: {traces:?}");
+        Ok(())
+    }
+
+    /// For people who look at a failed test.
+    fn tell(&self) {
+        let Ok(status) = self.lab.status() else { return };
+        let qemus = status.hosts.iter().flat_map(|host| logs::of_qemus(&status, &host.name));
+        for log in logs::all(&status).into_iter().chain(qemus) {
+            let end = logs::tail(&log, 40);
+            if !end.is_empty() {
+                eprintln!("== {}\n{end}", log.display());
+            }
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        self.tell();
+        if std::env::var_os("GODWIT_E2E_KEEP").is_some() {
+            eprintln!("kept: `godwit lab down {}` removes it", self.lab.name());
+            return;
+        }
+        // The test has failed already: what cannot be removed is said, not thrown.
+        if let Err(error) = Lab::remove(self.lab.name()) {
+            eprintln!("lab {} is not gone: {error}", self.lab.name());
+        }
+    }
+}
+
+/// A name that a test writes as a literal.
+///
+/// # Panics
+/// When it is none.
+pub(crate) fn name(text: &str) -> Name {
+    Name::new(text).expect("a name")
+}
+
+/// Calls by names that are literals.
+trait ByText {
+    fn vm_by(&self, vm: &str) -> impl Future<Output = Result<godwit_api::v1::Vm, ClientError>>;
+    fn host_by(&self, host: &str) -> impl Future<Output = Result<godwit_api::v1::Host, ClientError>>;
+}
+
+impl ByText for Client {
+    async fn vm_by(&self, vm: &str) -> Result<godwit_api::v1::Vm, ClientError> {
+        self.vm(&name(vm)).await
+    }
+
+    async fn host_by(&self, host: &str) -> Result<godwit_api::v1::Host, ClientError> {
+        self.host(&name(host)).await
+    }
+}
+
+/// Errors of crates with their causes, which `Display` leaves out.
+fn with_causes(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Error {
+    let text = format!("{error:?}");
+    anyhow::Error::new(error).context(text)
+}
+
+/// Labs of test processes that are gone: killed before they could clean up.
+fn remove_abandoned() {
+    for lab in Lab::list() {
+        let pid = lab.strip_prefix('e').and_then(|rest| rest.split_once('-')).and_then(|(pid, _)| pid.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !PathBuf::from(format!("/proc/{pid}")).exists()) {
+            // Another test may be removing it right now.
+            let _ = Lab::remove(&lab);
+        }
+    }
+}
+
+/// On Ctrl-C, or when the runner of tests ends a test that hangs, the lab goes first.
+async fn clean_up_when_told_to_end(lab: String) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else { return };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    eprintln!("told to end: removes lab {lab}");
+    let removed = tokio::task::spawn_blocking(move || {
+        // Whoever builds it at this moment holds its lock, for up to a minute.
+        let deadline = Instant::now() + Duration::from_secs(120);
+        loop {
+            match Lab::remove(&lab) {
+                Err(_) if Instant::now() < deadline => {}
+                other => return other.map_err(|error| eprintln!("lab {lab} is not gone: {error}")),
+            }
+        }
+    });
+    let _ = removed.await;
+    std::process::exit(130);
+}
