@@ -233,6 +233,9 @@ impl Failure {
     /// What to do about it.
     fn hint(&self) -> Option<String> {
         match self {
+            Self::Client(ClientError::Refused(Refusal { code: ErrorCode::Unauthenticated, .. })) => {
+                Some("the token comes from the context's token_file, from --token-file or from GODWIT_TOKEN_FILE".to_owned())
+            }
             Self::Client(error) => error.refusal().hint,
             Self::Refused(refusal) | Self::Task { refusal, .. } => refusal.hint.clone(),
             Self::StillRunning { task } => {

@@ -66,11 +66,12 @@ async fn run(draft: &Draft, arguments: &[&str], image: Option<&File>, drop_right
     if drop_rights {
         command.uid(NOBODY).gid(NOBODY);
     }
-    let output = command.output().await.map_err(|error| {
+    let child = command.spawn().map_err(|error| {
         Refusal::new(ErrorCode::HostFailed, format!("could not {doing}: qemu-img did not start: {error}"))
             .hint("install qemu-utils on the host")
             .retry(Retry::Safe)
     })?;
+    let output = child.wait_with_output().await.map_err(system)?;
     if output.status.success() {
         return Ok(());
     }

@@ -59,7 +59,10 @@ pub(crate) fn run(args: AgentArgs) -> Result<(), Failure> {
         ));
     }
     let Some(qemu) = args.qemu.or_else(|| find(QEMU)) else {
-        return Err(Failure::usage(format!("there is no {QEMU} in PATH"), "install QEMU (Debian: qemu-system-x86) or name it with --qemu"));
+        return Err(Failure::usage(
+            format!("there is no {QEMU} in PATH"),
+            "install QEMU (Debian: qemu-system-x86) or name it with --qemu",
+        ));
     };
     let shared = |name: &Name| args.shared_pools.contains(name);
     let options = AgentOptions {

@@ -11,12 +11,14 @@ use crate::error::Failure;
 
 /// How to serve.
 #[derive(Args)]
-#[command(after_help = "At its first start it makes the cluster's authority (ca.pem) and an administrator's token (admin.token) in the data \
+#[command(
+    after_help = "At its first start it makes the cluster's authority (ca.pem) and an administrator's token (admin.token) in the data \
 directory. Sockets handed over by systemd (LISTEN_FDS, named `api` and `link`) take the place of the addresses.
 
 Example:
   godwit serve --data-dir /var/lib/godwit/controller --api-listen 0.0.0.0:7443 \\
-      --advertise gw.example.org --advertise 192.0.2.10")]
+      --advertise gw.example.org --advertise 192.0.2.10"
+)]
 pub(crate) struct ServeArgs {
     /// Directory for the store, the authority, images and the administrator's token
     #[arg(long, value_name = "DIR", default_value = "/var/lib/godwit/controller")]
