@@ -185,6 +185,11 @@ impl Client {
         self.get(&format!("/hosts/{}", segment(host))).await
     }
 
+    /// Removes a host that is gone for good; its certificate is refused from then on.
+    pub async fn delete_host(&self, host: &Name) -> Result<()> {
+        self.send(self.request(Method::DELETE, &format!("/hosts/{}", segment(host)))).await.map(|_| ())
+    }
+
     /// A one-time token with which `host` can join.
     pub async fn create_join_token(&self, request: &v1::JoinTokenCreate) -> Result<v1::JoinTokenCreated> {
         self.post("/join-tokens", request).await

@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use godwit_agent::AgentError;
 use godwit_api::client::ClientError;
 use godwit_lab::{BootstrapError, LabError};
 use godwit_model::{ErrorCode, Refusal, TaskId};
@@ -242,6 +243,10 @@ impl Failure {
                 Some(format!("follow it: `godwit task watch {task}`; cancel it: `godwit task cancel {task}`"))
             }
             Self::Usage { hint, .. } => Some((*hint).to_owned()),
+            Self::Daemon(error) => match error.downcast_ref::<AgentError>() {
+                Some(AgentError::Identity(_)) => Some("make it a host of the cluster first: `godwit host join --help`".to_owned()),
+                _ => None,
+            },
             Self::Halfway { hint, .. } => Some(hint.clone()),
             Self::Unconfirmed { .. } => Some("say `--yes` if this is what you want, or look first with `--dry-run`".to_owned()),
             Self::Context(error) => error.hint(),

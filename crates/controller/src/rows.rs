@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use godwit_api::v1::{Role, TaskNote, TaskState};
 use godwit_model::{
     Activity, Bytes, Epoch, Generation, HostFacts, ImageId, ImageKind, MigrationFigures, MigrationPolicy, MigrationProgress,
-    Millis, Name, Refusal, ResolvedSpec, RunState, TaskId, TokenId, UnixMillis, VmId, VmRequest, VmSpec,
+    Millis, Name, Refusal, ResolvedSpec, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -238,19 +238,6 @@ impl Work {
             Self::Unpause => "vm.unpause",
             Self::Delete { .. } => "vm.delete",
             Self::Migrate(_) => "vm.migrate",
-        }
-    }
-
-    /// What it asks of the VM.
-    pub(crate) fn request(&self) -> VmRequest {
-        match self {
-            Self::Start { .. } => VmRequest::Start,
-            Self::Stop { .. } => VmRequest::Stop,
-            Self::Kill => VmRequest::Kill,
-            Self::Pause => VmRequest::Pause,
-            Self::Unpause => VmRequest::Unpause,
-            Self::Delete { .. } => VmRequest::Delete,
-            Self::Migrate(_) => VmRequest::Migrate,
         }
     }
 }

@@ -1,1 +1,11 @@
-//! Tests over real listeners.
+//! The controller over its real listeners, with scripted agents: no QEMU, no network but loopback.
+
+mod contract;
+mod events;
+mod joining;
+mod migrations;
+mod power;
+mod restart;
+mod space;
+mod support;
+mod walk;

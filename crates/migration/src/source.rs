@@ -136,7 +136,12 @@ impl Source {
         };
         match self.of_this_move(qemu) {
             QemuMigration::Completed if view.declined.is_none() => SourceAction::Record(SourceRecord::Released),
-            QemuMigration::Completed | QemuMigration::Failed | QemuMigration::Cancelled => self.decide_over(qemu),
+            QemuMigration::Completed | QemuMigration::Failed | QemuMigration::Cancelled => {
+                if self.giving_up.is_none() {
+                    self.giving_up = self.reason_to_give_up(view);
+                }
+                self.decide_over(qemu)
+            }
             QemuMigration::None => self.decide_begin(qemu, view),
             QemuMigration::Cancelling => SourceAction::Wait(BLACKOUT),
             QemuMigration::Active | QemuMigration::PreSwitchover | QemuMigration::Device | QemuMigration::Unknown => {

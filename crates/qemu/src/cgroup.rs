@@ -156,7 +156,11 @@ impl VmCgroup {
             return Ok(());
         }
         let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
-        poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&limit)).map(drop).map_err(io::Error::from)
+        match poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&limit)) {
+            // The caller looks again anyway.
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 }
 

@@ -69,6 +69,9 @@ pub enum QmpError {
         /// Its size.
         size: usize,
     },
+    /// `cont` for a QEMU that still waits for its migration: it would start by itself once loaded.
+    #[error("QEMU is not loaded yet and must not be told to continue")]
+    NotLoaded,
     /// QEMU's answer lacks what it must have.
     #[error("QEMU's answer to {command} is not what it should be")]
     Answer {

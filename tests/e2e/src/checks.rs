@@ -30,7 +30,7 @@ pub(crate) fn no_second_runner(cluster: &Cluster) -> Result<()> {
 
 /// Every guest that should run answers, and found its memory as it was written.
 pub(crate) fn guests_are_whole(cluster: &Cluster) -> Result<()> {
-    let Ok(vms) = cluster.ask(cluster.client().vms()) else {
+    let Some(vms) = cluster.ask_briefly(cluster.client().vms()) else {
         // The controller is away; the guests are not.
         return cluster.guests().map(|guest| whole(cluster, guest.name.as_str())).collect();
     };
@@ -50,9 +50,9 @@ fn whole(cluster: &Cluster, vm: &str) -> Result<()> {
 pub(crate) fn nothing_is_left(cluster: &Cluster) -> Result<()> {
     let deadline = Instant::now() + CLEARING;
     loop {
-        let Ok(tasks) = cluster.ask(cluster.client().tasks()) else { return Ok(()) };
-        let Ok(vms) = cluster.ask(cluster.client().vms()) else { return Ok(()) };
-        let Ok(hosts) = cluster.ask(cluster.client().hosts()) else { return Ok(()) };
+        let Some(tasks) = cluster.ask_briefly(cluster.client().tasks()) else { return Ok(()) };
+        let Some(vms) = cluster.ask_briefly(cluster.client().vms()) else { return Ok(()) };
+        let Some(hosts) = cluster.ask_briefly(cluster.client().hosts()) else { return Ok(()) };
         if tasks.iter().any(|task| !task.state.ended()) || hosts.iter().any(|host| !host.connected) {
             return Ok(());
         }

@@ -206,6 +206,17 @@ impl Cluster {
         self.runtime.block_on(future).map_err(|error| error.refusal())
     }
 
+    /// As [`Cluster::ask`], but a controller that stands still is as good as none.
+    pub(crate) fn ask_briefly<T>(&self, future: impl Future<Output = Result<T, ClientError>>) -> Option<T> {
+        self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(3), future).await }).ok()?.ok()
+    }
+
+    /// The migration of a VM that was begun and whose end was not yet looked at.
+    #[must_use]
+    pub fn moves_of(&self, vm: &str) -> Option<TaskId> {
+        self.moves.get(vm).copied()
+    }
+
     /// Asks until the controller can be reached.
     fn ask_patiently<T, F: Future<Output = Result<T, ClientError>>>(&self, ask: impl Fn() -> F) -> Result<T> {
         let deadline = Instant::now() + AWAY;
@@ -435,7 +446,7 @@ impl Cluster {
     ///
     /// # Errors
     /// What does not hold.
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(self) -> Result<()> {
         self.check()?;
         let status = self.lab_status()?;
         let logs = logs::all(&status);

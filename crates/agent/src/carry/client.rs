@@ -31,6 +31,7 @@ pub(crate) enum CarryNotice {
 #[derive(Debug)]
 pub(crate) struct CarryClient {
     process: Arc<QemuProcess>,
+    socket: PathBuf,
     status: watch::Receiver<CarryStatus>,
     to_carry: mpsc::Sender<ToCarry>,
 }
@@ -87,7 +88,10 @@ impl CarryClient {
         socket: &Path,
         notices: mpsc::Sender<CarryNotice>,
     ) -> Result<Self, CarryStartError> {
-        let process = QemuProcess::adopt(identity).map_err(CarryStartError::Gone)?;
+        let process = QemuProcess::adopt(identity).map_err(|gone| {
+            let _ = std::fs::remove_file(socket);
+            CarryStartError::Gone(gone)
+        })?;
         Ok(Self::attach(process, socket.to_owned(), notices))
     }
 
@@ -95,8 +99,8 @@ impl CarryClient {
         let process = Arc::new(process);
         let (status_sender, status) = watch::channel(CarryStatus::default());
         let (to_carry, requests) = mpsc::channel(64);
-        tokio::spawn(converse(Arc::clone(&process), socket, status_sender, requests, notices));
-        Self { process, status, to_carry }
+        tokio::spawn(converse(Arc::clone(&process), socket.clone(), status_sender, requests, notices));
+        Self { process, socket, status, to_carry }
     }
 
     /// What it said last. `broken` is set once it is dead.
@@ -125,6 +129,8 @@ impl CarryClient {
             self.process.kill();
             self.process.exited().await;
         }
+        // Nobody listens there any more.
+        let _ = std::fs::remove_file(&self.socket);
     }
 }
 

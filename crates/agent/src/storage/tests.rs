@@ -295,7 +295,7 @@ async fn a_disk_is_opened_twice_over() {
         |file: &OwnedFd| rustix::fs::fcntl_getfl(file).expect("flags") & rustix::fs::OFlags::from_bits_retain(0o3 | 0o4000);
     assert_eq!((access(&read_only), access(&read_write)), (rustix::fs::OFlags::RDONLY, rustix::fs::OFlags::RDWR));
     assert!(locks::try_make(&read_write).expect("lock"));
-    assert!(!locks::try_make(&File::options().write(true).open(fixture.path("d")).expect("open")).expect("lock"), "locks are seen");
+    assert!(!locks::try_make(File::options().write(true).open(fixture.path("d")).expect("open")).expect("lock"), "locks are seen");
     for file in [&read_only, &read_write] {
         assert!(rustix::io::fcntl_getfd(file.as_fd()).expect("flags").contains(rustix::io::FdFlags::CLOEXEC));
     }

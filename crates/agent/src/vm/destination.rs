@@ -163,7 +163,7 @@ impl Actor {
         let Some(Moving::Destination(moving)) = &mut self.moving else { return Some(RETRY) };
         let action = moving.machine.decide(&record, &view);
         if !matches!(action, DestinationAction::Wait(_) | DestinationAction::Tell(..)) {
-            tracing::debug!(?action, ?record, qemu = ?view.qemu, "destination");
+            tracing::info!(?action, "destination");
         }
         self.act_destination(action).await
     }

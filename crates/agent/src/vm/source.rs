@@ -245,8 +245,8 @@ impl Actor {
         };
         let Some(Moving::Source(moving)) = &mut self.moving else { return Some(RETRY) };
         let action = moving.machine.decide(record, &view);
-        if !matches!(action, SourceAction::Wait(_)) {
-            tracing::debug!(?action, ?record, qemu = ?view.qemu, "source");
+        if !matches!(action, SourceAction::Wait(_) | SourceAction::Tell(..)) {
+            tracing::info!(?action, qemu = ?view.qemu, rate = %view.carry.rate, "source");
         }
         self.tell_progress(record, &view);
         self.act_source(action).await
@@ -357,7 +357,7 @@ impl Actor {
             source: true,
             reason: match &outcome {
                 Outcome::Moved => None,
-                Outcome::Stayed(reason) => Some(reason.clone()),
+                Outcome::Stayed(reason) => Some(with_cause(reason, status.broken.as_deref())),
             },
             figures: MigrationFigures {
                 total: millis(moving.began.elapsed()),
@@ -416,9 +416,10 @@ impl Actor {
             return;
         }
         let remaining = qemu.map_or(Bytes(0), |qemu| qemu.remaining);
-        let total = moving.watch.ram.total.get().max(1);
+        let total = moving.watch.ram.total.get();
         let believed = match phase {
             MigrationPhase::Prepare => 0,
+            MigrationPhase::WarmUp if total == 0 => 0,
             // The first pass is most of the work; what later passes still have to do shrinks with what remains.
             MigrationPhase::WarmUp if moving.watch.ram.rounds <= 1 => 900 * total.saturating_sub(remaining.get()) / total,
             MigrationPhase::WarmUp => 900 + 60 * total.saturating_sub(remaining.get()) / total,
@@ -448,6 +449,16 @@ impl Actor {
         moving.told = Some((Instant::now(), phase, permille));
         let progress = godwit_link::encode(&progress);
         self.host.controller.send(Body::Progress(v1::Progress { task: moving.grant.task.to_string(), progress }));
+    }
+}
+
+/// A failure together with what carry knows of it.
+fn with_cause(reason: &Refusal, broken: Option<&str>) -> Refusal {
+    match broken {
+        Some(broken) if reason.code == ErrorCode::MigrationFailed => {
+            Refusal { message: format!("{} (carry: {broken})", reason.message), ..reason.clone() }
+        }
+        _ => reason.clone(),
     }
 }
 

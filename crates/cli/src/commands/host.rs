@@ -108,7 +108,9 @@ fn show(host: &Host) -> String {
         facts.fact("Memory", known.memory).fact("CPUs", known.cpus);
         facts.fact("Accelerator", format!("{}: {}", word(&known.accelerator), known.accelerator_reason));
         facts.fact("QEMU", &known.qemu).fact("Agent", &known.agent);
-        facts.fact("CPU models", known.cpu_models.join(" ")).fact("Machines", known.machines.join(" "));
+        facts
+            .fact("CPU models", known.cpu_models.join(" "))
+            .fact("Machines", format!("{} (`-o yaml` lists them)", known.machines.len()));
         for pool in &known.pools {
             let shared = if pool.shared { ", shared" } else { "" };
             let free = host.load.iter().flat_map(|load| &load.pools_free).find(|(name, _)| *name == pool.name);

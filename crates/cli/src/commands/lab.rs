@@ -19,7 +19,7 @@ const DEFAULT_NAME: &str = "default";
 #[derive(Args)]
 #[command(
     after_help = "A lab needs root, iproute2 and QEMU. Its hosts are called h1, h2, and so on; `out` is a client outside of them. \
-While there is one lab, its name need not be said.
+While there is one lab, its name need not be said; of several, status and link mean the current context's.
 
 Examples:
   godwit lab up --hosts 3 --link 1gbit
@@ -147,11 +147,11 @@ pub(crate) fn run(args: LabArgs) -> Result<(), Failure> {
             })
         }
         Verb::Status { name } => {
-            let status = Lab::open(&meant(name)?)?.status()?;
+            let status = Lab::open(&meant_or_current(name)?)?.status()?;
             print_data(format, &status, || show(&status))
         }
         Verb::Link(link) => {
-            let lab = Lab::open(&meant(link.lab.clone())?)?;
+            let lab = Lab::open(&meant_or_current(link.lab.clone())?)?;
             let status = if link.restore { lab.restore_link(&link.place)? } else { lab.set_link(&link.place, change_of(&link))? };
             print_data(format, &status, || format!("{}: {}", link.place, describe(&status)))
         }
@@ -206,6 +206,16 @@ fn meant(name: Option<String>) -> Result<String, Failure> {
         1 => Ok(labs.remove(0)),
         _ => Err(Failure::usage(format!("there are several labs: {}", labs.join(", ")), "say which one")),
     }
+}
+
+/// As [`meant`]; of several, the one that the current context is for. Not for what destroys.
+fn meant_or_current(name: Option<String>) -> Result<String, Failure> {
+    let current = || {
+        let current = Contexts::of_user().ok()?.current().ok()??;
+        let lab = current.as_str().strip_prefix("lab-")?.to_owned();
+        Lab::list().contains(&lab).then_some(lab)
+    };
+    name.or_else(current).map_or_else(|| meant(None), Ok)
 }
 
 fn write_context(status: &LabStatus) -> Result<(), Failure> {

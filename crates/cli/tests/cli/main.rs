@@ -2,6 +2,7 @@
 
 mod console;
 mod conventions;
+mod daemons;
 mod fake;
 mod objects;
 mod tasks;

@@ -110,7 +110,8 @@ fn udp_segmentation_is_off_where_it_exists() {
 #[test]
 fn what_does_not_fit_together_is_refused() {
     let count = |what| move |error: CommandError| matches!(error, CommandError::Count { what: of, .. } if of == what);
-    let cases: [(&str, ResolvedSpec, Resources, fn(CommandError) -> bool); 5] = [
+    type Expected = fn(CommandError) -> bool;
+    let cases: [(&str, ResolvedSpec, Resources, Expected); 5] = [
         ("machine", ResolvedSpec { machine: "q35,dumpdtb=/x".into(), ..spec() }, resources(), |e| {
             matches!(e, CommandError::Identifier { .. })
         }),

@@ -162,9 +162,15 @@ impl Qmp {
 
     /// `cont`: vCPUs run. Only for who holds the grant.
     ///
+    /// Refused for a QEMU that waits for or loads a migration: it would take it as leave to start by itself as soon as it is loaded,
+    /// whatever the source does then. (It leaves that state only for `paused`, so looking first is no race.)
+    ///
     /// # Errors
     /// See [`QmpError`].
     pub async fn cont(&self) -> Result<(), QmpError> {
+        if self.query_status().await?.status == RunStatus::InMigrate {
+            return Err(QmpError::NotLoaded);
+        }
         self.tell("cont", Value::Null).await
     }
 

@@ -5,3 +5,4 @@ mod place;
 mod start;
 mod switchover;
 mod wire;
+mod tmp;

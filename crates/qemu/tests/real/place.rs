@@ -44,7 +44,7 @@ pub(crate) fn launcher() -> Launcher {
     let test = std::env::current_exe().expect("this test");
     let target = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
     let program = target.join("examples/cage");
-    assert!(program.exists(), "{program:?} is not built: run the tests of the whole package");
+    assert!(program.exists(), "{program:?} is not built: `cargo build -p godwit-qemu --examples`, or run all tests of the package");
     Launcher::godwit(program)
 }
 
@@ -217,6 +217,14 @@ impl Vm {
 /// Waits for a status of the migration.
 pub(crate) async fn wait_migration(notices: &mut Notices, wanted: &MigrationStatus) {
     wait_event(notices, &Known::Migration(wanted.clone())).await;
+}
+
+/// Asks until the run state is one of `wanted`: QEMU changes it shortly after the event about the migration.
+pub(crate) async fn wait_run_status(vm: &Vm, wanted: &[RunStatus]) {
+    let asking = async { while !wanted.contains(&vm.run_status().await) {} };
+    if tokio::time::timeout(LIMIT, asking).await.is_err() {
+        panic!("never became one of {wanted:?}, is {}", vm.run_status().await);
+    }
 }
 
 /// Waits for an event.

@@ -7,7 +7,7 @@ use godwit_qemu::qmp::commands::StoppedBy;
 use godwit_qemu::qmp::views::{Known, MigrationStatus, RunStatus};
 use godwit_qemu::{Notice, Start};
 
-use crate::place::{LIMIT, Place, Vm, launch, pairs, qemus, spec, wait_event, wait_migration};
+use crate::place::{LIMIT, Place, Vm, launch, pairs, qemus, spec, wait_event, wait_migration, wait_run_status};
 use crate::wire::{FULL_SPEED, begin, has, set_speed};
 
 /// So slow that QEMU is still in its first pass when our `stop` comes.
@@ -73,7 +73,7 @@ async fn without_it_qemu_can_be_first_and_a_cancel_undoes_that() {
         let mut notices = source.qmp.listen();
         source.qmp.migrate_cancel().await.expect("cancel");
         wait_migration(&mut notices, &MigrationStatus::Cancelled).await;
-        assert_eq!(source.run_status().await, RunStatus::Running, "{}", binary.display());
+        wait_run_status(&source, &[RunStatus::Running]).await;
         // A destination that loses its connection before it is loaded ends by itself.
         tokio::time::timeout(LIMIT, destination.process.exited()).await.expect("the destination ends");
     }
@@ -111,13 +111,12 @@ async fn after_our_stop_a_lost_answer_leaves_the_source_stopped_and_without_it_q
             wire.cut();
             wait_migration(&mut notices, &MigrationStatus::Failed).await;
             if stop {
-                let status = source.run_status().await;
-                assert!(matches!(status, RunStatus::Paused | RunStatus::PostMigrate), "{status}");
+                wait_run_status(&source, &[RunStatus::Paused, RunStatus::PostMigrate]).await;
                 source.qmp.cont().await.expect("we, and only we, let it run on");
             } else {
                 wait_event(&mut notices, &Known::Resume).await;
             }
-            assert_eq!(source.run_status().await, RunStatus::Running);
+            wait_run_status(&source, &[RunStatus::Running]).await;
             let refused = destination.qmp.cont().await.expect_err("the source holds the image");
             assert!(refused.refused().is_some_and(|failure| failure.description.contains("lock")), "{refused}");
             assert_eq!(destination.run_status().await, RunStatus::Paused);
@@ -134,7 +133,7 @@ async fn a_completed_source_runs_again_if_told_so_and_then_keeps_the_destination
         let mut notices = source.qmp.listen();
         source.qmp.migrate_continue().await.expect("continue");
         wait_migration(&mut notices, &MigrationStatus::Completed).await;
-        assert_eq!(source.run_status().await, RunStatus::PostMigrate);
+        wait_run_status(&source, &[RunStatus::PostMigrate]).await;
         assert_eq!(destination.run_status().await, RunStatus::Paused);
         source.qmp.cont().await.expect("QEMU does as it is told: only the grant says who may");
         assert_eq!(source.run_status().await, RunStatus::Running);

@@ -46,8 +46,11 @@ fn copy(mut from: UnixStream, mut to: UnixStream, open: Arc<AtomicBool>) {
         let mut piece = vec![0; 64 << 10];
         while let Ok(length @ 1..) = from.read(&mut piece) {
             if open.load(Ordering::SeqCst) && to.write_all(&piece[..length]).is_err() {
-                return;
+                break;
             }
+        }
+        if open.load(Ordering::SeqCst) {
+            let _ = to.shutdown(Shutdown::Both);
         }
     });
 }

@@ -8,7 +8,7 @@ use crate::error::Failure;
 use crate::output::print_data;
 use crate::progress::summary;
 use crate::session::{Session, WaitArgs, judge};
-use crate::text::{moment, visible};
+use crate::text::visible;
 
 /// Which VM, where to, and within which limits.
 #[derive(Args)]
@@ -55,8 +55,8 @@ pub(super) async fn run(session: &Session, args: MigrateArgs) -> Result<(), Fail
     let request = VmMigrate { host: args.to, policy, dry_run: args.dry_run, reason: args.reason };
     if request.dry_run {
         let task = session.client.migrate_vm(&args.name, &request).await?;
-        print_data(session.format, &task, || plan(&task, &request.host))?;
-        return judge(&task);
+        judge(&task)?;
+        return print_data(session.format, &task, || plan(&task, &request.host));
     }
     // Where it comes from is known only before it goes.
     let before = session.client.vm(&args.name).await?;
@@ -71,13 +71,8 @@ pub(super) async fn run(session: &Session, args: MigrateArgs) -> Result<(), Fail
 
 /// What the checks found.
 fn plan(task: &Task, to: &Name) -> String {
-    let mut text = format!("{} could move to {to}\n", task.subject);
-    for line in task.trail.iter().map(|line| line.text.as_str()).chain((!task.step.is_empty()).then_some(task.step.as_str())) {
-        text.push_str(&format!("  {}\n", visible(line)));
-    }
-    if let Some(error) = &task.error {
-        text = format!("{} cannot move to {to} (asked {})\n", task.subject, moment(task.created));
-        text.push_str(&format!("  {}\n", visible(&error.message)));
-    }
-    text
+    let lines = task.trail.iter().map(|line| line.text.as_str()).chain([task.step.as_str()]);
+    // That the asking itself is done is no finding.
+    let findings = lines.filter(|line| !line.is_empty() && *line != "done").map(|line| format!("  {}\n", visible(line)));
+    format!("{} could move to {to}\n{}", task.subject, findings.collect::<String>())
 }

@@ -1,0 +1,236 @@
+//! Migrations with two scripted agents: each way they can end, and what is refused before they begin.
+
+use godwit_api::v1::TaskState;
+use godwit_link::v1::{self, agent_message::Body, command::Action};
+use godwit_link::{decode, encode};
+use godwit_model::{
+    Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress, RunState,
+};
+
+use super::support::*;
+
+struct Pair {
+    cluster: Cluster,
+    a1: Agent,
+    a2: Agent,
+}
+
+/// Two hosts, and a VM that runs on the first.
+async fn pair() -> Pair {
+    let cluster = Cluster::new().await;
+    let (_, mut a1) = cluster.agent("h1").await;
+    let (_, a2) = cluster.agent("h2").await;
+    cluster.running_vm("web1", &mut a1).await;
+    Pair { cluster, a1, a2 }
+}
+
+fn grant(grant: Option<v1::Grant>) -> Grant {
+    grant.expect("a grant").try_into().expect("well formed")
+}
+
+impl Pair {
+    /// Up to the source's acceptance.
+    async fn begin(&mut self, generation: u64) {
+        let prepare = self.a2.command().await;
+        let Some(Action::Prepare(body)) = &prepare.action else { panic!("{prepare:?}") };
+        let incoming = grant(body.grant.clone());
+        assert_eq!((incoming.generation, incoming.source, incoming.destination), (Generation(generation), Some(name("h1")), name("h2")));
+        self.a2.done(&prepare, 4_711).await;
+        let out = self.a1.command().await;
+        let Some(Action::Migrate(body)) = &out.action else { panic!("{out:?}") };
+        assert_eq!((body.address.as_str(), body.carry_port), ("10.0.0.2", 4_711));
+        assert_eq!(grant(body.grant.clone()).generation, Generation(generation));
+        assert_eq!(decode::<MigrationPolicy>("policy", &body.policy).expect("policy"), MigrationPolicy::default());
+        self.a1.done(&out, 0).await;
+    }
+}
+
+#[tokio::test]
+async fn a_vm_moves_and_belongs_to_the_destination() {
+    let mut pair = pair().await;
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    pair.begin(2).await;
+    let vm = pair.cluster.vm("web1").await;
+    assert_eq!((vm.status.host.clone(), vm.status.generation), (Some(name("h1")), Generation(2)));
+    assert!(vm.status.activity.is_some());
+    let progress = |permille| MigrationProgress {
+        phase: MigrationPhase::WarmUp,
+        permille,
+        wire_bytes: Bytes(1),
+        ram_bytes: Bytes(2),
+        remaining: Bytes(3),
+        rate: godwit_model::BytesPerSec(4),
+        dirty_rate: None,
+        rounds: 1,
+        predicted_blackout: None,
+        time_left: None,
+    };
+    pair.a1.send(Body::Progress(v1::Progress { task: task.id.to_string(), progress: encode(&progress(500)) })).await;
+    pair.cluster.task_when(task.id, |task| task.progress.as_ref().is_some_and(|progress| progress.permille == 500)).await;
+    // Only the two of them may speak to each other by way of the controller.
+    pair.a1.send(Body::Peer(v1::Peer { task: task.id.to_string(), host: "h2".into(), message: b"word".to_vec() })).await;
+    let peer = pair.a2.peer().await;
+    assert_eq!((peer.host.as_str(), peer.message.as_slice()), ("h1", b"word".as_slice()));
+    pair.a2.send(Body::Vm(report(&vm, 2, RunState::Running, v1::Holding::Owner))).await;
+    pair.cluster.vm_when("web1", |vm| vm.status.host == Some(name("h2"))).await;
+    pair.a2.fleet_when(|fleet| fleet.locations.iter().any(|location| location.address == "10.0.0.2" && location.generation == 2)).await;
+    pair.a1.ended(ended(&task, &vm, 2, true, None)).await;
+    pair.a2.ended(ended(&task, &vm, 2, false, None)).await;
+    let task = pair.cluster.ended(task.id).await;
+    assert_eq!(task.state, TaskState::Done, "{task:?}");
+    assert_eq!(task.figures, Some(MigrationFigures { rounds: 3, ..Default::default() }));
+    let vm = pair.cluster.vm("web1").await;
+    assert_eq!((vm.status.host.clone(), vm.status.generation, vm.status.state), (Some(name("h2")), Generation(2), RunState::Running));
+    assert_eq!(vm.status.activity, None);
+    // An old word of the old host changes nothing.
+    pair.a1.send(Body::Vm(report(&vm, 1, RunState::Stopped, v1::Holding::Owner))).await;
+    pair.a1.ended(ended(&task, &vm, 2, true, None)).await;
+    assert_eq!(pair.cluster.vm("web1").await.status, vm.status);
+}
+
+#[tokio::test]
+async fn a_migration_that_fails_leaves_the_vm_where_it_was_and_says_why() {
+    let mut pair = pair().await;
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    pair.begin(2).await;
+    let vm = pair.cluster.vm("web1").await;
+    pair.a2.ended(ended(&task, &vm, 2, false, Some(ErrorCode::MigrationStalled))).await;
+    pair.a1.ended(ended(&task, &vm, 2, true, Some(ErrorCode::MigrationStalled))).await;
+    let task = pair.cluster.ended(task.id).await;
+    assert_eq!((task.state, task.error.expect("why").code), (TaskState::Failed, ErrorCode::MigrationStalled));
+    let vm = pair.cluster.vm("web1").await;
+    assert_eq!((vm.status.host, vm.status.generation, vm.status.state), (Some(name("h1")), Generation(1), RunState::Running));
+    assert_eq!(vm.status.activity, None);
+    // The number is never used again.
+    pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    pair.begin(3).await;
+}
+
+#[tokio::test]
+async fn when_qemu_is_first_it_is_tried_again_with_a_new_generation_three_times_at_most() {
+    let mut pair = pair().await;
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    let vm = pair.cluster.vm("web1").await;
+    for generation in 2..=4 {
+        pair.begin(generation).await;
+        pair.a1.ended(ended(&task, &vm, generation, true, Some(ErrorCode::QemuFirst))).await;
+        pair.a2.ended(ended(&task, &vm, generation, false, Some(ErrorCode::QemuFirst))).await;
+    }
+    let task = pair.cluster.ended(task.id).await;
+    assert_eq!((task.state, task.error.expect("why").code), (TaskState::Failed, ErrorCode::QemuFirst));
+    assert!(task.trail.iter().any(|note| note.text.contains("attempt 3 of 3")), "{:?}", task.trail);
+}
+
+#[tokio::test]
+async fn a_second_migration_of_the_same_vm_is_refused() {
+    let mut pair = pair().await;
+    pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    assert_eq!(code(pair.cluster.migrate("web1", "h2").await), ErrorCode::VmBusy);
+    let response = pair
+        .cluster
+        .admin()
+        .request(reqwest::Method::POST, "/vms/web1/migrate")
+        .json(&serde_json::json!({"host": "h2"}))
+        .send()
+        .await
+        .expect("answer");
+    assert_eq!(response.status(), 409);
+    pair.begin(2).await;
+}
+
+#[tokio::test]
+async fn what_cannot_work_is_refused_before_anything_starts() {
+    let cluster = Cluster::new().await;
+    let (_, mut a1) = cluster.agent("h1").await;
+    cluster.running_vm("web1", &mut a1).await;
+    let mut small = cluster.host("h2").await;
+    small.load.memory_free = Bytes::mib(500);
+    let a2 = cluster.connect(&small, vec![]).await;
+    cluster.host("h3").await;
+    let before = cluster.vm("web1").await;
+    let refusal = cluster.migrate("web1", "h2").await.expect_err("too small").refusal();
+    assert_eq!(refusal.code, ErrorCode::NotEnoughMemory);
+    assert!(refusal.message.contains("12 MiB (12582912 bytes) are missing"), "{refusal}");
+    assert_eq!(code(cluster.migrate("web1", "h1").await), ErrorCode::AlreadyOnHost);
+    assert_eq!(code(cluster.migrate("web1", "h3").await), ErrorCode::HostDown);
+    assert_eq!(code(cluster.migrate("web1", "h9").await), ErrorCode::NotFound);
+    assert_eq!(code(cluster.migrate("nothing", "h2").await), ErrorCode::NotFound);
+    cluster.create_vm("web2", Bytes::mib(64)).await;
+    assert_eq!(code(cluster.migrate("web2", "h2").await), ErrorCode::VmNotRunning);
+    assert_eq!(cluster.vm("web1").await, before, "a refusal changed the VM");
+    drop(a1);
+    cluster.connected("h1", false).await;
+    let refusal = cluster.migrate("web1", "h2").await.expect_err("source down").refusal();
+    assert_eq!(refusal.code, ErrorCode::HostDown);
+    drop(a2);
+}
+
+#[tokio::test]
+async fn a_dry_run_checks_and_changes_nothing() {
+    let pair = pair().await;
+    let before = pair.cluster.vm("web1").await;
+    let request = godwit_api::v1::VmMigrate { host: name("h2"), policy: MigrationPolicy::default(), dry_run: true, reason: None };
+    let task = pair.cluster.admin().migrate_vm(&name("web1"), &request).await.expect("described");
+    assert_eq!(task.state, TaskState::Done);
+    assert_eq!(code(pair.cluster.admin().task(task.id).await), ErrorCode::NotFound);
+    assert_eq!(pair.cluster.vm("web1").await, before);
+}
+
+#[tokio::test]
+async fn a_destination_that_cannot_prepare_is_told_to_settle() {
+    let mut pair = pair().await;
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    let prepare = pair.a2.command().await;
+    pair.a2.refuse(&prepare, ErrorCode::NotEnoughSpace).await;
+    let settle = pair.a2.command().await;
+    assert!(matches!(settle.action, Some(Action::Settle(_))), "{settle:?}");
+    assert_eq!(settle.task, task.id.to_string());
+    pair.a2.done(&settle, 0).await;
+    let task = pair.cluster.ended(task.id).await;
+    assert_eq!((task.state, task.error.expect("why").code), (TaskState::Failed, ErrorCode::NotEnoughSpace));
+    assert_eq!(pair.cluster.vm("web1").await.status.activity, None);
+}
+
+#[tokio::test]
+async fn a_cancel_reaches_the_source_and_its_refusal_reaches_the_user() {
+    let mut pair = pair().await;
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    pair.begin(2).await;
+    pair.cluster.task_when(task.id, |task| task.step.contains("moves from")).await;
+    let (client, id) = (pair.cluster.admin(), task.id);
+    let request = tokio::spawn(async move { client.cancel_task(id).await });
+    // Both the request and the executor ask: the agent answers both.
+    let mut refusals = 0;
+    while refusals < 2 {
+        let command = pair.a1.command().await;
+        assert!(matches!(command.action, Some(Action::Cancel(_))), "{command:?}");
+        pair.a1.refuse(&command, ErrorCode::TooLate).await;
+        refusals += 1;
+    }
+    assert_eq!(code(request.await.expect("request")), ErrorCode::TooLate);
+    let vm = pair.cluster.vm("web1").await;
+    pair.a1.ended(ended(&task, &vm, 2, true, None)).await;
+    pair.a2.ended(ended(&task, &vm, 2, false, None)).await;
+    assert_eq!(pair.cluster.ended(task.id).await.state, TaskState::Done);
+    assert_eq!(code(pair.cluster.admin().cancel_task(task.id).await), ErrorCode::TooLate);
+}
+
+#[tokio::test]
+async fn a_cancelled_migration_ends_as_cancelled() {
+    let mut pair = pair().await;
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    let prepare = pair.a2.command().await;
+    // Before the source has heard of it no word of the source is needed.
+    pair.cluster.admin().cancel_task(task.id).await.expect("cancelling");
+    pair.a2.done(&prepare, 1).await;
+    let settle = pair.a2.command().await;
+    assert!(matches!(settle.action, Some(Action::Settle(_))), "{settle:?}");
+    pair.a2.done(&settle, 0).await;
+    assert_eq!(pair.cluster.ended(task.id).await.state, TaskState::Cancelled);
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    pair.begin(3).await;
+    let vm = pair.cluster.vm("web1").await;
+    pair.a1.ended(ended(&task, &vm, 3, true, Some(ErrorCode::Cancelled))).await;
+    pair.a2.ended(ended(&task, &vm, 3, false, Some(ErrorCode::Cancelled))).await;
+    assert_eq!(pair.cluster.ended(task.id).await.state, TaskState::Cancelled);
+}

@@ -1,0 +1,171 @@
+//! Migrations that go well, and those that are refused before anything begins.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, ProcessRole, other_qemu};
+use godwit_model::{Bytes, CacheMode, DiskFormat, DiskSpec, ErrorCode, MigrationPolicy};
+
+#[test]
+fn a_vm_with_a_shared_disk_moves_there_and_back_and_nobody_notices() -> Result<()> {
+    let mut cluster = ClusterSpec::new(2)?.up()?;
+    let disk = DiskSpec {
+        volume: "shared/root".parse()?,
+        format: DiskFormat::Qcow2,
+        cache: CacheMode::Direct,
+        size: Some(Bytes::mib(64)),
+        image: None,
+    };
+    let still = GuestSpec::small("still").knob("dirty=0").knob("check=4M");
+    cluster.boot_all(&[(GuestSpec::small("web").vcpus(2).disk(disk), "h1"), (still, "h2")])?;
+    let (web, still) = (cluster.guest("web")?.address, cluster.guest("still")?.address);
+    let stream = cluster.outside().stream(web)?;
+    let (echo, control) = (cluster.outside().echo(web)?, cluster.outside().echo(still)?);
+    for to in ["h2", "h1", "h2"] {
+        let began = Instant::now();
+        cluster.run(&[Action::Migrate("web", to)])?;
+        let ended = Instant::now();
+        let (outage, beside) = (echo.longest_gap(began, ended), control.longest_gap(began, ended));
+        eprintln!("to {to}: outage {outage:?}, control {beside:?}");
+        ensure!(outage < Duration::from_millis(400) || outage < beside * 3, "an outage of {outage:?}, beside {beside:?}");
+    }
+    let report = stream.report();
+    ensure!(report.resets == 0 && report.mismatches == 0 && report.bytes > 0, "{report:?}");
+    ensure!(cluster.status("web")?.clock_jumps == 0, "its clock jumped");
+    drop((stream, echo, control));
+    cluster.finish()
+}
+
+#[test]
+fn a_migration_that_cannot_work_is_refused_before_anything_starts() -> Result<()> {
+    let mut cluster = ClusterSpec::new(3)?.agent("h2", &["--memory", "150MiB"]).up()?;
+    cluster.boot(&GuestSpec::small("web"), "h1")?;
+    let refused = |cluster: &mut Cluster, proves: &str, to: &str, code: ErrorCode| -> Result<String> {
+        let refusal = cluster.begin_move("web", to, MigrationPolicy::default()).err().with_context(|| format!("{proves}: began"))?;
+        ensure!(refusal.code == code && refusal.hint.is_some(), "{proves}: {refusal:?}");
+        ensure!(cluster.processes("h2")?.is_empty() && cluster.processes("h3")?.is_empty(), "{proves}: something was started");
+        Ok(refusal.message)
+    };
+    refused(&mut cluster, "an unknown host", "h9", ErrorCode::NotFound)?;
+    refused(&mut cluster, "the host where it runs", "h1", ErrorCode::AlreadyOnHost)?;
+    let message = refused(&mut cluster, "too little memory", "h2", ErrorCode::NotEnoughMemory)?;
+    ensure!(message.contains("42 MiB") && message.contains("44040192"), "it does not say how much is missing: {message}");
+    cluster.lab().agent("h3")?.crash()?;
+    cluster.wait_connected("h3", false)?;
+    refused(&mut cluster, "a host whose agent is down", "h3", ErrorCode::HostDown)?;
+    cluster.run(&[Action::Restart(Party::Agent("h3")), Action::Migrate("web", "h3")])?;
+    cluster.finish()
+}
+
+#[test]
+fn a_second_migration_of_one_vm_gets_a_conflict_and_a_cancel_works_until_the_switch() -> Result<()> {
+    let mut cluster = ClusterSpec::new(3)?.up()?;
+    cluster.boot(&GuestSpec::small("web"), "h1")?;
+    let echo = cluster.outside().echo(cluster.guest("web")?.address)?;
+    cluster.run(&[Action::IntoTheMiddle("web", "h2")])?;
+    let first = cluster.moves_of("web").context("it was begun")?;
+    for to in ["h2", "h3"] {
+        let refusal = cluster.begin_move("web", to, MigrationPolicy::default()).err().context("a second migration began")?;
+        ensure!(refusal.code == ErrorCode::VmBusy && refusal.hint.is_some(), "{refusal:?}");
+        ensure!(refusal.message.contains(&first.to_string()), "it does not say which task: {refusal:?}");
+        ensure!(godwit_api::status::http_status(refusal.code) == 409);
+    }
+    let began = Instant::now();
+    cluster.run(&[Action::Cancel("web"), Action::Ends("web", Ending::Cancelled("h1"))])?;
+    let gap = echo.longest_gap(began, Instant::now());
+    ensure!(gap < Duration::from_millis(500), "a cancel during warm-up cost an outage of {gap:?}");
+    drop(echo);
+
+    // What has ended can no longer be cancelled, and says so.
+    let done = cluster.migrate("web", "h3")?;
+    let late = cluster.ask(cluster.client().cancel_task(done.id)).err().context("a cancel after the switch was accepted")?;
+    ensure!(late.code == ErrorCode::TooLate && late.hint.is_some(), "{late:?}");
+    cluster.run(&[Action::Migrate("web", "h2")])?;
+    cluster.finish()
+}
+
+#[test]
+fn an_agent_killed_and_started_again_adopts_its_vm_and_the_guest_notices_nothing() -> Result<()> {
+    let mut cluster = ClusterSpec::new(2)?.up()?;
+    cluster.boot(&GuestSpec::small("web"), "h1")?;
+    let web = cluster.guest("web")?.address;
+    let (stream, echo) = (cluster.outside().stream(web)?, cluster.outside().echo(web)?);
+    let qemu = |cluster: &Cluster| -> Result<u32> {
+        let all = cluster.processes("h1")?;
+        Ok(all.iter().find(|process| matches!(process.role, ProcessRole::Qemu(_))).context("no QEMU")?.pid)
+    };
+    let (pid, before, heard) = (qemu(&cluster)?, cluster.status("web")?, cluster.witness().log());
+    let began = Instant::now();
+    cluster.run(&[
+        Action::Kill(Party::Agent("h1")),
+        Action::Pass(Duration::from_secs(3)),
+        Action::Restart(Party::Agent("h1")),
+        Action::Pass(Duration::from_secs(1)),
+    ])?;
+    let gap = echo.longest_gap(began, Instant::now());
+    let (after, hears) = (cluster.status("web")?, cluster.witness().log());
+    ensure!(qemu(&cluster)? == pid, "it is another QEMU");
+    ensure!(gap < Duration::from_millis(400), "an outage of {gap:?}");
+    ensure!(after.boot == before.boot && after.clock_jumps == before.clock_jumps, "{before:?} {after:?}");
+    ensure!(after.stalls == before.stalls, "it stood still for {} ms", after.longest_stall_ms);
+    let missing = |log: &godwit_guest::WitnessLog| log.vm("web").map(|vm| vm.missing);
+    ensure!(missing(&hears) == missing(&heard), "records are missing: {:?} {:?}", missing(&heard), missing(&hears));
+    ensure!(stream.report().resets == 0, "{:?}", stream.report());
+    drop((stream, echo));
+    // The new agent commands it as the old one did.
+    cluster.run(&[Action::Migrate("web", "h2"), Action::Migrate("web", "h1")])?;
+    cluster.finish()
+}
+
+/// An idle guest sends everything in one pass, and QEMU is then ready to switch over whenever it likes.
+fn idle_guest(qemu: Option<&Path>) -> Result<()> {
+    let mut spec = ClusterSpec::new(2)?;
+    for host in ["h1", "h2"] {
+        spec = qemu.iter().fold(spec, |spec, qemu| spec.qemu(host, qemu));
+    }
+    let mut cluster = spec.up()?;
+    cluster.boot(&GuestSpec::idle("idle").memory(Bytes::mib(128)).knob("touch_total=8M"), "h1")?;
+    // What it did while it booted is no longer dirty.
+    thread::sleep(Duration::from_secs(3));
+    for to in ["h2", "h1", "h2"] {
+        cluster.run(&[Action::Migrate("idle", to)])?;
+    }
+    cluster.finish()
+}
+
+#[test]
+fn an_idle_guest_moves_although_qemu_reaches_its_switch_over_first() -> Result<()> {
+    idle_guest(None)
+}
+
+#[test]
+fn an_idle_guest_moves_on_the_other_qemu_too() -> Result<()> {
+    match other_qemu() {
+        Some(qemu) => idle_guest(Some(&qemu)),
+        None => Ok(eprintln!("GODWIT_QEMU_OTHER is not set: nothing is proven here")),
+    }
+}
+
+#[test]
+fn a_vm_moves_between_two_versions_of_qemu_and_back() -> Result<()> {
+    let Some(other) = other_qemu() else {
+        return Ok(eprintln!("GODWIT_QEMU_OTHER is not set: nothing is proven here"));
+    };
+    let mut cluster = ClusterSpec::new(2)?.qemu("h2", &other).up()?;
+    let versions: Vec<String> = cluster
+        .ask(cluster.client().hosts())?
+        .into_iter()
+        .filter_map(|host| host.facts.map(|facts| facts.qemu.split('.').next().unwrap_or_default().to_owned()))
+        .collect();
+    ensure!(versions.len() == 2 && versions[0] != versions[1], "both hosts have QEMU {versions:?}");
+    cluster.boot_all(&[(GuestSpec::small("old").vcpus(2), "h1"), (GuestSpec::small("new"), "h2")])?;
+    cluster.run(&[
+        Action::Migrate("old", "h2"),
+        Action::Migrate("new", "h1"),
+        Action::Migrate("old", "h1"),
+        Action::Migrate("new", "h2"),
+    ])?;
+    cluster.finish()
+}

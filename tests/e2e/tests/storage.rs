@@ -1,0 +1,134 @@
+//! Disks that are not what they should be, and a store without space.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use godwit_api::v1::{TaskState, TeamCreate, VmDelete};
+use godwit_e2e::{Cluster, ClusterSpec, GuestSpec};
+use godwit_model::{Bytes, CacheMode, DiskFormat, DiskSpec, ErrorCode, Name};
+
+fn disk(volume: &str, format: DiskFormat, size: Option<Bytes>) -> Result<DiskSpec> {
+    Ok(DiskSpec { volume: format!("shared/{volume}").parse()?, format, cache: CacheMode::default(), size, image: None })
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    let output = Command::new(program).args(arguments).output().with_context(|| format!("run {program}"))?;
+    ensure!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+fn path_of(path: &Path) -> Result<&str> {
+    path.to_str().context("a path of text")
+}
+
+/// Tries to start a VM with the disk; it must be refused, and the VM must be gone without a trace afterwards.
+fn refused(cluster: &mut Cluster, proves: &str, disk: DiskSpec, code: ErrorCode) -> Result<()> {
+    let name = disk.volume.volume.to_string();
+    let vm = cluster.create(&GuestSpec::small(&name).disk(disk)).context(proves.to_owned())?;
+    let refusal = match cluster.begin_start(&name, "h1") {
+        Err(refusal) => refusal,
+        Ok(task) => {
+            let task = cluster.ended(task, std::time::Duration::from_secs(60))?;
+            ensure!(task.state == TaskState::Failed, "{proves}: it ended {:?}", task.state);
+            task.error.context("a failed task says why")?
+        }
+    };
+    ensure!(refusal.code == code, "{proves}: {refusal:?}");
+    ensure!(refusal.hint.is_some() && refusal.message.contains(&name), "{proves}: no fix, or not which disk: {refusal:?}");
+    cluster.check().context(proves.to_owned())?;
+    let deletion = cluster.ask(cluster.client().delete_vm(&vm.name, &VmDelete { volumes: false }))?;
+    cluster.done(deletion.id, std::time::Duration::from_secs(30))?;
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_is_missing_truncated_no_image_or_of_another_format_keeps_its_vm_from_starting() -> Result<()> {
+    let mut cluster = ClusterSpec::new(1)?.up()?;
+    let volumes = cluster.lab().shared_pool()?.join("volumes");
+    fs::create_dir_all(&volumes)?;
+    let at = |name: &str| volumes.join(name);
+    use ErrorCode::{VolumeFormat, VolumeMissing, VolumeTruncated};
+
+    refused(&mut cluster, "a missing disk", disk("missing", DiskFormat::Raw, None)?, VolumeMissing)?;
+
+    fs::write(at("empty"), "")?;
+    refused(&mut cluster, "an empty disk", disk("empty", DiskFormat::Raw, None)?, VolumeTruncated)?;
+
+    fs::write(at("short"), vec![0; 1 << 20])?;
+    refused(&mut cluster, "a disk shorter than declared", disk("short", DiskFormat::Raw, Some(Bytes::mib(2)))?, VolumeTruncated)?;
+
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path_of(&at("cut"))?, "64M"])?;
+    fs::OpenOptions::new().write(true).open(at("cut"))?.set_len(70_000)?;
+    refused(&mut cluster, "a truncated qcow2", disk("cut", DiskFormat::Qcow2, None)?, VolumeTruncated)?;
+
+    fs::write(at("text"), "this is no disk\n".repeat(64))?;
+    refused(&mut cluster, "a text declared qcow2", disk("text", DiskFormat::Qcow2, None)?, VolumeFormat)?;
+
+    run("qemu-img", &["create", "-q", "-f", "qcow2", path_of(&at("other"))?, "64M"])?;
+    refused(&mut cluster, "a qcow2 declared raw", disk("other", DiskFormat::Raw, None)?, VolumeFormat)?;
+
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", path_of(&at("other"))?, "-F", "qcow2", path_of(&at("overlay"))?])?;
+    refused(&mut cluster, "a qcow2 that refers to another file", disk("overlay", DiskFormat::Qcow2, None)?, VolumeFormat)?;
+
+    // The same VM with a good disk starts.
+    cluster.boot(&GuestSpec::small("good").disk(disk("other", DiskFormat::Qcow2, None)?), "h1")?;
+    cluster.finish()
+}
+
+#[test]
+fn a_controller_whose_disk_is_full_refuses_changes_loses_nothing_and_goes_on_when_there_is_space() -> Result<()> {
+    let mut cluster = ClusterSpec::new(2)?.up()?;
+    let data = cluster.lab().api()?.token_file.parent().context("the token is in the controller's data")?.to_owned();
+    // The controller's data moves to a small file system of its own, which `lab down` unmounts.
+    cluster.lab().controller().crash()?;
+    let aside = data.with_extension("aside");
+    fs::rename(&data, &aside)?;
+    fs::create_dir(&data)?;
+    run("mount", &["-t", "tmpfs", "-o", "size=96m,mode=0700", "tmpfs", path_of(&data)?])?;
+    run("cp", &["-a", &format!("{}/.", path_of(&aside)?), path_of(&data)?])?;
+    fs::remove_dir_all(&aside)?;
+    cluster.lab().controller().spawn()?;
+    for host in ["h1", "h2"] {
+        cluster.wait_connected(host, true)?;
+    }
+    cluster.boot(&GuestSpec::small("web"), "h1")?;
+    cluster.expect_log("store");
+    cluster.expect_log("full");
+
+    fill(&data.join("filler"))?;
+    let mut acknowledged = Vec::new();
+    let refusal = loop {
+        let name = Name::new(format!("team{}", acknowledged.len()))?;
+        match cluster.ask(cluster.client().create_team(&TeamCreate { name: name.clone() })) {
+            Ok(_) => acknowledged.push(name),
+            Err(refusal) => break refusal,
+        }
+        ensure!(acknowledged.len() < 20_000, "the store never gets full");
+    };
+    ensure!(refusal.code == ErrorCode::StoreFull && refusal.hint.is_some(), "{refusal:?}");
+    let move_refused = cluster.begin_move("web", "h2", Default::default()).err().context("a migration began without a record")?;
+    ensure!(move_refused.code == ErrorCode::StoreFull, "{move_refused:?}");
+    cluster.check()?;
+
+    fs::remove_file(data.join("filler"))?;
+    let teams = cluster.ask(cluster.client().teams())?;
+    for name in &acknowledged {
+        ensure!(teams.iter().any(|team| team.name == *name), "{name} was acknowledged and is lost");
+    }
+    ensure!(teams.len() <= acknowledged.len() + 1, "{} teams are there, {} were acknowledged", teams.len(), acknowledged.len());
+    cluster.ask(cluster.client().create_team(&TeamCreate { name: Name::new("after")? }))?;
+    cluster.migrate("web", "h2")?;
+    cluster.finish()
+}
+
+/// Writes until nothing more goes in.
+fn fill(path: &Path) -> Result<()> {
+    use std::io::Write;
+    let mut file = fs::File::create(path)?;
+    for size in [1 << 20, 4096, 1] {
+        while file.write_all(&vec![7; size]).is_ok() {}
+    }
+    Ok(())
+}
