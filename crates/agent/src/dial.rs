@@ -26,6 +26,23 @@ pub enum DialError {
     Connect(#[source] tonic::transport::Error),
 }
 
+impl DialError {
+    /// Whether nobody answered, rather than somebody who is not the controller.
+    pub(crate) fn is_unreachable(&self) -> bool {
+        let Self::Connect(error) = self else { return false };
+        let mut cause: Option<&dyn std::error::Error> = Some(error);
+        while let Some(error) = cause {
+            if let Some(error) = error.downcast_ref::<io::Error>() {
+                // What TLS dislikes comes as invalid data.
+                return error.kind() != io::ErrorKind::InvalidData;
+            }
+            cause = error.source();
+        }
+        // tonic's own time limit.
+        true
+    }
+}
+
 /// The cause that says something: the layers above it only say that there is one.
 fn deepest(error: &tonic::transport::Error) -> String {
     let mut cause: &dyn std::error::Error = error;

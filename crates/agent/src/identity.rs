@@ -75,6 +75,9 @@ impl JoinError {
             }
             Self::Joined(_) => Refusal::new(ErrorCode::NameTaken, self.to_string())
                 .hint("start `godwit agent` with it, or choose another --state-dir"),
+            Self::Dial(error) if error.is_unreachable() => Refusal::new(ErrorCode::HostDown, self.to_string())
+                .hint("check address and port, and that `godwit serve` runs there")
+                .retry(Retry::Safe),
             Self::Dial(_) => Refusal::new(ErrorCode::CertificateRefused, self.to_string())
                 .hint("check address and port; a token is good only for the cluster that made it")
                 .retry(Retry::Safe),

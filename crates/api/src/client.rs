@@ -41,7 +41,7 @@ pub enum ClientError {
         url: String,
         /// Why.
         #[source]
-        source: reqwest::Error,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// Something answered that is not a controller of this version.
     #[error("{url} answered {status} with something that is not the API's")]
@@ -66,7 +66,7 @@ impl ClientError {
         match self {
             Self::Refused(refusal) => refusal.clone(),
             Self::Unreachable { source, .. } => {
-                let mut cause: &dyn std::error::Error = source;
+                let mut cause: &dyn std::error::Error = source.as_ref();
                 while let Some(deeper) = cause.source() {
                     cause = deeper;
                 }
@@ -123,8 +123,12 @@ impl Client {
         self.http.request(method, format!("{}/v1{path}", self.endpoint.url)).bearer_auth(&self.endpoint.token)
     }
 
+    fn unreachable(&self, source: impl std::error::Error + Send + Sync + 'static) -> ClientError {
+        ClientError::Unreachable { url: self.endpoint.url.clone(), source: Box::new(source) }
+    }
+
     async fn send(&self, request: RequestBuilder) -> Result<reqwest::Response> {
-        let unreachable = |source| ClientError::Unreachable { url: self.endpoint.url.clone(), source };
+        let unreachable = |source| self.unreachable(source);
         let response = request.send().await.map_err(unreachable)?;
         let status = response.status();
         if status.is_success() {
@@ -140,7 +144,7 @@ impl Client {
     async fn json<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T> {
         let response = self.send(request.timeout(Duration::from_secs(60))).await?;
         let status = response.status();
-        let body = response.bytes().await.map_err(|source| ClientError::Unreachable { url: self.endpoint.url.clone(), source })?;
+        let body = response.bytes().await.map_err(|source| self.unreachable(source))?;
         serde_json::from_slice(&body).map_err(|_| ClientError::Foreign { url: self.endpoint.url.clone(), status })
     }
 
@@ -343,7 +347,7 @@ impl Client {
                 Ok(event) if event.data.is_empty() => None,
                 Ok(event) => Some(serde_json::from_str(&event.data).map_err(|_| foreign())),
                 Err(eventsource_stream::EventStreamError::Transport(source)) => {
-                    Some(Err(ClientError::Unreachable { url: url.clone(), source }))
+                    Some(Err(ClientError::Unreachable { url: url.clone(), source: Box::new(source) }))
                 }
                 Err(_) => Some(Err(foreign())),
             };

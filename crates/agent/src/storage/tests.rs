@@ -26,8 +26,9 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
-        // Not /tmp, which may be a file system without direct I/O.
-        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("directory");
+        // Beside the tests' program, not in /tmp: that may be a file system without direct I/O.
+        let program = std::env::current_exe().expect("path");
+        let directory = tempfile::tempdir_in(program.parent().expect("directory")).expect("directory");
         let pools = Pools::open(vec![config(directory.path())]).expect("pools");
         Self { directory, pools }
     }

@@ -419,7 +419,8 @@ impl Actor {
         let total = moving.watch.ram.total.get();
         let believed = match phase {
             MigrationPhase::Prepare => 0,
-            MigrationPhase::WarmUp if total == 0 => 0,
+            // Nothing is known yet, or a pass has just ended.
+            MigrationPhase::WarmUp if total == 0 || remaining == Bytes(0) => 0,
             // The first pass is most of the work; what later passes still have to do shrinks with what remains.
             MigrationPhase::WarmUp if moving.watch.ram.rounds <= 1 => 900 * total.saturating_sub(remaining.get()) / total,
             MigrationPhase::WarmUp => 900 + 60 * total.saturating_sub(remaining.get()) / total,

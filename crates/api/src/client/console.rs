@@ -48,7 +48,7 @@ impl Client {
                 let refusal = response.body().as_ref().and_then(|body| serde_json::from_slice::<Refusal>(body).ok());
                 Err(refusal.map_or(ClientError::Foreign { url: endpoint.url.clone(), status }, ClientError::Refused))
             }
-            Err(error) => Err(broken(&format!("the console cannot be opened: {error}"))),
+            Err(error) => Err(self.unreachable(error)),
         }
     }
 }

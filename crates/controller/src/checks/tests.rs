@@ -60,7 +60,7 @@ fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
         (ErrorCode::PoolUnavailable, |_, from, _, _| from.pools[0].shared = false),
         (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools[0].shared = false),
         (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools[0].identity = "other".into()),
-        (ErrorCode::HostIncompatible, |spec, ..| spec.disks[0].cache = CacheMode::Writeback),
+        (ErrorCode::HostIncompatible, |spec, _, _, _| spec.disks[0].cache = CacheMode::Writeback),
         (ErrorCode::NotEnoughMemory, |_, _, _, load| load.memory_free = Bytes::mib(500)),
     ];
     let check = |change: Break| {
@@ -92,7 +92,7 @@ fn a_vm_starts_where_most_memory_is_free_with_the_newest_machine_that_all_know()
     ];
     let (id, web1, vm) = (VmId::new(uuid::Uuid::nil()), name("web1"), vm());
     let (host, spec) = decide_start((id, &web1, &vm), None, &hosts, &|_| None).expect("a host");
-    assert_eq!((host, spec.machine.as_str(), spec.cpu.as_str()), (h2, "pc-q35-7.2", "qemu64-v1"));
+    assert_eq!((&host, spec.machine.as_str(), spec.cpu.as_str()), (&h2, "pc-q35-7.2", "qemu64-v1"));
     assert_eq!(decide_start((id, &web1, &vm), Some(&h1), &hosts, &|_| None).expect("h1").0, h1);
     let code = |wanted: Option<&Name>, hosts: &[Candidate<'_>]| {
         decide_start((id, &web1, &vm), wanted, hosts, &|_| None).expect_err("refused").code

@@ -9,7 +9,8 @@ use super::support::*;
 
 async fn join(cluster: &Cluster, token: &str, host: &str, request: &str) -> Result<v1::JoinReply, ErrorCode> {
     let mut client = LinkClient::new(cluster.channel(None).await.expect("channel"));
-    let join = v1::JoinRequest { token: token.into(), host: host.into(), address: "10.0.0.1".into(), signing_request: request.into() };
+    let join =
+        v1::JoinRequest { token: token.into(), host: host.into(), address: "10.0.0.1".into(), signing_request: request.into() };
     client.join(join).await.map(tonic::Response::into_inner).map_err(|status| {
         let refusal = refusal_of(&status);
         assert!(refusal.hint.is_some() || refusal.code == ErrorCode::BadRequest, "no fix: {refusal}");
@@ -26,7 +27,12 @@ async fn a_join_token_is_good_once_in_time_and_for_its_host() {
     assert_eq!(join(&cluster, &token, "h2", &request).await, Err(ErrorCode::TokenInvalid));
     assert_eq!(join(&cluster, &token, "../h1", &request).await, Err(ErrorCode::NameInvalid));
     assert_eq!(join(&cluster, &token, "h1", "no request").await, Err(ErrorCode::BadRequest));
-    let forged = token.split('.').take(2).chain(["ab".repeat(32).as_str(), token.rsplit('.').next().expect("authority")]).collect::<Vec<_>>().join(".");
+    let forged = token
+        .split('.')
+        .take(2)
+        .chain(["ab".repeat(32).as_str(), token.rsplit('.').next().expect("authority")])
+        .collect::<Vec<_>>()
+        .join(".");
     assert_eq!(join(&cluster, &forged, "h1", &request).await, Err(ErrorCode::TokenInvalid));
     join(&cluster, &token, "h1", &request).await.expect("joined");
     join(&cluster, &token, "h1", &request).await.expect("the same key may ask again: the answer may have got lost");
@@ -34,7 +40,11 @@ async fn a_join_token_is_good_once_in_time_and_for_its_host() {
     assert_eq!(join(&cluster, &token, "h1", &other).await, Err(ErrorCode::TokenUsed));
     let second = cluster.join_token("h1").await;
     assert_eq!(join(&cluster, &second, "h1", &other).await, Err(ErrorCode::NameTaken));
-    let expired = cluster.admin().create_join_token(&api::JoinTokenCreate { host: name("h3"), lifetime: Some(Millis(0)) }).await.expect("token");
+    let expired = cluster
+        .admin()
+        .create_join_token(&api::JoinTokenCreate { host: name("h3"), lifetime: Some(Millis(0)) })
+        .await
+        .expect("token");
     assert_eq!(join(&cluster, &expired.token, "h3", &request).await, Err(ErrorCode::TokenExpired));
     let forever = api::JoinTokenCreate { host: name("h3"), lifetime: Some(Millis(25 * 3_600_000)) };
     assert_eq!(code(cluster.admin().create_join_token(&forever).await), ErrorCode::BadRequest);
@@ -49,8 +59,8 @@ async fn a_certificate_of_another_authority_or_of_a_removed_host_is_refused() {
     let host = stranger.host("h1").await;
     let attend = async |host: &Host| {
         let channel = cluster.channel(Some((&host.certificate, &host.key))).await.map_err(|_| ErrorCode::CertificateRefused)?;
-        let call = LinkClient::new(channel).attend(tokio_stream::iter([]));
-        call.await.map(|_| ()).map_err(|status| refusal_of(&status).code)
+        let mut client = LinkClient::new(channel);
+        client.attend(tokio_stream::iter([])).await.map(|_| ()).map_err(|status| refusal_of(&status).code)
     };
     assert!(attend(&host).await.is_err(), "a foreign authority was accepted");
     assert!(cluster.channel_by(&stranger.read("ca.pem"), None).await.is_err(), "the agent took a foreign controller for its own");
@@ -121,7 +131,8 @@ async fn a_host_may_speak_only_about_vms_granted_to_it() {
 impl Agent {
     /// Claims a move that never was; a fleet or nothing comes back, and the VM stays where it is.
     async fn ended_is_not_acknowledged(&mut self, vm: &api::Vm) {
-        let claim = v1::MigrationEnded { task: vm.id.to_string(), vm: vm.id.to_string(), generation: 2, moved: true, ..Default::default() };
+        let claim =
+            v1::MigrationEnded { task: vm.id.to_string(), vm: vm.id.to_string(), generation: 2, moved: true, ..Default::default() };
         self.send(Body::Ended(claim)).await;
         let quiet = tokio::time::timeout(std::time::Duration::from_millis(300), self.next()).await;
         assert!(quiet.is_err(), "{quiet:?}");

@@ -34,7 +34,10 @@ impl Pair {
         let prepare = self.a2.command().await;
         let Some(Action::Prepare(body)) = &prepare.action else { panic!("{prepare:?}") };
         let incoming = grant(body.grant.clone());
-        assert_eq!((incoming.generation, incoming.source, incoming.destination), (Generation(generation), Some(name("h1")), name("h2")));
+        assert_eq!(
+            (incoming.generation, incoming.source, incoming.destination),
+            (Generation(generation), Some(name("h1")), name("h2"))
+        );
         self.a2.done(&prepare, 4_711).await;
         let out = self.a1.command().await;
         let Some(Action::Migrate(body)) = &out.action else { panic!("{out:?}") };
@@ -73,14 +76,19 @@ async fn a_vm_moves_and_belongs_to_the_destination() {
     assert_eq!((peer.host.as_str(), peer.message.as_slice()), ("h1", b"word".as_slice()));
     pair.a2.send(Body::Vm(report(&vm, 2, RunState::Running, v1::Holding::Owner))).await;
     pair.cluster.vm_when("web1", |vm| vm.status.host == Some(name("h2"))).await;
-    pair.a2.fleet_when(|fleet| fleet.locations.iter().any(|location| location.address == "10.0.0.2" && location.generation == 2)).await;
+    pair.a2
+        .fleet_when(|fleet| fleet.locations.iter().any(|location| location.address == "10.0.0.2" && location.generation == 2))
+        .await;
     pair.a1.ended(ended(&task, &vm, 2, true, None)).await;
     pair.a2.ended(ended(&task, &vm, 2, false, None)).await;
     let task = pair.cluster.ended(task.id).await;
     assert_eq!(task.state, TaskState::Done, "{task:?}");
     assert_eq!(task.figures, Some(MigrationFigures { rounds: 3, ..Default::default() }));
     let vm = pair.cluster.vm("web1").await;
-    assert_eq!((vm.status.host.clone(), vm.status.generation, vm.status.state), (Some(name("h2")), Generation(2), RunState::Running));
+    assert_eq!(
+        (vm.status.host.clone(), vm.status.generation, vm.status.state),
+        (Some(name("h2")), Generation(2), RunState::Running)
+    );
     assert_eq!(vm.status.activity, None);
     // An old word of the old host changes nothing.
     pair.a1.send(Body::Vm(report(&vm, 1, RunState::Stopped, v1::Holding::Owner))).await;

@@ -94,7 +94,11 @@ impl Cluster {
         self.channel_by(&self.read("ca.pem"), identity).await
     }
 
-    pub(super) async fn channel_by(&self, authority: &str, identity: Option<(&str, &str)>) -> Result<Channel, tonic::transport::Error> {
+    pub(super) async fn channel_by(
+        &self,
+        authority: &str,
+        identity: Option<(&str, &str)>,
+    ) -> Result<Channel, tonic::transport::Error> {
         let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority)).domain_name(CONTROLLER);
         if let Some((certificate, key)) = identity {
             tls = tls.identity(Identity::from_pem(certificate, key));
@@ -115,7 +119,13 @@ impl Cluster {
         let mut client = LinkClient::new(self.channel(None).await.expect("channel"));
         let join = v1::JoinRequest { token, host: host.into(), address: address_of(host), signing_request: request };
         let reply = client.join(join).await.expect("joined").into_inner();
-        Host { name: name(host), key: key.serialize_pem(), certificate: reply.certificate, facts: facts(), load: load(Bytes(8 << 30)) }
+        Host {
+            name: name(host),
+            key: key.serialize_pem(),
+            certificate: reply.certificate,
+            facts: facts(),
+            load: load(Bytes(8 << 30)),
+        }
     }
 
     /// A host that has joined and is connected.
@@ -177,7 +187,8 @@ impl Cluster {
     }
 
     pub(super) async fn migrate(&self, vm: &str, to: &str) -> Result<api::Task, ClientError> {
-        let request = api::VmMigrate { host: name(to), policy: MigrationPolicy::default(), dry_run: false, reason: Some("test".into()) };
+        let request =
+            api::VmMigrate { host: name(to), policy: MigrationPolicy::default(), dry_run: false, reason: Some("test".into()) };
         self.admin().migrate_vm(&name(vm), &request).await
     }
 
@@ -374,7 +385,13 @@ pub(super) fn report(vm: &api::Vm, generation: u64, state: RunState, holding: v1
 }
 
 /// How a migration ended.
-pub(super) fn ended(task: &api::Task, vm: &api::Vm, generation: u64, source: bool, reason: Option<ErrorCode>) -> v1::MigrationEnded {
+pub(super) fn ended(
+    task: &api::Task,
+    vm: &api::Vm,
+    generation: u64,
+    source: bool,
+    reason: Option<ErrorCode>,
+) -> v1::MigrationEnded {
     v1::MigrationEnded {
         task: task.id.to_string(),
         vm: vm.id.to_string(),
@@ -382,6 +399,10 @@ pub(super) fn ended(task: &api::Task, vm: &api::Vm, generation: u64, source: boo
         source,
         moved: reason.is_none(),
         reason: reason.map(|code| (&Refusal::new(code, "the agent says why")).into()),
-        figures: if source && reason.is_none() { encode(&godwit_model::MigrationFigures { rounds: 3, ..Default::default() }) } else { vec![] },
+        figures: if source && reason.is_none() {
+            encode(&godwit_model::MigrationFigures { rounds: 3, ..Default::default() })
+        } else {
+            vec![]
+        },
     }
 }

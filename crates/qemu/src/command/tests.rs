@@ -161,7 +161,7 @@ fn commas_and_newlines_in_paths_and_command_lines_stay_values() {
 proptest! {
     /// Whatever text reaches a value, the number of arguments and QEMU's view of keys stay the same, or the spec is refused.
     #[test]
-    fn no_text_of_a_spec_becomes_an_option(
+    fn prop_no_text_of_a_spec_becomes_an_option(
         cmdline in "[ -~]{0,99}|.*",
         machine in "[a-z0-9.-]{1,20}|[ -~]{0,20}|.*",
         cpu in "[A-Za-z0-9-]{1,20}|[ -~]{0,20}|.*",

@@ -5,4 +5,3 @@ mod place;
 mod start;
 mod switchover;
 mod wire;
-mod tmp;

@@ -110,7 +110,7 @@ fn corpus_qmp_decodes_alike_in_any_pieces() {
 
 proptest! {
     #[test]
-    fn any_bytes_in_any_pieces_end_in_messages_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..600), size in 1_usize..50) {
+    fn prop_any_bytes_in_any_pieces_end_in_messages_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..600), size in 1_usize..50) {
         let (whole, error) = decode_in_pieces(&bytes, std::iter::repeat(bytes.len().max(1)), 64);
         let (pieces, other) = decode_in_pieces(&bytes, std::iter::repeat(size), 64);
         prop_assert_eq!(whole, pieces);
@@ -118,14 +118,14 @@ proptest! {
     }
 
     #[test]
-    fn a_session_in_any_pieces_is_the_same_session(sizes in proptest::collection::vec(1_usize..90, 1..200)) {
+    fn prop_a_session_in_any_pieces_is_the_same_session(sizes in proptest::collection::vec(1_usize..90, 1..200)) {
         let (messages, error) = decode_in_pieces(SESSION.as_bytes(), sizes.into_iter().chain(std::iter::repeat(13)), MAX_LINE);
         prop_assert!(error.is_none());
         prop_assert_eq!(messages, whole_session());
     }
 
     #[test]
-    fn damage_to_a_session_never_panics(position in 0..SESSION.len(), byte in any::<u8>()) {
+    fn prop_damage_to_a_session_never_panics(position in 0..SESSION.len(), byte in any::<u8>()) {
         let mut bytes = SESSION.as_bytes().to_vec();
         bytes[position] = byte;
         let _ = decode_in_pieces(&bytes, std::iter::repeat(17), MAX_LINE);

@@ -1,0 +1,132 @@
+//! The description against reality: what is answered fits what is described.
+
+use godwit_api::v1::{self as api, Role};
+use godwit_model::Bytes;
+use reqwest::{Method, Response};
+use serde_json::{Value, json};
+
+use super::support::*;
+use super::walk::{Operation, operations};
+
+/// The schema that the description has for an answer, with everything it refers to.
+fn schema(description: &Value, operation: &Operation, status: u16) -> Option<Value> {
+    let response = &operation.described["responses"][status.to_string()];
+    assert!(response.is_object(), "{} does not describe {status}", operation.id);
+    let mut schema = response.get("content")?.as_object()?.values().next()?.get("schema")?.clone();
+    schema.as_object_mut()?.insert("components".into(), description["components"].clone());
+    Some(schema)
+}
+
+struct Contract {
+    description: Value,
+    operations: Vec<Operation>,
+    seen: Vec<String>,
+}
+
+impl Contract {
+    /// Holds an answer against its description.
+    async fn hold(&mut self, id: &str, response: Response, expected: u16) -> Value {
+        let operation = self.operations.iter().find(|operation| operation.id == id).unwrap_or_else(|| panic!("no operation {id}"));
+        let status = response.status().as_u16();
+        let body = response.bytes().await.expect("body");
+        let text = String::from_utf8_lossy(&body);
+        assert_eq!(status, expected, "{id}: {text}");
+        self.seen.push(id.to_owned());
+        let Some(schema) = schema(&self.description, operation, status) else {
+            assert!(body.is_empty(), "{id}: {status} describes no body, but has {text}");
+            return Value::Null;
+        };
+        let value: Value = serde_json::from_slice(&body).unwrap_or_else(|_| panic!("{id}: {text}"));
+        let validator = jsonschema::validator_for(&schema).unwrap_or_else(|error| panic!("{id}: {error}"));
+        let errors: Vec<String> =
+            validator.iter_errors(&value).map(|error| format!("{}: {error}", error.instance_path())).collect();
+        assert!(errors.is_empty(), "{id}: {errors:?} in {value}");
+        value
+    }
+}
+
+#[tokio::test]
+async fn what_is_answered_fits_what_is_described() {
+    let cluster = Cluster::new().await;
+    let (_, mut agent) = cluster.agent("h1").await;
+    let (_, mut other) = cluster.agent("h2").await;
+    cluster.running_vm("web1", &mut agent).await;
+    let admin = cluster.admin();
+    let (description, operations) = operations(&admin).await;
+    let mut contract = Contract { description, operations, seen: vec![] };
+    let send = async |method: Method, path: &str, body: Value| {
+        let request = admin.request(method, path);
+        let request = if body.is_null() { request } else { request.json(&body) };
+        request.send().await.expect("answer")
+    };
+    let (get, post, delete) = (Method::GET, Method::POST, Method::DELETE);
+    let null = Value::Null;
+
+    for (id, path) in [
+        ("health", "/health"),
+        ("host_list", "/hosts"),
+        ("host_show", "/hosts/h1"),
+        ("pool_list", "/pools"),
+        ("pool_show", "/pools/shared"),
+        ("network_list", "/networks"),
+        ("image_list", "/images"),
+        ("image_show", "/images/linux"),
+        ("vm_list", "/vms?limit=1"),
+        ("vm_show", "/vms/web1"),
+        ("task_list", "/tasks"),
+        ("team_list", "/teams"),
+        ("token_list", "/tokens"),
+    ] {
+        contract.hold(id, send(get.clone(), path, null.clone()).await, 200).await;
+    }
+    let create = json!({"name": "web2", "spec": spec(Bytes::mib(64))});
+    contract.hold("vm_create", send(post.clone(), "/vms", create.clone()).await, 201).await;
+    contract.hold("vm_create", send(post.clone(), "/vms", create).await, 409).await;
+    contract.hold("vm_show", send(get.clone(), "/vms/nothing", null.clone()).await, 404).await;
+    contract.hold("vm_console", send(get.clone(), "/vms/web1/console", null.clone()).await, 400).await;
+    let task = contract.hold("vm_migrate", send(post.clone(), "/vms/web1/migrate", json!({"host": "h2"})).await, 202).await;
+    let id = task["id"].as_str().expect("id").to_owned();
+    contract.hold("task_show", send(get.clone(), &format!("/tasks/{id}"), null.clone()).await, 200).await;
+    contract.hold("task_cancel", send(post.clone(), &format!("/tasks/{id}/cancel"), null.clone()).await, 200).await;
+    let prepare = other.command().await;
+    other.refuse(&prepare, godwit_model::ErrorCode::NotEnoughSpace).await;
+    let settle = other.command().await;
+    other.done(&settle, 0).await;
+    cluster.ended(id.parse().expect("id")).await;
+    for (id, verb) in
+        [("vm_pause", "pause"), ("vm_unpause", "unpause"), ("vm_stop", "stop"), ("vm_kill", "kill"), ("vm_start", "start")]
+    {
+        let response = send(post.clone(), &format!("/vms/web1/{verb}"), null.clone()).await;
+        let task = contract.hold(id, response, 202).await;
+        let command = agent.command().await;
+        if verb != "stop" {
+            agent.done(&command, 0).await;
+            cluster.ended(task["id"].as_str().expect("id").parse().expect("id")).await;
+        }
+    }
+    contract.hold("vm_delete", send(delete.clone(), "/vms/web1", null.clone()).await, 409).await;
+    contract.hold("vm_delete", send(delete.clone(), "/vms/web2", null.clone()).await, 202).await;
+    let image = admin.request(Method::PUT, "/images/two?kind=kernel").body(kernel()).send().await.expect("answer");
+    contract.hold("image_import", image, 201).await;
+    let image = admin.request(Method::PUT, "/images/three?kind=kernel").body("text").send().await.expect("answer");
+    contract.hold("image_import", image, 422).await;
+    contract.hold("image_delete", send(delete.clone(), "/images/two", null.clone()).await, 204).await;
+    contract.hold("join_token_create", send(post.clone(), "/join-tokens", json!({"host": "h3"})).await, 201).await;
+    contract.hold("host_delete", send(delete.clone(), "/hosts/h1", null.clone()).await, 409).await;
+    contract.hold("team_create", send(post.clone(), "/teams", json!({"name": "red"})).await, 201).await;
+    let token = api::TokenCreate { team: name("red"), role: Role::Viewer, description: "x".into() };
+    let made = contract.hold("token_create", send(post.clone(), "/tokens", json!(token)).await, 201).await;
+    let id = made["token"]["id"].as_str().expect("id");
+    contract.hold("token_delete", send(delete.clone(), &format!("/tokens/{id}"), null.clone()).await, 204).await;
+
+    // Events have a test of their own, since they never end.
+    let mut missing: Vec<&str> = contract.operations.iter().map(|operation| operation.id.as_str()).collect();
+    missing.retain(|id| !contract.seen.iter().any(|seen| seen == id) && *id != "event_watch");
+    assert!(missing.is_empty(), "never held against their description: {missing:?}");
+    for operation in &contract.operations {
+        assert!(operation.described["tags"].as_array().is_some_and(|tags| !tags.is_empty()), "{} has no tag", operation.id);
+        assert!(operation.described["summary"].is_string(), "{} has no summary", operation.id);
+        assert!(operation.described["responses"]["401"].is_object(), "{} describes no refusal", operation.id);
+    }
+    assert_eq!(contract.description["components"]["securitySchemes"]["bearer"]["scheme"], "bearer");
+}
