@@ -26,7 +26,7 @@ pub(crate) struct Host {
     pub(crate) options: AgentOptions,
     pub(crate) identity: Identity,
     pub(crate) journal: Journal,
-    pub(crate) pools: Pools,
+    pub(crate) pools: Arc<Pools>,
     pub(crate) images: ImageCache,
     pub(crate) network: HostNetwork,
     pub(crate) facts: HostFacts,
@@ -86,10 +86,12 @@ impl Host {
         Ok(std::fs::OpenOptions::new().create(true).append(true).open(path)?.into())
     }
 
-    /// Load for a heartbeat.
-    pub(crate) fn load(&self) -> HostLoad {
+    /// Load for a heartbeat. Storage that hangs is left out rather than waited for.
+    pub(crate) async fn load(&self) -> HostLoad {
         let vms = u32::try_from(self.memory.holders()).unwrap_or(u32::MAX);
-        HostLoad { memory_free: self.memory.free(), vms, pools_free: self.pools.free() }
+        let pools = Arc::clone(&self.pools);
+        let pools_free = of_storage(move || pools.free()).await.unwrap_or_default();
+        HostLoad { memory_free: self.memory.free(), vms, pools_free }
     }
 
     /// Keeps how a move ended here, and tells the controller until it has stored it.
@@ -112,6 +114,13 @@ impl Host {
             None => drop(reports.remove(&vm)),
         }
     }
+}
+
+/// Asks storage something, for a moment: a network file system whose server is away answers never. `None` then.
+pub(crate) async fn of_storage<T: Send + 'static>(question: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    const LIMIT: Duration = Duration::from_secs(2);
+    let asked = tokio::task::spawn_blocking(question);
+    tokio::time::timeout(LIMIT, asked).await.ok()?.ok()
 }
 
 /// The first 8 hexadecimal digits of a VM's id.

@@ -23,13 +23,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use godwit_model::{Bytes, Name};
+use godwit_model::{Bytes, HostCondition, Name};
 use godwit_qemu::Launcher;
 use tokio::sync::watch;
 
 pub use identity::{JoinError, JoinOptions, join};
 
-use host::{Controller, Host, Ledger, private_dir};
+use host::{Controller, Host, Ledger, of_storage, private_dir};
 use identity::Identity;
 use journal::Journal;
 use network::{FleetNetworks, HostNetwork};
@@ -116,13 +116,23 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     let uids: BTreeMap<_, _> = records.iter().map(|(vm, record)| (*vm, record.uid)).collect();
     let configs =
         options.pools.iter().map(|(name, path, shared)| PoolConfig { name: name.clone(), path: path.clone(), shared: *shared });
-    let pools = Pools::open(configs.collect()).map_err(begin("a pool cannot be used"))?;
+    let pools = Arc::new(Pools::open(configs.collect()).map_err(begin("a pool cannot be used"))?);
     let images = ImageCache::open(options.state_dir.join("images")).map_err(begin("the image cache cannot be used"))?;
     let network = HostNetwork::open(identity.address).await.map_err(begin("the network cannot be used"))?;
     let launcher = Launcher::godwit("/proc/self/exe".into());
     inventory::end_orphans(&records, options.uid_base);
-    let conditions = network.conditions().await.into_iter().chain(pools.conditions()).collect();
-    let facts = inventory::take(&options, &launcher, pools.facts(), conditions).await.map_err(begin("QEMU cannot be used"))?;
+    let mut conditions = network.conditions().await;
+    let asked = Arc::clone(&pools);
+    let (pool_facts, pool_conditions) = of_storage(move || (asked.facts(), asked.conditions())).await.unwrap_or_else(|| {
+        let condition = HostCondition {
+            name: "pools".into(),
+            message: "a pool's storage does not answer; no pool is offered".into(),
+            fix: "bring the storage back and restart the agent; VMs are not touched by that".into(),
+        };
+        (vec![], vec![condition])
+    });
+    conditions.extend(pool_conditions);
+    let facts = inventory::take(&options, &launcher, pool_facts, conditions).await.map_err(begin("QEMU cannot be used"))?;
 
     let memory = Ledger::new(facts.memory);
     let uids = Uids::new(options.uid_base, uids);

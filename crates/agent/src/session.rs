@@ -96,7 +96,7 @@ impl Sessions {
         let channel = dial::dial(&self.host.identity.controller, config).await?;
         let mut client = LinkClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
         let (sender, receiver) = mpsc::unbounded_channel();
-        let _ = sender.send(AgentMessage { body: Some(Body::Hello(self.hello()?)) });
+        let _ = sender.send(AgentMessage { body: Some(Body::Hello(self.hello().await?)) });
         let mut inbound = client.attend(UnboundedReceiverStream::new(receiver)).await?.into_inner();
         let Some(FromController::Welcome(welcome)) = inbound.message().await?.and_then(|message| message.body) else {
             return Err(SessionError::NoWelcome);
@@ -122,20 +122,21 @@ impl Sessions {
                     None => return Err(SessionError::Closed),
                 },
                 _ = heartbeat.tick() => {
-                    self.host.controller.send(Body::Heartbeat(v1::Heartbeat { load: encode(&self.host.load()) }));
+                    self.host.controller.send(Body::Heartbeat(v1::Heartbeat { load: encode(&self.host.load().await) }));
                 }
                 () = &mut renewal => return Err(SessionError::Closed),
             }
         }
     }
 
-    fn hello(&self) -> Result<v1::Hello, SessionError> {
+    async fn hello(&self) -> Result<v1::Hello, SessionError> {
+        let load = encode(&self.host.load().await);
         let reports = self.host.reports.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(v1::Hello {
             protocol: PROTOCOL,
             address: self.host.identity.address.to_string(),
             facts: encode(&self.host.facts),
-            load: encode(&self.host.load()),
+            load,
             vms: reports.values().cloned().collect(),
             epoch: self.host.journal.epoch()?.0,
         })

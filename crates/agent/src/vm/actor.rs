@@ -78,6 +78,8 @@ pub(super) struct Actor {
     pub(super) carry_notices: (mpsc::Sender<CarryNotice>, mpsc::Receiver<CarryNotice>),
     pub(super) wake: Instant,
     pub(super) guest_shut_down: bool,
+    /// Announcements that are still being repeated.
+    pub(super) announcements: Vec<tokio::task::AbortHandle>,
     events: mpsc::Receiver<VmEvent>,
 }
 
@@ -101,6 +103,7 @@ impl Actor {
             carry_notices: mpsc::channel(64),
             wake: Instant::now(),
             guest_shut_down: false,
+            announcements: Vec::new(),
             events,
         }
     }

@@ -261,7 +261,7 @@ impl Actor {
         }
         if let Some(record) = &self.record {
             for nic in &record.spec.nics {
-                self.host.network.announce(&nic.network, vec![nic.mac]);
+                self.announcements.push(self.host.network.announce(&nic.network, vec![nic.mac]));
             }
         }
         if let Some(Moving::Destination(moving)) = &mut self.moving {

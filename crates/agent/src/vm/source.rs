@@ -116,6 +116,8 @@ impl Actor {
         if self.state != RunState::Running {
             return Err(Refusal::new(ErrorCode::VmNotRunning, "the VM does not run on this host").hint("start it first"));
         }
+        // It leaves again: what still announces it here would mislead.
+        self.announcements.drain(..).for_each(|announcement| announcement.abort());
         if let Some(record) = &mut self.record {
             record.holding = Holding::Source(Outgoing {
                 grant: grant.clone(),

@@ -97,14 +97,17 @@ impl Actor {
         let initrd = boot_file(&spec.initrd).await?;
         let mut disks = Vec::new();
         for disk in &spec.disks {
-            if start == Start::Fresh {
+            let mut checked = host.pools.check(disk).await;
+            let missing = checked.as_ref().is_err_and(|refusal| refusal.code == ErrorCode::VolumeMissing);
+            if start == Start::Fresh && missing && (disk.create.is_some() || disk.image.is_some()) {
                 let image = match &disk.image {
                     Some((image, _)) => Some(fetch_image(&host, image).await?.path),
                     None => None,
                 };
                 host.pools.prepare(disk, image.as_deref()).await?;
+                checked = host.pools.check(disk).await;
             }
-            host.pools.check(disk).await?;
+            checked?;
             let (read_only, read_write) = host.pools.open_disk(disk)?;
             disks.push(DiskFds { read_only: fds.pass(read_only), read_write: fds.pass(read_write) });
         }
