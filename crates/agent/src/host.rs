@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use godwit_link::v1::agent_message::Body;
 use godwit_link::v1::link_client::LinkClient;
 use godwit_link::v1::{self, AgentMessage};
-use godwit_model::{Bytes, ErrorCode, HostFacts, HostLoad, Refusal, Retry, UnixMillis, VmId};
+use godwit_model::{Bytes, ErrorCode, HostFacts, HostLoad, Name, Refusal, Retry, UnixMillis, VmId};
 use godwit_qemu::cage::Launcher;
 use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
 use tokio::sync::mpsc;
@@ -33,6 +34,8 @@ pub(crate) struct Host {
     pub(crate) launcher: Launcher,
     pub(crate) controller: Controller,
     pub(crate) memory: Ledger,
+    /// Storage has been asked and has not answered.
+    pub(crate) asking: Arc<AtomicBool>,
     pub(crate) uids: Uids,
     pub(crate) reports: Mutex<BTreeMap<VmId, v1::VmReport>>,
 }
@@ -89,8 +92,18 @@ impl Host {
     /// Load for a heartbeat. Storage that hangs is left out rather than waited for.
     pub(crate) async fn load(&self) -> HostLoad {
         let vms = u32::try_from(self.memory.holders()).unwrap_or(u32::MAX);
-        let pools = Arc::clone(&self.pools);
-        let pools_free = of_storage(move || pools.free()).await.unwrap_or_default();
+        // One question at a time: storage that hangs must not collect threads.
+        let pools_free = if self.asking.swap(true, Ordering::AcqRel) {
+            vec![]
+        } else {
+            let (pools, asking) = (Arc::clone(&self.pools), Arc::clone(&self.asking));
+            let answer = move || {
+                let free = pools.free();
+                asking.store(false, Ordering::Release);
+                free
+            };
+            of_storage(answer).await.unwrap_or_default()
+        };
         HostLoad { memory_free: self.memory.free(), vms, pools_free }
     }
 
@@ -99,6 +112,18 @@ impl Host {
         self.journal.write_ended(ended)?;
         self.controller.send(Body::Ended(ended_message(ended)));
         Ok(())
+    }
+
+    /// The name of a VM's log: teams may use the same name.
+    pub(crate) fn log_name(&self, name: &Name, vm: VmId) -> String {
+        format!("vm-{name}-{}", short(vm))
+    }
+
+    /// Tells every report again.
+    pub(crate) fn report_all(&self) {
+        for report in self.reports.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            self.controller.send(Body::Vm(report.clone()));
+        }
     }
 
     /// What is reported of a VM; told at once, and again at every hello.
@@ -123,9 +148,9 @@ pub(crate) async fn of_storage<T: Send + 'static>(question: impl FnOnce() -> T +
     tokio::time::timeout(LIMIT, asked).await.ok()?.ok()
 }
 
-/// The first 8 hexadecimal digits of a VM's id.
+/// The first 12 hexadecimal digits of a VM's id: enough to be unique on a host, short enough for a socket's path.
 fn short(vm: VmId) -> String {
-    vm.uuid().simple().to_string().chars().take(8).collect()
+    vm.uuid().simple().to_string().chars().take(12).collect()
 }
 
 pub(crate) fn ended_message(ended: &EndedMove) -> v1::MigrationEnded {

@@ -60,6 +60,8 @@ pub(crate) struct Outgoing {
     pub(crate) grant: Grant,
     pub(crate) policy: MigrationPolicy,
     pub(crate) record: SourceRecord,
+    /// QEMU cannot switch over by itself while the VM runs.
+    pub(crate) held: bool,
     pub(crate) carry: Option<ProcessIdentity>,
     pub(crate) began: UnixMillis,
 }
@@ -110,7 +112,7 @@ pub(crate) enum JournalError {
 impl Journal {
     /// Opens, or begins, the journal in `dir`.
     pub(crate) fn open(dir: PathBuf) -> Result<Self, JournalError> {
-        for sub in ["vms", "ended"] {
+        for sub in ["vms", "ended", "floors"] {
             let path = dir.join(sub);
             fs::create_dir_all(&path).map_err(|source| JournalError::Io { path, action: "made", source })?;
         }
@@ -121,8 +123,33 @@ impl Journal {
         self.dir.join("vms").join(format!("{vm}.json"))
     }
 
-    fn ended_path(&self, task: TaskId, source: bool) -> PathBuf {
-        self.dir.join("ended").join(format!("{task}.{}.json", if source { "source" } else { "destination" }))
+    fn ended_path(&self, task: TaskId, generation: Generation, source: bool) -> PathBuf {
+        let side = if source { "source" } else { "destination" };
+        self.dir.join("ended").join(format!("{task}.{generation}.{side}.json"))
+    }
+
+    fn floor_path(&self, vm: VmId) -> PathBuf {
+        self.dir.join("floors").join(format!("{vm}.json"))
+    }
+
+    /// The highest generation of a VM that was dealt with here and is not held any more.
+    pub(crate) fn floor(&self, vm: VmId) -> Result<Generation, JournalError> {
+        let path = self.floor_path(vm);
+        match fs::read(&path) {
+            Ok(bytes) => parse(&path, &bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Generation(0)),
+            Err(source) => Err(JournalError::Io { path, action: "read", source }),
+        }
+    }
+
+    /// Raises the floor; it never falls.
+    pub(crate) fn write_floor(&self, vm: VmId, generation: Generation) -> Result<(), JournalError> {
+        if self.floor(vm)? < generation { replace(&self.floor_path(vm), &generation) } else { Ok(()) }
+    }
+
+    /// Whether a move has ended here and is not acknowledged yet.
+    pub(crate) fn has_ended(&self, task: TaskId, generation: Generation, source: bool) -> bool {
+        self.ended_path(task, generation, source).exists()
     }
 
     /// Every VM's record.
@@ -149,15 +176,15 @@ impl Journal {
     /// Keeps the end of a move until it is acknowledged.
     /// The first word stands: after a restart less is known than before.
     pub(crate) fn write_ended(&self, ended: &EndedMove) -> Result<(), JournalError> {
-        if self.ended_path(ended.task, ended.source).exists() {
+        if self.has_ended(ended.task, ended.generation, ended.source) {
             return Ok(());
         }
-        replace(&self.ended_path(ended.task, ended.source), ended)
+        replace(&self.ended_path(ended.task, ended.generation, ended.source), ended)
     }
 
     /// The controller has stored the end of a move.
-    pub(crate) fn remove_ended(&self, task: TaskId, source: bool) -> Result<(), JournalError> {
-        remove(&self.ended_path(task, source))
+    pub(crate) fn remove_ended(&self, task: TaskId, generation: Generation, source: bool) -> Result<(), JournalError> {
+        remove(&self.ended_path(task, generation, source))
     }
 
     /// The highest epoch this host has obeyed.
@@ -186,9 +213,14 @@ fn read_all<T: DeserializeOwned>(dir: &Path) -> Result<Vec<T>, JournalError> {
     for entry in fs::read_dir(dir).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         match path.extension().and_then(|extension| extension.to_str()) {
-            Some("json") => records.push(parse(&path, &fs::read(&path).map_err(failed)?)?),
-            // Left by a crash before the rename: never was a record.
-            _ => fs::remove_file(&path).map_err(failed)?,
+            Some("json") => match fs::read(&path) {
+                Ok(bytes) => records.push(parse(&path, &bytes)?),
+                // Removed since the directory was read.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(failed(error)),
+            },
+            // Left by a crash before the rename, or about to be renamed: not a record.
+            _ => {}
         }
     }
     Ok(records)

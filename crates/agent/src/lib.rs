@@ -107,7 +107,8 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     let identity = Identity::load(&options.state_dir).map_err(|error| AgentError::Identity(error.to_string()))?;
     let run_dir = options.run_dir.clone();
     // VMs and carry must reach their own directories in it, nobody may list it.
-    std::fs::create_dir_all(run_dir.join("carry")).map_err(dir(&run_dir))?;
+    std::fs::create_dir_all(&run_dir).map_err(dir(&run_dir))?;
+    private_dir(&run_dir.join("carry"), None).map_err(dir(&run_dir))?;
     let only_pass = std::os::unix::fs::PermissionsExt::from_mode(0o711);
     std::fs::set_permissions(&run_dir, only_pass).map_err(dir(&run_dir))?;
 
@@ -147,6 +148,7 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
         launcher,
         controller: Controller::default(),
         memory,
+        asking: Arc::default(),
         uids,
         reports: Mutex::default(),
     });

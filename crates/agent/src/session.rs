@@ -110,6 +110,8 @@ impl Sessions {
         }
         tracing::info!(epoch = offered.0, "session begun");
         self.host.controller.set(Some((sender, client.clone())));
+        // What changed between the hello and now was said to nobody.
+        self.host.report_all();
         for ended in self.host.journal.ended()? {
             self.host.controller.send(Body::Ended(ended_message(&ended)));
         }
@@ -174,7 +176,8 @@ impl Sessions {
                 });
             }
             FromController::EndedAck(ack) => {
-                let removed = convert::task_id(&ack.task).map(|task| self.host.journal.remove_ended(task, ack.source));
+                let generation = Generation(ack.generation);
+                let removed = convert::task_id(&ack.task).map(|task| self.host.journal.remove_ended(task, generation, ack.source));
                 if let Ok(Err(error)) = removed {
                     tracing::warn!(error = &error as &dyn std::error::Error, "an acknowledged end could not be removed");
                 }
@@ -316,7 +319,10 @@ fn vm_command(task: &str, action: Action) -> Result<(godwit_model::VmId, VmComma
             (grant.vm, VmCommand::Migrate { grant, address: SocketAddr::new(ip, port), policy })
         }
         Action::Cancel(cancel) => (convert::vm_id(&cancel.vm)?, VmCommand::Cancel { task: convert::task_id(task)? }),
-        Action::Settle(settle) => (convert::vm_id(&settle.vm)?, VmCommand::Settle { task: convert::task_id(task)? }),
+        Action::Settle(settle) => (
+            convert::vm_id(&settle.vm)?,
+            VmCommand::Settle { task: convert::task_id(task)?, generation: Generation(settle.generation) },
+        ),
         Action::DeleteVolume(_) | Action::Console(_) => return Err(Malformed::Field { field: "action" }),
     })
 }

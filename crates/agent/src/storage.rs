@@ -145,7 +145,7 @@ impl Pools {
     /// # Errors
     /// As [`Pools::check`], without looking inside.
     pub(crate) fn open_disk(&self, disk: &ResolvedDisk) -> Result<(OwnedFd, OwnedFd), Refusal> {
-        volume::open(&self.find(&disk.volume.pool)?.place()?, &disk.volume)
+        volume::open(&self.find(&disk.volume.pool)?.place()?, &disk.volume, disk.cache)
     }
 
     /// Removes a volume; one that does not exist is removed already.

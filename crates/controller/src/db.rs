@@ -280,3 +280,34 @@ impl Db {
         Ok(self.store.compact(newest.saturating_sub(kept)).await?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use godwit_model::Name;
+
+    use super::*;
+    use crate::clock::now;
+    use crate::rows::TeamRow;
+    use crate::store::SqliteStore;
+
+    #[tokio::test]
+    async fn a_controller_that_was_superseded_changes_nothing_any_more() {
+        let dir = tempfile::tempdir().expect("dir");
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&dir.path().join("store.db"), None).expect("open"));
+        let old = Db::open(store.clone()).await.expect("first");
+        let new = Db::open(store).await.expect("second");
+        assert!(new.epoch() > old.epoch());
+        let team = TeamRow { name: Name::new("red").expect("name"), created: now() };
+        assert!(matches!(old.commit(Batch::default().create(&team)).await, Err(Fault::Deposed)));
+        assert!(new.find::<TeamRow>("red").await.expect("read").is_none());
+        new.commit(Batch::default().create(&team)).await.expect("the newer one may");
+        assert!(new.commit(Batch::default().create(&team)).await.expect_err("twice").is_conflict());
+    }
+
+    #[test]
+    fn a_row_of_another_schema_is_not_guessed_at() {
+        let newer = br#"{"schema":2,"row":{"name":"red","created":0}}"#;
+        assert!(matches!(unpack::<TeamRow>("team/red", newer), Err(Fault::Schema { schema: 2, .. })));
+        assert!(matches!(unpack::<TeamRow>("team/red", b"{"), Err(Fault::Unreadable { .. })));
+    }
+}

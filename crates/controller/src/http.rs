@@ -11,6 +11,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use godwit_api::status::http_status;
 use godwit_model::{ErrorCode, Refusal, Retry};
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -143,9 +144,13 @@ impl From<crate::db::Fault> for Failure {
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let status =
-            StatusCode::from_u16(godwit_api::status::http_status(self.0.code)).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        (status, axum::Json(self.0)).into_response()
+        let mut refusal = self.0;
+        // Messages quote what was sent; terminals and logs shall not obey it.
+        if refusal.message.chars().any(char::is_control) {
+            refusal.message = refusal.message.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+        }
+        let status = StatusCode::from_u16(http_status(refusal.code)).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, axum::Json(refusal)).into_response()
     }
 }
 
@@ -175,5 +180,18 @@ impl utoipa::IntoResponses for Refusals {
             ResponseBuilder::new().description(text).content("application/json", content).build().into()
         };
         table.into_iter().map(|(status, text)| (status.to_string(), response(text))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_answered_without_its_cause() {
+        let response = panicked(Box::new("a secret"));
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let refusal = Refusal::new(ErrorCode::Internal, "").retry(Retry::Unknown);
+        assert_eq!(Failure(refusal).into_response().status(), response.status());
     }
 }

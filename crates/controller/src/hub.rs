@@ -141,6 +141,12 @@ impl Hub {
         !inner.sessions.contains_key(host)
     }
 
+    /// Ends every session: the controller stops.
+    pub(crate) fn close(&self) {
+        let sessions = std::mem::take(&mut self.lock().sessions);
+        sessions.values().for_each(|session| session.closed.cancel());
+    }
+
     /// What a host says of itself, if it is connected.
     pub(crate) fn presence(&self, host: &Name) -> Option<Presence> {
         self.lock().sessions.get(host).map(|session| session.presence.clone())

@@ -1,6 +1,7 @@
 //! Imported images: their content in files named after their id, whole or not there; what they are is checked before they exist.
 
 use std::io::{self, SeekFrom};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes as Chunk;
@@ -54,7 +55,7 @@ fn trouble(error: &io::Error) -> Refusal {
 impl Images {
     /// Opens the directory and removes what a crash left: files that `known` does not know.
     pub(crate) fn open_dir(dir: &Path, limit: Bytes, known: impl Fn(&str) -> bool) -> io::Result<Self> {
-        std::fs::create_dir_all(dir)?;
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         for entry in std::fs::read_dir(dir)? {
             let entry = entry?;
             if !entry.file_name().to_str().is_some_and(&known) {

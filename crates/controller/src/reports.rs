@@ -1,5 +1,6 @@
 //! What agents say, and what of it is believed: only about VMs granted to their host, and never for an older generation.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use godwit_link::convert::{self, Malformed};
@@ -50,8 +51,8 @@ fn migrate_work(task: &TaskRow) -> Option<&MigrateWork> {
 }
 
 impl Reports {
-    /// A VM as its host sees it. `standing`: part of a host's first words, which tell all that is in its journal.
-    pub(crate) async fn vm(&self, host: &Name, report: &v1::VmReport, standing: bool) -> Result<(), Dropped> {
+    /// A VM as its host sees it.
+    pub(crate) async fn vm(&self, host: &Name, report: &v1::VmReport) -> Result<(), Dropped> {
         let id = convert::vm_id(&report.vm)?;
         let state = RunState::try_from(report.state())?;
         let generation = Generation(report.generation);
@@ -88,17 +89,18 @@ impl Reports {
             Ok(Ok(None))
         })?
         .map_err(Dropped::NotGranted)?;
-        if let (Some(task), true) = (incoming_for, standing) {
-            self.tasks.decline_leftover(host, id, task);
+        // Declining is safe whenever the VM was not activated there, and asked again is asked once too often at worst.
+        if let Some(task) = incoming_for {
+            self.tasks.decline_leftover(host, id, task, generation);
         }
         Ok(())
     }
 
-    /// VMs that run on a host as far as we know, and of which its journal knows nothing.
-    pub(crate) async fn missing(&self, host: &Name, told: &[v1::VmReport]) -> Result<(), Fault> {
+    /// VMs that run on a host as far as we know, and of which it has said nothing.
+    pub(crate) async fn missing(&self, host: &Name, told: &HashSet<String>) -> Result<(), Fault> {
         for vm in self.db.all::<VmRow>().await? {
             let here = vm.row.host.as_ref() == Some(host) && vm.row.has_process() && vm.row.activity.is_none();
-            if !here || told.iter().any(|report| report.vm == vm.row.id.to_string()) {
+            if !here || told.contains(&vm.row.id.to_string()) {
                 continue;
             }
             tracing::warn!(%host, vm = %vm.row.name, "the host's journal does not know a VM that runs there");
@@ -140,8 +142,10 @@ impl Reports {
     /// The end of a migration, as one side knows it. Acknowledged only when it is stored.
     pub(crate) async fn ended(&self, host: &Name, message: &v1::MigrationEnded) -> Result<(), Dropped> {
         let (id, vm_id) = (convert::task_id(&message.task)?, convert::vm_id(&message.vm)?);
-        let figures: Option<MigrationFigures> =
-            if message.figures.is_empty() { None } else { Some(decode("figures", &message.figures)?) };
+        let figures = match message.figures.as_slice() {
+            [] => None,
+            figures => decode::<Option<MigrationFigures>>("figures", figures)?,
+        };
         let ended = Ended {
             generation: Generation(message.generation),
             moved: message.moved,
@@ -149,7 +153,11 @@ impl Reports {
             figures,
         };
         retry!({ self.store_ended(host, id, vm_id, message.source, &ended).await })?.map_err(Dropped::NotGranted)?;
-        self.hub.send(host, Body::EndedAck(v1::EndedAck { task: message.task.clone(), source: message.source }));
+        self.hub.send(host, Body::EndedAck(v1::EndedAck {
+            task: message.task.clone(),
+            source: message.source,
+            generation: message.generation,
+        }));
         self.tasks.wake(id);
         Ok(())
     }
@@ -162,7 +170,10 @@ impl Reports {
         source: bool,
         ended: &Ended,
     ) -> Result<Result<(), &'static str>, Fault> {
-        let Some(mut task) = self.db.find::<TaskRow>(&id.to_string()).await? else { return Ok(Err("no such task")) };
+        let Some(mut task) = self.db.find::<TaskRow>(&id.to_string()).await? else {
+            // Long forgotten here: so may the agent. Nothing is believed of it.
+            return Ok(Ok(()));
+        };
         if task.row.vm != vm_id {
             return Ok(Err("another VM than the task's"));
         }
@@ -216,5 +227,79 @@ fn take_over(vm: &mut VmRow, host: &Name, generation: Generation) {
         vm.generation = generation;
         vm.host = Some(host.clone());
         vm.pending.take_if(|pending| pending.generation <= generation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use godwit_model::{Bytes, UnixMillis};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::rows::PendingGrant;
+    use crate::tests::support::{name, spec};
+
+    fn vm() -> VmRow {
+        VmRow {
+            id: VmId::new(uuid::Uuid::nil()),
+            name: name("web1"),
+            team: name("default"),
+            created: UnixMillis(0),
+            spec: spec(Bytes::mib(64)),
+            state: RunState::Stopped,
+            since: UnixMillis(0),
+            detail: String::new(),
+            host: None,
+            generation: Generation(0),
+            reported: Generation(0),
+            issued: Generation(0),
+            pending: None,
+            granted: BTreeMap::new(),
+            activity: None,
+            resolved: None,
+        }
+    }
+
+    fn invariant_one_owner_of_the_newest_generation(before: &VmRow, after: &VmRow) {
+        assert!(after.generation >= before.generation, "an older generation was believed");
+        assert!(after.issued >= after.generation && after.issued >= before.issued, "a number could be issued twice");
+        if after.generation == before.generation {
+            assert_eq!(after.host, before.host, "the owner changed without a newer generation");
+        }
+        assert!(after.pending.as_ref().is_none_or(|pending| pending.generation > after.generation), "a grant outlived its use");
+    }
+
+    proptest! {
+        #[test]
+        fn prop_ownership_moves_upwards_only(steps in prop::collection::vec((0..3_u8, 0..3_u8, 0..12_u64), 0..60)) {
+            let mut row = vm();
+            let task = TaskId::new(uuid::Uuid::nil());
+            for (what, host, number) in steps {
+                let before = row.clone();
+                let host = name(&format!("h{host}"));
+                match what {
+                    0 => {
+                        let generation = row.issue(&host, task);
+                        prop_assert!(generation > before.issued);
+                        row.pending = Some(PendingGrant { destination: host, generation, task });
+                    }
+                    1 => {
+                        // Only what was granted to the host gets this far.
+                        let granted = row.granted.get(&host).map_or(Generation(0), |granted| granted.generation);
+                        take_over(&mut row, &host, Generation(number).min(granted));
+                    }
+                    _ => row.release(task),
+                }
+                invariant_one_owner_of_the_newest_generation(&before, &row);
+            }
+        }
+    }
+
+    #[test]
+    fn what_hosts_say_cannot_draw_on_a_terminal() {
+        assert_eq!(plain("a\u{1b}[2Jb\n"), "a[2Jb");
+        assert_eq!(plain(&"x".repeat(2_000)).len(), DETAIL);
     }
 }

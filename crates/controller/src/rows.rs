@@ -128,7 +128,7 @@ pub(crate) struct VmRow {
     pub(crate) host: Option<Name>,
     /// The newest generation that a host owned: started, or taken over by a move.
     pub(crate) generation: Generation,
-    /// The newest generation that its host has reported about.
+    /// The newest generation that its host has reported as running, or as crashed.
     pub(crate) reported: Generation,
     /// The highest generation ever granted.
     pub(crate) issued: Generation,

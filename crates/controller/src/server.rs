@@ -112,6 +112,7 @@ pub struct Controller {
     stop: CancellationToken,
     tracker: TaskTracker,
     store: Arc<SqliteStore>,
+    hub: Arc<Hub>,
     api_handle: axum_server::Handle<SocketAddr>,
     failures: tokio::sync::mpsc::Receiver<ServeError>,
     _lock: File,
@@ -214,14 +215,20 @@ impl Controller {
             }
         });
 
-        let app =
-            Arc::new(App { db: db.clone(), hub, tasks: tasks.clone(), images, authority: authority.clone(), stop: stop.clone() });
+        let app = Arc::new(App {
+            db: db.clone(),
+            hub: hub.clone(),
+            tasks: tasks.clone(),
+            images,
+            authority: authority.clone(),
+            stop: stop.clone(),
+        });
         let api_handle = axum_server::Handle::new();
         serve_api(api_listener, &authority, options.insecure_loopback, app, api_handle.clone(), &tracker, failed)?;
         follow(&tracker, &stop, fleet, authority, tasks, db.clone(), options.log_kept);
         let scheme = if options.insecure_loopback { "http" } else { "https" };
         tracing::info!(api = format!("{scheme}://{api}"), %link, epoch = db.epoch().0, data_dir = %dir.display(), "ready");
-        Ok(Self { api, link, stop, tracker, store, api_handle, failures, _lock: lock })
+        Ok(Self { api, link, stop, tracker, store, hub, api_handle, failures, _lock: lock })
     }
 
     /// Where users are served.
@@ -240,6 +247,7 @@ impl Controller {
     pub async fn stop(self) {
         self.api_handle.graceful_shutdown(Some(FAREWELL));
         self.stop.cancel();
+        self.hub.close();
         self.tracker.close();
         if tokio::time::timeout(FAREWELL * 2, self.tracker.wait()).await.is_err() {
             tracing::warn!("something did not end in time; the store is closed all the same");

@@ -307,9 +307,9 @@ fn command_id(task: TaskId, tag: &str) -> u64 {
 
 impl Tasks {
     /// A host came back with a VM prepared for a migration that will never reach it: it declines.
-    pub(crate) fn decline_leftover(&self, host: &Name, vm: godwit_model::VmId, task: TaskId) {
+    pub(crate) fn decline_leftover(&self, host: &Name, vm: godwit_model::VmId, task: TaskId, generation: godwit_model::Generation) {
         let id = command_id(task, &format!("leftover {}", clock::now().0));
-        let action = Some(Action::Settle(v1::SettleMigration { vm: vm.to_string() }));
+        let action = Some(Action::Settle(v1::SettleMigration { vm: vm.to_string(), generation: generation.0 }));
         tracing::info!(%host, %vm, %task, "a prepared migration that has ended is declined");
         // Its answer changes nothing here: it is asked again whenever the host comes back with it.
         let _ = self.hub.command(host, v1::Command { id, epoch: self.db.epoch().0, task: task.to_string(), action });

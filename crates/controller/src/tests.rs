@@ -7,5 +7,5 @@ mod migrations;
 mod power;
 mod restart;
 mod space;
-mod support;
+pub(crate) mod support;
 mod walk;

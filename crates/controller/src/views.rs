@@ -30,7 +30,8 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
         ));
     }
     if row.state == RunState::Crashed {
-        let message = format!("QEMU ended without being asked to: {}", row.detail);
+        let detail = if row.detail.is_empty() { "its host gave no detail" } else { &row.detail };
+        let message = format!("QEMU ended without being asked to: {detail}");
         conditions.push(condition("crashed", message, "look at the agent's log on its host, then start the VM again"));
     } else if !row.detail.is_empty() {
         conditions.push(condition(

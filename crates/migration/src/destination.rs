@@ -3,7 +3,7 @@
 //! ```text
 //!               released and loaded                 vCPUs run
 //!   Prepared ─────────────────────────▶ Activated ─────────────▶ Running ──▶ announced, told, ended: moved
-//!      │                                   │ `cont` refused, QEMU ended by us and proven dead
+//!      │                                   │ `cont` refused by QEMU
 //!      │ aborted, failed, expired          ▼
 //!      └────────────────────────────▶ Declined ──▶ cleared, told until settled, ended: stayed
 //! ```
@@ -148,15 +148,19 @@ impl Destination {
 
 fn decide_activated(view: &DestinationView) -> DestinationAction {
     match (&view.qemu, &view.cont_refused) {
-        (None, Some(reason)) => DestinationAction::Record(DestinationRecord::Declined { reason: reason.clone() }),
+        // QEMU itself said no and nothing runs: recorded before QEMU is ended, so that its death is not taken for a crash afterwards.
+        (_, Some(reason)) if view.qemu.as_ref().is_none_or(|qemu| !may_run(qemu.vcpus)) => {
+            DestinationAction::Record(DestinationRecord::Declined { reason: reason.clone() })
+        }
         // It may have run: from here on its death is a crash of the VM on this host, not a reason to return it.
-        (None, None) => DestinationAction::Record(DestinationRecord::Running),
-        (Some(qemu), refused) => match (qemu.vcpus, refused) {
-            (Vcpus::Running | Vcpus::Other, _) => DestinationAction::Record(DestinationRecord::Running),
-            (_, Some(_)) => DestinationAction::EndQemu,
-            (_, None) => DestinationAction::ContinueVm,
-        },
+        (None, _) => DestinationAction::Record(DestinationRecord::Running),
+        (Some(qemu), _) if may_run(qemu.vcpus) => DestinationAction::Record(DestinationRecord::Running),
+        (Some(_), _) => DestinationAction::ContinueVm,
     }
+}
+
+const fn may_run(vcpus: Vcpus) -> bool {
+    matches!(vcpus, Vcpus::Running | Vcpus::Other)
 }
 
 fn decide_declined(reason: &Refusal, view: &DestinationView) -> DestinationAction {

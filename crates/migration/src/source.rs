@@ -25,7 +25,8 @@ pub enum SourceRecord {
     Offered,
     /// This host will never run the VM again unless the destination declines.
     Released,
-    /// The destination declined: this host owns the VM as before.
+    /// The move is off, given up or declined: this host owns the VM as before. Recorded before the VM is continued, so that what the
+    /// destination holds can never be released after it.
     Returned,
     /// The destination runs it: what is left here may be removed.
     Confirmed,
@@ -110,6 +111,11 @@ impl Source {
         self.giving_up.as_ref()
     }
 
+    /// Our stop is proven to have come before QEMU's own switch-over.
+    pub fn on_stopped(&mut self, now: Millis) {
+        self.stopped.get_or_insert(now);
+    }
+
     /// QEMU refused to begin: the move is given up.
     pub fn on_refused(&mut self, reason: Refusal) {
         self.giving_up.get_or_insert(reason);
@@ -121,7 +127,7 @@ impl Source {
         match record {
             SourceRecord::Offered => self.decide_offered(view),
             SourceRecord::Released => decide_released(view),
-            SourceRecord::Returned => decide_returned(view),
+            SourceRecord::Returned => self.decide_returned(view),
             SourceRecord::Confirmed => SourceAction::End(Outcome::Moved),
         }
     }
@@ -131,8 +137,10 @@ impl Source {
             self.giving_up = Some(reason.clone());
         }
         let Some(qemu) = &view.qemu else {
-            // Proven dead it can never run again: the destination may hold everything.
-            return if view.declined.is_some() { self.end_stayed() } else { SourceAction::Record(SourceRecord::Released) };
+            // Proven dead it can never run again. If it had been stopped by us, nothing ran since, and the destination may hold everything;
+            // otherwise what the destination holds may be older than the disks.
+            let whole = self.stopped.is_some() && view.declined.is_none();
+            return SourceAction::Record(if whole { SourceRecord::Released } else { SourceRecord::Returned });
         };
         match self.of_this_move(qemu) {
             QemuMigration::Completed if view.declined.is_none() => SourceAction::Record(SourceRecord::Released),
@@ -140,7 +148,7 @@ impl Source {
                 if self.giving_up.is_none() {
                     self.giving_up = self.reason_to_give_up(view);
                 }
-                self.decide_over(qemu)
+                SourceAction::Record(SourceRecord::Returned)
             }
             QemuMigration::None => self.decide_begin(qemu, view),
             QemuMigration::Cancelling => SourceAction::Wait(BLACKOUT),
@@ -161,22 +169,13 @@ impl Source {
         }
     }
 
-    /// QEMU has ended the migration without having completed it for a willing destination: run on here.
-    fn decide_over(&mut self, qemu: &QemuView) -> SourceAction {
-        match qemu.vcpus {
-            Vcpus::Running | Vcpus::Other => self.end_stayed(),
-            Vcpus::Paused | Vcpus::PostMigrate => SourceAction::ContinueVm,
-            Vcpus::FinishMigrate | Vcpus::InMigrate => SourceAction::Wait(BLACKOUT),
-        }
-    }
-
     fn decide_begin(&mut self, qemu: &QemuView, view: &SourceView) -> SourceAction {
         if self.giving_up.is_none() {
             self.giving_up = self.reason_to_give_up(view);
         }
         // Standing still before anything began: an agent before this one died in the middle.
         if self.giving_up.is_some() || qemu.vcpus != Vcpus::Running {
-            return self.decide_over(qemu);
+            return SourceAction::Record(SourceRecord::Returned);
         }
         match (view.carry.connected, self.asked) {
             (true, false) => {
@@ -190,7 +189,8 @@ impl Source {
     fn decide_under_way(&mut self, qemu: &QemuView, view: &SourceView) -> SourceAction {
         if self.stopped.is_none() {
             match (qemu.vcpus, qemu.migration) {
-                (Vcpus::Paused, _) => self.stopped = Some(view.now),
+                // The device state flows only after our `migrate-continue`: whoever stopped the VM, the time runs.
+                (Vcpus::Paused, _) | (_, QemuMigration::Device) => self.stopped = Some(view.now),
                 (Vcpus::FinishMigrate, QemuMigration::PreSwitchover) => {
                     self.give_up(qemu_first);
                 }
@@ -205,7 +205,7 @@ impl Source {
         }
         match (self.stopped, qemu.migration) {
             (Some(_), QemuMigration::PreSwitchover) => SourceAction::ContinueSwitchOver,
-            (Some(_), _) | (None, QemuMigration::Device) => SourceAction::Wait(BLACKOUT),
+            (Some(_), _) => SourceAction::Wait(BLACKOUT),
             (None, _) => self.decide_stop(qemu, view),
         }
     }
@@ -266,8 +266,17 @@ impl Source {
         self.giving_up.get_or_insert_with(reason);
     }
 
-    fn end_stayed(&mut self) -> SourceAction {
-        let reason = self.giving_up.clone().unwrap_or_else(|| {
+    /// The VM is this side's: run it on, then say so.
+    fn decide_returned(&mut self, view: &SourceView) -> SourceAction {
+        match view.qemu.as_ref().map(|qemu| qemu.vcpus) {
+            Some(Vcpus::Running | Vcpus::Other) | None => self.end_stayed(view),
+            Some(Vcpus::Paused | Vcpus::PostMigrate) => SourceAction::ContinueVm,
+            Some(Vcpus::FinishMigrate | Vcpus::InMigrate) => SourceAction::Wait(BLACKOUT),
+        }
+    }
+
+    fn end_stayed(&mut self, view: &SourceView) -> SourceAction {
+        let reason = self.giving_up.clone().or_else(|| view.declined.clone()).unwrap_or_else(|| {
             Refusal::new(ErrorCode::MigrationFailed, "QEMU gave the migration up; the VM runs where it was")
                 .hint(RUNS_ON)
                 .retry(Retry::Safe)
@@ -289,16 +298,6 @@ fn decide_released(view: &SourceView) -> SourceAction {
         (_, true) => SourceAction::Record(SourceRecord::Confirmed),
         (Some(_), false) => SourceAction::Record(SourceRecord::Returned),
         (None, false) => SourceAction::Tell(PeerMessage::Released, Millis(500)),
-    }
-}
-
-fn decide_returned(view: &SourceView) -> SourceAction {
-    let reason =
-        view.declined.clone().unwrap_or_else(|| Refusal::new(ErrorCode::MigrationFailed, "the destination declined the VM"));
-    match view.qemu.as_ref().map(|qemu| qemu.vcpus) {
-        Some(Vcpus::Running | Vcpus::Other) | None => SourceAction::End(Outcome::Stayed(reason)),
-        Some(Vcpus::Paused | Vcpus::PostMigrate) => SourceAction::ContinueVm,
-        Some(Vcpus::FinishMigrate | Vcpus::InMigrate) => SourceAction::Wait(BLACKOUT),
     }
 }
 

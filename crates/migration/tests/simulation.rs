@@ -70,6 +70,8 @@ struct World {
     /// The deliberately wrong variant: a destination that continues as soon as it has loaded.
     eager: bool,
     broken: Option<&'static str>,
+    /// The source ran on after the destination had loaded the VM: what is loaded is older than the disks.
+    outdated: bool,
 }
 
 const EXPIRES: u64 = 400_000;
@@ -120,6 +122,7 @@ impl World {
             faults: Faults::default(),
             eager,
             broken: None,
+            outdated: false,
         }
     }
 
@@ -388,6 +391,12 @@ impl World {
             self.deliver();
             self.source_step();
             self.destination_step();
+            let loaded = self.destination_qemu.as_ref().is_some_and(|qemu| qemu.migration == QemuMigration::Completed);
+            let source_runs = self.source_qemu.as_ref().is_some_and(|qemu| qemu.vcpus == Vcpus::Running);
+            self.outdated |= loaded && source_runs;
+            if self.outdated && self.ran_at_destination {
+                return Err("memory older than the disks runs at the destination".into());
+            }
             if self.runners() > 1 {
                 return Err(format!("invariant one runner: two at {} ms", self.now));
             }

@@ -87,10 +87,7 @@ async fn probe_within(command: &ProbeCommand, limit: Duration) -> AccelReport {
 #[must_use]
 pub fn run_probe_child() -> ExitCode {
     let report = match guest::run() {
-        Ok(()) => AccelReport {
-            accelerator: Accelerator::Kvm,
-            reason: "64-bit guest code ran through /dev/kvm".to_owned(),
-        },
+        Ok(()) => AccelReport { accelerator: Accelerator::Kvm, reason: "64-bit guest code ran through /dev/kvm".to_owned() },
         Err(error) => AccelReport::tcg(error.to_string()),
     };
     match serde_json::to_string(&report) {

@@ -82,7 +82,8 @@ impl HostCapabilities {
             let (major, minor) = name.strip_prefix("pc-q35-")?.split_once('.')?;
             Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
         };
-        let mut found: Vec<_> = self.machines.iter().filter_map(|machine| Some((version(&machine.name)?, machine.name.as_str()))).collect();
+        let mut found: Vec<_> =
+            self.machines.iter().filter_map(|machine| Some((version(&machine.name)?, machine.name.as_str()))).collect();
         found.sort_unstable_by(|a, b| b.cmp(a));
         found.into_iter().map(|(_, name)| name).collect()
     }
@@ -142,7 +143,8 @@ pub enum InterviewError {
 /// # Errors
 /// See [`InterviewError`].
 pub async fn interview(launcher: &Launcher, settings: &Interview) -> Result<HostCapabilities, InterviewError> {
-    let log = rustix::fs::memfd_create("godwit-interview-log", MemfdFlags::CLOEXEC).map_err(|e| InterviewError::Prepare(e.into()))?;
+    let log =
+        rustix::fs::memfd_create("godwit-interview-log", MemfdFlags::CLOEXEC).map_err(|e| InterviewError::Prepare(e.into()))?;
     let log = File::from(log);
     let (ours, theirs) = StdUnixStream::pair().map_err(InterviewError::Prepare)?;
     ours.set_nonblocking(true).map_err(InterviewError::Prepare)?;
@@ -261,7 +263,11 @@ fn text_of(log: &File) -> String {
     let mut text = Vec::new();
     let mut file = log;
     let read = file.rewind().and_then(|()| file.take(4_096).read_to_end(&mut text));
-    if read.is_err() || text.is_empty() { "it printed nothing".to_owned() } else { String::from_utf8_lossy(&text).trim().to_owned() }
+    if read.is_err() || text.is_empty() {
+        "it printed nothing".to_owned()
+    } else {
+        String::from_utf8_lossy(&text).trim().to_owned()
+    }
 }
 
 #[cfg(test)]

@@ -99,7 +99,11 @@ impl VmCgroup {
     pub fn create(parent: &Path, name: &str, limits: CgroupLimits) -> Result<(Self, Vec<Unapplied>), CgroupError> {
         let group = Self::at(parent, name);
         let root = hierarchy()?;
-        fs::create_dir_all(&group.path).map_err(|source| CgroupError::Refused { step: "make", path: group.path.clone(), source })?;
+        fs::create_dir_all(&group.path).map_err(|source| CgroupError::Refused {
+            step: "make",
+            path: group.path.clone(),
+            source,
+        })?;
         let wanted = [
             ("memory", "memory.max", limits.memory_max.map(|bytes| bytes.get().to_string())),
             ("pids", "pids.max", limits.pids_max.map(|count| count.to_string())),
@@ -174,7 +178,10 @@ fn delegate(root: &Path, parent: &Path, controller: &str) -> Result<(), String> 
         }
         let available = fs::read_to_string(path.join("cgroup.controllers")).map_err(|error| error.to_string())?;
         if !available.split_whitespace().any(|word| word == controller) {
-            return Err(format!("the {controller} controller is not available in {} (another hierarchy may hold it)", path.display()));
+            return Err(format!(
+                "the {controller} controller is not available in {} (another hierarchy may hold it)",
+                path.display()
+            ));
         }
         fs::write(path.join("cgroup.subtree_control"), format!("+{controller}"))
             .map_err(|error| format!("{} does not hand down the {controller} controller: {error}", path.display()))?;
@@ -195,6 +202,7 @@ mod tests {
                 let _ = child.kill();
                 let _ = child.wait();
             }
+            let _ = fs::remove_dir(self.0.join("vm1"));
             let _ = fs::remove_dir(&self.0);
         }
     }
@@ -211,7 +219,8 @@ mod tests {
         let (group, unapplied) = VmCgroup::create(&parent, "vm1", limits).expect("a group");
         for (file, value) in [("memory.max", limits.memory_max.map(Bytes::get)), ("pids.max", limits.pids_max.map(u64::from))] {
             let refused = unapplied.iter().any(|entry| entry.limit == file && !entry.reason.is_empty());
-            let applied = fs::read_to_string(group.path().join(file)).is_ok_and(|text| text.trim() == value.expect("set").to_string());
+            let applied =
+                fs::read_to_string(group.path().join(file)).is_ok_and(|text| text.trim() == value.expect("set").to_string());
             assert!(refused != applied, "{file}: {unapplied:?}");
         }
         let child = Command::new("sleep").arg("600").spawn().expect("sleep");

@@ -92,7 +92,8 @@ impl QemuProcess {
     pub fn is_alive(&self) -> bool {
         let mut fds = [rustix::event::PollFd::new(&*self.pidfd, rustix::event::PollFlags::IN)];
         let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(0))
+        // Only the kernel's word that it has ended counts; a call that failed says nothing.
+        !matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(ready) if ready > 0)
     }
 
     /// Kills it, without asking. That it has ended already is no error.

@@ -190,10 +190,14 @@ async fn answer_agent(
                 }
                 continue;
             }
-            Some(message) = from_peer.recv() => match serde_json::from_slice(&message) {
-                Ok(message) => FromCarry::Peer(message),
-                Err(_) => continue,
-            },
+            // Written anew: a line break inside the peer's JSON would break ours.
+            Some(message) = from_peer.recv() => {
+                let value = serde_json::from_slice::<serde_json::Value>(&message);
+                match value.and_then(|value| serde_json::value::to_raw_value(&value)) {
+                    Ok(message) => FromCarry::Peer(message),
+                    Err(_) => continue,
+                }
+            }
             Ok(()) = status.changed() => {
                 told = Instant::now();
                 FromCarry::Status(status.borrow_and_update().clone())

@@ -46,6 +46,8 @@ const TICK: Duration = Duration::from_secs(1);
 const READ: u64 = 64 << 10;
 /// What a peer may have under way beyond the window before it is cut off.
 const MAX_QUEUED: u64 = (64 << 20) + (1 << 20);
+/// Answers to pings that may wait to be written: a peer that only asks and never reads is cut off.
+const MAX_WAITING: usize = 64;
 /// How long the source's QEMU may keep its socket after the destination's QEMU closed: longer than it needs to close by itself.
 const LINGER: Duration = Duration::from_secs(3);
 
@@ -62,6 +64,10 @@ pub(super) struct Pump {
     applied_changed: Notify,
     queued: Cell<u64>,
     last_heard: Cell<Instant>,
+    /// Urgent frames that wait to be written.
+    waiting: Cell<usize>,
+    /// The peer's QEMU has closed its side.
+    peer_ended: Cell<bool>,
     urgent: mpsc::UnboundedSender<Frame>,
     bulk: mpsc::Sender<Frame>,
     to_qemu: mpsc::UnboundedSender<Option<Bytes>>,
@@ -115,6 +121,8 @@ impl Pump {
             applied_changed: Notify::new(),
             queued: Cell::new(0),
             last_heard: Cell::new(started),
+            waiting: Cell::new(0),
+            peer_ended: Cell::new(false),
             urgent,
             bulk,
             to_qemu,
@@ -191,7 +199,7 @@ impl Pump {
                         if self.bulk.send(Frame::Forward(data)).await.is_err() {
                             return;
                         }
-                    } else if self.urgent.send(Frame::Return(data)).is_err() {
+                    } else if self.bulk.send(Frame::Return(data)).await.is_err() {
                         return;
                     }
                 }
@@ -199,7 +207,7 @@ impl Pump {
         }
         match self.side {
             Side::Source => drop(self.bulk.send(Frame::ForwardEnd).await),
-            Side::Destination => drop(self.urgent.send(Frame::ReturnEnd)),
+            Side::Destination => drop(self.bulk.send(Frame::ReturnEnd).await),
         }
     }
 
@@ -254,7 +262,14 @@ impl Pump {
 
     async fn on_frame(&self, frame: Frame) -> Result<(), PumpError> {
         match (self.side, frame) {
-            (_, Frame::Ping(number)) => drop(self.urgent.send(Frame::Pong(number))),
+            (_, Frame::Ping(number)) => {
+                let waiting = self.waiting.get() + 1;
+                if waiting > MAX_WAITING {
+                    return Err(PumpError::Unexpected("more pings than it reads answers to"));
+                }
+                self.waiting.set(waiting);
+                let _ = self.urgent.send(Frame::Pong(number));
+            }
             (_, Frame::Pong(sent_us)) => {
                 let round_trip = self.now().saturating_sub(Duration::from_micros(sent_us));
                 self.window.borrow_mut().on_round_trip(round_trip);
@@ -275,7 +290,12 @@ impl Pump {
                 self.queued.set(queued);
                 let _ = self.to_qemu.send(Some(data));
             }
-            (Side::Source, Frame::ReturnEnd) | (Side::Destination, Frame::ForwardEnd) => drop(self.to_qemu.send(None)),
+            (Side::Source, Frame::ReturnEnd) | (Side::Destination, Frame::ForwardEnd) => {
+                if self.peer_ended.replace(true) {
+                    return Err(PumpError::Unexpected("a second end"));
+                }
+                let _ = self.to_qemu.send(None);
+            }
             (_, Frame::Hello(_) | Frame::Welcome(_)) => return Err(PumpError::Unexpected("a second greeting")),
             _ => return Err(PumpError::Unexpected("the other side's frame")),
         }
@@ -296,7 +316,10 @@ impl Pump {
             // The writer outlives every sender: `self` holds one of each.
             let frame = tokio::select! {
                 biased;
-                Some(frame) = urgent.recv() => frame,
+                Some(frame) = urgent.recv() => {
+                    self.waiting.set(self.waiting.get().saturating_sub(1));
+                    frame
+                }
                 () = self.applied_changed.notified() => Frame::Applied(self.applied.get()),
                 Some(message) = from_agent.recv() => Frame::Control(message),
                 _ = tick.tick() => {

@@ -179,8 +179,10 @@ fn open_image(path: &Path, kind: ImageKind) -> Result<(File, DiskFormat, Bytes),
 }
 
 /// See [`super::Pools::open_disk`].
-pub(super) fn open(place: &Place, volume: &VolumeRef) -> Result<(OwnedFd, OwnedFd), Refusal> {
-    let open = |access| open_file(place, volume, access).map(OwnedFd::from);
+pub(super) fn open(place: &Place, volume: &VolumeRef, cache: CacheMode) -> Result<(OwnedFd, OwnedFd), Refusal> {
+    // Exactly the flags that QEMU will look for among its descriptors, O_DIRECT included.
+    let direct = if cache == CacheMode::Direct { OFlags::DIRECT } else { OFlags::empty() };
+    let open = |access| open_file(place, volume, access | direct).map(OwnedFd::from);
     Ok((open(OFlags::RDONLY)?, open(OFlags::RDWR)?))
 }
 

@@ -4,15 +4,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_link::v1;
-use godwit_migration::{DestinationRecord, Peer, SourceRecord};
-use godwit_model::{ErrorCode, Generation, Grant, MigrationPolicy, Name, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId};
+use godwit_migration::{DestinationRecord, Peer, PeerMessage, SourceRecord};
+use godwit_model::{ErrorCode, Generation, Grant, MigrationPolicy, Millis, Name, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId};
 use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
 use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::destination::DestinationMove;
-use super::moving::vcpus;
+use super::moving::{fact, tell_through_controller, vcpus};
 use super::registry::answer_for_nobody;
 use super::source::SourceMove;
 use crate::carry::CarryNotice;
@@ -38,7 +38,7 @@ pub(crate) enum VmCommand {
     Prepare { grant: Grant, spec: ResolvedSpec, policy: MigrationPolicy },
     Migrate { grant: Grant, address: std::net::SocketAddr, policy: MigrationPolicy },
     Cancel { task: TaskId },
-    Settle { task: TaskId },
+    Settle { task: TaskId, generation: Generation },
 }
 
 impl VmCommand {
@@ -94,8 +94,8 @@ impl Actor {
         Self {
             host,
             vm,
+            state: record.as_ref().map_or(RunState::Stopped, last_known),
             record,
-            state: RunState::Stopped,
             process: None,
             qmp: None,
             notices: None,
@@ -144,6 +144,8 @@ impl Actor {
                         // It fitted when it was started: what is here is here.
                         let _ = self.host.memory.reserve(self.vm, record.spec.memory);
                         self.process = Some(Arc::new(process));
+                        // Until QEMU says otherwise: a living VM must never be taken for a stopped one.
+                        self.state = RunState::Running;
                         self.connect().await;
                         tracing::info!(pid = identity.pid, "adopted");
                         break;
@@ -200,8 +202,10 @@ impl Actor {
 
     async fn on_wake(&mut self) {
         self.wake = Instant::now() + IDLE;
-        if self.process.is_some() && self.qmp.is_none() {
-            self.connect().await;
+        match (&self.process, &self.qmp) {
+            (Some(_), None) => self.connect().await,
+            (Some(_), Some(_)) if self.moving.is_none() => self.refresh().await,
+            _ => {}
         }
     }
 
@@ -294,14 +298,34 @@ impl Actor {
                 if mine {
                     self.on_peer_message(&peer);
                 } else {
-                    answer_for_nobody(&self.host, task, &from, &peer);
+                    self.answer_of_past(task, &from, &peer);
                 }
             }
         }
         self.wake = Instant::now();
     }
 
+    /// A message about a move that this host carries out no more, or never did.
+    fn answer_of_past(&self, task: TaskId, from: &Name, peer: &Peer) {
+        let ran = self.record.as_ref().is_some_and(|record| record.generation >= peer.generation);
+        if ran && peer.message == PeerMessage::Released {
+            // It was activated here, and may have gone on from here since.
+            let running = fact(self.vm, peer.generation, PeerMessage::Running { since: Millis(0) });
+            return tell_through_controller(&self.host, task, from, &running);
+        }
+        answer_for_nobody(&self.host, task, from, peer);
+    }
+
     fn on_peer_message(&mut self, peer: &Peer) {
+        let may_settle = matches!(
+            self.record.as_ref().map(|record| &record.holding),
+            Some(Holding::Destination(incoming))
+                if matches!(incoming.record, DestinationRecord::Running | DestinationRecord::Declined { .. })
+        );
+        if peer.message == PeerMessage::Settled && !may_settle {
+            // Said about an attempt before this one.
+            return;
+        }
         match &mut self.moving {
             Some(Moving::Source(moving)) => moving.on_peer(peer),
             Some(Moving::Destination(moving)) => moving.on_peer(peer),
@@ -315,7 +339,7 @@ impl Actor {
             VmCommand::Prepare { grant, spec, policy } => self.prepare(grant, spec, policy).await,
             VmCommand::Migrate { grant, address, policy } => self.migrate(grant, address, policy).await.map(|()| Answer::default()),
             VmCommand::Cancel { task } => self.cancel(task).map(|()| Answer::default()),
-            VmCommand::Settle { task } => self.settle(task).await.map(|()| Answer::default()),
+            VmCommand::Settle { task, generation } => self.settle(task, generation).await.map(|()| Answer::default()),
             VmCommand::Forget => self.forget().map(|()| Answer::default()),
             VmCommand::Stop { generation } => {
                 self.owned(generation)?;
@@ -340,7 +364,8 @@ impl Actor {
                 if let Some(record) = &mut self.record {
                     record.end_wanted = true;
                 }
-                self.save()?;
+                // A full disk must not keep a VM alive.
+                self.save_or_log();
                 self.end_process().await;
                 Ok(Answer::default())
             }
@@ -391,6 +416,22 @@ impl Actor {
         Ok(())
     }
 
+    /// Generations up to the floor have been here before, or were declined here: they are never taken up again.
+    pub(super) fn above_floor(&self, generation: Generation) -> Result<(), Refusal> {
+        let floor = self.host.journal.floor(self.vm).map_err(|error| host_failed("the journal cannot be read", &error))?;
+        if generation > floor {
+            return Ok(());
+        }
+        Err(Refusal::new(ErrorCode::GenerationStale, format!("generation {generation} has been dealt with on this host")))
+    }
+
+    /// See [`Actor::above_floor`].
+    pub(super) fn raise_floor(&self, generation: Generation) {
+        if let Err(error) = self.host.journal.write_floor(self.vm, generation) {
+            tracing::error!(error = &error as &dyn std::error::Error, "the floor of generations could not be raised");
+        }
+    }
+
     fn forget(&mut self) -> Result<(), Refusal> {
         if self.process.is_some() {
             return Err(Refusal::new(ErrorCode::VmRunning, "the VM runs here").hint("stop it first"));
@@ -433,6 +474,15 @@ impl Moving {
             Self::Destination(moving) => &moving.grant,
         };
         grant.task == task && grant.generation == generation
+    }
+}
+
+/// What can be said of a VM before anything was looked at.
+fn last_known(record: &VmRecord) -> RunState {
+    match (&record.process, record.end_wanted) {
+        (Some(_), _) => RunState::Running,
+        (None, true) => RunState::Stopped,
+        (None, false) => RunState::Crashed,
     }
 }
 

@@ -4,9 +4,8 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use godwit_migration::{Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, Peer, PeerMessage};
-use godwit_model::{
-    ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId,
+use godwit_migration::{Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, Peer, PeerMessage, QemuMigration, QemuView, Vcpus};
+use godwit_model::{Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId,
 };
 use godwit_qemu::qmp::commands::AnnounceSchedule;
 use godwit_qemu::{PassedFds, Start};
@@ -19,6 +18,15 @@ use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Incoming, VmRecord};
 
 const INCOMING_FD: &str = "godwit-incoming";
+
+/// A QEMU that lives and does not say how it is.
+const UNKNOWN: QemuView = QemuView {
+    vcpus: Vcpus::InMigrate,
+    migration: QemuMigration::Unknown,
+    remaining: Bytes(0),
+    dirty_rate: None,
+    since_sync: Millis(0),
+};
 
 /// The volatile half of a move to here.
 pub(super) struct DestinationMove {
@@ -75,7 +83,9 @@ impl Actor {
     pub(super) async fn prepare(&mut self, grant: Grant, spec: ResolvedSpec, policy: MigrationPolicy) -> Result<Answer, Refusal> {
         if let Some(record) = &self.record {
             match &record.holding {
-                Holding::Destination(incoming) if incoming.grant == grant && incoming.record == DestinationRecord::Prepared => {
+                Holding::Destination(incoming)
+                    if incoming.grant == grant && incoming.record == DestinationRecord::Prepared && self.carry_is_usable() =>
+                {
                     return Ok(Answer { carry_port: incoming.carry_port });
                 }
                 Holding::Owner if self.process.is_none() && record.generation < grant.generation => {}
@@ -89,6 +99,7 @@ impl Actor {
                 }
             }
         }
+        self.above_floor(grant.generation)?;
         let address = self.host.identity.address;
         let listener = TcpListener::bind((address, 0)).map_err(|error| host_failed("cannot listen for the source", &error))?;
         let carry_port = listener.local_addr().map_err(|error| host_failed("cannot listen for the source", &error))?.port();
@@ -141,9 +152,10 @@ impl Actor {
     }
 
     /// The controller gives the task up, or knows how it ended at the source: without a release the destination declines.
-    pub(super) async fn settle(&mut self, task: TaskId) -> Result<(), Refusal> {
+    pub(super) async fn settle(&mut self, task: TaskId, generation: Generation) -> Result<(), Refusal> {
         if let Some(Moving::Destination(moving)) = &mut self.moving
             && moving.grant.task == task
+            && moving.grant.generation == generation
         {
             let reason = Refusal::new(ErrorCode::Cancelled, "the task is over").retry(Retry::Safe);
             moving.aborted.get_or_insert(reason);
@@ -173,26 +185,25 @@ impl Actor {
             Some(Holding::Destination(incoming)) => incoming.record.clone(),
             _ => return Err(Refusal::new(ErrorCode::Internal, "the journal knows no move")),
         };
-        // What is dead, or to be ended, need not answer.
-        let declined = matches!(record, DestinationRecord::Declined { .. });
-        let qmp = match (&self.process, declined) {
-            (Some(_), false) => Some(self.monitor()?.clone()),
+        // What is decided needs no answer of QEMU; and one that hangs while it loads must not keep this host from declining.
+        let asked = match record {
+            DestinationRecord::Prepared if self.process.is_some() => self.monitor().ok().cloned(),
+            DestinationRecord::Activated if self.process.is_some() => Some(self.monitor()?.clone()),
             _ => None,
         };
+        let must_answer = record == DestinationRecord::Activated;
         let alive = self.process.is_some();
         let Some(Moving::Destination(moving)) = &mut self.moving else {
             return Err(Refusal::new(ErrorCode::Internal, "no move"));
         };
-        let qemu = match qmp {
-            Some(qmp) => Some(moving.watch.look(&qmp).await.map_err(qemu_failed)?),
-            None if alive => Some(godwit_migration::QemuView {
-                vcpus: godwit_migration::Vcpus::InMigrate,
-                migration: godwit_migration::QemuMigration::Unknown,
-                remaining: godwit_model::Bytes(0),
-                dirty_rate: None,
-                since_sync: Millis(0),
-            }),
-            None => None,
+        let looked = match asked {
+            Some(qmp) => moving.watch.look(&qmp).await.map(Some),
+            None => Ok(None),
+        };
+        let qemu = match looked {
+            Ok(Some(seen)) => Some(seen),
+            Err(error) if must_answer => return Err(qemu_failed(error)),
+            _ => alive.then_some(UNKNOWN),
         };
         let view = DestinationView {
             now: millis(moving.began.elapsed()),
@@ -205,6 +216,15 @@ impl Actor {
             announced: moving.announced,
         };
         Ok((record, view))
+    }
+
+    fn carry_is_usable(&self) -> bool {
+        match &self.moving {
+            Some(Moving::Destination(moving)) => {
+                moving.carry.as_ref().is_some_and(|carry| carry.is_alive() && carry.status().broken.is_none())
+            }
+            _ => false,
+        }
     }
 
     async fn act_destination(&mut self, action: DestinationAction) -> Option<Duration> {
@@ -322,7 +342,10 @@ impl Actor {
                 self.save_or_log();
                 self.refresh().await;
             }
-            Outcome::Stayed(_) => self.drop_record(),
+            Outcome::Stayed(_) => {
+                self.raise_floor(ended.generation);
+                self.drop_record();
+            }
         }
         None
     }

@@ -36,9 +36,16 @@ impl Registry {
     }
 
     fn spawn(self: &Arc<Self>, vm: VmId, record: Option<VmRecord>) -> mpsc::Sender<VmEvent> {
+        let mut actors = self.locked();
+        if let Some(sender) = actors.get(&vm).filter(|sender| !sender.is_closed()) {
+            return sender.clone();
+        }
         let (sender, events) = mpsc::channel(BACKLOG);
-        self.locked().insert(vm, sender.clone());
+        actors.insert(vm, sender.clone());
+        drop(actors);
         let actor = Actor::new(Arc::clone(&self.host), vm, record, events);
+        // The first hello must not leave out a VM that is still being looked at.
+        actor.publish();
         let registry = Arc::clone(self);
         let mine = sender.clone();
         tokio::spawn(async move {

@@ -16,7 +16,7 @@ use godwit_model::{
 };
 use godwit_qemu::PassedFds;
 use godwit_qemu::qmp::Qmp;
-use godwit_qemu::qmp::commands::MigrationParameters;
+use godwit_qemu::qmp::commands::{MigrationParameters, StoppedBy};
 use tokio::sync::mpsc;
 
 use super::actor::{Actor, Moving, RETRY, qemu_failed};
@@ -31,7 +31,6 @@ const MIGRATION_FD: &str = "godwit-migration";
 const UNLIMITED: BytesPerSec = BytesPerSec(16 << 30);
 /// QEMU's own switch-over is to come as late as it lets us ask.
 const LATE: Millis = Millis(1);
-const STOP_LIMIT: Duration = Duration::from_secs(30);
 const PROGRESS_EVERY: Duration = Duration::from_millis(300);
 
 /// The volatile half of a move away from here.
@@ -44,13 +43,17 @@ pub(super) struct SourceMove {
     declined: Option<Refusal>,
     running: Option<Millis>,
     cancel: bool,
+    /// QEMU cannot switch over by itself while the VM runs.
+    held: bool,
+    /// How long QEMU may take to stop the VM.
+    stop_limit: Duration,
     stopped: Option<Instant>,
     blackout: Option<Millis>,
     told: Option<(Instant, MigrationPhase, u16)>,
 }
 
 impl SourceMove {
-    fn new(grant: Grant, policy: MigrationPolicy, carry: Option<CarryClient>) -> Self {
+    fn new(grant: Grant, policy: MigrationPolicy, carry: Option<CarryClient>, held: bool) -> Self {
         let machine = Source::new(policy, grant.expires, Millis(0));
         Self {
             grant,
@@ -61,6 +64,8 @@ impl SourceMove {
             declined: None,
             running: None,
             cancel: false,
+            held,
+            stop_limit: Duration::from_millis(policy.stop_limit.get()),
             stopped: None,
             blackout: None,
             told: None,
@@ -74,7 +79,7 @@ impl SourceMove {
                 .inspect_err(|error| tracing::warn!(error = error as &dyn std::error::Error, "no carry"))
                 .ok()
         });
-        Self::new(outgoing.grant.clone(), outgoing.policy, carry)
+        Self::new(outgoing.grant.clone(), outgoing.policy, carry, outgoing.held)
     }
 
     pub(super) fn on_peer(&mut self, peer: &Peer) {
@@ -88,7 +93,7 @@ impl SourceMove {
                     self.running = Some(*since);
                     let (view, _) = carry_view(self.carry.as_ref());
                     self.blackout = self.stopped.map(|stopped| {
-                        let late = since.get() + view.round_trip.get() / 2;
+                        let late = since.get().saturating_add(view.round_trip.get() / 2);
                         Millis(millis(stopped.elapsed()).get().saturating_sub(late))
                     });
                 }
@@ -106,6 +111,10 @@ impl Actor {
         {
             return Ok(());
         }
+        if self.host.journal.has_ended(grant.task, grant.generation, true) {
+            return Ok(());
+        }
+        self.above_floor(grant.generation)?;
         let owned = self.record.as_ref().is_some_and(|record| grant.generation > record.generation);
         if !owned {
             return Err(Refusal::new(ErrorCode::GenerationStale, "the grant is not newer than what this host holds"));
@@ -124,6 +133,7 @@ impl Actor {
                 policy,
                 record: SourceRecord::Offered,
                 carry: None,
+                held: false,
                 began: unix_now(),
             });
         }
@@ -132,8 +142,8 @@ impl Actor {
             self.begin_source(&grant, address, policy).await
         };
         match begun.await {
-            Ok(carry) => {
-                self.moving = Some(Moving::Source(Box::new(SourceMove::new(grant, policy, Some(carry)))));
+            Ok((carry, held)) => {
+                self.moving = Some(Moving::Source(Box::new(SourceMove::new(grant, policy, Some(carry), held))));
                 Ok(())
             }
             Err(refusal) => {
@@ -143,21 +153,27 @@ impl Actor {
         }
     }
 
-    async fn begin_source(&mut self, grant: &Grant, address: SocketAddr, policy: MigrationPolicy) -> Result<CarryClient, Refusal> {
+    async fn begin_source(
+        &mut self,
+        grant: &Grant,
+        address: SocketAddr,
+        policy: MigrationPolicy,
+    ) -> Result<(CarryClient, bool), Refusal> {
         let qmp = self.monitor()?.clone();
-        prepare_source(&qmp).await?;
+        let held = prepare_source(&qmp).await?;
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
         qmp.getfd(MIGRATION_FD, qemus.into()).await.map_err(qemu_failed)?;
         let role = Role::Source { address, bandwidth: policy.bandwidth };
         let carry = self.start_carry(role, grant, &grant.destination, ours.into(), policy.stall, PassedFds::new()).await?;
         if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
             outgoing.carry = Some(carry.identity().clone());
+            outgoing.held = held;
         }
         if let Err(refusal) = self.save() {
             carry.end().await;
             return Err(refusal);
         }
-        Ok(carry)
+        Ok((carry, held))
     }
 
     /// Starts this side's carry for a move with `peer`.
@@ -259,7 +275,9 @@ impl Actor {
             Some(Holding::Source(outgoing)) => outgoing.record,
             _ => return Err(Refusal::new(ErrorCode::Internal, "the journal knows no move")),
         };
-        let qmp = if self.process.is_some() { Some(self.monitor()?.clone()) } else { None };
+        // What was released, or is confirmed, no longer depends on this QEMU: one that hangs must hold up nothing.
+        let asks = matches!(record, SourceRecord::Offered | SourceRecord::Returned);
+        let qmp = if asks && self.process.is_some() { Some(self.monitor()?.clone()) } else { None };
         let Some(Moving::Source(moving)) = &mut self.moving else {
             return Err(Refusal::new(ErrorCode::Internal, "no move"));
         };
@@ -295,17 +313,13 @@ impl Actor {
                 return Some(Duration::from_millis(wait.get()));
             }
             SourceAction::Record(next) => {
-                self.record_source(next);
-                return self.save().err().map(|_| RETRY);
+                return (!self.record_source(next)).then_some(RETRY);
             }
             SourceAction::Stop => {
                 if let Some(Moving::Source(moving)) = &mut self.moving {
                     moving.stopped = Some(Instant::now());
                 }
-                match self.monitor() {
-                    Ok(qmp) => qmp.stop(STOP_LIMIT).await.map_err(qemu_failed),
-                    Err(refusal) => Err(refusal),
-                }
+                self.stop_first().await
             }
             SourceAction::Migrate => match self.monitor() {
                 Ok(qmp) => qmp.migrate_fd(MIGRATION_FD).await.map_err(qemu_failed),
@@ -327,6 +341,18 @@ impl Actor {
         None
     }
 
+    /// Stops the VM, and remembers whether that is proven to have been before QEMU's own switch-over.
+    async fn stop_first(&mut self) -> Result<(), Refusal> {
+        let qmp = self.monitor()?.clone();
+        let Some(Moving::Source(moving)) = &mut self.moving else { return Ok(()) };
+        let stopped = qmp.stop_first(moving.held, moving.stop_limit).await.map_err(qemu_failed)?;
+        match stopped {
+            StoppedBy::Us => moving.machine.on_stopped(millis(moving.began.elapsed())),
+            StoppedBy::Unproven(status) => tracing::info!(%status, "QEMU may have been first"),
+        }
+        Ok(())
+    }
+
     pub(super) async fn command<'a, F>(&'a self, command: impl FnOnce(&'a Qmp) -> F) -> Result<(), Refusal>
     where
         F: Future<Output = Result<(), godwit_qemu::QmpError>>,
@@ -334,19 +360,25 @@ impl Actor {
         command(self.monitor()?).await.map_err(qemu_failed)
     }
 
-    /// Sets the record; if it cannot be written the one before stands, in memory too.
-    fn record_source(&mut self, next: SourceRecord) {
-        let Some(record) = &mut self.record else { return };
+    /// Sets the record, and says whether it holds; if it cannot be written the one before stands, in memory too.
+    fn record_source(&mut self, next: SourceRecord) -> bool {
+        let Some(record) = &mut self.record else { return false };
         let before = record.clone();
         if let Holding::Source(outgoing) = &mut record.holding {
             outgoing.record = next;
         }
         if let Err(error) = self.host.journal.write(record) {
             tracing::error!(error = &error as &dyn std::error::Error, "the journal could not be written");
-            *record = before;
+            // To own it again is safe even if only this process knows: nothing but a stop that this process has proven leads from the
+            // record before to a release. A full disk must not keep the VM standing still.
+            if next != SourceRecord::Returned {
+                *record = before;
+                return false;
+            }
         } else {
             tracing::info!(record = ?next, "journalled");
         }
+        true
     }
 
     async fn end_source(&mut self, outcome: Outcome) -> Option<Duration> {
@@ -392,6 +424,7 @@ impl Actor {
                     record.end_wanted = true;
                 }
                 self.end_process().await;
+                self.raise_floor(ended.generation);
                 self.drop_record();
             }
             Outcome::Stayed(_) => {
@@ -465,8 +498,9 @@ fn with_cause(reason: &Refusal, broken: Option<&str>) -> Refusal {
     }
 }
 
-/// Sets what a source needs. What this QEMU does not have is left out where that is safe.
-async fn prepare_source(qmp: &Qmp) -> Result<(), Refusal> {
+/// Sets what a source needs. What this QEMU does not have is left out where that is safe. Answers whether QEMU is held from switching over by
+/// itself while the VM runs.
+async fn prepare_source(qmp: &Qmp) -> Result<bool, Refusal> {
     let known: Vec<String> =
         qmp.query_migrate_capabilities().await.map_err(qemu_failed)?.into_iter().map(|known| known.capability).collect();
     let mut capabilities = vec![("events", true), ("return-path", true), ("pause-before-switchover", true)];
@@ -477,7 +511,8 @@ async fn prepare_source(qmp: &Qmp) -> Result<(), Refusal> {
         }
     }
     // Asked of the source alone, the destination never acknowledges: QEMU then cannot switch over by itself while the VM runs.
-    if known.iter().any(|known| known == "switchover-ack") {
+    let held = known.iter().any(|known| known == "switchover-ack");
+    if held {
         capabilities.push(("switchover-ack", true));
     }
     qmp.set_migration_capabilities(&capabilities).await.map_err(qemu_failed)?;
@@ -488,5 +523,5 @@ async fn prepare_source(qmp: &Qmp) -> Result<(), Refusal> {
     if let Err(error) = qmp.calc_dirty_rate(1).await {
         tracing::info!(%error, "no dirty rate can be sampled");
     }
-    Ok(())
+    Ok(held)
 }

@@ -23,6 +23,9 @@ const GREETING: Duration = Duration::from_secs(60);
 impl Actor {
     /// Starts the VM on a fresh generation.
     pub(super) async fn start(&mut self, grant: Grant, spec: ResolvedSpec) -> Result<(), Refusal> {
+        if self.record.as_ref().is_none_or(|record| record.generation != grant.generation) {
+            self.above_floor(grant.generation)?;
+        }
         if let Some(record) = &self.record {
             if record.generation > grant.generation || (record.generation == grant.generation && record.holding != Holding::Owner) {
                 let (held, granted) = (record.generation, grant.generation);
@@ -70,6 +73,7 @@ impl Actor {
         .await;
         if let Err(refusal) = begun {
             self.end_process().await;
+            self.host.remove_cgroup(self.vm);
             match before {
                 Some(before) => {
                     self.record = Some(before);
@@ -119,7 +123,11 @@ impl Actor {
         let runtime_dir = host.vm_dir(self.vm);
         let failed = |error: std::io::Error| host_failed("the VM's runtime directory cannot be used", &error);
         let _ = std::fs::remove_dir_all(&runtime_dir);
-        private_dir(&runtime_dir, Some(uid)).map_err(failed)?;
+        // The VM's own user may pass through but change nothing here: what the agent connects to must be what the agent made.
+        private_dir(&runtime_dir, None).map_err(failed)?;
+        std::os::unix::fs::chown(&runtime_dir, None, Some(uid)).map_err(failed)?;
+        std::fs::set_permissions(&runtime_dir, std::os::unix::fs::PermissionsExt::from_mode(0o710)).map_err(failed)?;
+        private_dir(&Sockets::own_dir(&runtime_dir), Some(uid)).map_err(failed)?;
         let channels = Sockets::in_dir(&runtime_dir).listen(&mut fds).map_err(failed)?;
         let resources = Resources { runtime_dir: runtime_dir.clone(), channels, kernel, initrd, disks, taps, start };
         let arguments =
@@ -140,7 +148,7 @@ impl Actor {
             limits: Limit::DEFAULT.to_vec(),
             keep: vec![],
         };
-        let log = host.log(&spec.name.to_string()).map_err(|error| host_failed("the VM's log cannot be opened", &error))?;
+        let log = host.log(&host.log_name(&spec.name, self.vm)).map_err(|error| host_failed("the VM's log cannot be opened", &error))?;
         let process =
             cage::spawn(&host.launcher, plan, fds, log).await.map_err(|error| host_failed("QEMU could not be started", &error))?;
         if let Some(record) = &mut self.record {

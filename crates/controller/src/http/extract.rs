@@ -35,7 +35,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
         let text = Path::<String>::from_request_parts(parts, state).await;
-        let Path(text) = text.map_err(|_| Failure(Refusal::new(ErrorCode::NameInvalid, "the name in the path is not text")))?;
+        let Path(text) = text.map_err(|_| {
+            Failure(Refusal::new(ErrorCode::NameInvalid, "the name in the path is not text").hint("names are plain ASCII"))
+        })?;
         name(&text).map(Self)
     }
 }

@@ -95,7 +95,7 @@ fn long(head: &[u8], offset: usize) -> Result<u64, InvalidImage> {
     number(head, offset).map(u64::from_be_bytes)
 }
 
-/// The header as QEMU's docs/interop/qcow2.txt has it.
+/// The header as QEMU specifies it in its "Qcow2 Image File Format".
 fn qcow2(head: &[u8], size: u64) -> Result<(), InvalidImage> {
     if !head.starts_with(b"QFI\xfb") {
         return Err(InvalidImage::Magic);

@@ -1,5 +1,6 @@
 //! A host's presence: one stream, from Hello to the third missed heartbeat.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use godwit_link::v1::{self, agent_message::Body, controller_message};
 use godwit_link::{PROTOCOL, decode};
 use godwit_model::{ErrorCode, HostFacts, Name, Refusal};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -21,6 +23,8 @@ use crate::rows::HostRow;
 
 /// How long an agent may take to introduce itself.
 const INTRODUCTION: Duration = Duration::from_secs(10);
+/// How long an agent that has just started may take to find all its VMs again.
+const ADOPTION: Duration = Duration::from_secs(20);
 /// Heartbeats that may be missing.
 const MISSED: u32 = 3;
 
@@ -64,7 +68,7 @@ impl LinkServer {
         tracing::info!(%host, address = hello.address, vms = hello.vms.len(), "connected");
         self.note_presence(host, true).await;
         let why = match self.take_stock(host, &hello).await {
-            Ok(()) => self.listen_to(host, &attendance, &mut inbound).await,
+            Ok(()) => self.listen_to(host, &attendance, &mut inbound, &hello).await,
             Err(fault) => format!("its first words cannot be stored: {fault}"),
         };
         if self.hub.detach(host, attendance.number) {
@@ -107,15 +111,30 @@ impl LinkServer {
     /// What the host's journal says corrects what we believe, upwards only.
     async fn take_stock(&self, host: &Name, hello: &v1::Hello) -> Result<(), Fault> {
         for report in &hello.vms {
-            self.believe(host, self.reports.vm(host, report, true).await)?;
+            self.believe(host, self.reports.vm(host, report).await)?;
         }
-        self.reports.missing(host, &hello.vms).await
+        Ok(())
     }
 
     /// Says why the session ended.
-    async fn listen_to(&self, host: &Name, attendance: &Attendance, inbound: &mut Streaming<v1::AgentMessage>) -> String {
+    async fn listen_to(
+        &self,
+        host: &Name,
+        attendance: &Attendance,
+        inbound: &mut Streaming<v1::AgentMessage>,
+        hello: &v1::Hello,
+    ) -> String {
+        let mut told: HashSet<String> = hello.vms.iter().map(|report| report.vm.clone()).collect();
+        let mut stock = Some(Instant::now() + ADOPTION);
         loop {
             let message = tokio::select! {
+                () = tokio::time::sleep_until(stock.unwrap_or_else(Instant::now)), if stock.is_some() => {
+                    stock = None;
+                    match self.reports.missing(host, &told).await {
+                        Ok(()) => continue,
+                        Err(fault) => return format!("what is missing there cannot be stored: {fault}"),
+                    }
+                }
                 () = attendance.closed.cancelled() => return "replaced by a later session, or it does not read".into(),
                 message = tokio::time::timeout(self.heartbeat * MISSED, inbound.message()) => message,
             };
@@ -125,6 +144,9 @@ impl LinkServer {
                 Ok(Ok(None)) => return "the agent closed the stream".into(),
                 Ok(Ok(Some(message))) => message.body,
             };
+            if let (Some(Body::Vm(report)), true) = (&body, stock.is_some()) {
+                told.insert(report.vm.clone());
+            }
             if let Err(fault) = self.message(host, attendance, body).await {
                 return format!("what it said cannot be stored: {fault}");
             }
@@ -140,7 +162,7 @@ impl LinkServer {
                 }
                 Ok(())
             }
-            Some(Body::Vm(report)) => self.reports.vm(host, &report, false).await,
+            Some(Body::Vm(report)) => self.reports.vm(host, &report).await,
             Some(Body::Reply(reply)) => {
                 self.hub.answered(host, attendance.number, reply);
                 Ok(())

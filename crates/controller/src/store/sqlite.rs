@@ -1,5 +1,6 @@
 //! The store in one SQLite file, on a thread of its own: one `kv` table, the change log, and one number for the revision of all.
 
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::mpsc;
@@ -53,6 +54,14 @@ fn end_of(prefix: &str) -> String {
 impl SqliteStore {
     /// Opens or creates the store. `max_pages` bounds its size, for tests.
     pub(crate) fn open(path: &Path, max_pages: Option<u32>) -> Result<Self, StoreError> {
+        // Hashes of secrets are in it; SQLite gives its journal the same mode.
+        std::fs::File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(|error| StoreError::Failed(Box::new(error)))?;
         let mut connection = Connection::open(path)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "FULL")?;

@@ -214,7 +214,7 @@ impl Tasks {
     /// Tells a destination that was not released to decline, if it can be told now. Otherwise it is told when it comes back.
     async fn decline(&self, id: TaskId, vm: &VmRow, work: &MigrateWork) -> Result<(), Fault> {
         let destination = &work.destination;
-        let action = Action::Settle(v1::SettleMigration { vm: vm.id.to_string() });
+        let action = Action::Settle(v1::SettleMigration { vm: vm.id.to_string(), generation: work.generation.0 });
         let away = std::future::ready(Ok(()));
         match self.command_until(id, destination, &format!("settle {}", work.attempt), action, away).await? {
             Some(Ok(_)) => Ok(()),

@@ -44,7 +44,7 @@ impl Tasks {
             Ok(_) => {
                 let now = clock::now();
                 self.finish(id, Outcome::Done, |_, vm| {
-                    // A report about this generation, perhaps of a crash since then, knows better.
+                    // Where it was seen running, its host has said by now whether it still is.
                     if vm.generation == *generation && vm.reported < *generation {
                         vm.set_state(RunState::Running, now);
                     }

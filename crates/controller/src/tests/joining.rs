@@ -123,16 +123,17 @@ async fn a_host_may_speak_only_about_vms_granted_to_it() {
     // What was said before has been heard by now: the same streams carry what follows.
     a1.send(Body::Vm(report(&vm, 1, RunState::Paused, v1::Holding::Owner))).await;
     let seen = cluster.vm_when("web1", |vm| vm.status.state != RunState::Running).await;
-    assert_eq!((seen.status.state, seen.status.host), (RunState::Paused, Some(name("h1"))));
-    a2.send(Body::Peer(v1::Peer { task: vm.id.to_string(), host: "h1".into(), message: vec![1] })).await;
-    a2.ended_is_not_acknowledged(&vm).await;
+    assert_eq!((seen.status.state, seen.status.host.clone()), (RunState::Paused, Some(name("h1"))));
+    let task = cluster.admin().tasks().await.expect("tasks").first().expect("the start").id.to_string();
+    a2.send(Body::Peer(v1::Peer { task: task.clone(), host: "h1".into(), message: vec![1] })).await;
+    a2.ended_is_not_acknowledged(&vm, task).await;
+    assert_eq!(cluster.vm("web1").await.status, seen.status);
 }
 
 impl Agent {
     /// Claims a move that never was; a fleet or nothing comes back, and the VM stays where it is.
-    async fn ended_is_not_acknowledged(&mut self, vm: &api::Vm) {
-        let claim =
-            v1::MigrationEnded { task: vm.id.to_string(), vm: vm.id.to_string(), generation: 2, moved: true, ..Default::default() };
+    async fn ended_is_not_acknowledged(&mut self, vm: &api::Vm, task: String) {
+        let claim = v1::MigrationEnded { task, vm: vm.id.to_string(), generation: 2, moved: true, ..Default::default() };
         self.send(Body::Ended(claim)).await;
         let quiet = tokio::time::timeout(std::time::Duration::from_millis(300), self.next()).await;
         assert!(quiet.is_err(), "{quiet:?}");
@@ -154,4 +155,29 @@ impl Agent {
     fn stop_heartbeat(&self) {
         self.heartbeat_task().abort();
     }
+}
+
+#[tokio::test]
+async fn an_agent_that_has_served_a_newer_controller_or_speaks_otherwise_is_not_welcome() {
+    let cluster = Cluster::new().await;
+    let host = cluster.host("h1").await;
+    let attend = async |change: fn(&mut v1::Hello)| {
+        let mut hello = v1::Hello {
+            protocol: godwit_link::PROTOCOL,
+            address: "10.0.0.1".into(),
+            facts: godwit_link::encode(&host.facts),
+            load: godwit_link::encode(&host.load),
+            vms: vec![],
+            epoch: 1,
+        };
+        change(&mut hello);
+        let mut client = LinkClient::new(cluster.channel(Some((&host.certificate, &host.key))).await.expect("channel"));
+        let mut inbound = client.attend(tokio_stream::iter([message(Body::Hello(hello))])).await.expect("stream").into_inner();
+        soon(inbound.message()).await.map(|_| ()).map_err(|status| refusal_of(&status).code)
+    };
+    assert_eq!(attend(|_| {}).await, Ok(()));
+    assert_eq!(attend(|hello| hello.epoch = 2).await, Err(ErrorCode::GenerationStale));
+    assert_eq!(attend(|hello| hello.protocol += 1).await, Err(ErrorCode::HostIncompatible));
+    assert_eq!(attend(|hello| hello.facts = b"{".to_vec()).await, Err(ErrorCode::BadRequest));
+    assert_eq!(attend(|hello| hello.address = "a b".into()).await, Err(ErrorCode::BadRequest));
 }

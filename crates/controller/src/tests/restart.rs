@@ -151,7 +151,7 @@ async fn a_start_survives_a_restart_of_the_controller() {
 }
 
 #[tokio::test]
-async fn two_controllers_cannot_have_one_data_directory_and_an_older_store_is_not_obeyed() {
+async fn two_controllers_cannot_have_one_data_directory_and_clear_text_stays_on_loopback() {
     let cluster = Cluster::new().await;
     let second = crate::Controller::start(cluster.options.clone()).await;
     assert!(matches!(second, Err(crate::ServeError::Locked { .. })));

@@ -21,7 +21,7 @@ use crate::{Controller, ServeOptions};
 /// Nothing here takes this long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-pub(super) fn name(text: &str) -> Name {
+pub(crate) fn name(text: &str) -> Name {
     Name::new(text).expect("name")
 }
 
@@ -257,7 +257,7 @@ pub(super) fn kernel() -> Vec<u8> {
     kernel
 }
 
-pub(super) fn spec(memory: Bytes) -> VmSpec {
+pub(crate) fn spec(memory: Bytes) -> VmSpec {
     VmSpec {
         vcpus: 2,
         memory,
@@ -364,7 +364,7 @@ impl Agent {
 
     /// Says how a migration ended, and waits until that is stored.
     pub(super) async fn ended(&mut self, ended: v1::MigrationEnded) {
-        let expected = v1::EndedAck { task: ended.task.clone(), source: ended.source };
+        let expected = v1::EndedAck { task: ended.task.clone(), source: ended.source, generation: ended.generation };
         self.send(Body::Ended(ended)).await;
         match self.next().await {
             Some(controller_message::Body::EndedAck(ack)) => assert_eq!(ack, expected),

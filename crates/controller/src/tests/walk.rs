@@ -37,7 +37,10 @@ pub(super) async fn operations(client: &Client) -> (Value, Vec<Operation>) {
 async fn refusal(response: reqwest::Response, what: &str) -> (StatusCode, Refusal) {
     let status = response.status();
     let body = response.bytes().await.expect("body");
-    let refusal = serde_json::from_slice(&body).unwrap_or_else(|_| panic!("{what}: {status} {}", String::from_utf8_lossy(&body)));
+    let refusal: Refusal =
+        serde_json::from_slice(&body).unwrap_or_else(|_| panic!("{what}: {status} {}", String::from_utf8_lossy(&body)));
+    assert!(!refusal.message.chars().any(char::is_control), "{what}: {refusal:?}");
+    assert!(refusal.hint.is_some(), "{what}: no fix in {refusal:?}");
     (status, refusal)
 }
 
@@ -133,7 +136,8 @@ async fn garbage_is_refused_in_the_one_form_and_breaks_nothing() {
     cluster.create_vm("web1", Bytes::mib(64)).await;
     let admin = cluster.admin();
     let (_, operations) = operations(&admin).await;
-    let bodies: [&[u8]; 6] = [b"{", b"\xff\xfe", b"[]", b"{\"name\": \"../x\"}", b"{\"unknown\": 1}", b"\"text\""];
+    let bodies: [&[u8]; 7] =
+        [b"{\"a\\u001b[2J\": 1}", b"{", b"\xff\xfe", b"[]", b"{\"name\": \"../x\"}", b"{\"unknown\": 1}", b"\"text\""];
     let paths = ["%2e%2e%2fetc", "a%00b", "%ff", "A", &"x".repeat(64), "a%0ab", "%F0%9F%92%A9"];
     for operation in &operations {
         if operation.id == "event_watch" || operation.id == "health" {

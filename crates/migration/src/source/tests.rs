@@ -42,7 +42,8 @@ fn a_switch_over_that_qemu_reached_first_is_cancelled() {
     let first = view(Vcpus::FinishMigrate, QemuMigration::PreSwitchover);
     assert_eq!(source.decide(SourceRecord::Offered, &first), SourceAction::CancelQemu);
     let after = view(Vcpus::Running, QemuMigration::Cancelled);
-    let SourceAction::End(Outcome::Stayed(reason)) = source.decide(SourceRecord::Offered, &after) else { panic!("not ended") };
+    assert_eq!(source.decide(SourceRecord::Offered, &after), SourceAction::Record(SourceRecord::Returned));
+    let SourceAction::End(Outcome::Stayed(reason)) = source.decide(SourceRecord::Returned, &after) else { panic!("not ended") };
     assert_eq!(reason.code, ErrorCode::QemuFirst);
 }
 
@@ -105,5 +106,7 @@ fn a_switch_that_takes_too_long_is_undone() {
     let mut late = view(Vcpus::FinishMigrate, QemuMigration::Device);
     late.now = Millis(12_000);
     assert_eq!(source.decide(SourceRecord::Offered, &late), SourceAction::CancelQemu);
-    assert_eq!(source.decide(SourceRecord::Offered, &view(Vcpus::Paused, QemuMigration::Failed)), SourceAction::ContinueVm);
+    let failed = view(Vcpus::Paused, QemuMigration::Failed);
+    assert_eq!(source.decide(SourceRecord::Offered, &failed), SourceAction::Record(SourceRecord::Returned));
+    assert_eq!(source.decide(SourceRecord::Returned, &failed), SourceAction::ContinueVm);
 }

@@ -69,8 +69,7 @@ pub async fn spawn(launcher: &Launcher, mut plan: CagePlan, fds: PassedFds, log:
     plan.keep = fds.fds.iter().map(|(number, _)| *number).collect();
     let (status, status_writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| SpawnError::Start(errno.into()))?;
     let plan_fd = memory_file(&plan).map_err(SpawnError::Start)?;
-    let mut mappings: Vec<FdMapping> =
-        fds.fds.into_iter().map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
+    let mut mappings: Vec<FdMapping> = fds.fds.into_iter().map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
     mappings.push(FdMapping { parent_fd: plan_fd, child_fd: PLAN_FD });
     mappings.push(FdMapping { parent_fd: status_writer, child_fd: STATUS_FD });
     let process = {

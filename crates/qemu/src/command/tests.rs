@@ -29,7 +29,10 @@ fn spec() -> ResolvedSpec {
         kernel: Some(image("aa")),
         initrd: Some(image("bb")),
         cmdline: "console=ttyS0 quiet".into(),
-        disks: vec![disk("shared/web1", DiskFormat::Qcow2, CacheMode::Direct), disk("local/x", DiskFormat::Raw, CacheMode::Writeback)],
+        disks: vec![
+            disk("shared/web1", DiskFormat::Qcow2, CacheMode::Direct),
+            disk("local/x", DiskFormat::Raw, CacheMode::Writeback),
+        ],
         nics: vec![nic("52:54:00:00:00:01")],
     }
 }
@@ -50,7 +53,13 @@ fn resources() -> Resources {
 fn lines(arguments: &[String]) -> String {
     let mut text = String::new();
     for argument in arguments {
-        text.push_str(if !argument.starts_with('-') { " " } else if text.is_empty() { "" } else { "\n" });
+        text.push_str(if !argument.starts_with('-') {
+            " "
+        } else if text.is_empty() {
+            ""
+        } else {
+            "\n"
+        });
         text.push_str(argument);
     }
     text + "\n"
@@ -102,7 +111,9 @@ fn a_disk_without_a_boot_kernel_boots_from_the_first_disk() {
 
 #[test]
 fn udp_segmentation_is_off_where_it_exists() {
-    for (machine, named) in [("pc-q35-7.2", false), ("pc-q35-8.1", false), ("pc-q35-8.2", true), ("pc-q35-10.0", true), ("q35", false)] {
+    for (machine, named) in
+        [("pc-q35-7.2", false), ("pc-q35-8.1", false), ("pc-q35-8.2", true), ("pc-q35-10.0", true), ("q35", false)]
+    {
         assert_eq!(has_udp_segmentation(machine), named, "{machine}");
     }
 }
@@ -115,12 +126,16 @@ fn what_does_not_fit_together_is_refused() {
         ("machine", ResolvedSpec { machine: "q35,dumpdtb=/x".into(), ..spec() }, resources(), |e| {
             matches!(e, CommandError::Identifier { .. })
         }),
-        ("cpu", ResolvedSpec { cpu: "qemu64\n-daemonize".into(), ..spec() }, resources(), |e| matches!(e, CommandError::Identifier { .. })),
+        ("cpu", ResolvedSpec { cpu: "qemu64\n-daemonize".into(), ..spec() }, resources(), |e| {
+            matches!(e, CommandError::Identifier { .. })
+        }),
         ("cmdline", ResolvedSpec { cmdline: "a\nb".into(), ..spec() }, resources(), |e| e == CommandError::Cmdline),
         ("long path", spec(), Resources { runtime_dir: format!("/{}", "x".repeat(100)).into(), ..resources() }, |e| {
             matches!(e, CommandError::RuntimeDir(_))
         }),
-        ("relative path", spec(), Resources { runtime_dir: "run".into(), ..resources() }, |e| matches!(e, CommandError::RuntimeDir(_))),
+        ("relative path", spec(), Resources { runtime_dir: "run".into(), ..resources() }, |e| {
+            matches!(e, CommandError::RuntimeDir(_))
+        }),
     ];
     for (what, spec, resources, expected) in cases {
         let error = qemu_arguments(&spec, &resources).expect_err(what);
@@ -153,7 +168,7 @@ fn commas_and_newlines_in_paths_and_command_lines_stay_values() {
     let spec = ResolvedSpec { cmdline: "-daemonize,x=y -incoming exec:id".into(), ..spec() };
     let arguments = qemu_arguments(&spec, &odd).expect("arguments");
     let vnc = arguments.windows(2).find(|pair| pair[0] == "-vnc").expect("VNC");
-    assert_eq!(split_like_qemu(&vnc[1]), ["unix:/run/a,server=off,b/vnc"]);
+    assert_eq!(split_like_qemu(&vnc[1]), ["unix:/run/a,server=off,b/own/vnc"]);
     let position = arguments.iter().position(|argument| *argument == spec.cmdline).expect("passed unchanged");
     assert_eq!(arguments[position - 1], "-append");
 }

@@ -349,7 +349,10 @@ mod tests {
     #[test]
     fn events_are_read_and_odd_ones_are_other() {
         let event = |name: &str, data| Event { name: name.into(), data, micros: None };
-        assert_eq!(event("MIGRATION", json!({"status": "pre-switchover"})).known(), Known::Migration(MigrationStatus::PreSwitchover));
+        assert_eq!(
+            event("MIGRATION", json!({"status": "pre-switchover"})).known(),
+            Known::Migration(MigrationStatus::PreSwitchover)
+        );
         assert_eq!(event("MIGRATION_PASS", json!({"pass": 3})).known(), Known::MigrationPass(3));
         assert_eq!(event("SHUTDOWN", json!({"guest": true, "reason": "guest-shutdown"})).known(), Known::Shutdown { guest: true });
         for odd in [event("MIGRATION", json!({"status": 5})), event("MIGRATION_PASS", Value::Null), event("NEW", json!([]))] {

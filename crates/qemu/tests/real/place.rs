@@ -148,6 +148,9 @@ pub(crate) async fn launch(place: &Place, binary: &Path, spec: &ResolvedSpec, di
     fs::create_dir(&dir).expect("a directory");
     fs::set_permissions(&dir, Permissions::from_mode(0o700)).expect("closed");
     chown(&dir, Some(uid), Some(uid)).expect("given");
+    let own = Sockets::own_dir(&dir);
+    fs::create_dir(&own).expect("a directory");
+    chown(&own, Some(uid), Some(uid)).expect("given");
     let sockets = Sockets::in_dir(&dir);
     let mut fds = PassedFds::new();
     let channels = sockets.listen(&mut fds).expect("sockets");

@@ -120,9 +120,9 @@ async fn every_version_says_what_it_can_do_and_leaves_nothing() {
         eprintln!("{}: post-copy {:?}, background-snapshot {:?}", found.version, found.postcopy, found.background_snapshot);
         assert_eq!(fs::read_dir(place.path()).expect("a directory").count(), 0);
         let of_uid = |pid: &str| fs::metadata(format!("/proc/{pid}")).is_ok_and(|data| data.uid() == 409_999);
-        let left = fs::read_dir("/proc").expect("/proc").filter(|entry| {
-            entry.as_ref().is_ok_and(|entry| entry.file_name().to_str().is_some_and(of_uid))
-        });
+        let left = fs::read_dir("/proc")
+            .expect("/proc")
+            .filter(|entry| entry.as_ref().is_ok_and(|entry| entry.file_name().to_str().is_some_and(of_uid)));
         assert_eq!(left.count(), 0, "a process is left");
     }
 }
@@ -139,7 +139,10 @@ async fn a_qemu_that_cannot_be_asked_is_an_error_with_its_words() {
         limit,
     };
     let missing = interview(&launcher(), &settings("/nonexistent/qemu", LIMIT)).await;
-    assert!(matches!(&missing, Err(InterviewError::Spawn(SpawnError::Cage(reason))) if reason.contains("/nonexistent/qemu")), "{missing:?}");
+    assert!(
+        matches!(&missing, Err(InterviewError::Spawn(SpawnError::Cage(reason))) if reason.contains("/nonexistent/qemu")),
+        "{missing:?}"
+    );
     let other = interview(&launcher(), &settings("/bin/ls", LIMIT)).await;
     assert!(matches!(&other, Err(InterviewError::Connect { log, .. }) if log.contains("ls:")), "{other:?}");
     let silent = place.path().join("silent");
