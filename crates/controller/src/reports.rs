@@ -153,11 +153,10 @@ impl Reports {
             figures,
         };
         retry!({ self.store_ended(host, id, vm_id, message.source, &ended).await })?.map_err(Dropped::NotGranted)?;
-        self.hub.send(host, Body::EndedAck(v1::EndedAck {
-            task: message.task.clone(),
-            source: message.source,
-            generation: message.generation,
-        }));
+        self.hub.send(
+            host,
+            Body::EndedAck(v1::EndedAck { task: message.task.clone(), source: message.source, generation: message.generation }),
+        );
         self.tasks.wake(id);
         Ok(())
     }

@@ -143,6 +143,8 @@ impl Source {
             return SourceAction::Record(if whole { SourceRecord::Released } else { SourceRecord::Returned });
         };
         match self.of_this_move(qemu) {
+            // The run state follows a moment later.
+            QemuMigration::Completed if qemu.vcpus == Vcpus::FinishMigrate => SourceAction::Wait(BLACKOUT),
             QemuMigration::Completed if view.declined.is_none() => SourceAction::Record(SourceRecord::Released),
             QemuMigration::Completed | QemuMigration::Failed | QemuMigration::Cancelled => {
                 if self.giving_up.is_none() {
@@ -160,10 +162,10 @@ impl Source {
     }
 
     /// QEMU keeps the status of its last migration for ever: an end that this side has not begun is an earlier move's, and a completed
-    /// migration is this one's only while the VM stands still after it.
+    /// migration is this one's only while the VM stands still.
     fn of_this_move(&self, qemu: &QemuView) -> QemuMigration {
         match qemu.migration {
-            QemuMigration::Completed if qemu.vcpus != Vcpus::PostMigrate => QemuMigration::None,
+            QemuMigration::Completed if qemu.vcpus == Vcpus::Running => QemuMigration::None,
             QemuMigration::Failed | QemuMigration::Cancelled if !self.asked => QemuMigration::None,
             migration => migration,
         }

@@ -166,9 +166,10 @@ impl World {
                     // The return path's last message is a step of its own: the link can break before it.
                     if loaded {
                         source.migration = QemuMigration::Completed;
-                        source.vcpus = Vcpus::PostMigrate;
                     }
                 }
+                // The run state lags behind the status.
+                QemuMigration::Completed if source.vcpus == Vcpus::FinishMigrate => source.vcpus = Vcpus::PostMigrate,
                 QemuMigration::Cancelling => {
                     source.migration = QemuMigration::Cancelled;
                     if source.vcpus == Vcpus::FinishMigrate {

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use godwit_link::v1;
 use godwit_migration::{DestinationRecord, Peer, PeerMessage, SourceRecord};
-use godwit_model::{ErrorCode, Generation, Grant, MigrationPolicy, Millis, Name, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId};
+use godwit_model::{
+    ErrorCode, Generation, Grant, MigrationPolicy, Millis, Name, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId,
+};
 use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
 use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
 use tokio::sync::{mpsc, oneshot};

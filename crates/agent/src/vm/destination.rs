@@ -4,8 +4,12 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use godwit_migration::{Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, Peer, PeerMessage, QemuMigration, QemuView, Vcpus};
-use godwit_model::{Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId,
+use godwit_migration::{
+    Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, Peer, PeerMessage, QemuMigration, QemuView, Vcpus,
+};
+use godwit_model::{
+    Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState, TaskId,
+    VmId,
 };
 use godwit_qemu::qmp::commands::AnnounceSchedule;
 use godwit_qemu::{PassedFds, Start};

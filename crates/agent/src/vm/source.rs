@@ -330,7 +330,15 @@ impl Actor {
                     moving.machine.on_refused(refusal.clone());
                 }
             }),
-            SourceAction::ContinueSwitchOver => self.command(Qmp::migrate_continue).await,
+            SourceAction::ContinueSwitchOver => {
+                if let Err(refusal) = self.command(Qmp::migrate_continue).await {
+                    // Asked twice, because QEMU still showed its old state after the first time: it goes on already. A real refusal shows
+                    // in the next look, and ends the move by its limit.
+                    tracing::debug!(message = refusal.message, "QEMU did not take a continue");
+                    return Some(Duration::from_millis(5));
+                }
+                Ok(())
+            }
             SourceAction::CancelQemu => self.command(Qmp::migrate_cancel).await,
             SourceAction::ContinueVm => self.command(Qmp::cont).await,
         };

@@ -148,7 +148,8 @@ impl Actor {
             limits: Limit::DEFAULT.to_vec(),
             keep: vec![],
         };
-        let log = host.log(&host.log_name(&spec.name, self.vm)).map_err(|error| host_failed("the VM's log cannot be opened", &error))?;
+        let log =
+            host.log(&host.log_name(&spec.name, self.vm)).map_err(|error| host_failed("the VM's log cannot be opened", &error))?;
         let process =
             cage::spawn(&host.launcher, plan, fds, log).await.map_err(|error| host_failed("QEMU could not be started", &error))?;
         if let Some(record) = &mut self.record {
