@@ -212,15 +212,14 @@ fn read_all<T: DeserializeOwned>(dir: &Path) -> Result<Vec<T>, JournalError> {
     let mut records = Vec::new();
     for entry in fs::read_dir(dir).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        match path.extension().and_then(|extension| extension.to_str()) {
-            Some("json") => match fs::read(&path) {
+        // Anything else was left by a crash before the rename, or is about to be renamed: not a record.
+        if path.extension().is_some_and(|extension| extension == "json") {
+            match fs::read(&path) {
                 Ok(bytes) => records.push(parse(&path, &bytes)?),
                 // Removed since the directory was read.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(failed(error)),
-            },
-            // Left by a crash before the rename, or about to be renamed: not a record.
-            _ => {}
+            }
         }
     }
     Ok(records)

@@ -1,5 +1,5 @@
-//! The header of a qcow2 file, as QEMU's `docs/interop/qcow2.txt` describes it. The bytes are hostile: every number is checked before it is
-//! used, and whatever refers outside the file is refused.
+//! The header of a qcow2 file, as the chapter on qcow2 of QEMU's interoperability manual describes it. The bytes are hostile: every
+//! number is checked before it is used, and whatever refers outside the file is refused.
 
 /// How much of a file's beginning [`Header::parse`] looks at, at most: a header with its extensions fits into the first cluster.
 pub(super) const MAX_HEADER: usize = 2 << 20;
