@@ -13,6 +13,7 @@ demo: setup
 	images=$$(scripts/guest-image </dev/null) && \
 	GODWIT_GUEST_KERNEL=$$(printf '%s\n' "$$images" | sed -n 1p) \
 	GODWIT_GUEST_INITRD=$$(printf '%s\n' "$$images" | sed -n 2p) \
+	GODWIT_QEMU_OTHER=$$(scripts/qemu-other </dev/null || true) \
 	GODWIT_BIN=$${CARGO_TARGET_DIR:-$$PWD/target}/release/godwit \
 	cargo run --locked --release --package godwit-e2e --bin demo </dev/null
 

@@ -81,6 +81,15 @@ pub(crate) fn check_start(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<()
 /// Whether the running VM can move from `source` to `destination`.
 pub(crate) fn check_move(spec: &ResolvedSpec, source: Candidate<'_>, destination: Candidate<'_>) -> Result<(), Refusal> {
     check_platform(spec, destination)?;
+    if source.facts.loses_writes_to(spec.memory) {
+        let Candidate { name, facts, .. } = source;
+        return Err(incompatible(
+            format!("QEMU {} on host {name}, emulating, loses memory writes during a warm-up of RAM of this VM's size", facts.qemu),
+            format!(
+                "stop and start the VM (it then gets a size that moves safely), or install QEMU 9.0 or newer on {name} before that"
+            ),
+        ));
+    }
     for disk in &spec.disks {
         let pool = |host: Candidate<'_>| {
             let found = host.facts.pools.iter().find(|pool| pool.name == disk.volume.pool).cloned();

@@ -1,7 +1,7 @@
 //! From what was asked for to what a VM is started with: nothing stays a default or an alias. Pure but for the images, which are given.
 
 use godwit_model::{
-    Accelerator, Boot, ErrorCode, HostFacts, ImageKind, ImageRef, Name, Refusal, ResolvedDisk, ResolvedNic, ResolvedSpec,
+    Accelerator, Boot, Bytes, ErrorCode, HostFacts, ImageKind, ImageRef, Name, Refusal, ResolvedDisk, ResolvedNic, ResolvedSpec,
     SPEC_SCHEMA, VmId, VmSpec,
 };
 
@@ -35,6 +35,12 @@ fn newest_common_machine(hosts: &[Candidate<'_>]) -> Option<String> {
 fn baseline(accelerator: Accelerator, facts: &HostFacts) -> &'static str {
     let nehalem = facts.cpu_models.iter().any(|model| model == KVM_BASELINE);
     if accelerator == Accelerator::Kvm && nehalem { KVM_BASELINE } else { TCG_BASELINE }
+}
+
+/// RAM for life: uneven if the VM might come to a host where even sizes lose writes. It costs such VMs a slower warm-up.
+fn ram(wanted: Bytes, hosts: &[Candidate<'_>]) -> Bytes {
+    let uneven = hosts.iter().any(|host| host.facts.is_old_emulator());
+    if uneven { Bytes(wanted.get() + HostFacts::UNEVEN.get()) } else { wanted }
 }
 
 /// What the VM is started with on `host`, one of the connected `hosts`.
@@ -85,7 +91,7 @@ pub(crate) fn resolve(
         machine,
         cpu: spec.cpu.clone().unwrap_or_else(|| baseline(host.facts.accelerator, host.facts).to_owned()),
         vcpus: spec.vcpus,
-        memory: spec.memory,
+        memory: ram(spec.memory, hosts),
         kernel,
         initrd,
         cmdline,

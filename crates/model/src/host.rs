@@ -31,6 +31,27 @@ pub struct HostFacts {
     pub conditions: Vec<HostCondition>,
 }
 
+/// RAM that old QEMUs under TCG collect dirty pages of correctly is no multiple of this; see [`HostFacts::loses_writes_to`].
+const COLLECTED_IN_WORDS: u64 = 256 << 10;
+
+impl HostFacts {
+    /// What a VM gets more than asked for where it might run on a QEMU that loses writes to RAM of round sizes.
+    pub const UNEVEN: Bytes = Bytes(8 << 10);
+
+    /// Whether VMs are emulated by a QEMU older than 9.0. Told by `mapped-ram`, which came with the version that mended it.
+    #[must_use]
+    pub fn is_old_emulator(&self) -> bool {
+        self.accelerator == Accelerator::Tcg && !self.migration_capabilities.iter().any(|capability| capability == "mapped-ram")
+    }
+
+    /// Whether a warm-up on this host can lose what vCPUs write: QEMU before 9.0 collects dirty pages of a RAM block whose size is a multiple
+    /// of 64 pages without telling TCG's translation buffers. KVM is not concerned.
+    #[must_use]
+    pub fn loses_writes_to(&self, memory: Bytes) -> bool {
+        self.is_old_emulator() && memory.get().is_multiple_of(COLLECTED_IN_WORDS)
+    }
+}
+
 /// A pool as one host sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct PoolFacts {

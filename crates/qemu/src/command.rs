@@ -17,7 +17,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::{fmt, io};
 
-use godwit_model::{Accelerator, Bytes, CacheMode, ResolvedSpec};
+use godwit_model::{Accelerator, CacheMode, ResolvedSpec};
 use rustix::fs::{Mode, OFlags};
 
 use crate::cage::PassedFds;
@@ -168,8 +168,8 @@ pub enum CommandError {
     /// The runtime directory is not usable for sockets.
     #[error("{0:?} is relative, too long for unix sockets, or not plain text")]
     RuntimeDir(PathBuf),
-    /// Memory that is not whole MiB.
-    #[error("memory is not a multiple of 1 MiB")]
+    /// Memory that is not whole pages as QEMU rounds them.
+    #[error("memory is not a multiple of 8 KiB")]
     Memory,
 }
 
@@ -279,7 +279,7 @@ fn check(spec: &ResolvedSpec, resources: &Resources) -> Result<(), CommandError>
     if spec.initrd.is_some() && spec.kernel.is_none() {
         return Err(CommandError::InitrdAlone);
     }
-    if !spec.memory.get().is_multiple_of(1 << 20) {
+    if !spec.memory.get().is_multiple_of(8 << 10) {
         return Err(CommandError::Memory);
     }
     let usable = |path: &Path| {
@@ -308,22 +308,11 @@ fn add_platform(line: &mut Line, spec: &ResolvedSpec) {
     add_accelerator(line, spec.accelerator);
     line.pairs("-cpu", Pairs::new().first(&spec.cpu).first("enforce"));
     line.pairs("-smp", Pairs::new().with("cpus", spec.vcpus).with("sockets", 1).with("cores", spec.vcpus).with("threads", 1));
-    line.pairs("-m", Pairs::new().with("size", format!("{}k", ram(spec).get() >> 10)));
+    line.pairs("-m", Pairs::new().with("size", format!("{}k", spec.memory.get() >> 10)));
     line.pairs("-overcommit", Pairs::new().with("mem-lock", "off"));
     line.pairs("-rtc", Pairs::new().with("base", "utc").with("driftfix", "slew"));
     line.pairs("-boot", Pairs::new().with("menu", "off").with("strict", "on"));
     line.option("-display", "none");
-}
-
-/// The RAM that QEMU is given. Under TCG 8 KiB more than asked for, on every version, since it is ABI: QEMU before 9.0 collects dirty pages of
-/// a RAM block whose size is a multiple of 256 KiB without telling TCG's translation buffers, and then loses what vCPUs write there during
-/// the warm-up. A block of another size is collected page by page, correctly. (Fixed upstream by "physmem: Fix migration dirty bitmap
-/// coherency with TCG memory access". KVM is not concerned.)
-fn ram(spec: &ResolvedSpec) -> Bytes {
-    match spec.accelerator {
-        Accelerator::Kvm => spec.memory,
-        Accelerator::Tcg => Bytes(spec.memory.get() + (8 << 10)),
-    }
 }
 
 fn add_accelerator(line: &mut Line, accelerator: Accelerator) {

@@ -375,7 +375,14 @@ impl Cluster {
             if now.state.ended() {
                 return Ok(now);
             }
-            ensure!(Instant::now() < deadline, "task {} of {} is at `{}` after {patience:?}: {:?}", now.kind, now.subject, now.step, now);
+            ensure!(
+                Instant::now() < deadline,
+                "task {} of {} is at `{}` after {patience:?}: {:?}",
+                now.kind,
+                now.subject,
+                now.step,
+                now
+            );
             thread::sleep(ASK);
         }
     }

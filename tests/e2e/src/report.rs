@@ -96,14 +96,20 @@ impl Report {
                 faults.push(format!("{count} {what}"));
             }
         }
-        for (what, count) in [("page was checked", self.guest.pages_checked), ("byte was streamed", self.tcp.bytes), ("record was heard", self.witness.records)] {
+        for (what, count) in [
+            ("page was checked", self.guest.pages_checked),
+            ("byte was streamed", self.tcp.bytes),
+            ("record was heard", self.witness.records),
+        ] {
             if count == 0 {
                 faults.push(format!("no {what}: nothing is proven"));
             }
         }
         for MigrationReport { from, to, outage_ms, control_outage_ms, .. } in &self.migrations {
             if *outage_ms >= SHORT_MS && *outage_ms >= NOISE * control_outage_ms {
-                faults.push(format!("{from} to {to}: an outage of {outage_ms} ms, beside {control_outage_ms} ms of a VM that stood still"));
+                faults.push(format!(
+                    "{from} to {to}: an outage of {outage_ms} ms, beside {control_outage_ms} ms of a VM that stood still"
+                ));
             }
         }
         faults
@@ -115,7 +121,8 @@ impl Report {
         const HEAD: [&str; 9] = ["MOVE", "TOTAL", "BLACKOUT", "OUTAGE", "CONTROL", "WIRE", "RAM", "ROUNDS", "RATE"];
         let mut rows = vec![HEAD.map(ToOwned::to_owned)];
         rows.extend(self.migrations.iter().map(|migration| {
-            let MigrationReport { from, to, total_ms, blackout_ms, outage_ms, control_outage_ms, wire_bytes, ram_bytes, rounds } = migration;
+            let MigrationReport { from, to, total_ms, blackout_ms, outage_ms, control_outage_ms, wire_bytes, ram_bytes, rounds } =
+                migration;
             let rate = wire_bytes.saturating_mul(1000) / (*total_ms).max(1);
             [
                 format!("{from} -> {to}"),
@@ -160,7 +167,8 @@ mod tests {
     use super::*;
 
     fn good() -> Report {
-        let migration = MigrationReport { from: "h1".into(), to: "h2".into(), outage_ms: 120, control_outage_ms: 10, ..Default::default() };
+        let migration =
+            MigrationReport { from: "h1".into(), to: "h2".into(), outage_ms: 120, control_outage_ms: 10, ..Default::default() };
         Report {
             migrations: vec![migration; 3],
             guest: GuestReport { pages_checked: 1, ..Default::default() },

@@ -28,7 +28,7 @@ fn a_vm_with_a_shared_disk_moves_there_and_back_and_nobody_notices() -> Result<(
         cluster.run(&[Action::Migrate("web", to)])?;
         let ended = Instant::now();
         let (outage, beside) = (echo.longest_gap(began, ended), control.longest_gap(began, ended));
-        eprintln!("to {to}: outage {outage:?}, control {beside:?}");
+        eprintln!("to {to}: outage {outage:?}, control {beside:?}; {:?}", cluster.status("web")?);
         ensure!(outage < Duration::from_millis(400) || outage < beside * 3, "an outage of {outage:?}, beside {beside:?}");
     }
     let report = stream.report();
@@ -43,7 +43,8 @@ fn a_migration_that_cannot_work_is_refused_before_anything_starts() -> Result<()
     let mut cluster = ClusterSpec::new(3)?.agent("h2", &["--memory", "150MiB"]).up()?;
     cluster.boot(&GuestSpec::small("web"), "h1")?;
     let refused = |cluster: &mut Cluster, proves: &str, to: &str, code: ErrorCode| -> Result<String> {
-        let refusal = cluster.begin_move("web", to, MigrationPolicy::default()).err().with_context(|| format!("{proves}: began"))?;
+        let refusal =
+            cluster.begin_move("web", to, MigrationPolicy::default()).err().with_context(|| format!("{proves}: began"))?;
         ensure!(refusal.code == code && refusal.hint.is_some(), "{proves}: {refusal:?}");
         ensure!(cluster.processes("h2")?.is_empty() && cluster.processes("h3")?.is_empty(), "{proves}: something was started");
         Ok(refusal.message)

@@ -64,7 +64,14 @@ fn a_request_that_cannot_be_right_is_refused_with_code_and_fix_and_changes_nothi
         bad("a control character in a path is refused", get.clone(), "/vms/a%00b", None, 400, named),
         bad("a name that is too long is refused", get, &long, None, 400, named),
         bad("an image's name with a path separator is refused", put, "/images/..%2Fx?kind=kernel", None, 400, named),
-        bad("an unknown field is refused", post.clone(), "/teams", Some(json!({"name": "t", "colour": "blue"})), 400, &[BadRequest]),
+        bad(
+            "an unknown field is refused",
+            post.clone(),
+            "/teams",
+            Some(json!({"name": "t", "colour": "blue"})),
+            400,
+            &[BadRequest],
+        ),
         bad(
             "a body over the limit is refused",
             post,

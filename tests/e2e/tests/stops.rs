@@ -17,6 +17,8 @@ fn guest(name: &str) -> GuestSpec {
 #[test]
 fn a_minutes_stop_of_a_carry_or_of_the_destinations_qemu_loses_nothing() -> Result<()> {
     let mut cluster = ClusterSpec::new(2)?.up()?;
+    // Of the QEMU that stands still.
+    cluster.expect_log("QEMU did not answer");
     cluster.boot_all(&[(guest("a"), "h1"), (guest("b"), "h1"), (guest("c"), "h1")])?;
     cluster.run(&[
         IntoTheMiddle("a", "h2"),

@@ -89,7 +89,7 @@ async fn channel(namespace: String, authority: String, pair: String) -> Result<C
             Ok::<_, io::Error>(TokioIo::new(connector.connect(name, tokio::net::TcpStream::from_std(tcp)?).await?))
         }
     });
-    Ok(Endpoint::from_static("https://controller").connect_with_connector(service).await?)
+    Ok(Endpoint::from_static("http://controller").connect_with_connector(service).await?)
 }
 
 #[test]
