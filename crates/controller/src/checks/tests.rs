@@ -16,7 +16,7 @@ pub(crate) fn facts() -> HostFacts {
         memory: Bytes::mib(4096),
         machines: ["pc-q35-7.1", "pc-q35-7.2", "pc-q35-10.0", "pc-i440fx-7.2", "q35"].map(String::from).to_vec(),
         cpu_models: vec!["qemu64-v1".into()],
-        migration_capabilities: vec![],
+        migration_capabilities: vec!["mapped-ram".into()],
         pools: vec![PoolFacts { name: name("shared"), identity: "one".into(), shared: true, capacity: Bytes::GIB }],
         conditions: vec![],
     }
@@ -52,10 +52,11 @@ fn spec() -> ResolvedSpec {
 #[test]
 fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
     type Break = fn(&mut ResolvedSpec, &mut HostFacts, &mut HostFacts, &mut HostLoad);
-    let cases: [(ErrorCode, Break); 9] = [
+    let cases: [(ErrorCode, Break); 10] = [
         (ErrorCode::HostIncompatible, |_, _, to, _| to.accelerator = Accelerator::Kvm),
         (ErrorCode::HostIncompatible, |_, _, to, _| to.machines.retain(|machine| machine != "pc-q35-10.0")),
         (ErrorCode::HostIncompatible, |_, _, to, _| to.cpu_models.clear()),
+        (ErrorCode::HostIncompatible, |_, from, _, _| from.migration_capabilities.clear()),
         (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools.clear()),
         (ErrorCode::PoolUnavailable, |_, from, _, _| from.pools[0].shared = false),
         (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools[0].shared = false),
@@ -78,6 +79,22 @@ fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
     }
     let refusal = check(|_, _, _, load| load.memory_free = Bytes::mib(500)).expect_err("too little");
     assert!(refusal.message.contains("12 MiB (12582912 bytes) are missing"), "{refusal}");
+}
+
+#[test]
+fn ram_is_uneven_where_an_old_qemu_emulates_and_then_moves_from_there() {
+    let old = HostFacts { migration_capabilities: vec![], ..facts() };
+    let (new, free) = (facts(), load(Bytes::GIB));
+    let (h1, h2) = (name("h1"), name("h2"));
+    let hosts = [Candidate { name: &h1, facts: &new, load: &free }, Candidate { name: &h2, facts: &old, load: &free }];
+    let (id, web1, vm) = (VmId::new(uuid::Uuid::nil()), name("web1"), vm());
+    let (_, spec) = decide_start((id, &web1, &vm), Some(&h1), &hosts, &|_| None).expect("started");
+    assert_eq!(spec.memory, Bytes(vm.memory.get() + HostFacts::UNEVEN.get()));
+    assert_eq!(check_move(&spec, hosts[1], hosts[0]), Ok(()));
+    let (_, spec) = decide_start((id, &web1, &vm), Some(&h1), &hosts[..1], &|_| None).expect("started");
+    assert_eq!(spec.memory, vm.memory);
+    let kvm = HostFacts { accelerator: Accelerator::Kvm, ..old };
+    assert!(!kvm.loses_writes_to(vm.memory), "KVM keeps a log of its own");
 }
 
 #[test]
