@@ -32,9 +32,9 @@ pub(crate) fn no_second_runner(cluster: &Cluster) -> Result<()> {
 pub(crate) fn guests_are_whole(cluster: &Cluster) -> Result<()> {
     let Some(vms) = cluster.ask_briefly(cluster.client().vms()) else {
         // The controller is away; the guests are not.
-        return cluster.guests().map(|guest| whole(cluster, guest.name.as_str())).collect();
+        return cluster.guests().try_for_each(|guest| whole(cluster, guest.name.as_str()));
     };
-    vms.iter().filter(|vm| vm.status.state == RunState::Running).map(|vm| whole(cluster, vm.name.as_str())).collect()
+    vms.iter().filter(|vm| vm.status.state == RunState::Running).try_for_each(|vm| whole(cluster, vm.name.as_str()))
 }
 
 fn whole(cluster: &Cluster, vm: &str) -> Result<()> {

@@ -145,14 +145,18 @@ fn an_idle_guest_moves_although_qemu_reaches_its_switch_over_first() -> Result<(
 fn an_idle_guest_moves_on_the_other_qemu_too() -> Result<()> {
     match other_qemu() {
         Some(qemu) => idle_guest(Some(&qemu)),
-        None => Ok(eprintln!("GODWIT_QEMU_OTHER is not set: nothing is proven here")),
+        None => {
+            eprintln!("GODWIT_QEMU_OTHER is not set: nothing is proven here");
+            Ok(())
+        }
     }
 }
 
 #[test]
 fn a_vm_moves_between_two_versions_of_qemu_and_back() -> Result<()> {
     let Some(other) = other_qemu() else {
-        return Ok(eprintln!("GODWIT_QEMU_OTHER is not set: nothing is proven here"));
+        eprintln!("GODWIT_QEMU_OTHER is not set: nothing is proven here");
+        return Ok(());
     };
     let mut cluster = ClusterSpec::new(2)?.qemu("h2", &other).up()?;
     let versions: Vec<String> = cluster

@@ -61,7 +61,7 @@ fn a_whole_lab_comes_up_and_goes_without_a_trace() {
     for host in &status.hosts {
         assert!(host.namespace_exists && host.agent.pid.is_some(), "{host:?}");
         let arguments = fs::read_to_string(status.dir.join(&host.name).join("state/agent.args")).expect("written");
-        let expected = format!("--uid-base\n{}\n--memory\n2GiB", host.uid_base);
+        let expected = format!("--uid-base\n{}\n--vtep\n10.77.0.200\n--memory\n2GiB", host.uid_base);
         assert!(arguments.ends_with(&expected), "{arguments}");
         assert!(!status.dir.join(&host.name).join("join.token").exists());
     }
