@@ -9,7 +9,7 @@ use godwit_lab::Signal;
 use godwit_model::{BytesPerSec, ErrorCode, MigrationPhase, MigrationPolicy};
 
 use crate::Cluster;
-use crate::processes::{HostProcess, ProcessRole, short};
+use crate::processes::{self, HostProcess, ProcessRole};
 
 /// A process that takes part in a migration.
 #[derive(Debug, Clone, Copy)]
@@ -144,15 +144,16 @@ impl Cluster {
             Party::Carry(vm, host) | Party::Qemu(vm, host) => (self.guest(vm)?.id, host),
             Party::Controller | Party::Agent(_) => bail!("{party:?} is a daemon of the lab"),
         };
-        let wanted = match party {
-            Party::Carry(..) => ProcessRole::Carry(short(vm)),
-            _ => ProcessRole::Qemu(vm),
+        let wanted = |process: &&HostProcess| match (&process.role, party) {
+            (ProcessRole::Carry(name), Party::Carry(..)) => processes::names(name, vm),
+            (ProcessRole::Qemu(id), Party::Qemu(..)) => *id == vm,
+            _ => false,
         };
         let all = self.processes(host)?;
-        let found: Vec<&HostProcess> = all.iter().filter(|process| process.role == wanted).collect();
+        let found: Vec<&HostProcess> = all.iter().filter(wanted).collect();
         match found.as_slice() {
             [process] => Ok((*process).clone()),
-            _ => bail!("{} processes on {host} are {wanted:?}, there are {all:?}", found.len()),
+            _ => bail!("{} processes on {host} are {party:?}, there are {all:?}", found.len()),
         }
     }
 

@@ -13,7 +13,7 @@ use godwit_lab::layout::{RUN_ROOT, STATE_ROOT};
 use godwit_model::RunState;
 
 use crate::Cluster;
-use crate::processes::{self, ProcessRole, short};
+use crate::processes::{self, ProcessRole};
 
 /// How long the cluster may take to clear up behind a task.
 const CLEARING: Duration = Duration::from_secs(20);
@@ -90,10 +90,11 @@ fn differences(cluster: &Cluster, host: &HostStatus, vms: &[Vm]) -> Result<Vec<S
         found.push(format!("{}: taps {taps:?}, expected {expected_taps}", host.name));
     }
     let run = Path::new(RUN_ROOT).join(cluster.lab().name()).join(&host.name);
-    let expected: Vec<String> = vms.iter().filter(here).map(|vm| short(vm.id)).collect();
     for entry in names_in(&run) {
         let sockets = names_in(&run.join(&entry));
-        let left = if entry == "carry" { !sockets.is_empty() } else { entry.len() == 8 && !expected.contains(&entry) };
+        let of_a_vm = entry.len() >= 8 && entry.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let expected = vms.iter().filter(here).any(|vm| processes::names(&entry, vm.id));
+        let left = if entry == "carry" { !sockets.is_empty() } else { of_a_vm && !expected };
         if left {
             found.push(format!("{}: {}/{entry} is left: {sockets:?}", host.name, run.display()));
         }

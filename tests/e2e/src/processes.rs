@@ -26,7 +26,7 @@ pub struct HostProcess {
 pub enum ProcessRole {
     /// The QEMU of a VM.
     Qemu(VmId),
-    /// The carry of a VM's move; the first 8 digits of the VM's id.
+    /// The carry of a VM's move; the first digits of the VM's id, which name its socket.
     Carry(String),
     /// Something else, such as a probe of the agent.
     Other(String),
@@ -43,9 +43,9 @@ impl HostProcess {
     }
 }
 
-/// The first 8 digits of a VM's id, which name its sockets and taps.
-pub(crate) fn short(vm: VmId) -> String {
-    format!("{:.8}", vm.uuid().simple().to_string())
+/// Whether a name of sockets and directories, the first digits of a VM's id, is that of `vm`.
+pub(crate) fn names(name: &str, vm: VmId) -> bool {
+    name.len() >= 8 && vm.uuid().simple().to_string().starts_with(name)
 }
 
 /// Everything that runs under a host's user ids now.

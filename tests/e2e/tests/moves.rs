@@ -52,7 +52,9 @@ fn a_migration_that_cannot_work_is_refused_before_anything_starts() -> Result<()
     refused(&mut cluster, "an unknown host", "h9", ErrorCode::NotFound)?;
     refused(&mut cluster, "the host where it runs", "h1", ErrorCode::AlreadyOnHost)?;
     let message = refused(&mut cluster, "too little memory", "h2", ErrorCode::NotEnoughMemory)?;
-    ensure!(message.contains("42 MiB") && message.contains("44040192"), "it does not say how much is missing: {message}");
+    // A guest that an old QEMU emulates has 8 KiB more.
+    let missing = message.contains("44040192 bytes") || message.contains("44048384 bytes");
+    ensure!(message.contains("42 MiB") && missing, "it does not say how much is missing: {message}");
     cluster.lab().agent("h3")?.crash()?;
     cluster.wait_connected("h3", false)?;
     refused(&mut cluster, "a host whose agent is down", "h3", ErrorCode::HostDown)?;
