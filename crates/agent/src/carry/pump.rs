@@ -362,6 +362,8 @@ async fn next_frame<R: tokio::io::AsyncRead + Unpin>(connection: &mut R, decoder
         match connection.read_buf(buffer).await {
             Ok(0) => return Err(PumpError::Closed),
             Ok(_) => {}
+            // A process that ends does not say goodbye to TLS; every end that counts is a frame of ours.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(PumpError::Closed),
             Err(error) => return Err(PumpError::Connection(error)),
         }
     }
