@@ -496,6 +496,18 @@ impl Actor {
     }
 }
 
+/// A QEMU that cannot be held back may be through with a quiet guest before the sample is there; without it the VM could not be stopped in time.
+async fn wait_for_sample(qmp: &Qmp) {
+    const LIMIT: Duration = Duration::from_secs(3);
+    let begun = Instant::now();
+    while begun.elapsed() < LIMIT {
+        match qmp.query_dirty_rate().await {
+            Ok(rate) if rate.status == "measuring" => tokio::time::sleep(Duration::from_millis(50)).await,
+            _ => return,
+        }
+    }
+}
+
 /// A failure together with what carry knows of it.
 fn with_cause(reason: &Refusal, broken: Option<&str>) -> Refusal {
     match broken {
@@ -530,6 +542,8 @@ async fn prepare_source(qmp: &Qmp) -> Result<bool, Refusal> {
     // Without a sample the VM could not be stopped before the second pass.
     if let Err(error) = qmp.calc_dirty_rate(1).await {
         tracing::info!(%error, "no dirty rate can be sampled");
+    } else if !held {
+        wait_for_sample(qmp).await;
     }
     Ok(held)
 }

@@ -35,9 +35,21 @@ pub struct StreamClient {
     thread: Option<JoinHandle<()>>,
 }
 
+/// A guest that has just become ready may not listen yet.
+fn first_connection(outside: &Outside, address: Ipv4Addr) -> Result<TcpStream> {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let begun = std::time::Instant::now();
+    loop {
+        match outside.connection(address, STREAM_PORT, PATIENCE) {
+            Err(_) if begun.elapsed() < PATIENCE => thread::sleep(Duration::from_millis(100)),
+            answer => return answer,
+        }
+    }
+}
+
 impl StreamClient {
     pub(super) fn start(outside: Outside, address: Ipv4Addr) -> Result<Self> {
-        let connection = outside.connection(address, STREAM_PORT, Duration::from_secs(10))?;
+        let connection = first_connection(&outside, address)?;
         let (report, stop) = (Arc::new(Mutex::new(StreamReport::default())), Arc::new(AtomicBool::new(false)));
         let client = Client { outside, address, report: Arc::clone(&report), stop: Arc::clone(&stop) };
         let thread = thread::Builder::new().name("stream".into()).spawn(move || client.run(connection))?;
