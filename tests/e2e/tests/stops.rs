@@ -43,12 +43,11 @@ fn a_minutes_stop_of_a_carry_or_of_the_destinations_qemu_loses_nothing() -> Resu
 fn a_minutes_stop_of_the_sources_or_the_destinations_agent_loses_nothing() -> Result<()> {
     let mut cluster = ClusterSpec::new(3)?.up()?;
     cluster.boot_all(&[(guest("a"), "h1"), (guest("b"), "h2")])?;
+    cluster.run(&[IntoTheMiddle("a", "h2"), IntoTheMiddle("b", "h3"), Stop(Agent("h1")), Stop(Agent("h3"))])?;
+    // Not asked meanwhile: a VM may stand still between its stop and its release, or where QEMU reached its own switch-over, until the agent
+    // that decides is back.
+    std::thread::sleep(A_MINUTE);
     cluster.run(&[
-        IntoTheMiddle("a", "h2"),
-        IntoTheMiddle("b", "h3"),
-        Stop(Agent("h1")),
-        Stop(Agent("h3")),
-        Pass(A_MINUTE),
         Continue(Agent("h1")),
         Continue(Agent("h3")),
         Ends("a", Ending::Moved("h2")),
