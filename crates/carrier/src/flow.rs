@@ -10,6 +10,9 @@ const MAX_WINDOW: u64 = 64 << 20;
 const QUEUE: Duration = Duration::from_millis(50);
 /// How long the rate is averaged.
 const SPAN: Duration = Duration::from_millis(500);
+/// Round trips that are remembered; the shortest of them counts, so that one that waited (in a queue, or for a process that stood still)
+/// does not widen the window.
+const ROUND_TRIPS: usize = 8;
 
 /// Counts what is in flight, and measures round trip and rate. Times are since any fixed moment.
 #[derive(Clone, Debug)]
@@ -20,14 +23,24 @@ pub struct Window {
     span_start: Duration,
     span_applied: u64,
     rate: u64,
-    round_trip: Duration,
+    round_trips: [Option<Duration>; ROUND_TRIPS],
+    next_round_trip: usize,
 }
 
 impl Window {
     /// An empty window at `now`.
     #[must_use]
     pub fn new(now: Duration) -> Self {
-        Self { sent: 0, applied: 0, last_applied: now, span_start: now, span_applied: 0, rate: 0, round_trip: Duration::ZERO }
+        Self {
+            sent: 0,
+            applied: 0,
+            last_applied: now,
+            span_start: now,
+            span_applied: 0,
+            rate: 0,
+            round_trips: [None; ROUND_TRIPS],
+            next_round_trip: 0,
+        }
     }
 
     /// How many more bytes may be read from QEMU now.
@@ -39,7 +52,7 @@ impl Window {
     /// The most that may be in flight at the measured rate and round trip.
     #[must_use]
     pub fn limit(&self) -> u64 {
-        let time = self.round_trip + QUEUE;
+        let time = self.round_trip() + QUEUE;
         let bytes = u128::from(self.rate) * time.as_micros() / 1_000_000;
         u64::try_from(bytes).unwrap_or(u64::MAX).clamp(MIN_WINDOW, MAX_WINDOW)
     }
@@ -62,10 +75,10 @@ impl Window {
         self.rate
     }
 
-    /// Smoothed round trip.
+    /// The shortest of the latest round trips; zero before there was one.
     #[must_use]
-    pub const fn round_trip(&self) -> Duration {
-        self.round_trip
+    pub fn round_trip(&self) -> Duration {
+        self.round_trips.iter().flatten().min().copied().unwrap_or_default()
     }
 
     /// When the destination last applied anything, or the moment since nothing has been in flight.
@@ -104,7 +117,10 @@ impl Window {
 
     /// A ping came back after `round_trip`.
     pub fn on_round_trip(&mut self, round_trip: Duration) {
-        self.round_trip = if self.round_trip.is_zero() { round_trip } else { (self.round_trip * 7 + round_trip) / 8 };
+        if let Some(oldest) = self.round_trips.get_mut(self.next_round_trip) {
+            *oldest = Some(round_trip);
+        }
+        self.next_round_trip = (self.next_round_trip + 1) % ROUND_TRIPS;
     }
 }
 
@@ -124,6 +140,18 @@ mod tests {
         assert_eq!(window.rate(), 100 << 20);
         let nine_tenths_of_a_tenth = (100 << 20) * 90 / 1_000;
         assert_eq!(window.limit(), nine_tenths_of_a_tenth, "40 ms round trip + 50 ms");
+    }
+
+    #[test]
+    fn one_round_trip_that_waited_does_not_widen_the_window() {
+        let mut window = Window::new(Duration::ZERO);
+        window.on_round_trip(Duration::from_millis(40));
+        window.on_round_trip(Duration::from_secs(60));
+        assert_eq!(window.round_trip(), Duration::from_millis(40));
+        for _ in 0..ROUND_TRIPS {
+            window.on_round_trip(Duration::from_millis(80));
+        }
+        assert_eq!(window.round_trip(), Duration::from_millis(80), "a path that became longer is believed");
     }
 
     #[test]

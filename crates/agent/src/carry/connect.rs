@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use godwit_link::certificate::{host_dns_name, host_of_dns_name};
 use godwit_model::Name;
 use rustls::pki_types::ServerName;
@@ -20,6 +22,8 @@ use crate::tls::{Material, TlsError};
 
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(15);
+/// Connections that may be in their handshake at once.
+const HANDSHAKES: usize = 64;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -78,14 +82,22 @@ pub(super) async fn accept(
         .with_single_cert(material.chain()?, material.key()?)
         .map_err(TlsError::Config)?;
     let acceptor = TlsAcceptor::from(Arc::new(config));
+    // Side by side: a stranger that says nothing takes no time from the one that is expected.
+    let mut handshakes = FuturesUnordered::new();
     loop {
-        let (tcp, from) = listener.accept().await.map_err(ConnectError::Accept)?;
-        match limited(acceptor.accept(counted(tcp, Arc::clone(&bytes)))).await {
-            Ok(connection) if peer_host(connection.get_ref().1.peer_certificates()).as_ref() == Some(peer) => {
-                return Ok(TlsStream::Server(connection));
+        tokio::select! {
+            accepted = listener.accept(), if handshakes.len() < HANDSHAKES => {
+                let (tcp, from) = accepted.map_err(ConnectError::Accept)?;
+                let handshake = acceptor.accept(counted(tcp, Arc::clone(&bytes)));
+                handshakes.push(async move { (from, limited(handshake).await) });
             }
-            Ok(_) => tracing::warn!(%from, %peer, "turned away a connection with the certificate of another host"),
-            Err(error) => tracing::warn!(%from, %error, "turned away a connection"),
+            Some((from, shaken)) = handshakes.next() => match shaken {
+                Ok(connection) if peer_host(connection.get_ref().1.peer_certificates()).as_ref() == Some(peer) => {
+                    return Ok(TlsStream::Server(connection));
+                }
+                Ok(_) => tracing::warn!(%from, %peer, "turned away a connection with the certificate of another host"),
+                Err(error) => tracing::warn!(%from, %error, "turned away a connection"),
+            },
         }
     }
 }

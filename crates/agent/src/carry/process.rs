@@ -21,11 +21,12 @@ use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::connect;
 use super::control::{CarryConfig, CarryStatus, FromCarry, MAX_LINE, Role, ToCarry};
-use super::pump::{Ends, Pump, Side};
+use super::pump::{Ends, KeepAlive, Pump, Side};
 use crate::tls::Material;
 
 /// Time without any agent after which an orphan ends.
 const ORPHAN: Duration = Duration::from_secs(600);
+const PING_EVERY: Duration = Duration::from_secs(1);
 const STATUS_EVERY: Duration = Duration::from_millis(100);
 
 /// Why a carry did not begin.
@@ -119,8 +120,8 @@ async fn move_bytes(
     let mut connection = connected.map_err(|error| error.to_string())?;
     let identity =
         Identity { vm: *config.vm.uuid().as_bytes(), task: *config.task.uuid().as_bytes(), generation: config.generation.0 };
-    let silence = Duration::from_millis(config.silence.get());
-    let (pump, queues) = Pump::new(side, identity, silence, bandwidth, to_agent);
+    let keep_alive = KeepAlive { every: PING_EVERY, silence: Duration::from_millis(config.silence.get()) };
+    let (pump, queues) = Pump::new(side, identity, keep_alive, bandwidth, to_agent);
     let mut decoder = Decoder::default();
     tokio::time::timeout(Duration::from_secs(15), pump.greet(&mut connection, &mut decoder))
         .await

@@ -40,32 +40,40 @@ pub(super) enum Side {
     Destination,
 }
 
-/// A ping per second; also how often silence is looked for.
-const TICK: Duration = Duration::from_secs(1);
 /// Largest single read from QEMU.
 const READ: u64 = 64 << 10;
 /// What a peer may have under way beyond the window before it is cut off.
 const MAX_QUEUED: u64 = (64 << 20) + (1 << 20);
-/// Answers to pings that may wait to be written: a peer that only asks and never reads is cut off.
-const MAX_WAITING: usize = 64;
 /// How long the source's QEMU may keep its socket after the destination's QEMU closed: longer than it needs to close by itself.
 const LINGER: Duration = Duration::from_secs(3);
+
+/// How a peer's life is watched.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KeepAlive {
+    /// At most one ping in this time; also how often silence is looked for.
+    pub(super) every: Duration,
+    /// How long the peer may say nothing.
+    pub(super) silence: Duration,
+}
 
 /// One side's state, shared by its loops, which all run in one task.
 pub(super) struct Pump {
     side: Side,
     identity: Identity,
     started: Instant,
-    silence: Duration,
+    keep_alive: KeepAlive,
     bandwidth: Option<BytesPerSec>,
     window: RefCell<Window>,
     room: Notify,
     applied: Cell<u64>,
     applied_changed: Notify,
     queued: Cell<u64>,
-    last_heard: Cell<Instant>,
-    /// Urgent frames that wait to be written.
-    waiting: Cell<usize>,
+    /// Something came from the peer since the last tick.
+    heard: Cell<bool>,
+    /// Our ping that the peer has not answered yet: the next one waits for it, so that a peer that stood still finds one ping, not hundreds.
+    asked: Cell<Option<u64>>,
+    /// The peer's ping has an answer that waits to be written.
+    answering: Cell<bool>,
     /// The peer's QEMU has closed its side.
     peer_ended: Cell<bool>,
     urgent: mpsc::UnboundedSender<Frame>,
@@ -101,7 +109,7 @@ impl Pump {
     pub(super) fn new(
         side: Side,
         identity: Identity,
-        silence: Duration,
+        keep_alive: KeepAlive,
         bandwidth: Option<BytesPerSec>,
         to_agent: mpsc::Sender<Bytes>,
     ) -> (Self, Queues) {
@@ -113,15 +121,16 @@ impl Pump {
             side,
             identity,
             started,
-            silence,
+            keep_alive,
             bandwidth,
             window: RefCell::new(Window::new(Duration::ZERO)),
             room: Notify::new(),
             applied: Cell::new(0),
             applied_changed: Notify::new(),
             queued: Cell::new(0),
-            last_heard: Cell::new(started),
-            waiting: Cell::new(0),
+            heard: Cell::new(true),
+            asked: Cell::new(None),
+            answering: Cell::new(false),
             peer_ended: Cell::new(false),
             urgent,
             bulk,
@@ -167,7 +176,28 @@ impl Pump {
         tokio::select! {
             error = self.read_connection(connection_reader, decoder) => error,
             error = self.write_connection(connection_writer, queues.urgent, queues.bulk, ends.from_agent) => error,
+            error = self.watch_life() => error,
             never = self.serve_qemu(socket, queues.to_qemu) => match never {},
+        }
+    }
+
+    /// Asks for a sign of life and judges silence, in ticks of its own: time in which this very process stood still does not count.
+    async fn watch_life(&self) -> PumpError {
+        let KeepAlive { every, silence } = self.keep_alive;
+        let mut tick = tokio::time::interval(every);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut silent = Duration::ZERO;
+        loop {
+            tick.tick().await;
+            silent = if self.heard.replace(false) { Duration::ZERO } else { silent + every };
+            if silent > silence {
+                return PumpError::Silent(silent);
+            }
+            if self.asked.get().is_none() {
+                let number = u64::try_from(self.now().as_micros()).unwrap_or(u64::MAX);
+                self.asked.set(Some(number));
+                let _ = self.urgent.send(Frame::Ping(number));
+            }
         }
     }
 
@@ -250,7 +280,7 @@ impl Pump {
         loop {
             match next_frame(&mut connection, &mut decoder).await {
                 Ok(frame) => {
-                    self.last_heard.set(Instant::now());
+                    self.heard.set(true);
                     if let Err(error) = self.on_frame(frame).await {
                         return error;
                     }
@@ -263,15 +293,16 @@ impl Pump {
     async fn on_frame(&self, frame: Frame) -> Result<(), PumpError> {
         match (self.side, frame) {
             (_, Frame::Ping(number)) => {
-                let waiting = self.waiting.get() + 1;
-                if waiting > MAX_WAITING {
-                    return Err(PumpError::Unexpected("more pings than it reads answers to"));
+                if self.answering.replace(true) {
+                    return Err(PumpError::Unexpected("a ping before it had the answer to its last"));
                 }
-                self.waiting.set(waiting);
                 let _ = self.urgent.send(Frame::Pong(number));
             }
-            (_, Frame::Pong(sent_us)) => {
-                let round_trip = self.now().saturating_sub(Duration::from_micros(sent_us));
+            (_, Frame::Pong(number)) => {
+                if self.asked.take() != Some(number) {
+                    return Err(PumpError::Unexpected("an answer to no ping of ours"));
+                }
+                let round_trip = self.now().saturating_sub(Duration::from_micros(number));
                 self.window.borrow_mut().on_round_trip(round_trip);
             }
             // Facts are repeated until answered: one that finds no agent may be dropped.
@@ -309,29 +340,19 @@ impl Pump {
         mut bulk: mpsc::Receiver<Frame>,
         mut from_agent: mpsc::Receiver<Bytes>,
     ) -> PumpError {
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut out = BytesMut::new();
         loop {
             // The writer outlives every sender: `self` holds one of each.
             let frame = tokio::select! {
                 biased;
-                Some(frame) = urgent.recv() => {
-                    self.waiting.set(self.waiting.get().saturating_sub(1));
-                    frame
-                }
+                Some(frame) = urgent.recv() => frame,
                 () = self.applied_changed.notified() => Frame::Applied(self.applied.get()),
                 Some(message) = from_agent.recv() => Frame::Control(message),
-                _ = tick.tick() => {
-                    // A process that was frozen hears before it judges: what arrived meanwhile is read first.
-                    let silent = self.last_heard.get().elapsed();
-                    if silent > self.silence {
-                        return PumpError::Silent(silent);
-                    }
-                    Frame::Ping(u64::try_from(self.now().as_micros()).unwrap_or(u64::MAX))
-                }
                 Some(frame) = bulk.recv() => frame,
             };
+            if matches!(frame, Frame::Pong(_)) {
+                self.answering.set(false);
+            }
             frame.encode(&mut out);
             let written = async {
                 connection.write_all(&out).await?;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use bytes::Bytes;
-use godwit_carrier::{Decoder, Identity};
+use bytes::{Bytes, BytesMut};
+use godwit_carrier::{Decoder, Frame, Identity};
 use godwit_link::certificate::host_dns_name;
 use godwit_model::Name;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
@@ -17,11 +17,11 @@ use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
 use super::connect::{accept, dial};
-use super::pump::{Ends, Pump, PumpError, Side};
+use super::pump::{Ends, KeepAlive, Pump, PumpError, Side};
 use crate::tls::Material;
 
 const IDENTITY: Identity = Identity { vm: [1; 16], task: [2; 16], generation: 3 };
-const SILENCE: Duration = Duration::from_secs(60);
+const PATIENT: KeepAlive = KeepAlive { every: Duration::from_secs(1), silence: Duration::from_secs(60) };
 
 fn name(text: &str) -> Name {
     Name::new(text).expect("name")
@@ -54,12 +54,12 @@ struct Running {
     ended: tokio::task::JoinHandle<PumpError>,
 }
 
-fn start(side: Side, identity: Identity, mut connection: super::connect::Connection) -> Running {
+fn start(side: Side, identity: Identity, keep_alive: KeepAlive, mut connection: super::connect::Connection) -> Running {
     let (qemu, ours) = UnixStream::pair().expect("pair");
     let (to_peer, from_agent) = mpsc::channel(8);
     let (to_agent, from_peer) = mpsc::channel(8);
     let ended = tokio::task::spawn_local(async move {
-        let (pump, queues) = Pump::new(side, identity, SILENCE, None, to_agent);
+        let (pump, queues) = Pump::new(side, identity, keep_alive, None, to_agent);
         let mut decoder = Decoder::default();
         match pump.greet(&mut connection, &mut decoder).await {
             Ok(()) => pump.run(Ends { connection, qemu: ours, from_agent }, queues, decoder).await,
@@ -83,7 +83,7 @@ async fn connected(source: &Material, destination: &Material) -> (super::connect
 async fn pair(destination_identity: Identity) -> (Running, Running) {
     let materials = cluster(&["h1", "h2"]);
     let (dialled, accepted) = connected(&materials[0], &materials[1]).await;
-    (start(Side::Source, IDENTITY, dialled), start(Side::Destination, destination_identity, accepted))
+    (start(Side::Source, IDENTITY, PATIENT, dialled), start(Side::Destination, destination_identity, PATIENT, accepted))
 }
 
 fn pattern(length: usize) -> Vec<u8> {
@@ -179,6 +179,97 @@ async fn another_move_and_another_host_are_turned_away() {
             assert!(cut, "a host of another cluster was let in");
             assert!(!accepting.is_finished());
             dial(address, &name("h2"), &materials[0], Arc::default()).await.expect("the right one is still welcome");
+            accepting.await.expect("joined").expect("accepted");
+        })
+        .await;
+}
+
+/// The other side of a pump, by hand: the frames that come, and any that one likes to send.
+struct ByHand {
+    connection: super::connect::Connection,
+    decoder: Decoder,
+}
+
+impl ByHand {
+    async fn next(&mut self) -> Option<Frame> {
+        loop {
+            if let Some(frame) = self.decoder.next_frame().expect("frame") {
+                return Some(frame);
+            }
+            match self.connection.read_buf(self.decoder.buffer_mut()).await {
+                Ok(0) | Err(_) => return None,
+                Ok(_) => {}
+            }
+        }
+    }
+
+    async fn send(&mut self, frames: &[Frame]) {
+        let mut out = BytesMut::new();
+        for frame in frames {
+            frame.encode(&mut out);
+        }
+        self.connection.write_all(&out).await.expect("written");
+        self.connection.flush().await.expect("flushed");
+    }
+}
+
+/// A pump as destination, and its source by hand, after the greeting.
+async fn against_a_source_by_hand(keep_alive: KeepAlive) -> (Running, ByHand) {
+    let materials = cluster(&["h1", "h2"]);
+    let (connection, accepted) = connected(&materials[0], &materials[1]).await;
+    let running = start(Side::Destination, IDENTITY, keep_alive, accepted);
+    let mut source = ByHand { connection, decoder: Decoder::default() };
+    source.send(&[Frame::Hello(IDENTITY)]).await;
+    assert_eq!(source.next().await, Some(Frame::Welcome(IDENTITY)));
+    (running, source)
+}
+
+#[tokio::test]
+async fn a_peer_that_stands_still_gets_one_ping_and_is_asked_again_once_it_has_answered() {
+    LocalSet::new()
+        .run_until(async {
+            let every = Duration::from_millis(5);
+            let (destination, mut source) = against_a_source_by_hand(KeepAlive { every, silence: 20 * every }).await;
+            for _ in 0..3 {
+                let Some(Frame::Ping(number)) = source.next().await else { panic!("no ping") };
+                source.send(&[Frame::Pong(number)]).await;
+            }
+            assert!(matches!(destination.ended.await.expect("ended"), PumpError::Silent(_)));
+            assert!(matches!(source.next().await, Some(Frame::Ping(_))));
+            assert_eq!(source.next().await, None, "twenty ticks of silence, and more than one ping was waiting");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_only_asks_or_answers_what_was_not_asked_is_cut_off() {
+    LocalSet::new()
+        .run_until(async {
+            for frames in [[Frame::Ping(1), Frame::Ping(2)], [Frame::Ping(1), Frame::Pong(u64::MAX)]] {
+                let (destination, mut source) = against_a_source_by_hand(PATIENT).await;
+                source.send(&frames).await;
+                assert!(matches!(destination.ended.await.expect("ended"), PumpError::Unexpected(_)), "{frames:?}");
+            }
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_silent_stranger_does_not_keep_the_source_waiting() {
+    LocalSet::new()
+        .run_until(async {
+            let materials = cluster(&["h1", "h2"]);
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
+            let address = listener.local_addr().expect("address");
+            let mut strangers = Vec::new();
+            for _ in 0..20 {
+                strangers.push(tokio::net::TcpStream::connect(address).await.expect("connected"));
+            }
+            let (h1, h2, destination) = (name("h1"), name("h2"), materials[1].clone());
+            let accepting = tokio::task::spawn_local(async move { accept(listener, &h1, &destination, Arc::default()).await });
+            // Less than the time that a stranger has for its handshake.
+            let dialled = tokio::time::timeout(Duration::from_secs(10), dial(address, &h2, &materials[0], Arc::default()));
+            dialled.await.expect("the source waited for strangers").expect("dialled");
             accepting.await.expect("joined").expect("accepted");
         })
         .await;
