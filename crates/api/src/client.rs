@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use eventsource_stream::Eventsource;
 use futures::{Stream, StreamExt};
-use godwit_model::{ErrorCode, ImageKind, Name, Refusal, Retry, TaskId, TokenId};
+use godwit_model::{ErrorCode, ImportFormat, Name, Refusal, Retry, TaskId, TokenId};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde::Serialize;
@@ -87,6 +87,15 @@ impl ClientError {
 pub struct Client {
     http: reqwest::Client,
     endpoint: Endpoint,
+}
+
+/// What an import answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Imported {
+    /// The image is there.
+    Image(v1::Image),
+    /// A task makes it of what was sent.
+    Task(Box<v1::Task>),
 }
 
 type Result<T> = std::result::Result<T, ClientError>;
@@ -225,7 +234,7 @@ impl Client {
     }
 
     /// Imports an image from a stream of its bytes.
-    pub async fn import_image<S>(&self, image: &Name, kind: ImageKind, content: S) -> Result<v1::Image>
+    pub async fn import_image<S>(&self, image: &Name, kind: ImportFormat, content: S) -> Result<Imported>
     where
         S: Stream<Item = std::io::Result<Bytes>> + Send + Sync + 'static,
     {
@@ -236,7 +245,30 @@ impl Client {
             .body(reqwest::Body::wrap_stream(content));
         let response = self.send(request).await?;
         let status = response.status();
-        response.json().await.map_err(|_| ClientError::Foreign { url: self.endpoint.url.clone(), status })
+        let read = if status == StatusCode::ACCEPTED {
+            response.json().await.map(|task| Imported::Task(Box::new(task)))
+        } else {
+            response.json().await.map(Imported::Image)
+        };
+        read.map_err(|_| ClientError::Foreign { url: self.endpoint.url.clone(), status })
+    }
+
+    /// Lets the controller fetch an image.
+    pub async fn fetch_image(&self, image: &Name, request: &v1::ImageFetch) -> Result<v1::Task> {
+        self.post(&format!("/images/{}/fetch", segment(image)), request).await
+    }
+
+    /// The content of an image in a format (`stored`, `qcow2`, `ova`), with its length. It may take long until it begins.
+    pub async fn export_image(
+        &self,
+        image: &Name,
+        format: &str,
+    ) -> Result<(Option<u64>, impl Stream<Item = Result<Bytes>> + Send + use<>)> {
+        let path = format!("/images/{}/content?format={}", segment(image), segment(&format));
+        let response = self.send(self.request(Method::GET, &path)).await?;
+        let (length, url) = (response.content_length(), self.endpoint.url.clone());
+        let broken = move |source| ClientError::Unreachable { url: url.clone(), source: Box::new(source) };
+        Ok((length, response.bytes_stream().map(move |chunk| chunk.map_err(&broken))))
     }
 
     /// Deletes an image.

@@ -30,6 +30,8 @@ pub const fn http_status(code: ErrorCode) -> u16 {
         | E::VolumeTruncated
         | E::VolumeFormat
         | E::ImageInvalid
+        | E::AddressForbidden
+        | E::FetchFailed
         | E::GrantExpired
         | E::MigrationFailed
         | E::MigrationStalled

@@ -1,8 +1,8 @@
 //! Version 1 on the wire. Times are milliseconds since 1970 UTC, sizes bytes, rates bytes per second.
 
 use godwit_model::{
-    Accelerator, Activity, Bytes, Generation, HostFacts, HostLoad, ImageId, ImageKind, MigrationFigures, MigrationPolicy,
-    MigrationProgress, Millis, Name, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
+    Accelerator, Activity, Bytes, Generation, HostFacts, HostLoad, ImageId, ImageKind, ImportFormat, MigrationFigures,
+    MigrationPolicy, MigrationProgress, Millis, Name, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -243,12 +243,39 @@ pub struct Task {
     pub cancellable: bool,
     /// Progress of a migration.
     pub progress: Option<MigrationProgress>,
+    /// How far work on content is.
+    #[serde(default)]
+    pub transfer: Option<Transfer>,
     /// What a migration cost.
     pub figures: Option<MigrationFigures>,
     /// Why it failed or was cancelled.
     pub error: Option<Refusal>,
     /// What happened, oldest first.
     pub trail: Vec<TaskNote>,
+}
+
+/// How far work on content is: fetching, converting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Transfer {
+    /// Bytes that are done, where bytes are counted.
+    pub done: Option<Bytes>,
+    /// Bytes in all, if that is known.
+    pub total: Option<Bytes>,
+    /// Thousandths that are done, if that is known.
+    pub permille: Option<u16>,
+}
+
+/// Asks for an image to be fetched from a URL.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ImageFetch {
+    /// An https URL without user name and password.
+    pub url: String,
+    /// What is there; declared, never guessed.
+    pub kind: ImportFormat,
+    /// SHA-256 that the file must have, 64 hexadecimal digits.
+    #[serde(default)]
+    pub sha256: Option<String>,
 }
 
 /// Where a task stands.

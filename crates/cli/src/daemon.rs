@@ -3,6 +3,7 @@
 pub(crate) mod agent;
 mod cage;
 mod carry;
+mod convert;
 pub(crate) mod join;
 mod kvm_probe;
 mod lab_relay;
@@ -25,6 +26,7 @@ pub(crate) fn run_inner() -> Option<ExitCode> {
     let run: fn(Vec<OsString>) -> ExitCode = match name.to_str()? {
         "cage" => cage::run,
         "carry" => carry::run,
+        "convert" => convert::run,
         "kvm-probe" => kvm_probe::run,
         "lab-relay" => lab_relay::run,
         _ => return None,

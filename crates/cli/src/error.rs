@@ -62,6 +62,7 @@ impl Exit {
             | E::VolumeTruncated
             | E::VolumeFormat
             | E::ImageInvalid
+            | E::AddressForbidden
             | E::TokenInvalid
             | E::TokenUsed
             | E::TokenExpired
@@ -79,6 +80,7 @@ impl Exit {
             | E::QemuFirst
             | E::QemuFailed
             | E::StoreFull
+            | E::FetchFailed
             | E::HostFailed
             | E::Internal => Self::Failed,
         }

@@ -5,7 +5,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use godwit_api::v1::Task;
+use godwit_api::v1::{Task, Transfer};
 use godwit_model::{Bytes, MigrationPhase, MigrationProgress, Millis, Name};
 
 use crate::text::visible;
@@ -23,6 +23,7 @@ pub(crate) struct Meter {
     subject: String,
     step: String,
     migration: Option<MigrationProgress>,
+    transfer: Option<Transfer>,
 }
 
 impl Meter {
@@ -35,6 +36,7 @@ impl Meter {
     pub(crate) fn update(&mut self, task: &Task) {
         self.subject = visible(task.subject.as_str()).into_owned();
         self.step = visible(if task.step.is_empty() { &task.kind } else { &task.step }).into_owned();
+        self.transfer = task.transfer;
         if let Some(new) = &task.progress {
             let mut new = new.clone();
             if let Some(old) = &self.migration {
@@ -66,14 +68,25 @@ impl Meter {
 
     /// The whole progress on one line; with a bar if it is written anew all the time.
     pub(crate) fn line(&self, bar: bool) -> String {
-        let Some(migration) = &self.migration else { return format!("{}: {}", self.title(), self.step) };
-        let permille = migration.permille;
+        let share = |line: &mut String, permille: u16| {
+            let permille = permille.min(1_000);
+            if bar {
+                let filled = BAR * usize::from(permille) / 1_000;
+                line.push_str(&format!("[{:-<BAR$}] ", "#".repeat(filled)));
+            }
+            line.push_str(&format!("{:>3}.{} %  ", permille / 10, permille % 10));
+        };
+        let Some(migration) = &self.migration else {
+            let mut line = format!("{}: {}  ", self.title(), self.step);
+            if let Some(transfer) = &self.transfer {
+                transfer.permille.into_iter().for_each(|permille| share(&mut line, permille));
+                transfer.done.into_iter().for_each(|done| line.push_str(&done.to_string()));
+            }
+            return line.trim_end().to_owned();
+        };
         let mut line = format!("{}: {:<13} ", self.title(), migration.phase.as_str());
-        if bar {
-            let filled = BAR * usize::from(permille) / 1_000;
-            line.push_str(&format!("[{:-<BAR$}] ", "#".repeat(filled)));
-        }
-        line.push_str(&format!("{:>3}.{} %  {}  {}", permille / 10, permille % 10, migration.wire_bytes, migration.rate));
+        share(&mut line, migration.permille);
+        line.push_str(&format!("{}  {}", migration.wire_bytes, migration.rate));
         let mut add = |what: &str, value: Option<String>| {
             if let Some(value) = value {
                 line.push_str(&format!("  {what} {value}"));
@@ -221,6 +234,7 @@ mod tests {
             step: "copying\u{1b}[2J".into(),
             cancellable: true,
             progress,
+            transfer: None,
             figures: None,
             error: None,
             trail: vec![],

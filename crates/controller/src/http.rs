@@ -68,6 +68,8 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(cluster::network_list))
         .routes(routes!(images::image_list))
         .routes(routes!(images::image_show, images::image_import, images::image_delete))
+        .routes(routes!(images::image_fetch))
+        .routes(routes!(images::image_export))
         .routes(routes!(vms::vm_list, vms::vm_create))
         .routes(routes!(vms::vm_show, vms::vm_delete))
         .routes(routes!(vms::vm_start))

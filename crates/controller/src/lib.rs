@@ -28,5 +28,6 @@ mod views;
 #[cfg(test)]
 mod tests;
 
+pub use images::{Converter, FetchRules};
 pub use options::{LogFormat, ServeOptions};
 pub use server::{Controller, ServeError, serve};

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use godwit_model::Bytes;
 
+use crate::images::{Converter, FetchRules};
+
 /// How log lines look on standard error.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
@@ -33,6 +35,10 @@ pub struct ServeOptions {
     pub log: LogFormat,
     /// Largest image that can be imported.
     pub image_limit: Bytes,
+    /// The program that converts images.
+    pub converter: Converter,
+    /// How images are fetched from URLs.
+    pub fetch: FetchRules,
     /// How often agents say that they are there; a host that missed three is disconnected.
     pub heartbeat: Duration,
     /// How many changes the log keeps for those who watch events.
@@ -53,6 +59,8 @@ impl ServeOptions {
             insecure_loopback: false,
             log: LogFormat::Text,
             image_limit: Bytes(64 << 30),
+            converter: Converter::default(),
+            fetch: FetchRules::default(),
             heartbeat: Duration::from_secs(2),
             log_kept: 100_000,
             store_pages: None,

@@ -173,7 +173,7 @@ impl Reports {
             // Long forgotten here: so may the agent. Nothing is believed of it.
             return Ok(Ok(()));
         };
-        if task.row.vm != vm_id {
+        if task.row.vm != Some(vm_id) {
             return Ok(Err("another VM than the task's"));
         }
         let Work::Migrate(work) = &mut task.row.work else { return Ok(Err("not a migration")) };

@@ -10,10 +10,10 @@
 
 use std::collections::BTreeMap;
 
-use godwit_api::v1::{Role, TaskNote, TaskState};
+use godwit_api::v1::{Role, TaskNote, TaskState, Transfer};
 use godwit_model::{
-    Activity, Bytes, Epoch, Generation, HostFacts, ImageId, ImageKind, MigrationFigures, MigrationPolicy, MigrationProgress,
-    Millis, Name, Refusal, ResolvedSpec, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
+    Activity, Bytes, Epoch, Generation, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures, MigrationPolicy,
+    MigrationProgress, Millis, Name, Refusal, ResolvedSpec, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -192,7 +192,8 @@ pub(crate) struct TaskRow {
     pub(crate) id: TaskId,
     pub(crate) team: Name,
     pub(crate) subject: Name,
-    pub(crate) vm: VmId,
+    /// The VM that it holds; none where it works on something else.
+    pub(crate) vm: Option<VmId>,
     pub(crate) work: Work,
     pub(crate) state: TaskState,
     pub(crate) created: UnixMillis,
@@ -202,6 +203,8 @@ pub(crate) struct TaskRow {
     pub(crate) step: String,
     pub(crate) cancel: bool,
     pub(crate) progress: Option<MigrationProgress>,
+    #[serde(default)]
+    pub(crate) transfer: Option<Transfer>,
     pub(crate) figures: Option<MigrationFigures>,
     pub(crate) error: Option<Refusal>,
     pub(crate) trail: Vec<TaskNote>,
@@ -225,6 +228,18 @@ pub(crate) enum Work {
     Delete { volumes: bool },
     /// Moves the VM.
     Migrate(Box<MigrateWork>),
+    /// Brings an image in.
+    Import { image: ImageId, format: ImportFormat, source: ImportSource },
+}
+
+/// Where an image comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "from", rename_all = "snake_case")]
+pub(crate) enum ImportSource {
+    /// It was uploaded, and lies with the images.
+    Upload,
+    /// It is fetched.
+    Url { url: String, sha256: Option<String> },
 }
 
 impl Work {
@@ -238,6 +253,7 @@ impl Work {
             Self::Unpause => "vm.unpause",
             Self::Delete { .. } => "vm.delete",
             Self::Migrate(_) => "vm.migrate",
+            Self::Import { .. } => "image.import",
         }
     }
 }

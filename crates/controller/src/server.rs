@@ -1,5 +1,6 @@
 //! Starting and stopping: the order in which the parts come to life, and go.
 
+use std::collections::HashSet;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -24,12 +25,12 @@ use crate::db::{Batch, Db, Fault};
 use crate::fleet::Fleet;
 use crate::http::{App, router};
 use crate::hub::Hub;
-use crate::images::Images;
+use crate::images::{Images, source_of};
 use crate::link::{LinkServer, listen};
 use crate::options::{LogFormat, ServeOptions};
 use crate::principals::new_token;
 use crate::reports::Reports;
-use crate::rows::{HostRow, ImageRow, TeamRow};
+use crate::rows::{HostRow, ImageRow, TaskRow, TeamRow, Work};
 use crate::sockets::HandedOver;
 use crate::store::{SqliteStore, Store, StoreError};
 use crate::tasks::Tasks;
@@ -182,8 +183,8 @@ impl Controller {
         first_start(&db, dir).await?;
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
         let hub = Arc::new(Hub::new());
-        let tasks = Arc::new(Tasks::new(db.clone(), hub.clone(), tracker.clone(), stop.clone()));
         let images = Arc::new(open_images(&db, &options).await?);
+        let tasks = Arc::new(Tasks::new(db.clone(), hub.clone(), images.clone(), tracker.clone(), stop.clone()));
         let fleet = Arc::new(Fleet::new(db.clone(), hub.clone()));
         nobody_is_connected(&db).await?;
         fleet.refresh().await?;
@@ -288,10 +289,18 @@ async fn first_start(db: &Db, dir: &Path) -> Result<(), ServeError> {
 }
 
 async fn open_images(db: &Db, options: &ServeOptions) -> Result<Images, ServeError> {
-    let known: std::collections::HashSet<String> =
-        db.all::<ImageRow>().await?.iter().map(|image| image.row.id.to_string()).collect();
+    let mut known: HashSet<String> = db.all::<ImageRow>().await?.iter().map(|image| image.row.id.to_string()).collect();
+    // What an import works on is needed until it has ended.
+    known.extend(db.all::<TaskRow>().await?.iter().filter(|task| !task.row.state.ended()).filter_map(
+        |task| match &task.row.work {
+            Work::Import { image, .. } => Some(source_of(*image)),
+            _ => None,
+        },
+    ));
     let path = options.data_dir.join("images");
-    Images::open_dir(&path, options.image_limit, |name| known.contains(name)).map_err(|source| ServeError::Data { path, source })
+    let ways = (options.converter.clone(), options.fetch.clone());
+    Images::open_dir(&path, options.image_limit, ways, |name| known.contains(name))
+        .map_err(|source| ServeError::Data { path, source })
 }
 
 /// What the store says of connections is of the epoch before.

@@ -22,16 +22,19 @@ use tokio_util::task::TaskTracker;
 use crate::clock;
 use crate::db::{Batch, Db, Fault, Stored, retry};
 use crate::hub::{Answer, Hub};
+use crate::images::Images;
 use crate::principals::not_found;
 use crate::rows::{TaskRow, VmRow, Work};
 
 mod admit;
 mod cancel;
+mod import;
 mod migrate;
 mod power;
 
 pub(crate) use admit::{Ask, Asked};
 pub(crate) use cancel::cancellable;
+pub(crate) use import::NewImport;
 
 /// Lines of a trail that are kept.
 const TRAIL: usize = 200;
@@ -65,6 +68,7 @@ use patiently;
 pub(crate) struct Tasks {
     db: Db,
     hub: Arc<Hub>,
+    images: Arc<Images>,
     wakers: Mutex<HashMap<TaskId, Arc<Notify>>>,
     written: Mutex<HashMap<TaskId, Instant>>,
     tracker: TaskTracker,
@@ -84,8 +88,8 @@ pub(crate) enum Outcome {
 
 impl Tasks {
     /// An executor; nothing runs yet.
-    pub(crate) fn new(db: Db, hub: Arc<Hub>, tracker: TaskTracker, stop: CancellationToken) -> Self {
-        Self { db, hub, wakers: Mutex::default(), written: Mutex::default(), tracker, stop }
+    pub(crate) fn new(db: Db, hub: Arc<Hub>, images: Arc<Images>, tracker: TaskTracker, stop: CancellationToken) -> Self {
+        Self { db, hub, images, wakers: Mutex::default(), written: Mutex::default(), tracker, stop }
     }
 
     /// Goes on with every task that had not ended.
@@ -134,6 +138,7 @@ impl Tasks {
             Work::Pause | Work::Unpause => self.run_pause(id).await,
             Work::Delete { volumes } => self.run_delete(id, volumes).await,
             Work::Migrate(_) => self.run_migrate(id).await,
+            Work::Import { .. } => self.run_import(id).await,
         }
     }
 
@@ -156,7 +161,10 @@ impl Tasks {
 
     async fn both(&self, id: TaskId) -> Result<(Stored<TaskRow>, Stored<VmRow>), Fault> {
         let task = self.task(id).await?;
-        let vm = self.db.find::<VmRow>(&task.row.vm.to_string()).await?;
+        let vm = match task.row.vm {
+            Some(vm) => self.db.find::<VmRow>(&vm.to_string()).await?,
+            None => None,
+        };
         Ok((task, vm.ok_or_else(|| Fault::Refused(Refusal::new(ErrorCode::Internal, "the VM of a running task is gone")))?))
     }
 

@@ -112,6 +112,7 @@ pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
         step: row.step.clone(),
         cancellable: cancellable(row),
         progress: row.progress.clone(),
+        transfer: row.transfer.filter(|_| !row.state.ended()),
         figures: row.figures,
         error: row.error.clone().filter(|_| row.state.ended()),
         trail: row.trail.clone(),

@@ -76,6 +76,10 @@ codes! {
     VolumeFormat = "volume_format",
     /// An uploaded image is not of its declared kind, or refers outside itself.
     ImageInvalid = "image_invalid",
+    /// A URL leads to an address that the controller does not go to.
+    AddressForbidden = "address_forbidden",
+    /// A URL could not be fetched.
+    FetchFailed = "fetch_failed",
     /// The join token is unknown.
     TokenInvalid = "token_invalid",
     /// The join token was used before.

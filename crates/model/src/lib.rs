@@ -6,6 +6,7 @@
 pub mod error;
 pub mod host;
 pub mod ids;
+pub mod import;
 pub mod lifecycle;
 pub mod migration;
 pub mod name;
@@ -16,6 +17,7 @@ pub mod units;
 pub use error::{ErrorCode, Refusal, Retry};
 pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
 pub use ids::{ImageId, TaskId, TeamId, TokenId, VmId};
+pub use import::ImportFormat;
 pub use lifecycle::{Activity, Admission, RunState, VmRequest};
 pub use migration::{MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress};
 pub use name::{InvalidName, Name};

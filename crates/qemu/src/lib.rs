@@ -5,13 +5,14 @@
 //!
 //! Start with [`command`] (what a [`godwit_model::ResolvedSpec`] becomes), then [`cage`] (how that is run: own uid, mount namespace,
 //! limits), [`process`] (watching and adopting it) and [`qmp`] (talking to it). [`capabilities`] and [`accel`] say what a host offers,
-//! [`cgroup`] holds a VM's limits.
+//! [`cgroup`] holds a VM's limits, [`convert`] makes one disk format of another.
 
 pub mod accel;
 pub mod cage;
 pub mod capabilities;
 pub mod cgroup;
 pub mod command;
+pub mod convert;
 pub mod process;
 pub mod qmp;
 

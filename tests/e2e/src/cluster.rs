@@ -14,7 +14,7 @@ use godwit_api::client::{Client, ClientError};
 use godwit_api::v1::{Task, TaskState, VmCreate, VmMigrate, VmStart};
 use godwit_guest::Status;
 use godwit_lab::{HostOverride, Lab, LabSpec, LabStatus, LinkRate};
-use godwit_model::{ImageKind, MigrationPolicy, MigrationProgress, Name, Refusal, TaskId};
+use godwit_model::{ImportFormat, MigrationPolicy, MigrationProgress, Name, Refusal, TaskId};
 use tokio::runtime::Runtime;
 
 use crate::artefacts::{GuestImages, godwit_binary, guest_images};
@@ -240,8 +240,8 @@ impl Cluster {
         }
         let GuestImages { kernel, initrd } = guest_images()?;
         let names = (Name::new("guest-kernel")?, Name::new("guest-initrd")?);
-        self.import(&names.0, ImageKind::Kernel, fs::read(&kernel).with_context(|| kernel.display().to_string())?)?;
-        self.import(&names.1, ImageKind::Initrd, fs::read(&initrd).with_context(|| initrd.display().to_string())?)?;
+        self.import(&names.0, ImportFormat::Kernel, fs::read(&kernel).with_context(|| kernel.display().to_string())?)?;
+        self.import(&names.1, ImportFormat::Initrd, fs::read(&initrd).with_context(|| initrd.display().to_string())?)?;
         self.images = Some(names.clone());
         Ok(names)
     }
@@ -250,7 +250,7 @@ impl Cluster {
     ///
     /// # Errors
     /// The controller's refusal.
-    pub fn import(&self, name: &Name, kind: ImageKind, content: Vec<u8>) -> Result<(), Refusal> {
+    pub fn import(&self, name: &Name, kind: ImportFormat, content: Vec<u8>) -> Result<(), Refusal> {
         let mut content = Chunk::from(content);
         let chunks = std::iter::from_fn(move || {
             let length = content.len().min(1 << 20);

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use godwit_api::client::{Client, ClientError};
 use godwit_api::v1::MAX_BODY;
 use godwit_e2e::{Cluster, ClusterSpec};
-use godwit_model::{ErrorCode, ImageKind, Name, Refusal};
+use godwit_model::{ErrorCode, ImportFormat, Name, Refusal};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
@@ -92,11 +92,11 @@ fn a_request_that_cannot_be_right_is_refused_with_code_and_fix_and_changes_nothi
     let name = Name::new("bad")?;
     let backing = [b"QFI\xfb\0\0\0\x03".as_slice(), &[0, 0, 0, 0, 0, 0, 0, 104, 0, 0, 0, 4], &[0; 512]].concat();
     for (proves, kind, content) in [
-        ("zeros are no kernel", ImageKind::Kernel, vec![0; 4096]),
-        ("zeros are no initramfs", ImageKind::Initrd, vec![0; 4096]),
-        ("zeros are no qcow2", ImageKind::Qcow2, vec![0; 4096]),
-        ("a qcow2 that refers to another file is refused", ImageKind::Qcow2, backing),
-        ("nothing is no image", ImageKind::Raw, vec![]),
+        ("zeros are no kernel", ImportFormat::Kernel, vec![0; 4096]),
+        ("zeros are no initramfs", ImportFormat::Initrd, vec![0; 4096]),
+        ("zeros are no qcow2", ImportFormat::Qcow2, vec![0; 4096]),
+        ("a qcow2 that refers to another file is refused", ImportFormat::Qcow2, backing),
+        ("nothing is no image", ImportFormat::Raw, vec![]),
     ] {
         let refusal = cluster.import(&name, kind, content).err().context(proves)?;
         ensure!(refusal.code == ImageInvalid && refusal.hint.is_some(), "{proves}: {refusal:?}");

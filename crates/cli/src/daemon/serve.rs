@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use godwit_controller::{LogFormat, ServeOptions, serve};
+use godwit_controller::{Converter, FetchRules, LogFormat, ServeOptions, serve};
 use godwit_model::{Bytes, Millis};
+use ipnet::IpNet;
 
 use crate::error::Failure;
 
@@ -41,6 +42,12 @@ pub(crate) struct ServeArgs {
     /// Largest image that can be imported
     #[arg(long, value_name = "SIZE", default_value = "64GiB")]
     image_limit: Bytes,
+    /// A network that images may be fetched from besides the public internet; can be repeated
+    #[arg(long, value_name = "NETWORK")]
+    image_url_allow: Vec<IpNet>,
+    /// Certificates of authorities, PEM, that are trusted for fetching images besides the system's
+    #[arg(long, value_name = "FILE")]
+    image_url_ca: Option<PathBuf>,
     /// How often agents say that they are there
     #[arg(long, value_name = "TIME", default_value = "2s", hide = true)]
     heartbeat: Millis,
@@ -59,6 +66,11 @@ enum LogArg {
 }
 
 pub(crate) fn run(args: ServeArgs) -> Result<(), Failure> {
+    let read = |path: PathBuf| match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(text),
+        Err(source) => Err(Failure::File { action: "read", path, source }),
+    };
+    let fetch = FetchRules { allowed: args.image_url_allow, authorities: args.image_url_ca.map(read).transpose()? };
     let options = ServeOptions {
         data_dir: args.data_dir,
         api_listen: args.api_listen,
@@ -70,6 +82,8 @@ pub(crate) fn run(args: ServeArgs) -> Result<(), Failure> {
             LogArg::Json => LogFormat::Json,
         },
         image_limit: args.image_limit,
+        converter: Converter::default(),
+        fetch,
         heartbeat: std::time::Duration::from_millis(args.heartbeat.get()),
         log_kept: args.log_kept,
         store_pages: args.store_pages,

@@ -177,6 +177,7 @@ pub(crate) fn task(kind: &str, state: TaskState, revision: u64) -> Task {
         step: String::new(),
         cancellable: true,
         progress: None,
+        transfer: None,
         figures: None,
         error: None,
         trail: vec![],

@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Whether cancelling would still have an effect, as far as it is known here.
 pub(crate) fn cancellable(task: &TaskRow) -> bool {
     let possible = match &task.work {
-        Work::Stop { .. } => true,
+        Work::Stop { .. } | Work::Import { .. } => true,
         Work::Migrate(work) => work.source_ended.is_none() && work.stage != Stage::Settle,
         _ => false,
     };
@@ -62,7 +62,7 @@ impl Tasks {
             id: command_id(id, &tag),
             epoch: self.db.epoch().0,
             task: id.to_string(),
-            action: Some(Action::Cancel(v1::CancelMigration { vm: task.vm.to_string() })),
+            action: Some(Action::Cancel(v1::CancelMigration { vm: task.vm.map(|vm| vm.to_string()).unwrap_or_default() })),
         };
         let Some(answer) = self.hub.command(&work.source, command) else { return Ok(()) };
         match tokio::time::timeout(PATIENCE, answer).await {

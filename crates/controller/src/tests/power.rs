@@ -1,9 +1,10 @@
 //! Start, stop, kill, pause, unpause, delete, and what a VM is started with.
 
+use godwit_api::client::Imported;
 use godwit_api::v1::{self as api, TaskState};
 use godwit_link::decode;
 use godwit_link::v1::{self, agent_message::Body, command::Action};
-use godwit_model::{Bytes, ErrorCode, Millis, ResolvedSpec, RunState};
+use godwit_model::{Bytes, ErrorCode, ImportFormat, Millis, ResolvedSpec, RunState};
 
 use super::support::*;
 
@@ -132,13 +133,14 @@ async fn an_image_is_taken_whole_and_valid_or_not_at_all() {
         admin.import_image(&name(image), kind, futures::stream::iter([Ok(content.into())])).await
     };
     let stored = || std::fs::read_dir(cluster.options.data_dir.join("images")).expect("dir").count();
-    assert_eq!(code(import("bad", godwit_model::ImageKind::Kernel, b"text".to_vec()).await), ErrorCode::ImageInvalid);
-    assert_eq!(code(import("bad", godwit_model::ImageKind::Qcow2, vec![0; 512]).await), ErrorCode::ImageInvalid);
-    assert_eq!(code(import("big", godwit_model::ImageKind::Raw, vec![0; 9_216]).await), ErrorCode::BodyTooLarge);
+    assert_eq!(code(import("bad", ImportFormat::Kernel, b"text".to_vec()).await), ErrorCode::ImageInvalid);
+    assert_eq!(code(import("bad", ImportFormat::Qcow2, vec![0; 512]).await), ErrorCode::ImageInvalid);
+    assert_eq!(code(import("big", ImportFormat::Raw, vec![0; 9_216]).await), ErrorCode::BodyTooLarge);
     assert_eq!(stored(), 0, "something was left behind");
-    let image = import("linux", godwit_model::ImageKind::Kernel, kernel()).await.expect("imported");
+    let imported = import("linux", ImportFormat::Kernel, kernel()).await.expect("imported");
+    let Imported::Image(image) = imported else { panic!("{imported:?}") };
     assert_eq!(image.digest, blake3::hash(&kernel()).to_hex().to_string());
-    assert_eq!(code(import("linux", godwit_model::ImageKind::Kernel, kernel()).await), ErrorCode::NameTaken);
+    assert_eq!(code(import("linux", ImportFormat::Kernel, kernel()).await), ErrorCode::NameTaken);
     cluster.create_vm("web1", Bytes::mib(64)).await;
     assert_eq!(code(admin.delete_image(&name("linux")).await), ErrorCode::InUse);
     let task = admin.delete_vm(&name("web1"), &api::VmDelete { volumes: false }).await.expect("accepted");

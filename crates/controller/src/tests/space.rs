@@ -44,7 +44,10 @@ async fn a_full_disk_refuses_and_works_again_once_there_is_space() {
     assert_eq!(code(refused), ErrorCode::StoreFull);
     assert_eq!(code(cluster.admin().vm(&name("second")).await), ErrorCode::NotFound);
     let image = futures::stream::iter([Ok(vec![0; 1 << 20].into())]);
-    assert_eq!(code(cluster.admin().import_image(&name("disk"), godwit_model::ImageKind::Raw, image).await), ErrorCode::StoreFull);
+    assert_eq!(
+        code(cluster.admin().import_image(&name("disk"), godwit_model::ImportFormat::Raw, image).await),
+        ErrorCode::StoreFull
+    );
     std::fs::remove_file(&ballast).expect("removed");
     cluster.admin().create_vm(&request("second")).await.expect("created");
     cluster.stop().await;

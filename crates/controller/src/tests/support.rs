@@ -8,7 +8,7 @@ use godwit_link::certificate::CONTROLLER;
 use godwit_link::v1::{self, agent_message::Body, command::Action, controller_message, link_client::LinkClient};
 use godwit_link::{PROTOCOL, encode};
 use godwit_model::{
-    Boot, Bytes, ErrorCode, HostFacts, HostLoad, ImageKind, MigrationPolicy, Name, NicSpec, Refusal, RunState, TaskId, VmSpec,
+    Boot, Bytes, ErrorCode, HostFacts, HostLoad, ImportFormat, MigrationPolicy, Name, NicSpec, Refusal, RunState, TaskId, VmSpec,
 };
 use rcgen::{CertificateParams, KeyPair};
 use tokio::sync::mpsc;
@@ -170,7 +170,7 @@ impl Cluster {
         let admin = self.admin();
         if admin.image(&name("linux")).await.is_err() {
             let kernel = futures::stream::iter([Ok(kernel().into())]);
-            admin.import_image(&name("linux"), ImageKind::Kernel, kernel).await.expect("imported");
+            admin.import_image(&name("linux"), ImportFormat::Kernel, kernel).await.expect("imported");
         }
         admin.create_vm(&api::VmCreate { name: name(vm), spec: spec(memory) }).await.expect("created");
     }

@@ -94,7 +94,9 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
                 let what = format!("{} as {role:?} {team}", operation.id);
                 let path = format!("{}{team}", filled(&operation.path, &task, &token));
                 let body = body_for(&operation.id);
-                if matches!(operation.id.as_str(), "event_watch" | "image_import") {
+                // What ends never, or makes something of one's own.
+                let own = operation.id == "image_fetch" && team.is_empty() && role == Role::Operator;
+                if own || matches!(operation.id.as_str(), "event_watch" | "image_import") {
                     continue;
                 }
                 let response = foreign.request(operation.method.clone(), &path).json(&body).send().await.expect("answer");
@@ -124,6 +126,7 @@ fn body_for(operation: &str) -> Value {
         "vm_create" => json!({"name": "stolen", "spec": spec(Bytes::mib(64))}),
         "vm_migrate" => json!({"host": "h1"}),
         "join_token_create" => json!({"host": "h7"}),
+        "image_fetch" => json!({"url": "https://127.0.0.1/x", "kind": "raw"}),
         "team_create" => json!({"name": "blue"}),
         "token_create" => json!({"team": "default", "role": "admin"}),
         _ => Value::Null,
