@@ -15,7 +15,7 @@ use crate::clock;
 mod validate;
 
 /// Bytes from the beginning that decide what an image is.
-const HEAD: u64 = 4_096;
+const HEAD: u64 = 34_816;
 
 /// The directory of images.
 pub(crate) struct Images {

@@ -1,8 +1,8 @@
 //! From what was asked for to what a VM is started with: nothing stays a default or an alias. Pure but for the images, which are given.
 
 use godwit_model::{
-    Accelerator, Boot, Bytes, ErrorCode, HostFacts, ImageKind, ImageRef, Name, Refusal, ResolvedDisk, ResolvedNic, ResolvedSpec,
-    SPEC_SCHEMA, VmId, VmSpec,
+    Accelerator, Boot, Bytes, CdromSpec, ErrorCode, HostFacts, ImageKind, ImageRef, Name, Platform, Refusal, ResolvedCdrom,
+    ResolvedDisk, ResolvedNic, ResolvedSpec, SPEC_SCHEMA, VmId, VmSpec,
 };
 
 use crate::checks::{Candidate, check_start};
@@ -72,16 +72,34 @@ pub(crate) fn resolve(
     };
     let mut disks = Vec::new();
     for disk in &spec.disks {
+        let slot = disk.slot.map_or(disks.len(), usize::from);
         disks.push(ResolvedDisk {
             volume: disk.volume.clone(),
             format: disk.format,
             cache: disk.cache,
             create: disk.size,
             image: disk.image.as_ref().map(&find).transpose()?,
+            bus: disk.bus,
+            discard: disk.discard,
+            serial: Some(disk.serial.clone().unwrap_or_else(|| format!("disk{slot}"))),
+            io_limits: disk.io_limits,
+            slot: Some(place(slot)),
         });
     }
+    let medium = |cdrom: &CdromSpec| cdrom.image.as_ref().map(&find).transpose().map(|found| found.map(|(image, _)| image));
+    let cdroms = spec.cdroms.iter().map(|cdrom| Ok(ResolvedCdrom { medium: medium(cdrom)? }));
+    let cdroms = cdroms.collect::<Result<_, Refusal>>()?;
     let mac = |nic: &godwit_model::NicSpec| nic.mac.ok_or_else(|| Refusal::new(ErrorCode::Internal, "an interface has no address"));
-    let nics = spec.nics.iter().map(|nic| Ok(ResolvedNic { network: nic.network.clone(), mac: mac(nic)? }));
+    let nics = spec.nics.iter().enumerate().map(|(index, nic)| {
+        Ok(ResolvedNic {
+            network: nic.network.clone(),
+            mac: mac(nic)?,
+            model: nic.model,
+            addresses: nic.addresses.clone(),
+            link_up: nic.link_up,
+            slot: Some(nic.slot.unwrap_or(place(index))),
+        })
+    });
     let nics = nics.collect::<Result<_, Refusal>>()?;
     Ok(ResolvedSpec {
         schema: SPEC_SCHEMA,
@@ -97,7 +115,32 @@ pub(crate) fn resolve(
         cmdline,
         disks,
         nics,
+        cdroms,
+        platform: platform(spec),
+        cloud_init: spec.cloud_init.clone(),
     })
+}
+
+/// A place from a position; specs are bounded well below.
+fn place(position: usize) -> u8 {
+    u8::try_from(position).unwrap_or(u8::MAX)
+}
+
+fn platform(spec: &VmSpec) -> Platform {
+    Platform {
+        firmware: spec.firmware.clone(),
+        video: spec.video,
+        tablet: spec.tablet,
+        rtc: spec.rtc,
+        hyperv: spec.hyperv,
+        smbios: spec.smbios.clone(),
+        vmgenid: spec.vmgenid,
+        tpm: spec.tpm.clone(),
+        hugepages: spec.hugepages,
+        numa: spec.numa,
+        hotplug_ports: spec.hotplug_ports.unwrap_or(0),
+        watchdog: spec.watchdog,
+    }
 }
 
 /// The host to start on, and what with: the wanted one, or the one with most free memory of those that can.

@@ -91,18 +91,15 @@ impl GuestSpec {
         let witness = SocketAddr::from((OUTSIDE_GUEST_ADDRESS, WITNESS_PORT));
         let own = [format!("id={}", self.name), format!("ip={address}/24"), format!("witness={witness}")];
         let words: Vec<String> = own.iter().chain(&self.knobs).map(|word| format!("guest.{word}")).collect();
+        let boot = Boot::Kernel {
+            kernel: kernel.clone(),
+            initrd: Some(initrd.clone()),
+            cmdline: format!("{KERNEL_WORDS} {}", words.join(" ")),
+        };
         VmSpec {
-            vcpus: self.vcpus,
-            memory: self.memory,
-            boot: Boot::Kernel {
-                kernel: kernel.clone(),
-                initrd: Some(initrd.clone()),
-                cmdline: format!("{KERNEL_WORDS} {}", words.join(" ")),
-            },
             disks: self.disks.clone(),
-            nics: vec![NicSpec { network: Name::new("default").expect("a name"), mac: None }],
-            machine: None,
-            cpu: None,
+            nics: vec![NicSpec::new(Name::new("default").expect("a name"))],
+            ..VmSpec::new(self.vcpus, self.memory, boot)
         }
     }
 }

@@ -174,7 +174,9 @@ fn open_image(path: &Path, kind: ImageKind) -> Result<(File, DiskFormat, Bytes),
             })?;
             Ok((file, DiskFormat::Qcow2, Bytes(header.size.next_multiple_of(512))))
         }
-        ImageKind::Kernel | ImageKind::Initrd => Err(refusal::image("is a kernel or initrd, not a disk")),
+        ImageKind::Kernel | ImageKind::Initrd | ImageKind::Iso => {
+            Err(refusal::image("is a kernel, an initrd or a CD-ROM, not a disk"))
+        }
     }
 }
 

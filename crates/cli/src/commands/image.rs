@@ -73,6 +73,8 @@ enum KindArg {
     Raw,
     /// A qcow2 disk without backing file
     Qcow2,
+    /// The content of a CD-ROM
+    Iso,
 }
 
 pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
@@ -109,6 +111,7 @@ async fn import(session: &Session, args: ImportArgs) -> Result<(), Failure> {
         KindArg::Initrd => ImageKind::Initrd,
         KindArg::Raw => ImageKind::Raw,
         KindArg::Qcow2 => ImageKind::Qcow2,
+        KindArg::Iso => ImageKind::Iso,
     };
     let image = if args.file == Path::new("-") {
         session.client.import_image(&args.name, kind, metered(tokio::io::stdin(), None)).await?

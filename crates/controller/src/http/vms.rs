@@ -105,8 +105,8 @@ pub(super) async fn vm_create(
     for mac in row.spec.nics.iter().filter_map(|nic| nic.mac) {
         batch = batch.claim(format!("mac/{mac}"), &row.id);
     }
-    for disk in &row.spec.disks {
-        batch = batch.claim(format!("volume/{}", disk.volume), &row.id);
+    for volume in row.spec.volumes() {
+        batch = batch.claim(format!("volume/{volume}"), &row.id);
     }
     app.db.commit(batch).await.map_err(|fault| claimed(fault, &row.name))?;
     tracing::info!(vm = %row.name, %team, principal = who.name, "VM created");
@@ -135,6 +135,7 @@ async fn check_references(app: &App, team: &Name, spec: &VmSpec) -> Result<(), F
         wanted.extend(initrd.iter().map(|initrd| (initrd, &[ImageKind::Initrd] as &[_])));
     }
     wanted.extend(spec.disks.iter().filter_map(|disk| Some((disk.image.as_ref()?, &[ImageKind::Raw, ImageKind::Qcow2] as &[_]))));
+    wanted.extend(spec.cdroms.iter().filter_map(|cdrom| Some((cdrom.image.as_ref()?, &[ImageKind::Iso] as &[_]))));
     for (image, kinds) in wanted {
         let found = app.db.find::<ImageRow>(&format!("{team}/{image}")).await?.ok_or_else(|| not_found("image", image))?;
         if !kinds.contains(&found.row.kind) {

@@ -155,21 +155,20 @@ impl Tasks {
         let (_, vm) = self.both(id).await?;
         let vm = vm.row;
         if volumes {
-            for disk in &vm.spec.disks {
+            for volume in vm.spec.volumes() {
                 let has_pool = |host: &Name| {
                     let present = self.hub.presence(host);
-                    present.is_some_and(|present| present.facts.pools.iter().any(|pool| pool.name == disk.volume.pool))
+                    present.is_some_and(|present| present.facts.pools.iter().any(|pool| pool.name == volume.pool))
                 };
                 let any = || self.hub.present().into_iter().map(|(host, _)| host).find(has_pool);
                 let Some(host) = vm.host.clone().or_else(any) else {
-                    self.edit(id, |task, _| note(task, format!("volume {} stays: no connected host has its pool", disk.volume)))
-                        .await?;
+                    self.edit(id, |task, _| note(task, format!("volume {volume} stays: no connected host has its pool"))).await?;
                     continue;
                 };
-                self.set_step(id, &format!("deletes volume {}", disk.volume)).await?;
-                let (pool, volume) = (disk.volume.pool.to_string(), disk.volume.volume.to_string());
-                let action = Action::DeleteVolume(v1::DeleteVolume { pool, volume });
-                match self.command(id, &host, &format!("volume {}", disk.volume), action).await? {
+                self.set_step(id, &format!("deletes volume {volume}")).await?;
+                let delete = v1::DeleteVolume { pool: volume.pool.to_string(), volume: volume.volume.to_string() };
+                let action = Action::DeleteVolume(delete);
+                match self.command(id, &host, &format!("volume {volume}"), action).await? {
                     Err(refusal) if refusal.code != ErrorCode::VolumeMissing => {
                         return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
                     }
@@ -206,8 +205,8 @@ impl Tasks {
                     batch = batch.free(format!("mac/{mac}"));
                 }
             }
-            for disk in &vm.row.spec.disks {
-                batch = batch.free(format!("volume/{}", disk.volume));
+            for volume in vm.row.spec.volumes() {
+                batch = batch.free(format!("volume/{volume}"));
             }
             self.db.commit(batch).await
         })

@@ -1,7 +1,7 @@
 //! Golden command lines, and that no value can become an option.
 
 use godwit_model::spec::{ResolvedDisk, ResolvedNic};
-use godwit_model::{Bytes, DiskFormat, ImageId, ImageRef, Name, VmId};
+use godwit_model::{Bytes, DiskFormat, ImageId, ImageRef, Name, Platform, VmId};
 use proptest::prelude::*;
 use uuid::Uuid;
 
@@ -12,11 +12,11 @@ fn image(digest: &str) -> ImageRef {
 }
 
 fn disk(volume: &str, format: DiskFormat, cache: CacheMode) -> ResolvedDisk {
-    ResolvedDisk { volume: volume.parse().expect("volume"), format, cache, create: None, image: None }
+    ResolvedDisk { cache, ..ResolvedDisk::new(volume.parse().expect("volume"), format) }
 }
 
 fn spec() -> ResolvedSpec {
-    let nic = |mac: &str| ResolvedNic { network: Name::new("default").expect("name"), mac: mac.parse().expect("mac") };
+    let nic = |mac: &str| ResolvedNic::new(Name::new("default").expect("name"), mac.parse().expect("mac"));
     ResolvedSpec {
         schema: godwit_model::spec::SPEC_SCHEMA,
         vm: VmId::new(Uuid::from_u128(0x1111_2222_3333_4444_5555_6666_7777_8888)),
@@ -34,6 +34,9 @@ fn spec() -> ResolvedSpec {
             disk("local/x", DiskFormat::Raw, CacheMode::Writeback),
         ],
         nics: vec![nic("52:54:00:00:00:01")],
+        cdroms: vec![],
+        platform: Platform::default(),
+        cloud_init: None,
     }
 }
 

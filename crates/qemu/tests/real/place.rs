@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use godwit_model::spec::{ResolvedDisk, ResolvedNic, SPEC_SCHEMA};
-use godwit_model::{Accelerator, Bytes, CacheMode, DiskFormat, ImageId, ImageRef, Name, ResolvedSpec, VmId};
+use godwit_model::{Accelerator, Bytes, CacheMode, DiskFormat, ImageId, ImageRef, Name, Platform, ResolvedSpec, VmId};
 use godwit_qemu::cage::{DeviceNode, Limit};
 use godwit_qemu::command::{DiskFds, default_cpu, qemu_arguments};
 use godwit_qemu::qmp::views::{Known, MigrationStatus, RunStatus};
@@ -97,13 +97,8 @@ impl Place {
 /// Boots the test guest's kernel with one of everything.
 pub(crate) fn spec(machine: &str, disks: &[DiskFormat]) -> ResolvedSpec {
     let image = || ImageRef { id: ImageId::new(Uuid::new_v4()), digest: String::new(), size: Bytes::MIB };
-    let disk = |(index, format): (usize, &DiskFormat)| ResolvedDisk {
-        volume: format!("shared/disk{index}").parse().expect("volume"),
-        format: *format,
-        cache: CacheMode::Direct,
-        create: None,
-        image: None,
-    };
+    let disk =
+        |(index, format): (usize, &DiskFormat)| ResolvedDisk::new(format!("shared/disk{index}").parse().expect("volume"), *format);
     ResolvedSpec {
         schema: SPEC_SCHEMA,
         vm: VmId::new(Uuid::new_v4()),
@@ -118,7 +113,10 @@ pub(crate) fn spec(machine: &str, disks: &[DiskFormat]) -> ResolvedSpec {
         // Memory that changes slowly, so that the guest is as good as idle but alive.
         cmdline: "console=ttyS0 quiet panic=-1".into(),
         disks: disks.iter().enumerate().map(disk).collect(),
-        nics: vec![ResolvedNic { network: Name::new("default").expect("name"), mac: "52:54:00:aa:bb:01".parse().expect("mac") }],
+        nics: vec![ResolvedNic::new(Name::new("default").expect("name"), "52:54:00:aa:bb:01".parse().expect("mac"))],
+        cdroms: vec![],
+        platform: Platform::default(),
+        cloud_init: None,
     }
 }
 

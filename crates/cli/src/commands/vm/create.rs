@@ -104,14 +104,12 @@ fn spec_of(args: CreateArgs) -> VmSpec {
         None => Boot::Disk,
     };
     VmSpec {
-        vcpus: args.vcpus,
-        // Required unless there is a file.
-        memory: args.memory.unwrap_or_default(),
-        boot,
         disks: args.disks,
         nics: args.nics,
         machine: args.machine,
         cpu: args.cpu,
+        // Memory is required unless there is a file.
+        ..VmSpec::new(args.vcpus, args.memory.unwrap_or_default(), boot)
     }
 }
 
@@ -186,13 +184,14 @@ fn parse_disk(text: &str) -> Result<DiskSpec, String> {
         Some(other) => return Err(format!("{other:?} is no cache mode: write cache=direct or cache=writeback")),
     };
     let volume: VolumeRef = volume.parse().map_err(|error| format!("{error}"))?;
-    Ok(DiskSpec { volume, format, cache, size: parsed::<Bytes>(&pairs, "size")?, image: parsed::<Name>(&pairs, "image")? })
+    let (size, image) = (parsed::<Bytes>(&pairs, "size")?, parsed::<Name>(&pairs, "image")?);
+    Ok(DiskSpec { cache, size, image, ..DiskSpec::new(volume, format) })
 }
 
 fn parse_nic(text: &str) -> Result<NicSpec, String> {
     let (network, pairs) = parts(text, &["mac"])?;
     let network = network.parse().map_err(|error| format!("{error}"))?;
-    Ok(NicSpec { network, mac: parsed::<MacAddress>(&pairs, "mac")? })
+    Ok(NicSpec { mac: parsed::<MacAddress>(&pairs, "mac")?, ..NicSpec::new(network) })
 }
 
 #[cfg(test)]
