@@ -43,20 +43,17 @@ fn ram(wanted: Bytes, hosts: &[Candidate<'_>]) -> Bytes {
     if uneven { Bytes(wanted.get() + HostFacts::UNEVEN.get()) } else { wanted }
 }
 
-/// What the VM is started with on `host`, one of the connected `hosts`.
-pub(crate) fn resolve(
-    (vm, name, spec): (VmId, &Name, &VmSpec),
-    host: Candidate<'_>,
-    hosts: &[Candidate<'_>],
-    images: FindImage<'_>,
-) -> Result<ResolvedSpec, Refusal> {
-    let machine = match spec.machine.as_deref() {
-        Some(machine) if machine != "q35" => machine.to_owned(),
-        _ => newest_common_machine(hosts).ok_or_else(|| {
-            Refusal::new(ErrorCode::NoHost, "the connected hosts have no versioned q35 machine type in common")
-                .hint("bring their QEMU versions closer together, or give the VM a machine type of the host it shall run on")
-        })?,
-    };
+/// What a spec says without looking at any host.
+struct Parts {
+    kernel: Option<ImageRef>,
+    initrd: Option<ImageRef>,
+    cmdline: String,
+    disks: Vec<ResolvedDisk>,
+    nics: Vec<ResolvedNic>,
+    cdroms: Vec<ResolvedCdrom>,
+}
+
+fn parts(spec: &VmSpec, images: FindImage<'_>) -> Result<Parts, Refusal> {
     let find = |image: &Name| {
         images(image).ok_or_else(|| {
             Refusal::new(ErrorCode::NotFound, format!("the VM needs image {image}, which does not exist"))
@@ -101,6 +98,44 @@ pub(crate) fn resolve(
         })
     });
     let nics = nics.collect::<Result<_, Refusal>>()?;
+    Ok(Parts { kernel, initrd, cmdline, disks, nics, cdroms })
+}
+
+/// What a running VM would be if it were started anew on its host with `spec`.
+pub(crate) fn wanted_of(spec: &VmSpec, running: &ResolvedSpec, images: FindImage<'_>) -> Result<ResolvedSpec, Refusal> {
+    let Parts { kernel, initrd, cmdline, disks, nics, cdroms } = parts(spec, images)?;
+    Ok(ResolvedSpec {
+        machine: spec.machine.clone().filter(|machine| machine != "q35").unwrap_or_else(|| running.machine.clone()),
+        cpu: spec.cpu.clone().unwrap_or_else(|| running.cpu.clone()),
+        vcpus: spec.vcpus,
+        memory: spec.memory,
+        kernel,
+        initrd,
+        cmdline,
+        disks,
+        nics,
+        cdroms,
+        platform: platform(spec),
+        cloud_init: spec.cloud_init.clone(),
+        ..running.clone()
+    })
+}
+
+/// What the VM is started with on `host`, one of the connected `hosts`.
+pub(crate) fn resolve(
+    (vm, name, spec): (VmId, &Name, &VmSpec),
+    host: Candidate<'_>,
+    hosts: &[Candidate<'_>],
+    images: FindImage<'_>,
+) -> Result<ResolvedSpec, Refusal> {
+    let machine = match spec.machine.as_deref() {
+        Some(machine) if machine != "q35" => machine.to_owned(),
+        _ => newest_common_machine(hosts).ok_or_else(|| {
+            Refusal::new(ErrorCode::NoHost, "the connected hosts have no versioned q35 machine type in common")
+                .hint("bring their QEMU versions closer together, or give the VM a machine type of the host it shall run on")
+        })?,
+    };
+    let Parts { kernel, initrd, cmdline, disks, nics, cdroms } = parts(spec, images)?;
     Ok(ResolvedSpec {
         schema: SPEC_SCHEMA,
         vm,

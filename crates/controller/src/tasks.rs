@@ -27,6 +27,7 @@ use crate::rows::{TaskRow, VmRow, Work};
 
 mod admit;
 mod cancel;
+mod change;
 mod migrate;
 mod power;
 
@@ -134,6 +135,7 @@ impl Tasks {
             Work::Pause | Work::Unpause => self.run_pause(id).await,
             Work::Delete { volumes } => self.run_delete(id, volumes).await,
             Work::Migrate(_) => self.run_migrate(id).await,
+            Work::Change => self.run_change(id).await,
         }
     }
 

@@ -3,6 +3,7 @@
 //! Every field is in the table of `docs/vm-spec.md`, which a test of this crate compares with the schema.
 
 mod address;
+mod change;
 mod cloud_init;
 mod disk;
 mod nic;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Bytes, ImageId, Name, Seconds, ids::Vmgenid};
 
 pub use address::{InvalidMac, InvalidVolume, MacAddress, VolumeRef};
+pub use change::{LiveChange, live_changes};
 pub use cloud_init::{CloudInit, MAX_NETWORK_CONFIG, MAX_USER_DATA};
 pub use disk::{CacheMode, CdromSpec, Discard, DiskBus, DiskFormat, DiskSpec, IoLimits};
 pub use nic::{NicModel, NicSpec};

@@ -9,6 +9,7 @@ use super::{Outcome, Tasks, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault};
 use crate::rows::{VmRow, Work};
+use crate::specs::claims;
 
 /// How long an unconditional grant can wait for its host.
 const START_LIFETIME: u64 = 24 * 3_600_000;
@@ -200,13 +201,8 @@ impl Tasks {
             let (mut task, vm) = self.both(id).await?;
             super::conclude(&mut task.row, &Outcome::Done);
             let mut batch = Batch::default().update(&task).delete(&vm).free(format!("vmname/{}/{}", vm.row.team, vm.row.name));
-            for nic in &vm.row.spec.nics {
-                if let Some(mac) = nic.mac {
-                    batch = batch.free(format!("mac/{mac}"));
-                }
-            }
-            for volume in vm.row.spec.volumes() {
-                batch = batch.free(format!("volume/{volume}"));
+            for key in claims(&vm.row.spec) {
+                batch = batch.free(key);
             }
             self.db.commit(batch).await
         })

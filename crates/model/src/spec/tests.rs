@@ -142,6 +142,15 @@ fn a_spec_with_one_of_everything_is_accepted() {
     assert_eq!(serde_json::from_str::<VmSpec>(&text).expect("its own JSON"), spec);
 }
 
+/// As stored by the version before.
+pub(super) fn resolved() -> ResolvedSpec {
+    let stored = r#"{"schema":1,"vm":"11112222-3333-4444-5555-666677778888","name":"web1","accelerator":"tcg",
+        "machine":"pc-q35-7.2","cpu":"qemu64-v1","vcpus":2,"memory":536870912,"kernel":null,"initrd":null,"cmdline":"",
+        "disks":[{"volume":"shared/a","format":"raw","cache":"direct","create":null,"image":null}],
+        "nics":[{"network":"default","mac":"52:54:00:00:00:01"}]}"#;
+    serde_json::from_str(stored).expect("a resolved spec of schema 1")
+}
+
 #[test]
 fn what_was_stored_with_schema_1_reads_as_what_it_was() {
     let stored = r#"{"vcpus":2,"memory":536870912,"boot":{"from":"disk"},
@@ -154,11 +163,7 @@ fn what_was_stored_with_schema_1_reads_as_what_it_was() {
     assert_eq!(read, expected);
     assert_eq!(read.validate(), Ok(()));
 
-    let stored = r#"{"schema":1,"vm":"11112222-3333-4444-5555-666677778888","name":"web1","accelerator":"tcg",
-        "machine":"pc-q35-7.2","cpu":"qemu64-v1","vcpus":2,"memory":536870912,"kernel":null,"initrd":null,"cmdline":"",
-        "disks":[{"volume":"shared/a","format":"raw","cache":"direct","create":null,"image":null}],
-        "nics":[{"network":"default","mac":"52:54:00:00:00:01"}]}"#;
-    let read: ResolvedSpec = serde_json::from_str(stored).expect("a resolved spec of schema 1");
+    let read = resolved();
     assert_eq!((read.schema, read.platform.hotplug_ports, &read.platform.vmgenid), (1, 0, &None));
     assert_eq!(read.platform, Platform::default());
     assert_eq!(read.disks, [ResolvedDisk::new(volume("shared/a"), DiskFormat::Raw)]);
@@ -173,4 +178,48 @@ fn what_cloud_init_holds_is_not_printed() {
     let mut spec = spec();
     spec.cloud_init = Some(secret);
     assert!(!format!("{spec:?}").contains("hunter2"));
+}
+
+/// Every field of a schema as a path: `disks[].bus`.
+fn fields(schema: &serde_json::Value, all: &serde_json::Value, path: &str, found: &mut Vec<String>) {
+    if let Some(name) = schema["$ref"].as_str().and_then(|reference| reference.rsplit('/').next()) {
+        return fields(&all[name], all, path, found);
+    }
+    let choices = ["oneOf", "anyOf", "allOf"].iter().filter_map(|key| schema[*key].as_array()).flatten();
+    let before = found.len();
+    choices.for_each(|choice| fields(choice, all, path, found));
+    if let Some(properties) = schema["properties"].as_object() {
+        for (name, property) in properties {
+            let dot = if path.is_empty() { "" } else { "." };
+            fields(property, all, &format!("{path}{dot}{name}"), found);
+        }
+    } else if schema["items"].is_object() && before == found.len() {
+        let leaf = found.len();
+        fields(&schema["items"], all, &format!("{path}[]"), found);
+        // A list of plain values is one field.
+        if found.get(leaf).is_some_and(|only| *only == format!("{path}[]")) {
+            found[leaf] = path.to_owned();
+        }
+    } else if before == found.len() && schema["type"] != "null" {
+        found.push(path.to_owned());
+    }
+}
+
+#[test]
+fn the_documentation_lists_every_field_and_no_other() {
+    let mut schemas = vec![];
+    <VmSpec as utoipa::ToSchema>::schemas(&mut schemas);
+    let all: serde_json::Map<_, _> =
+        schemas.into_iter().map(|(name, schema)| (name, serde_json::to_value(schema).expect("JSON"))).collect();
+    let root = serde_json::to_value(<VmSpec as utoipa::PartialSchema>::schema()).expect("JSON");
+    let mut found = Vec::new();
+    fields(&root, &all.into(), "", &mut found);
+    found.sort();
+    found.dedup();
+    let page = include_str!("../../../../docs/vm-spec.md");
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` |"));
+    let mut listed: Vec<&str> = rows.map(|(field, _)| field).collect();
+    listed.sort_unstable();
+    assert!(found.len() > 50 && found.contains(&"disks[].io_limits.rate".to_owned()), "the walk found little: {found:?}");
+    assert_eq!(listed, found);
 }
