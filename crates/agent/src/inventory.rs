@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Duration;
 
-use godwit_model::{Accelerator, Bytes, HostCondition, HostFacts, PoolFacts, VmId};
+use godwit_model::{Accelerator, Bytes, HostCondition, HostFacts, HugePages, PoolFacts, VmId};
 use godwit_qemu::Launcher;
 use godwit_qemu::accel::{self, ProbeCommand};
 use godwit_qemu::capabilities::{self, HostCapabilities, Interview, InterviewError, Support};
 use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
 
 use crate::AgentOptions;
+use crate::firmware::Flash;
 use crate::journal::{Holding, VmRecord};
 
 /// QEMU under TCG on a loaded machine takes seconds to load; a hanging one must not hang the agent.
@@ -60,6 +61,10 @@ pub(crate) async fn take(
         cpu_models: qemu.cpus.into_iter().collect(),
         migration_capabilities: qemu.migration.into_iter().collect(),
         pools,
+        uefi: Flash::find(false).is_some(),
+        secure_boot: Flash::find(true).is_some(),
+        hugepages: hugepages(),
+        numa_nodes: numa_nodes(),
         conditions,
     })
 }
@@ -92,6 +97,24 @@ fn cgroup_conditions(options: &AgentOptions, conditions: &mut Vec<HostCondition>
         Err(error) => format!("VMs have no cgroup: {error}"),
     };
     conditions.push(HostCondition { name: "cgroup_limits".into(), message, fix: FIX.into() });
+}
+
+/// Sizes of huge pages of which this host has set some aside.
+fn hugepages() -> Vec<HugePages> {
+    let has = |size: &HugePages| {
+        let directory = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", size.size().get() >> 10);
+        std::fs::read_to_string(directory + "/nr_hugepages")
+            .is_ok_and(|text| text.trim().parse::<u64>().is_ok_and(|count| count > 0))
+    };
+    [HugePages::Mib2, HugePages::Gib1].into_iter().filter(has).collect()
+}
+
+/// Memory nodes of this host.
+fn numa_nodes() -> u32 {
+    let entries = std::fs::read_dir("/sys/devices/system/node").into_iter().flatten().flatten();
+    let is_node = |name: &str| name.strip_prefix("node").is_some_and(|rest| rest.parse::<u32>().is_ok());
+    let nodes = entries.filter(|entry| entry.file_name().to_str().is_some_and(is_node)).count();
+    u32::try_from(nodes).unwrap_or(u32::MAX).max(1)
 }
 
 /// Memory for VMs if none is set: all but 1 GiB or an eighth, whichever is more.

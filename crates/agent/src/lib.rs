@@ -7,6 +7,7 @@
 pub mod carry;
 mod console;
 mod dial;
+mod firmware;
 mod host;
 mod identity;
 mod inventory;

@@ -304,6 +304,10 @@ fn vm_command(task: &str, action: Action) -> Result<(godwit_model::VmId, VmComma
             let (vm, generation) = owned(&unpause.vm, unpause.generation)?;
             (vm, VmCommand::Unpause { generation })
         }
+        Action::Change(change) => {
+            let (vm, generation) = owned(&change.vm, change.generation)?;
+            (vm, VmCommand::Change { generation, spec: decode("spec", &change.spec)? })
+        }
         Action::Forget(forget) => (convert::vm_id(&forget.vm)?, VmCommand::Forget),
         Action::Prepare(prepare) => {
             let grant = grant(prepare.grant)?;

@@ -140,6 +140,32 @@ impl Pools {
         blocking(move || draft.publish()).await
     }
 
+    /// Makes a raw volume with the content of a file of this host if it is missing; one that exists is left alone, whatever it is.
+    ///
+    /// # Errors
+    /// As [`Pools::check`]; `not_enough_space`.
+    pub(crate) async fn prepare_copy(&self, volume: &VolumeRef, from: &Path) -> Result<(), Refusal> {
+        let (volume, from) = (volume.clone(), from.to_owned());
+        self.at(
+            &volume.pool.clone(),
+            move |place| {
+                if place.exists(&volume.volume)? { Ok(()) } else { volume::copy(place, &volume, &from) }
+            },
+        )
+        .await
+    }
+
+    /// Opens a raw volume of exactly `size` for QEMU, as a disk with cache mode `direct`.
+    ///
+    /// # Errors
+    /// As [`Pools::check`]; `volume_format` for one of another size.
+    pub(crate) async fn open_exact(&self, volume: &VolumeRef, size: Bytes) -> Result<(OwnedFd, OwnedFd), Refusal> {
+        let wanted = ResolvedDisk { create: Some(size), ..ResolvedDisk::new(volume.clone(), godwit_model::DiskFormat::Raw) };
+        self.check(&wanted).await?;
+        let volume = volume.clone();
+        self.at(&volume.pool.clone(), move |place| volume::open_exact(&place, &volume, size)).await
+    }
+
     /// Opens a disk for QEMU: once read-only and once read-write, each a file description of its own.
     ///
     /// # Errors

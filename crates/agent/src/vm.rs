@@ -9,6 +9,7 @@
 //! looking. The guest notices nothing.
 
 mod actor;
+mod change;
 mod destination;
 mod moving;
 mod registry;

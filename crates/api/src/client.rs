@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use eventsource_stream::Eventsource;
 use futures::{Stream, StreamExt};
-use godwit_model::{ErrorCode, ImportFormat, Name, Refusal, Retry, TaskId, TokenId};
+use godwit_model::{ErrorCode, ImportFormat, Name, Refusal, Retry, TaskId, TokenId, VmSpec};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde::Serialize;
@@ -320,6 +320,16 @@ impl Client {
     /// Moves a running VM. With `dry_run` the task is only described: it is `done` and was never recorded.
     pub async fn migrate_vm(&self, vm: &Name, request: &v1::VmMigrate) -> Result<v1::Task> {
         self.post(&format!("/vms/{}/migrate", segment(vm)), request).await
+    }
+
+    /// Changes what a VM is made of, if it is still at `revision`.
+    pub async fn set_vm(&self, vm: &Name, spec: &VmSpec, revision: Option<u64>) -> Result<v1::Task> {
+        let request = self.request(Method::PUT, &format!("/vms/{}/spec", segment(vm))).json(spec);
+        let request = match revision {
+            Some(revision) => request.header("if-match", revision.to_string()),
+            None => request,
+        };
+        self.json(request).await
     }
 
     /// Deletes a stopped VM.

@@ -38,7 +38,8 @@ pub const fn http_status(code: ErrorCode) -> u16 {
         | E::NotConverging
         | E::QemuFirst
         | E::Cancelled
-        | E::UserfaultUnavailable => 422,
+        | E::UserfaultUnavailable
+        | E::Unsupported => 422,
         E::QemuFailed | E::HostFailed | E::Internal => 500,
         E::HostDown => 503,
         E::StoreFull => 507,

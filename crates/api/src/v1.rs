@@ -64,7 +64,10 @@ pub struct VmStatus {
     pub activity: Option<Activity>,
     /// What it was started with; kept until it is next started from stopped.
     pub started: Option<Started>,
-    /// Addresses of its interfaces, in slot order.
+    /// What of its spec takes effect at its next start; empty while it does not run.
+    #[serde(default)]
+    pub waiting: Vec<Waiting>,
+    /// Addresses of its interfaces, in the order of the spec.
     pub macs: Vec<String>,
     /// What is not as it should be.
     pub conditions: Vec<Condition>,
@@ -81,6 +84,17 @@ pub struct Started {
     pub cpu: String,
     /// Accelerator.
     pub accelerator: Accelerator,
+}
+
+/// A part of a VM's spec that takes effect at its next start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Waiting {
+    /// Which part, such as `memory` or `disk in slot 1`.
+    pub field: String,
+    /// What the VM runs with; null where it has no such part.
+    pub running: serde_json::Value,
+    /// What it is to be; null where it will have no such part.
+    pub wanted: serde_json::Value,
 }
 
 /// Something that is not as it should be.

@@ -70,7 +70,8 @@ impl Exit {
             | E::NotGranted
             | E::GenerationStale
             | E::TooLate
-            | E::UserfaultUnavailable => Self::Refused,
+            | E::UserfaultUnavailable
+            | E::Unsupported => Self::Refused,
             E::Cancelled => Self::Cancelled,
             E::HostDown
             | E::GrantExpired

@@ -1,6 +1,9 @@
 //! What is looked at before a VM starts or moves; every refusal names its fix. Pure: facts in, answer out.
 
-use godwit_model::{Accelerator, Bytes, CacheMode, ErrorCode, HostFacts, HostLoad, Name, Refusal, ResolvedSpec, Retry, VolumeRef};
+use godwit_model::{
+    Accelerator, Bytes, CacheMode, ErrorCode, Firmware, HostFacts, HostLoad, Hyperv, Name, Numa, Platform, Refusal, ResolvedSpec,
+    Retry, VolumeRef,
+};
 
 /// A connected host as a check sees it.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +39,7 @@ fn check_platform(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusa
             format!("upgrade QEMU on {name}, or start the VM with a machine type that every host knows (leave `machine` out)"),
         ));
     }
+    check_features(spec, host)?;
     // What ties a VM to equal hosts was asked for by name; it cannot be checked here.
     let tied = matches!(spec.cpu.as_str(), "host" | "max");
     if !tied && !facts.cpu_models.contains(&spec.cpu) {
@@ -43,6 +47,51 @@ fn check_platform(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusa
             format!("host {name} cannot run the CPU model {}", spec.cpu),
             format!("choose another host, or start the VM with a CPU model that {name} has (leave `cpu` out for the baseline)"),
         ));
+    }
+    Ok(())
+}
+
+/// What the spec asks of a host beyond a machine: firmware, huge pages, memory nodes, a hypervisor's enlightenments.
+fn check_features(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusal> {
+    let Candidate { name, facts, .. } = host;
+    let Platform { firmware, hyperv, hugepages, numa, .. } = &spec.platform;
+    if let Firmware::Uefi { secure_boot, .. } = firmware
+        && !(if *secure_boot { facts.secure_boot } else { facts.uefi })
+    {
+        let with = if *secure_boot { " that enforces Secure Boot" } else { "" };
+        return Err(incompatible(
+            format!("host {name} has no UEFI firmware{with}"),
+            format!("install the package ovmf on {name} and restart its agent, or choose another host"),
+        ));
+    }
+    if *hyperv != Hyperv::Off && spec.accelerator != Accelerator::Kvm {
+        return Err(incompatible(
+            format!("Hyper-V enlightenments need KVM; host {name} has {}", known_word(facts.accelerator)),
+            format!("leave `hyperv` out, or choose a host with KVM; {name} says: {}", facts.accelerator_reason),
+        ));
+    }
+    if let Some(pages) = hugepages {
+        if !facts.hugepages.contains(pages) {
+            let size = pages.size();
+            return Err(incompatible(
+                format!("host {name} has set no huge pages of {size} aside"),
+                format!("set vm.nr_hugepages (or hugepages= for 1 GiB) on {name} and restart its agent, or leave `hugepages` out"),
+            ));
+        }
+        if !spec.memory.get().is_multiple_of(pages.size().get()) {
+            return Err(incompatible(
+                format!(
+                    "QEMU {} on host {name}, emulating, needs RAM of an uneven size, which huge pages cannot make up",
+                    facts.qemu
+                ),
+                "leave `hugepages` out, or install QEMU 9.0 or newer on the hosts that emulate".into(),
+            ));
+        }
+    }
+    // On a host with one node, all of it is on one node.
+    if *numa == Numa::OneNode && facts.numa_nodes != 1 {
+        let facts = format!("host {name} has {} memory nodes, and binding a VM to one of them is not there yet", facts.numa_nodes);
+        return Err(Refusal::new(ErrorCode::Unsupported, facts).hint("leave `numa` out, or choose a host with one memory node"));
     }
     Ok(())
 }
@@ -70,9 +119,9 @@ fn pool_missing(volume: &VolumeRef, host: &Name) -> Refusal {
 /// Whether `host` can start the VM.
 pub(crate) fn check_start(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusal> {
     check_platform(spec, host)?;
-    for disk in &spec.disks {
-        if !host.facts.pools.iter().any(|pool| pool.name == disk.volume.pool) {
-            return Err(pool_missing(&disk.volume, host.name));
+    for volume in spec.volumes() {
+        if !host.facts.pools.iter().any(|pool| pool.name == volume.pool) {
+            return Err(pool_missing(volume, host.name));
         }
     }
     check_memory(spec.memory, host)
@@ -90,20 +139,22 @@ pub(crate) fn check_move(spec: &ResolvedSpec, source: Candidate<'_>, destination
             ),
         ));
     }
-    for disk in &spec.disks {
+    for volume in spec.volumes() {
         let pool = |host: Candidate<'_>| {
-            let found = host.facts.pools.iter().find(|pool| pool.name == disk.volume.pool).cloned();
-            found.ok_or_else(|| pool_missing(&disk.volume, host.name))
+            let found = host.facts.pools.iter().find(|pool| pool.name == volume.pool).cloned();
+            found.ok_or_else(|| pool_missing(volume, host.name))
         };
         let (here, there) = (pool(source)?, pool(destination)?);
         if !here.shared || !there.shared || here.identity != there.identity {
             let why = if here.shared && there.shared { "see different storage" } else { "do not both share" };
-            let (volume, name, from, to) = (&disk.volume, &here.name, source.name, destination.name);
+            let (name, from, to) = (&here.name, source.name, destination.name);
             return Err(Refusal::new(ErrorCode::PoolUnavailable, format!("hosts {from} and {to} {why} in pool {name} of volume {volume}"))
                 .hint(format!(
                     "mount the same directory as pool {name} on both and declare it with `--shared-pool {name}`; moving disks is not there yet"
                 )));
         }
+    }
+    for disk in &spec.disks {
         if disk.cache != CacheMode::Direct {
             return Err(Refusal::new(ErrorCode::HostIncompatible, format!("volume {} is cached by the host ({:?})", disk.volume, disk.cache))
                 .hint("stop the VM, set the disk's cache to `direct`, and start it again: two hosts' caches of shared storage are not coherent"));

@@ -78,6 +78,7 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(vms::vm_pause))
         .routes(routes!(vms::vm_unpause))
         .routes(routes!(vms::vm_migrate))
+        .routes(routes!(vms::vm_set))
         .routes(routes!(console::vm_console))
         .routes(routes!(tasks::task_list))
         .routes(routes!(tasks::task_show))

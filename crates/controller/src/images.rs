@@ -35,7 +35,7 @@ pub(crate) use fetch::{check_url, shown};
 pub(crate) use import::{ImportStep, read_sha256};
 
 /// Bytes from the beginning that decide what an image is.
-const HEAD: u64 = 4_096;
+const HEAD: u64 = 34_816;
 
 /// The directory of images.
 pub(crate) struct Images {

@@ -21,6 +21,7 @@ mod resolve;
 mod rows;
 mod server;
 mod sockets;
+mod specs;
 mod store;
 mod tasks;
 mod views;

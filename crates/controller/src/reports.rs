@@ -258,6 +258,7 @@ mod tests {
             granted: BTreeMap::new(),
             activity: None,
             resolved: None,
+            waiting: vec![],
         }
     }
 

@@ -1,8 +1,8 @@
 //! From what was asked for to what a VM is started with: nothing stays a default or an alias. Pure but for the images, which are given.
 
 use godwit_model::{
-    Accelerator, Boot, Bytes, ErrorCode, HostFacts, ImageKind, ImageRef, Name, Refusal, ResolvedDisk, ResolvedNic, ResolvedSpec,
-    SPEC_SCHEMA, VmId, VmSpec,
+    Accelerator, Boot, Bytes, CdromSpec, ErrorCode, HostFacts, ImageKind, ImageRef, Name, Platform, Refusal, ResolvedCdrom,
+    ResolvedDisk, ResolvedNic, ResolvedSpec, SPEC_SCHEMA, VmId, VmSpec,
 };
 
 use crate::checks::{Candidate, check_start};
@@ -43,20 +43,17 @@ fn ram(wanted: Bytes, hosts: &[Candidate<'_>]) -> Bytes {
     if uneven { Bytes(wanted.get() + HostFacts::UNEVEN.get()) } else { wanted }
 }
 
-/// What the VM is started with on `host`, one of the connected `hosts`.
-pub(crate) fn resolve(
-    (vm, name, spec): (VmId, &Name, &VmSpec),
-    host: Candidate<'_>,
-    hosts: &[Candidate<'_>],
-    images: FindImage<'_>,
-) -> Result<ResolvedSpec, Refusal> {
-    let machine = match spec.machine.as_deref() {
-        Some(machine) if machine != "q35" => machine.to_owned(),
-        _ => newest_common_machine(hosts).ok_or_else(|| {
-            Refusal::new(ErrorCode::NoHost, "the connected hosts have no versioned q35 machine type in common")
-                .hint("bring their QEMU versions closer together, or give the VM a machine type of the host it shall run on")
-        })?,
-    };
+/// What a spec says without looking at any host.
+struct Parts {
+    kernel: Option<ImageRef>,
+    initrd: Option<ImageRef>,
+    cmdline: String,
+    disks: Vec<ResolvedDisk>,
+    nics: Vec<ResolvedNic>,
+    cdroms: Vec<ResolvedCdrom>,
+}
+
+fn parts(spec: &VmSpec, images: FindImage<'_>) -> Result<Parts, Refusal> {
     let find = |image: &Name| {
         images(image).ok_or_else(|| {
             Refusal::new(ErrorCode::NotFound, format!("the VM needs image {image}, which does not exist"))
@@ -72,17 +69,73 @@ pub(crate) fn resolve(
     };
     let mut disks = Vec::new();
     for disk in &spec.disks {
+        let slot = disk.slot.map_or(disks.len(), usize::from);
         disks.push(ResolvedDisk {
             volume: disk.volume.clone(),
             format: disk.format,
             cache: disk.cache,
             create: disk.size,
             image: disk.image.as_ref().map(&find).transpose()?,
+            bus: disk.bus,
+            discard: disk.discard,
+            serial: Some(disk.serial.clone().unwrap_or_else(|| format!("disk{slot}"))),
+            io_limits: disk.io_limits,
+            slot: Some(place(slot)),
         });
     }
+    let medium = |cdrom: &CdromSpec| cdrom.image.as_ref().map(&find).transpose().map(|found| found.map(|(image, _)| image));
+    let cdroms = spec.cdroms.iter().map(|cdrom| Ok(ResolvedCdrom { medium: medium(cdrom)? }));
+    let cdroms = cdroms.collect::<Result<_, Refusal>>()?;
     let mac = |nic: &godwit_model::NicSpec| nic.mac.ok_or_else(|| Refusal::new(ErrorCode::Internal, "an interface has no address"));
-    let nics = spec.nics.iter().map(|nic| Ok(ResolvedNic { network: nic.network.clone(), mac: mac(nic)? }));
+    let nics = spec.nics.iter().enumerate().map(|(index, nic)| {
+        Ok(ResolvedNic {
+            network: nic.network.clone(),
+            mac: mac(nic)?,
+            model: nic.model,
+            addresses: nic.addresses.clone(),
+            link_up: nic.link_up,
+            slot: Some(nic.slot.unwrap_or(place(index))),
+        })
+    });
     let nics = nics.collect::<Result<_, Refusal>>()?;
+    Ok(Parts { kernel, initrd, cmdline, disks, nics, cdroms })
+}
+
+/// What a running VM would be if it were started anew on its host with `spec`.
+pub(crate) fn wanted_of(spec: &VmSpec, running: &ResolvedSpec, images: FindImage<'_>) -> Result<ResolvedSpec, Refusal> {
+    let Parts { kernel, initrd, cmdline, disks, nics, cdroms } = parts(spec, images)?;
+    Ok(ResolvedSpec {
+        machine: spec.machine.clone().filter(|machine| machine != "q35").unwrap_or_else(|| running.machine.clone()),
+        cpu: spec.cpu.clone().unwrap_or_else(|| running.cpu.clone()),
+        vcpus: spec.vcpus,
+        memory: spec.memory,
+        kernel,
+        initrd,
+        cmdline,
+        disks,
+        nics,
+        cdroms,
+        platform: platform(spec),
+        cloud_init: spec.cloud_init.clone(),
+        ..running.clone()
+    })
+}
+
+/// What the VM is started with on `host`, one of the connected `hosts`.
+pub(crate) fn resolve(
+    (vm, name, spec): (VmId, &Name, &VmSpec),
+    host: Candidate<'_>,
+    hosts: &[Candidate<'_>],
+    images: FindImage<'_>,
+) -> Result<ResolvedSpec, Refusal> {
+    let machine = match spec.machine.as_deref() {
+        Some(machine) if machine != "q35" => machine.to_owned(),
+        _ => newest_common_machine(hosts).ok_or_else(|| {
+            Refusal::new(ErrorCode::NoHost, "the connected hosts have no versioned q35 machine type in common")
+                .hint("bring their QEMU versions closer together, or give the VM a machine type of the host it shall run on")
+        })?,
+    };
+    let Parts { kernel, initrd, cmdline, disks, nics, cdroms } = parts(spec, images)?;
     Ok(ResolvedSpec {
         schema: SPEC_SCHEMA,
         vm,
@@ -97,7 +150,32 @@ pub(crate) fn resolve(
         cmdline,
         disks,
         nics,
+        cdroms,
+        platform: platform(spec),
+        cloud_init: spec.cloud_init.clone(),
     })
+}
+
+/// A place from a position; specs are bounded well below.
+fn place(position: usize) -> u8 {
+    u8::try_from(position).unwrap_or(u8::MAX)
+}
+
+fn platform(spec: &VmSpec) -> Platform {
+    Platform {
+        firmware: spec.firmware.clone(),
+        video: spec.video,
+        tablet: spec.tablet,
+        rtc: spec.rtc,
+        hyperv: spec.hyperv,
+        smbios: spec.smbios.clone(),
+        vmgenid: spec.vmgenid,
+        tpm: spec.tpm.clone(),
+        hugepages: spec.hugepages,
+        numa: spec.numa,
+        hotplug_ports: spec.hotplug_ports.unwrap_or(0),
+        watchdog: spec.watchdog,
+    }
 }
 
 /// The host to start on, and what with: the wanted one, or the one with most free memory of those that can.

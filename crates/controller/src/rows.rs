@@ -18,6 +18,8 @@ use godwit_model::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::specs::Waiting;
+
 /// A stored value of one kind.
 pub(crate) trait Row: Serialize + DeserializeOwned + Clone + Send {
     /// Version of its shape. A row of another version is not read.
@@ -137,7 +139,11 @@ pub(crate) struct VmRow {
     /// Every host that ever got a grant, with its newest: it may speak about the VM.
     pub(crate) granted: BTreeMap<Name, GrantedTo>,
     pub(crate) activity: Option<Activity>,
+    /// What it was started with, and changed to since.
     pub(crate) resolved: Option<ResolvedSpec>,
+    /// What of `spec` takes effect at the next start.
+    #[serde(default)]
+    pub(crate) waiting: Vec<Waiting>,
 }
 
 /// A conditional grant that was not yet activated or declined.
@@ -228,6 +234,8 @@ pub(crate) enum Work {
     Delete { volumes: bool },
     /// Moves the VM.
     Migrate(Box<MigrateWork>),
+    /// Brings a running VM nearer to its spec.
+    Change,
     /// Brings an image in.
     Import { image: ImageId, format: ImportFormat, source: ImportSource },
 }
@@ -253,6 +261,7 @@ impl Work {
             Self::Unpause => "vm.unpause",
             Self::Delete { .. } => "vm.delete",
             Self::Migrate(_) => "vm.migrate",
+            Self::Change => "vm.set",
             Self::Import { .. } => "image.import",
         }
     }

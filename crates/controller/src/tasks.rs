@@ -28,6 +28,7 @@ use crate::rows::{TaskRow, VmRow, Work};
 
 mod admit;
 mod cancel;
+mod change;
 mod import;
 mod migrate;
 mod power;
@@ -138,6 +139,7 @@ impl Tasks {
             Work::Pause | Work::Unpause => self.run_pause(id).await,
             Work::Delete { volumes } => self.run_delete(id, volumes).await,
             Work::Migrate(_) => self.run_migrate(id).await,
+            Work::Change => self.run_change(id).await,
             Work::Import { .. } => self.run_import(id).await,
         }
     }

@@ -1,5 +1,6 @@
 //! The controller over its real listeners, with scripted agents: no QEMU, no network but loopback.
 
+mod changes;
 mod contract;
 mod events;
 mod imports;

@@ -10,6 +10,7 @@ use crate::clock;
 use crate::db::Stored;
 use crate::hub::Hub;
 use crate::rows::{HostRow, ImageRow, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::specs::Waiting;
 use crate::tasks::cancellable;
 
 fn condition(name: &str, message: String, fix: &str) -> v1::Condition {
@@ -58,11 +59,17 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
             generation: row.pending.as_ref().map_or(row.generation, |pending| pending.generation),
             activity: row.activity,
             started,
+            waiting: row.waiting.iter().filter(|_| row.has_process()).map(waits).collect(),
             macs: row.spec.nics.iter().map(|nic| nic.mac.map(|mac| mac.to_string()).unwrap_or_default()).collect(),
             conditions,
             since: row.since,
         },
     }
+}
+
+fn waits(waiting: &Waiting) -> v1::Waiting {
+    let Waiting { field, running, wanted } = waiting.clone();
+    v1::Waiting { field, running, wanted }
 }
 
 /// A host.

@@ -36,6 +36,8 @@ codes! {
     NameInvalid = "name_invalid",
     /// The VM spec contradicts itself or a limit.
     SpecInvalid = "spec_invalid",
+    /// This version of Godwit does not do it.
+    Unsupported = "unsupported",
     /// No or unknown credentials.
     Unauthenticated = "unauthenticated",
     /// Known principal, but it may not do this.

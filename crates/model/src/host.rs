@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Accelerator, Bytes, Name};
+use crate::{Accelerator, Bytes, HugePages, Name};
 
 /// What does not change while an agent runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -27,6 +27,18 @@ pub struct HostFacts {
     pub migration_capabilities: Vec<String>,
     /// Storage.
     pub pools: Vec<PoolFacts>,
+    /// Whether UEFI firmware is installed.
+    #[serde(default)]
+    pub uefi: bool,
+    /// Whether UEFI firmware that enforces Secure Boot is installed.
+    #[serde(default)]
+    pub secure_boot: bool,
+    /// Sizes of huge pages that it has set aside.
+    #[serde(default)]
+    pub hugepages: Vec<HugePages>,
+    /// Memory nodes; 0 where the agent did not say.
+    #[serde(default)]
+    pub numa_nodes: u32,
     /// Findings that limit what this host can do, each with its fix.
     pub conditions: Vec<HostCondition>,
 }

@@ -70,3 +70,7 @@ id! {
     /// An API or join token (its public half).
     TokenId
 }
+id! {
+    /// What a guest reads to learn that it was turned back to an earlier moment, or doubled. Not a [`crate::Generation`].
+    Vmgenid
+}

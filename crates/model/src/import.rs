@@ -16,6 +16,8 @@ pub enum ImportFormat {
     Raw,
     /// A qcow2 disk without backing file or external data file.
     Qcow2,
+    /// The content of a CD-ROM.
+    Iso,
     /// A VMDK disk in one file (monolithic sparse or stream-optimised); becomes qcow2.
     Vmdk,
     /// A VHDX disk without parent; becomes qcow2.
@@ -32,6 +34,7 @@ impl ImportFormat {
             Self::Kernel => ImageKind::Kernel,
             Self::Initrd => ImageKind::Initrd,
             Self::Raw => ImageKind::Raw,
+            Self::Iso => ImageKind::Iso,
             Self::Qcow2 | Self::Vmdk | Self::Vhdx | Self::Ova => ImageKind::Qcow2,
         }
     }

@@ -16,14 +16,16 @@ pub mod units;
 
 pub use error::{ErrorCode, Refusal, Retry};
 pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
-pub use ids::{ImageId, TaskId, TeamId, TokenId, VmId};
+pub use ids::{ImageId, TaskId, TeamId, TokenId, VmId, Vmgenid};
 pub use import::ImportFormat;
 pub use lifecycle::{Activity, Admission, RunState, VmRequest};
 pub use migration::{MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress};
 pub use name::{InvalidName, Name};
 pub use ownership::{Epoch, Generation, Grant};
 pub use spec::{
-    Accelerator, Boot, CacheMode, DiskFormat, DiskSpec, ImageKind, ImageRef, InvalidSpec, MacAddress, NicSpec, ResolvedDisk,
-    ResolvedNic, ResolvedSpec, SPEC_SCHEMA, VmSpec, VolumeRef,
+    Accelerator, Autostart, Boot, CacheMode, CdromSpec, CloudInit, Discard, DiskBus, DiskFormat, DiskSpec, FIXED_SLOTS, Firmware,
+    HugePages, Hyperv, ImageKind, ImageRef, InvalidSpec, IoLimits, LiveChange, MacAddress, NicModel, NicSpec, Numa, Platform,
+    ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec, Rtc, RtcBase, RtcDrift, SPEC_SCHEMA, Smbios, Tpm, TpmVersion, Video,
+    VmSpec, VolumeRef, Watchdog, WatchdogAction, live_changes,
 };
-pub use units::{Bytes, BytesPerSec, Millis, UnixMillis};
+pub use units::{Bytes, BytesPerSec, Millis, Seconds, UnixMillis};

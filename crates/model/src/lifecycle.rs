@@ -56,6 +56,8 @@ pub enum VmRequest {
     Migrate,
     /// Remove it.
     Delete,
+    /// Change what it is made of.
+    Set,
 }
 
 /// The answer to a [`VmRequest`].
@@ -89,7 +91,8 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
         | (R::Stop | R::Kill | R::Pause, S::Running)
         | (R::Kill | R::Unpause, S::Paused)
         | (R::Migrate, S::Running)
-        | (R::Delete, S::Stopped | S::Crashed) => Admission::Accept,
+        | (R::Delete, S::Stopped | S::Crashed)
+        | (R::Set, _) => Admission::Accept,
         (R::Start | R::Unpause, S::Running) | (R::Stop | R::Kill, S::Stopped | S::Crashed) | (R::Pause, S::Paused) => {
             Admission::Ignore
         }
@@ -112,7 +115,7 @@ mod tests {
 
     use super::*;
 
-    const REQUESTS: [VmRequest; 7] = [
+    const REQUESTS: [VmRequest; 8] = [
         VmRequest::Start,
         VmRequest::Stop,
         VmRequest::Kill,
@@ -120,6 +123,7 @@ mod tests {
         VmRequest::Unpause,
         VmRequest::Migrate,
         VmRequest::Delete,
+        VmRequest::Set,
     ];
 
     /// What an accepted request makes of a state, for the model walk below.
@@ -128,7 +132,7 @@ mod tests {
             VmRequest::Start | VmRequest::Unpause => RunState::Running,
             VmRequest::Stop | VmRequest::Kill => RunState::Stopped,
             VmRequest::Pause => RunState::Paused,
-            VmRequest::Migrate | VmRequest::Delete => state,
+            VmRequest::Migrate | VmRequest::Delete | VmRequest::Set => state,
         }
     }
 
@@ -140,7 +144,7 @@ mod tests {
                 let request = REQUESTS[step];
                 if decide_admission(state, None, request) == Admission::Accept {
                     let next = after(state, request);
-                    if !matches!(request, VmRequest::Migrate | VmRequest::Delete) {
+                    if !matches!(request, VmRequest::Migrate | VmRequest::Delete | VmRequest::Set) {
                         prop_assert_eq!(decide_admission(next, None, request), Admission::Ignore);
                     }
                     state = next;

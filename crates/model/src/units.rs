@@ -37,6 +37,10 @@ quantity! {
     Millis
 }
 quantity! {
+    /// A span of time that people set, in seconds.
+    Seconds
+}
+quantity! {
     /// A moment: milliseconds since 1970-01-01 UTC.
     UnixMillis
 }

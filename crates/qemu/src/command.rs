@@ -1,23 +1,20 @@
 //! The command line: a pure function of what a VM is ([`ResolvedSpec`]) and what it is given on this host ([`Resources`]).
 //!
 //! What the guest can see (machine, CPU, devices and their PCI addresses, queue numbers, ROM sizes) depends on the spec alone, so that the
-//! same spec makes the same machine on every host and with every QEMU: it is the ABI that a VM keeps for life. PCI slots on `pcie.0`:
-//!
-//! ```text
-//!  01 rng   02 balloon   03 serial (guest agent)   04 VGA   08-0f disks 0-7   10-17 interfaces 0-7   1f chipset
-//! ```
-//! Interfaces have no option ROM (network boot is not offered), VGA's ROM is fixed at 64 KiB: a ROM is a RAM block, and its size would
-//! otherwise differ between versions and end a migration. The serial console has no log file, since a guest could fill the host's disk
-//! with it: the agent is the socket's only client and keeps a bounded log.
+//! same spec makes the same machine on every host and with every QEMU: it is the ABI that a VM keeps for life. Where everything is, is in
+//! [`devices`]. What is not visible to the guest (I/O limits, the state of a cable) is set over the monitor once QEMU answers, see
+//! [`crate::change`].
 
+pub(crate) mod devices;
 mod options;
+mod platform;
 
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::{fmt, io};
 
-use godwit_model::{Accelerator, CacheMode, ResolvedSpec};
+use godwit_model::{Accelerator, CacheMode, ResolvedSpec, SPEC_SCHEMA};
 use rustix::fs::{Mode, OFlags};
 
 use crate::cage::PassedFds;
@@ -34,8 +31,12 @@ pub struct Resources {
     pub kernel: Option<RawFd>,
     /// Descriptor of the initrd, likewise.
     pub initrd: Option<RawFd>,
+    /// UEFI firmware, if the spec has it.
+    pub flash: Option<FlashFds>,
     /// Descriptors of the disks, in the order of the spec.
     pub disks: Vec<DiskFds>,
+    /// Descriptors of the media in the CD-ROM drives, in the order of the spec; opened read-only.
+    pub media: Vec<Option<RawFd>>,
     /// Tap descriptors with `IFF_VNET_HDR`, in the order of the spec.
     pub taps: Vec<RawFd>,
     /// Fresh, or waiting for a migration.
@@ -64,6 +65,15 @@ impl DiskFds {
         let (read_only, read_write) = (open(OFlags::RDONLY)?, open(OFlags::RDWR)?);
         Ok(Self { read_only: fds.pass(read_only), read_write: fds.pass(read_write) })
     }
+}
+
+/// Flash of a VM with UEFI firmware.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlashFds {
+    /// Code, opened read-only.
+    pub code: RawFd,
+    /// The volume of its variables, opened as a disk with cache mode `direct`.
+    pub variables: DiskFds,
 }
 
 /// Listening sockets that QEMU accepts on. They are made by the agent, so that there is something to connect to before QEMU has started.
@@ -171,6 +181,21 @@ pub enum CommandError {
     /// Memory that is not whole pages as QEMU rounds them.
     #[error("memory is not a multiple of 8 KiB")]
     Memory,
+    /// Huge pages that do not make up the memory.
+    #[error("memory is not a multiple of its huge pages")]
+    HugePages,
+    /// A spec of a later version: what it means is not known here.
+    #[error("the spec has schema {0}, known are those up to {SPEC_SCHEMA}")]
+    Schema(u32),
+    /// A text that the guest would see with control characters, or cut.
+    #[error("{0} is not printable ASCII, or too long")]
+    Text(&'static str),
+    /// A place that does not exist, or that two devices have.
+    #[error("slot {0} does not exist, is not for this device, or is taken")]
+    Slot(usize),
+    /// Something that QEMU cannot do, or not in a VM that moves.
+    #[error("{0} is not supported")]
+    Unsupported(&'static str),
 }
 
 /// The CPU model for VMs that name none: runs on every host with this accelerator, Intel and AMD alike, and is accepted with `enforce` by
@@ -183,8 +208,6 @@ pub const fn default_cpu(accelerator: Accelerator) -> &'static str {
     }
 }
 
-const DISK_SLOT: usize = 0x08;
-const NIC_SLOT: usize = 0x10;
 const MAX_DEVICES: usize = 8;
 
 /// Arguments for QEMU, without the program's name.
@@ -199,16 +222,10 @@ pub fn qemu_arguments(spec: &ResolvedSpec, resources: &Resources) -> Result<Vec<
     line.pairs("-name", Pairs::new().with("guest", &spec.name).with("debug-threads", "on"));
     line.option("-uuid", spec.vm);
     add_sandbox(&mut line);
-    add_platform(&mut line, spec);
+    platform::add(&mut line, spec);
     add_boot(&mut line, spec, resources);
     add_channels(&mut line, resources);
-    add_fixed_devices(&mut line);
-    for (index, (disk, fds)) in spec.disks.iter().zip(&resources.disks).enumerate() {
-        add_disk(&mut line, index, disk, *fds, spec.vcpus);
-    }
-    for (index, (nic, tap)) in spec.nics.iter().zip(&resources.taps).enumerate() {
-        add_nic(&mut line, index, nic, *tap, &spec.machine);
-    }
+    devices::add_all(&mut line, spec, resources);
     if resources.start == Start::Incoming {
         line.option("-incoming", "defer");
     }
@@ -221,7 +238,7 @@ pub(crate) fn interview_arguments(accelerator: Accelerator, qmp: RawFd) -> Vec<S
     line.flag("-nodefaults").flag("-no-user-config").flag("-S");
     add_sandbox(&mut line);
     line.pairs("-machine", Pairs::new().first("none"));
-    add_accelerator(&mut line, accelerator);
+    platform::add_accelerator(&mut line, accelerator);
     line.option("-display", "none");
     line.pairs("-chardev", Pairs::new().first("socket").with("id", "qmp").with("fd", qmp));
     line.pairs("-mon", Pairs::new().with("chardev", "qmp").with("mode", "control"));
@@ -260,13 +277,24 @@ fn check(spec: &ResolvedSpec, resources: &Resources) -> Result<(), CommandError>
         ("initrds", usize::from(spec.initrd.is_some()), usize::from(resources.initrd.is_some())),
         ("disks", spec.disks.len(), resources.disks.len()),
         ("interfaces", spec.nics.len(), resources.taps.len()),
+        ("CD-ROM drives", spec.cdroms.len(), resources.media.len()),
+        ("flashes", usize::from(spec.platform.firmware.is_uefi()), usize::from(resources.flash.is_some())),
     ];
     for (what, wanted, given) in counts {
         if wanted != given || wanted > MAX_DEVICES {
             return Err(CommandError::Count { what, wanted, given });
         }
     }
+    for (drive, fd) in spec.cdroms.iter().zip(&resources.media) {
+        let (wanted, given) = (usize::from(drive.medium.is_some()), usize::from(fd.is_some()));
+        if wanted != given {
+            return Err(CommandError::Count { what: "media", wanted, given });
+        }
+    }
     // A spec may have crossed the network since it was validated.
+    if spec.schema > SPEC_SCHEMA {
+        return Err(CommandError::Schema(spec.schema));
+    }
     for (what, text) in [("machine type", &spec.machine), ("CPU model", &spec.cpu)] {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
         if text.is_empty() || text.len() > 64 || !text.bytes().all(plain) {
@@ -282,6 +310,8 @@ fn check(spec: &ResolvedSpec, resources: &Resources) -> Result<(), CommandError>
     if !spec.memory.get().is_multiple_of(8 << 10) {
         return Err(CommandError::Memory);
     }
+    platform::check(spec)?;
+    devices::check(spec)?;
     let usable = |path: &Path| {
         path.to_str()
             .is_some_and(|text| text.starts_with('/') && text.len() <= Sockets::MAX_PATH && !text.chars().any(char::is_control))
@@ -299,31 +329,6 @@ fn add_sandbox(line: &mut Line) {
         sandbox = sandbox.with(class, "deny");
     }
     line.pairs("-sandbox", sandbox);
-}
-
-fn add_platform(line: &mut Line, spec: &ResolvedSpec) {
-    let machine = Pairs::new().first(&spec.machine).with("usb", "off").with("vmport", "off").with("smm", "off");
-    // Merging equal pages across VMs lets one team's VM measure another's memory.
-    line.pairs("-machine", machine.with("dump-guest-core", "off").with("mem-merge", "off"));
-    add_accelerator(line, spec.accelerator);
-    line.pairs("-cpu", Pairs::new().first(&spec.cpu).first("enforce"));
-    line.pairs("-smp", Pairs::new().with("cpus", spec.vcpus).with("sockets", 1).with("cores", spec.vcpus).with("threads", 1));
-    line.pairs("-m", Pairs::new().with("size", format!("{}k", spec.memory.get() >> 10)));
-    line.pairs("-overcommit", Pairs::new().with("mem-lock", "off"));
-    line.pairs("-rtc", Pairs::new().with("base", "utc").with("driftfix", "slew"));
-    line.pairs("-boot", Pairs::new().with("menu", "off").with("strict", "on"));
-    line.option("-display", "none");
-}
-
-fn add_accelerator(line: &mut Line, accelerator: Accelerator) {
-    line.pairs(
-        "-accel",
-        match accelerator {
-            Accelerator::Kvm => Pairs::new().first("kvm"),
-            // The translation cache, in MiB, grows to this and is no guest RAM.
-            Accelerator::Tcg => Pairs::new().first("tcg").with("thread", "multi").with("tb-size", 256),
-        },
-    );
 }
 
 fn add_boot(line: &mut Line, spec: &ResolvedSpec, resources: &Resources) {
@@ -348,75 +353,6 @@ fn add_channels(line: &mut Line, resources: &Resources) {
     line.pairs("-chardev", listen("guest-agent", guest_agent));
     let vnc = Sockets::in_dir(&resources.runtime_dir).vnc;
     line.pairs("-vnc", Pairs::new().first(format!("unix:{}", vnc.display())));
-}
-
-fn add_fixed_devices(line: &mut Line) {
-    line.json("-object", Object::new().with("qom-type", "rng-builtin").with("id", "entropy"));
-    line.json("-device", Object::pci("virtio-rng-pci", "rng0", 0x01).modern().with("rng", "entropy"));
-    line.json("-device", Object::pci("virtio-balloon-pci", "balloon0", 0x02).modern().with("deflate-on-oom", true));
-    line.json("-device", Object::pci("virtio-serial-pci", "channels", 0x03).modern().with("max_ports", 4));
-    let port = Object::device("virtserialport", "guest-agent-port").with("bus", "channels.0").with("nr", 1);
-    line.json("-device", port.with("chardev", "guest-agent").with("name", "org.qemu.guest_agent.0"));
-    line.json("-device", Object::pci("VGA", "vga", 0x04).with("vgamem_mb", 8).with("romsize", 0x1_0000));
-}
-
-fn add_disk(line: &mut Line, index: usize, disk: &godwit_model::spec::ResolvedDisk, fds: DiskFds, vcpus: u16) {
-    let set = index + 1;
-    for (fd, access) in [(fds.read_only, "read-only"), (fds.read_write, "read-write")] {
-        line.pairs("-add-fd", Pairs::new().with("fd", fd).with("set", set).with("opaque", format!("disk{index}-{access}")));
-    }
-    let cache = || Object::new().with("direct", disk.cache == CacheMode::Direct).with("no-flush", false);
-    let file = Object::new()
-        .with("driver", "file")
-        .with("node-name", format!("disk{index}-file"))
-        .with("filename", format!("/dev/fdset/{set}"))
-        .with("aio", "threads")
-        .with("locking", "on")
-        .with("auto-read-only", false)
-        .with("discard", "unmap")
-        .with("cache", cache());
-    line.json("-blockdev", file);
-    let node = Object::new()
-        .with("driver", disk.format.driver())
-        .with("node-name", format!("disk{index}"))
-        .with("file", format!("disk{index}-file"))
-        .with("read-only", false)
-        .with("discard", "unmap")
-        .with("cache", cache());
-    // The declared format, and nothing that a header may refer to outside the volume.
-    let qcow2 = disk.format == godwit_model::DiskFormat::Qcow2;
-    line.json("-blockdev", if qcow2 { node.with_null("backing") } else { node });
-    let device = Object::pci("virtio-blk-pci", &format!("disk{index}-device"), DISK_SLOT + index)
-        .modern()
-        .with("drive", format!("disk{index}"))
-        .with("serial", format!("disk{index}"))
-        .with("num-queues", vcpus.min(8))
-        .with("write-cache", "on")
-        .with("logical_block_size", 512)
-        .with("physical_block_size", 512);
-    line.json("-device", if index == 0 { device.with("bootindex", 1) } else { device });
-}
-
-fn add_nic(line: &mut Line, index: usize, nic: &godwit_model::spec::ResolvedNic, tap: RawFd, machine: &str) {
-    let backend = Object::new().with("type", "tap").with("id", format!("net{index}-tap"));
-    line.json("-netdev", backend.with("fd", tap.to_string()).with("vhost", false));
-    let mut device = Object::pci("virtio-net-pci", &format!("net{index}"), NIC_SLOT + index)
-        .modern()
-        .with("netdev", format!("net{index}-tap"))
-        .with("mac", nic.mac)
-        .with("romfile", "")
-        .with("mq", false);
-    if has_udp_segmentation(machine) {
-        // Offered only where the host's kernel can do it, so it would tie the VM to new kernels.
-        device = device.with("host_uso", false).with("guest_uso4", false).with("guest_uso6", false);
-    }
-    line.json("-device", device);
-}
-
-/// Whether a machine type is new enough (8.2) to offer UDP segmentation; every QEMU that knows such a type knows the properties.
-fn has_udp_segmentation(machine: &str) -> bool {
-    let version = machine.rsplit('-').next().and_then(|version| version.split_once('.'));
-    version.and_then(|(major, minor)| Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))) >= Some((8, 2))
 }
 
 #[cfg(test)]

@@ -4,13 +4,14 @@
 //! bounded, unknown events, fields and values end nothing.
 //!
 //! Start with [`command`] (what a [`godwit_model::ResolvedSpec`] becomes), then [`cage`] (how that is run: own uid, mount namespace,
-//! limits), [`process`] (watching and adopting it) and [`qmp`] (talking to it). [`capabilities`] and [`accel`] say what a host offers,
-//! [`cgroup`] holds a VM's limits, [`convert`] makes one disk format of another.
+//! limits), [`process`] (watching and adopting it) and [`qmp`] (talking to it); [`change`] is what can be done to a VM while it runs.
+//! [`capabilities`] and [`accel`] say what a host offers, [`cgroup`] holds a VM's limits, [`convert`] makes one disk format of another.
 
 pub mod accel;
 pub mod cage;
 pub mod capabilities;
 pub mod cgroup;
+pub mod change;
 pub mod command;
 pub mod convert;
 pub mod process;

@@ -18,6 +18,8 @@ pub struct GuestSpec {
     pub vcpus: u16,
     /// Disks.
     pub disks: Vec<DiskSpec>,
+    /// What else its spec says, applied in this order.
+    pub shapes: Vec<fn(&mut VmSpec)>,
     /// Words `KEY=VALUE` for the guest, without their `guest.`.
     pub knobs: Vec<String>,
 }
@@ -48,6 +50,7 @@ impl GuestSpec {
             memory: Bytes::mib(192),
             vcpus: 1,
             disks: Vec::new(),
+            shapes: Vec::new(),
             knobs: knobs.map(ToOwned::to_owned).to_vec(),
         }
     }
@@ -79,6 +82,13 @@ impl GuestSpec {
         self
     }
 
+    /// With what `shape` does to its spec.
+    #[must_use]
+    pub fn shape(mut self, shape: fn(&mut VmSpec)) -> Self {
+        self.shapes.push(shape);
+        self
+    }
+
     /// With one disk more.
     #[must_use]
     pub fn disk(mut self, disk: DiskSpec) -> Self {
@@ -91,19 +101,18 @@ impl GuestSpec {
         let witness = SocketAddr::from((OUTSIDE_GUEST_ADDRESS, WITNESS_PORT));
         let own = [format!("id={}", self.name), format!("ip={address}/24"), format!("witness={witness}")];
         let words: Vec<String> = own.iter().chain(&self.knobs).map(|word| format!("guest.{word}")).collect();
-        VmSpec {
-            vcpus: self.vcpus,
-            memory: self.memory,
-            boot: Boot::Kernel {
-                kernel: kernel.clone(),
-                initrd: Some(initrd.clone()),
-                cmdline: format!("{KERNEL_WORDS} {}", words.join(" ")),
-            },
+        let boot = Boot::Kernel {
+            kernel: kernel.clone(),
+            initrd: Some(initrd.clone()),
+            cmdline: format!("{KERNEL_WORDS} {}", words.join(" ")),
+        };
+        let mut spec = VmSpec {
             disks: self.disks.clone(),
-            nics: vec![NicSpec { network: Name::new("default").expect("a name"), mac: None }],
-            machine: None,
-            cpu: None,
-        }
+            nics: vec![NicSpec::new(Name::new("default").expect("a name"))],
+            ..VmSpec::new(self.vcpus, self.memory, boot)
+        };
+        self.shapes.iter().for_each(|shape| shape(&mut spec));
+        spec
     }
 }
 

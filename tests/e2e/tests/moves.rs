@@ -6,18 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, ProcessRole, other_qemu};
-use godwit_model::{Bytes, CacheMode, DiskFormat, DiskSpec, ErrorCode, MigrationPolicy};
+use godwit_model::{Bytes, DiskFormat, DiskSpec, ErrorCode, MigrationPolicy};
 
 #[test]
 fn a_vm_with_a_shared_disk_moves_there_and_back_and_nobody_notices() -> Result<()> {
     let mut cluster = ClusterSpec::new(2)?.up()?;
-    let disk = DiskSpec {
-        volume: "shared/root".parse()?,
-        format: DiskFormat::Qcow2,
-        cache: CacheMode::Direct,
-        size: Some(Bytes::mib(64)),
-        image: None,
-    };
+    let disk = DiskSpec { size: Some(Bytes::mib(64)), ..DiskSpec::new("shared/root".parse()?, DiskFormat::Qcow2) };
     let still = GuestSpec::small("still").knob("dirty=0").knob("check=4M");
     cluster.boot_all(&[(GuestSpec::small("web").vcpus(2).disk(disk), "h1"), (still, "h2")])?;
     let (web, still) = (cluster.guest("web")?.address, cluster.guest("still")?.address);

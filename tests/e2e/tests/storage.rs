@@ -7,10 +7,10 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use godwit_api::v1::{TaskState, TeamCreate, VmDelete};
 use godwit_e2e::{Cluster, ClusterSpec, GuestSpec};
-use godwit_model::{Bytes, CacheMode, DiskFormat, DiskSpec, ErrorCode, Name};
+use godwit_model::{Bytes, DiskFormat, DiskSpec, ErrorCode, Name};
 
 fn disk(volume: &str, format: DiskFormat, size: Option<Bytes>) -> Result<DiskSpec> {
-    Ok(DiskSpec { volume: format!("shared/{volume}").parse()?, format, cache: CacheMode::default(), size, image: None })
+    Ok(DiskSpec { size, ..DiskSpec::new(format!("shared/{volume}").parse()?, format) })
 }
 
 fn run(program: &str, arguments: &[&str]) -> Result<()> {

@@ -19,6 +19,9 @@ fn record() -> VmRecord {
         cmdline: String::new(),
         disks: vec![],
         nics: vec![],
+        cdroms: vec![],
+        platform: godwit_model::Platform::default(),
+        cloud_init: None,
     };
     VmRecord::new(spec, Generation(1), 100_000, Holding::Owner)
 }

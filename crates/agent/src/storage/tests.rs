@@ -64,7 +64,7 @@ fn complete(refusal: Refusal) -> ErrorCode {
 
 fn disk(volume: &str, format: DiskFormat) -> ResolvedDisk {
     let volume = format!("p/{volume}").parse().expect("volume");
-    ResolvedDisk { volume, format, cache: CacheMode::Writeback, create: None, image: None }
+    ResolvedDisk { cache: CacheMode::Writeback, ..ResolvedDisk::new(volume, format) }
 }
 
 fn created(volume: &str, format: DiskFormat, mib: u64) -> ResolvedDisk {

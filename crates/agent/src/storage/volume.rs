@@ -174,8 +174,31 @@ fn open_image(path: &Path, kind: ImageKind) -> Result<(File, DiskFormat, Bytes),
             })?;
             Ok((file, DiskFormat::Qcow2, Bytes(header.size.next_multiple_of(512))))
         }
-        ImageKind::Kernel | ImageKind::Initrd => Err(refusal::image("is a kernel or initrd, not a disk")),
+        ImageKind::Kernel | ImageKind::Initrd | ImageKind::Iso => {
+            Err(refusal::image("is a kernel, an initrd or a CD-ROM, not a disk"))
+        }
     }
+}
+
+/// See [`super::Pools::prepare_copy`].
+pub(super) fn copy(place: Place, volume: &VolumeRef, from: &Path) -> Result<(), Refusal> {
+    let system = |error| refusal::system(&format!("create volume {volume}"), &error);
+    let mut from = File::open(from).map_err(system)?;
+    let mut partial = place.partial().map_err(system)?;
+    let size = Bytes(std::io::copy(&mut from, &mut partial.file).map_err(system)?);
+    Draft { volume: volume.clone(), format: DiskFormat::Raw, size, image: None, partial }.publish()
+}
+
+/// See [`super::Pools::open_exact`].
+pub(super) fn open_exact(place: &Place, volume: &VolumeRef, size: Bytes) -> Result<(OwnedFd, OwnedFd), Refusal> {
+    let (read_only, read_write) = open(place, volume, CacheMode::Direct)?;
+    let file = File::from(read_only);
+    let length = file.metadata().map_err(|error| refusal::system(&format!("read volume {volume}"), &error))?.len();
+    if length != size.get() {
+        let facts = format!("has {length} bytes, firmware variables have {}", size.get());
+        return Err(refusal::format(volume, &facts, "name a volume that does not exist, so that it is created"));
+    }
+    Ok((file.into(), read_write))
 }
 
 /// See [`super::Pools::open_disk`].

@@ -36,6 +36,7 @@ pub(crate) enum VmCommand {
     Kill { generation: Generation },
     Pause { generation: Generation },
     Unpause { generation: Generation },
+    Change { generation: Generation, spec: ResolvedSpec },
     Forget,
     Prepare { grant: Grant, spec: ResolvedSpec, policy: MigrationPolicy },
     Migrate { grant: Grant, address: std::net::SocketAddr, policy: MigrationPolicy },
@@ -358,6 +359,7 @@ impl Actor {
                 self.owned(generation)?;
                 self.ask(Qmp::cont).await
             }
+            VmCommand::Change { generation, spec } => self.change(generation, spec).await.map(|()| Answer::default()),
             VmCommand::Kill { generation } => {
                 if self.process.is_none() {
                     return Ok(Answer::default());

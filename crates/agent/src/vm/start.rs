@@ -13,6 +13,7 @@ use godwit_qemu::command::{DiskFds, qemu_arguments};
 use godwit_qemu::{Qmp, Resources, Sockets, Start};
 
 use super::actor::{Actor, qemu_failed};
+use super::change::open_flash;
 use crate::host::{SharedHost, host_failed, private_dir};
 use crate::journal::{Holding, VmRecord};
 use crate::storage::CachedImage;
@@ -115,8 +116,16 @@ impl Actor {
             let (read_only, read_write) = host.pools.open_disk(disk)?;
             disks.push(DiskFds { read_only: fds.pass(read_only), read_write: fds.pass(read_write) });
         }
+        let flash = open_flash(&host, spec, start, &mut fds).await?;
+        let mut media = Vec::new();
+        for cdrom in &spec.cdroms {
+            media.push(match &cdrom.medium {
+                Some(image) => Some(fds.pass(fetch_image(&host, image).await?.file)),
+                None => None,
+            });
+        }
         let mut taps = Vec::new();
-        for (slot, nic) in spec.nics.iter().enumerate() {
+        for (slot, nic) in spec.nic_slots() {
             let tap = host.network.create_tap(&nic.network, self.vm, slot).await;
             taps.push(fds.pass(tap.map_err(|error| host_failed("the VM's interface could not be made", &error))?));
         }
@@ -129,7 +138,7 @@ impl Actor {
         std::fs::set_permissions(&runtime_dir, std::os::unix::fs::PermissionsExt::from_mode(0o710)).map_err(failed)?;
         private_dir(&Sockets::own_dir(&runtime_dir), Some(uid)).map_err(failed)?;
         let channels = Sockets::in_dir(&runtime_dir).listen(&mut fds).map_err(failed)?;
-        let resources = Resources { runtime_dir: runtime_dir.clone(), channels, kernel, initrd, disks, taps, start };
+        let resources = Resources { runtime_dir: runtime_dir.clone(), channels, kernel, initrd, flash, disks, media, taps, start };
         let arguments =
             qemu_arguments(spec, &resources).map_err(|error| Refusal::new(ErrorCode::SpecInvalid, error.to_string()))?;
         let cgroup = host.make_cgroup(self.vm, spec.memory);
@@ -161,7 +170,8 @@ impl Actor {
         self.state = RunState::Paused;
         // The journal knows the process before any vCPU can run: a QEMU that no record names was never continued.
         self.save()?;
-        self.greet().await
+        self.greet().await?;
+        self.set_up(start).await
     }
 
     async fn greet(&mut self) -> Result<(), Refusal> {
@@ -183,7 +193,7 @@ impl Actor {
 }
 
 /// An image from the host's cache, fetched from the controller if need be.
-async fn fetch_image(host: &SharedHost, image: &ImageRef) -> Result<CachedImage, Refusal> {
+pub(super) async fn fetch_image(host: &SharedHost, image: &ImageRef) -> Result<CachedImage, Refusal> {
     let (host, id) = (Arc::clone(host), image.id.to_string());
     let cache = Arc::clone(&host);
     let fetch = move || {

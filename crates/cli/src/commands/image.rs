@@ -109,6 +109,8 @@ enum KindArg {
     Raw,
     /// A qcow2 disk without backing file
     Qcow2,
+    /// The content of a CD-ROM
+    Iso,
     /// A VMDK disk in one file; becomes qcow2
     Vmdk,
     /// A VHDX disk; becomes qcow2
@@ -152,6 +154,7 @@ async fn import(session: &Session, args: ImportArgs) -> Result<(), Failure> {
         KindArg::Initrd => ImportFormat::Initrd,
         KindArg::Raw => ImportFormat::Raw,
         KindArg::Qcow2 => ImportFormat::Qcow2,
+        KindArg::Iso => ImportFormat::Iso,
         KindArg::Vmdk => ImportFormat::Vmdk,
         KindArg::Vhdx => ImportFormat::Vhdx,
         KindArg::Ova => ImportFormat::Ova,

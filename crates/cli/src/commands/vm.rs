@@ -5,16 +5,17 @@ mod create;
 mod delete;
 mod migrate;
 mod power;
+mod set;
 
 use clap::Subcommand;
 use godwit_api::v1::Vm;
-use godwit_model::{Boot, Name};
+use godwit_model::{Boot, Firmware, Name};
 
 use crate::commands::pool::conditions;
 use crate::error::Failure;
 use crate::output::{Facts, Table, or_nothing, print_data, word};
 use crate::session::Session;
-use crate::text::moment;
+use crate::text::{moment, visible};
 use crate::watch::watch;
 
 /// What can be done with VMs.
@@ -33,6 +34,8 @@ pub(crate) enum Verb {
         /// Its name
         name: Name,
     },
+    /// Change what a VM is made of
+    Set(set::SetArgs),
     /// Start VMs
     Start(power::StartArgs),
     /// Ask the guests to power off, and wait until they have
@@ -60,6 +63,7 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
             let vm = session.client.vm(&name).await?;
             print_data(session.format, &vm, || show(&vm))
         }
+        Verb::Set(args) => set::run(&session, args).await,
         Verb::Start(args) => power::start(&session, args).await,
         Verb::Stop(args) => power::stop(&session, args).await,
         Verb::Kill(args) => power::kill(&session, args).await,
@@ -119,10 +123,26 @@ fn show(vm: &Vm) -> String {
         let mac = status.macs.get(index).cloned().or_else(|| nic.mac.map(|mac| mac.to_string()));
         facts.fact("Interface", format!("{} {}", nic.network, mac.unwrap_or_default()));
     }
+    for (drive, cdrom) in vm.spec.cdroms.iter().enumerate() {
+        facts.fact("CD-ROM", format!("drive {drive}: {}", cdrom.image.as_ref().map_or("empty", Name::as_str)));
+    }
+    if let Firmware::Uefi { variables, secure_boot } = &vm.spec.firmware {
+        let with = if *secure_boot { ", Secure Boot" } else { "" };
+        facts.fact("Firmware", format!("UEFI{with}, variables in {variables}"));
+    }
+    if !vm.spec.labels.is_empty() {
+        let labels: Vec<String> = vm.spec.labels.iter().map(|(key, text)| format!("{key}={text}")).collect();
+        facts.fact("Labels", visible(&labels.join(", ")));
+    }
     match &status.started {
         Some(started) => facts.fact("Started as", format!("{}, {}, {}", started.machine, started.cpu, word(&started.accelerator))),
         None => facts.fact("Machine", or_nothing(vm.spec.machine.as_ref())).fact("CPU model", or_nothing(vm.spec.cpu.as_ref())),
     };
+    for waiting in &status.waiting {
+        let shown = |value: &serde_json::Value| if value.is_null() { "nothing".to_owned() } else { value.to_string() };
+        let change = format!("{}: {} -> {}", waiting.field, shown(&waiting.running), shown(&waiting.wanted));
+        facts.fact("Waits for next start", visible(&change));
+    }
     conditions(&mut facts, &status.conditions);
     facts.render()
 }

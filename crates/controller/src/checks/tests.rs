@@ -18,6 +18,10 @@ pub(crate) fn facts() -> HostFacts {
         cpu_models: vec!["qemu64-v1".into()],
         migration_capabilities: vec!["mapped-ram".into()],
         pools: vec![PoolFacts { name: name("shared"), identity: "one".into(), shared: true, capacity: Bytes::GIB }],
+        uefi: true,
+        secure_boot: true,
+        hugepages: vec![],
+        numa_nodes: 1,
         conditions: vec![],
     }
 }
@@ -31,7 +35,7 @@ fn name(text: &str) -> Name {
 }
 
 fn vm() -> VmSpec {
-    VmSpec { vcpus: 1, memory: Bytes::mib(512), boot: Boot::Disk, disks: vec![], nics: vec![], machine: None, cpu: None }
+    VmSpec::new(1, Bytes::mib(512), Boot::Disk)
 }
 
 fn spec() -> ResolvedSpec {
@@ -39,13 +43,7 @@ fn spec() -> ResolvedSpec {
     let id = VmId::new(uuid::Uuid::nil());
     let candidate = Candidate { name: &name("h1"), facts: &h, load: &load };
     let (_, mut spec) = decide_start((id, &name("web1"), &vm()), None, &[candidate], &|_| None).expect("a host");
-    spec.disks.push(ResolvedDisk {
-        volume: "shared/root".parse().expect("volume"),
-        format: DiskFormat::Raw,
-        cache: CacheMode::Direct,
-        create: None,
-        image: None,
-    });
+    spec.disks.push(ResolvedDisk::new("shared/root".parse().expect("volume"), DiskFormat::Raw));
     spec
 }
 

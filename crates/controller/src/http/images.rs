@@ -239,9 +239,10 @@ fn refers(vm: &VmRow, image: &ImageRow) -> bool {
         Boot::Disk => false,
     };
     let disks = vm.spec.disks.iter().any(|disk| disk.image.as_ref() == Some(&image.name));
+    let media = vm.spec.cdroms.iter().any(|cdrom| cdrom.image.as_ref() == Some(&image.name));
     // A spec that is being started or run refers by id, whatever its names say by now.
     let resolved = vm.resolved.as_ref().is_some_and(|spec| spec.images().any(|used| used.id == image.id));
-    vm.team == image.team && (boots || disks || (resolved && vm.has_process()))
+    vm.team == image.team && (boots || disks || media || (resolved && vm.has_process()))
 }
 
 /// Deletes an image that no VM refers to

@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use godwit_api::v1;
-use godwit_model::{Boot, ErrorCode, Generation, ImageKind, MacAddress, Name, Refusal, RunState, VmId, VmSpec};
+use godwit_model::{Boot, ErrorCode, Generation, ImageKind, Name, Refusal, RunState, VmId, VmSpec};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -16,6 +16,7 @@ use crate::db::{Batch, Fault};
 use crate::fleet::DEFAULT_NETWORK;
 use crate::principals::{Action, Principal, Target, authorize, not_found};
 use crate::rows::{ImageRow, TeamRow, VmRow};
+use crate::specs::{check_supported, claims, complete_new};
 use crate::tasks::{Ask, Asked};
 use crate::{clock, views};
 
@@ -69,19 +70,10 @@ pub(super) async fn vm_create(
     authorize(&who, Action::Change, Target::Team(team))?;
     let v1::VmCreate { name, mut spec } = request;
     spec.validate().map_err(Refusal::from)?;
+    check_supported(&spec)?;
     app.db.find::<TeamRow>(team.as_str()).await?.ok_or_else(|| not_found("team", team))?;
     check_references(&app, team, &spec).await?;
-    for nic in &mut spec.nics {
-        nic.mac.get_or_insert_with(draw_mac);
-    }
-    if let Some(twice) =
-        spec.nics.iter().enumerate().find(|(index, nic)| spec.nics.iter().take(*index).any(|other| other.mac == nic.mac))
-    {
-        let mac = twice.1.mac.map(|mac| mac.to_string()).unwrap_or_default();
-        return Err(Refusal::new(ErrorCode::SpecInvalid, format!("two interfaces have the address {mac}"))
-            .hint("leave one of them out")
-            .into());
-    }
+    complete_new(&mut spec)?;
     let now = clock::now();
     let row = VmRow {
         id: VmId::new(clock::fresh()),
@@ -100,13 +92,11 @@ pub(super) async fn vm_create(
         granted: std::collections::BTreeMap::new(),
         activity: None,
         resolved: None,
+        waiting: vec![],
     };
     let mut batch = Batch::default().create(&row).claim(format!("vmname/{team}/{}", row.name), &row.id);
-    for mac in row.spec.nics.iter().filter_map(|nic| nic.mac) {
-        batch = batch.claim(format!("mac/{mac}"), &row.id);
-    }
-    for disk in &row.spec.disks {
-        batch = batch.claim(format!("volume/{}", disk.volume), &row.id);
+    for key in claims(&row.spec) {
+        batch = batch.claim(key, &row.id);
     }
     app.db.commit(batch).await.map_err(|fault| claimed(fault, &row.name))?;
     tracing::info!(vm = %row.name, %team, principal = who.name, "VM created");
@@ -135,6 +125,7 @@ async fn check_references(app: &App, team: &Name, spec: &VmSpec) -> Result<(), F
         wanted.extend(initrd.iter().map(|initrd| (initrd, &[ImageKind::Initrd] as &[_])));
     }
     wanted.extend(spec.disks.iter().filter_map(|disk| Some((disk.image.as_ref()?, &[ImageKind::Raw, ImageKind::Qcow2] as &[_]))));
+    wanted.extend(spec.cdroms.iter().filter_map(|cdrom| Some((cdrom.image.as_ref()?, &[ImageKind::Iso] as &[_]))));
     for (image, kinds) in wanted {
         let found = app.db.find::<ImageRow>(&format!("{team}/{image}")).await?.ok_or_else(|| not_found("image", image))?;
         if !kinds.contains(&found.row.kind) {
@@ -147,12 +138,6 @@ async fn check_references(app: &App, team: &Name, spec: &VmSpec) -> Result<(), F
         Some(nic) => Err(not_found("network", &nic.network).into()),
         None => Ok(()),
     }
-}
-
-/// A random address in QEMU's range.
-fn draw_mac() -> MacAddress {
-    let [a, b, c, ..] = *clock::fresh().as_bytes();
-    MacAddress([0x52, 0x54, 0x00, a, b, c])
 }
 
 struct Request {
@@ -249,6 +234,32 @@ pub(super) async fn vm_migrate(
 ) -> Answer<(StatusCode, Json<v1::Task>)> {
     let reason = body.reason.clone();
     ask(&app, Request { who, team: query.team, vm, revision, reason }, Asked::Migrate(body)).await
+}
+
+/// Changes what a VM is made of
+///
+/// What is left out stays as it is where it was chosen once (addresses, places, the generation id), and becomes the default elsewhere.
+/// What can change while the VM runs does; the rest takes effect at its next start and is listed in `status.waiting` until then.
+#[utoipa::path(put, path = "/v1/vms/{vm}/spec", tag = "vm", operation_id = "vm_set",
+    params(("vm" = Name, Path), Team, ("If-Match" = Option<String>, Header, description = "Revision that the VM must still have.")),
+    request_body = VmSpec, responses((status = 202, body = v1::Task), Refusals))]
+pub(super) async fn vm_set(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(vm): Named,
+    Query(query): Query<Team>,
+    Condition(revision): Condition,
+    Body(spec): Body<VmSpec>,
+) -> Answer<(StatusCode, Json<v1::Task>)> {
+    let team = team_of(&who, query.team.as_ref()).clone();
+    authorize(&who, Action::Change, Target::Team(&team))?;
+    spec.validate().map_err(Refusal::from)?;
+    check_supported(&spec)?;
+    // Before its images are looked at: of a VM that is not there nothing shall be learned.
+    app.tasks.vm(&team, &vm).await?;
+    check_references(&app, &team, &spec).await?;
+    let request = Request { who, team: query.team, vm, revision, reason: None };
+    ask(&app, request, Asked::Set(Box::new(spec))).await
 }
 
 /// What a deletion takes with it.

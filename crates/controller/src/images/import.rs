@@ -58,7 +58,7 @@ impl Images {
             self.fetch(id, url, sha256.as_deref(), said).await?;
         }
         let temporary = match format {
-            ImportFormat::Kernel | ImportFormat::Initrd | ImportFormat::Raw | ImportFormat::Qcow2 => {
+            ImportFormat::Kernel | ImportFormat::Initrd | ImportFormat::Raw | ImportFormat::Iso | ImportFormat::Qcow2 => {
                 let link = Temporary(self.dir.join(format!("{id}.new")));
                 let _ = fs::remove_file(&link.0).await;
                 fs::hard_link(&path, &link.0).await.map_err(|error| trouble(&error))?;

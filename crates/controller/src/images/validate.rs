@@ -14,8 +14,11 @@ pub(super) enum InvalidImage {
     /// No known archive.
     #[error("the image is not an initial ramdisk: neither gzip, zstd, xz nor cpio")]
     Initrd,
-    /// A raw disk of half a sector.
-    #[error("a raw disk is a multiple of 512 bytes, this has {size}")]
+    /// No CD-ROM.
+    #[error("the image is not the content of a CD-ROM: neither ISO 9660 nor UDF")]
+    Iso,
+    /// A disk or CD-ROM of half a sector.
+    #[error("a disk is a multiple of 512 bytes, this has {size}")]
     Sectors {
         /// Its size.
         size: u64,
@@ -58,7 +61,7 @@ impl InvalidImage {
             Self::BackingFile | Self::DataFile => "make it whole first: `qemu-img convert -O qcow2 IN OUT`",
             Self::Truncated { .. } | Self::Empty => "copy the file again and check it (`qemu-img check`), then import that",
             Self::RawIsQcow2 => "import it with kind qcow2",
-            _ => "check the file and the kind: kernel (bzImage), initrd, raw or qcow2",
+            _ => "check the file and the kind: kernel (bzImage), initrd, raw, qcow2 or iso",
         }
     }
 }
@@ -79,6 +82,17 @@ pub(super) fn validate(kind: ImageKind, head: &[u8], size: u64) -> Result<(), In
         ImageKind::Raw if !size.is_multiple_of(512) => Err(InvalidImage::Sectors { size }),
         ImageKind::Raw => Ok(()),
         ImageKind::Qcow2 => qcow2(head, size),
+        ImageKind::Iso if !size.is_multiple_of(512) => Err(InvalidImage::Sectors { size }),
+        ImageKind::Iso => iso(head),
+    }
+}
+
+/// The volume descriptors of ISO 9660 (ECMA-119) and UDF (ECMA-167) begin after 16 blocks.
+fn iso(head: &[u8]) -> Result<(), InvalidImage> {
+    const DESCRIPTOR: usize = 16 * 2_048 + 1;
+    match head.get(DESCRIPTOR..DESCRIPTOR + 5) {
+        Some(b"CD001" | b"BEA01") => Ok(()),
+        _ => Err(InvalidImage::Iso),
     }
 }
 
@@ -217,8 +231,14 @@ mod tests {
         assert_eq!(validate(ImageKind::Initrd, b"text", 4), Err(InvalidImage::Initrd));
         assert_eq!(validate(ImageKind::Raw, &[0; 512], 1_024), Ok(()));
         assert_eq!(validate(ImageKind::Raw, &[0; 512], 1_000), Err(InvalidImage::Sectors { size: 1_000 }));
+        let mut disc = vec![0; 34_816];
+        assert_eq!(validate(ImageKind::Iso, &disc, 34_816), Err(InvalidImage::Iso));
+        disc[32_769..32_774].copy_from_slice(b"CD001");
+        assert_eq!(validate(ImageKind::Iso, &disc, 34_816), Ok(()));
+        assert_eq!(validate(ImageKind::Iso, &disc, 34_817), Err(InvalidImage::Sectors { size: 34_817 }));
+        assert_eq!(validate(ImageKind::Iso, &disc[..32_770], 34_816), Err(InvalidImage::Iso));
         assert_eq!(validate(ImageKind::Raw, &image(3), WHOLE), Err(InvalidImage::RawIsQcow2));
-        for kind in [ImageKind::Kernel, ImageKind::Initrd, ImageKind::Raw, ImageKind::Qcow2] {
+        for kind in [ImageKind::Kernel, ImageKind::Initrd, ImageKind::Raw, ImageKind::Qcow2, ImageKind::Iso] {
             assert_eq!(validate(kind, &[], 0), Err(InvalidImage::Empty));
         }
     }
@@ -229,7 +249,7 @@ mod tests {
             if real && head.len() > 8 {
                 head[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
             }
-            for kind in [ImageKind::Kernel, ImageKind::Initrd, ImageKind::Raw, ImageKind::Qcow2] {
+            for kind in [ImageKind::Kernel, ImageKind::Initrd, ImageKind::Raw, ImageKind::Qcow2, ImageKind::Iso] {
                 let _ = validate(kind, &head, size);
             }
         }

@@ -6,8 +6,10 @@ use godwit_api::v1::{self, TaskState};
 use godwit_model::lifecycle::decide_admission;
 use godwit_model::{
     Activity, Admission, ErrorCode, Generation, ImageKind, ImageRef, Millis, Name, Refusal, Retry, TaskId, UnixMillis, VmRequest,
+    VmSpec,
 };
 
+use super::change::reclaim;
 use super::{Outcome, Tasks, conclude, note};
 use crate::checks::{Candidate, check_move};
 use crate::clock;
@@ -43,6 +45,7 @@ pub(crate) enum Asked {
     Unpause,
     Delete { volumes: bool },
     Migrate(v1::VmMigrate),
+    Set(Box<VmSpec>),
 }
 
 impl Asked {
@@ -55,8 +58,14 @@ impl Asked {
             Self::Unpause => VmRequest::Unpause,
             Self::Delete { .. } => VmRequest::Delete,
             Self::Migrate(_) => VmRequest::Migrate,
+            Self::Set(_) => VmRequest::Set,
         }
     }
+}
+
+/// How long the VM's guest may take to power off, if nothing else was said.
+fn own_deadline(vm: &VmRow) -> Millis {
+    vm.spec.shutdown_deadline.map_or(STOP_TIMEOUT, |deadline| Millis(deadline.get().saturating_mul(1_000)))
 }
 
 fn host_down(name: &Name) -> Refusal {
@@ -115,6 +124,7 @@ impl Tasks {
         let id = TaskId::new(clock::fresh());
         let now = clock::now();
         let replaced = vm.row.activity.map(|activity| activity.task);
+        let before = vm.row.spec.clone();
         let work = self.work(&mut vm.row, id, asked, ignored, now).await?;
         let mut task = TaskRow {
             id,
@@ -147,8 +157,19 @@ impl Tasks {
             self.db.commit(Batch::default().unchanged(&vm).create(&task)).await?;
             return Ok((task, None));
         }
+        let batch = if let Asked::Set(_) = asked {
+            if !self.changes_live(&vm.row).await? {
+                note(&mut task, said_of(&vm.row));
+                conclude(&mut task, &Outcome::Done);
+                self.db.commit(reclaim(Batch::default(), &before, &vm.row).update(&vm).create(&task)).await?;
+                return Ok((task, None));
+            }
+            reclaim(Batch::default(), &before, &vm.row)
+        } else {
+            Batch::default()
+        };
         vm.row.activity = Some(Activity { task: id, request: asked.request() });
-        self.db.commit(Batch::default().update(&vm).create(&task)).await?;
+        self.db.commit(batch.update(&vm).create(&task)).await?;
         Ok((task, replaced))
     }
 
@@ -160,12 +181,13 @@ impl Tasks {
                 Work::Start { host: host.ok_or_else(|| not_found("host", "of this VM"))?, generation: vm.generation }
             }
             Asked::Start(host) => self.admit_start(vm, id, host.as_ref()).await?,
-            Asked::Stop(timeout) => Work::Stop { timeout: timeout.unwrap_or(STOP_TIMEOUT) },
+            Asked::Stop(timeout) => Work::Stop { timeout: timeout.unwrap_or_else(|| own_deadline(vm)) },
             Asked::Kill => Work::Kill,
             Asked::Pause => Work::Pause,
             Asked::Unpause => Work::Unpause,
             Asked::Delete { volumes } => Work::Delete { volumes: *volumes },
             Asked::Migrate(request) => self.admit_migrate(vm, id, request, now).await?,
+            Asked::Set(spec) => self.admit_change(vm, spec).await?,
         })
     }
 
@@ -178,17 +200,14 @@ impl Tasks {
             self.known(host).await?;
             self.hub.presence(host).ok_or_else(|| host_down(host))?;
         }
-        let images = self.db.page::<ImageRow>(&format!("{}/", vm.team), None, usize::MAX).await?;
-        let find = |name: &Name| -> Option<(ImageRef, ImageKind)> {
-            let image = &images.iter().find(|image| image.row.name == *name)?.row;
-            Some((ImageRef { id: image.id, digest: image.digest.clone(), size: image.size }, image.kind))
-        };
+        let images = self.images_of(&vm.team).await?;
         let present = self.hub.present();
-        let (host, resolved) = decide_start((vm.id, &vm.name, &vm.spec), wanted, &candidates(&present), &find)?;
+        let (host, resolved) = decide_start((vm.id, &vm.name, &vm.spec), wanted, &candidates(&present), &|name| images.find(name))?;
         let generation = vm.issue(&host, id);
         vm.host = Some(host.clone());
         vm.generation = generation;
         vm.resolved = Some(resolved);
+        vm.waiting.clear();
         Ok(Work::Start { host, generation })
     }
 
@@ -226,9 +245,34 @@ impl Tasks {
     }
 }
 
+/// The images of a team.
+pub(super) struct FoundImages(Vec<Stored<ImageRow>>);
+
+impl FoundImages {
+    pub(super) fn find(&self, name: &Name) -> Option<(ImageRef, ImageKind)> {
+        let image = &self.0.iter().find(|image| image.row.name == *name)?.row;
+        Some((ImageRef { id: image.id, digest: image.digest.clone(), size: image.size }, image.kind))
+    }
+}
+
+impl Tasks {
+    pub(super) async fn images_of(&self, team: &Name) -> Result<FoundImages, Fault> {
+        Ok(FoundImages(self.db.page::<ImageRow>(&format!("{team}/"), None, usize::MAX).await?))
+    }
+}
+
 /// The end of a conditional grant.
 pub(super) fn expiry(now: UnixMillis, timeout: Millis) -> UnixMillis {
     UnixMillis(now.0.saturating_add(timeout.0).saturating_add(GRANT_MARGIN))
+}
+
+/// When a change of a spec takes effect.
+fn said_of(vm: &VmRow) -> String {
+    if vm.waiting.is_empty() {
+        return "written down".into();
+    }
+    let fields: Vec<&str> = vm.waiting.iter().map(|waiting| waiting.field.as_str()).collect();
+    format!("takes effect at the next start: {}", fields.join(", "))
 }
 
 /// The first line of a trail.

@@ -9,6 +9,7 @@ use super::{Outcome, Tasks, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault};
 use crate::rows::{VmRow, Work};
+use crate::specs::claims;
 
 /// How long an unconditional grant can wait for its host.
 const START_LIFETIME: u64 = 24 * 3_600_000;
@@ -155,21 +156,20 @@ impl Tasks {
         let (_, vm) = self.both(id).await?;
         let vm = vm.row;
         if volumes {
-            for disk in &vm.spec.disks {
+            for volume in vm.spec.volumes() {
                 let has_pool = |host: &Name| {
                     let present = self.hub.presence(host);
-                    present.is_some_and(|present| present.facts.pools.iter().any(|pool| pool.name == disk.volume.pool))
+                    present.is_some_and(|present| present.facts.pools.iter().any(|pool| pool.name == volume.pool))
                 };
                 let any = || self.hub.present().into_iter().map(|(host, _)| host).find(has_pool);
                 let Some(host) = vm.host.clone().or_else(any) else {
-                    self.edit(id, |task, _| note(task, format!("volume {} stays: no connected host has its pool", disk.volume)))
-                        .await?;
+                    self.edit(id, |task, _| note(task, format!("volume {volume} stays: no connected host has its pool"))).await?;
                     continue;
                 };
-                self.set_step(id, &format!("deletes volume {}", disk.volume)).await?;
-                let (pool, volume) = (disk.volume.pool.to_string(), disk.volume.volume.to_string());
-                let action = Action::DeleteVolume(v1::DeleteVolume { pool, volume });
-                match self.command(id, &host, &format!("volume {}", disk.volume), action).await? {
+                self.set_step(id, &format!("deletes volume {volume}")).await?;
+                let delete = v1::DeleteVolume { pool: volume.pool.to_string(), volume: volume.volume.to_string() };
+                let action = Action::DeleteVolume(delete);
+                match self.command(id, &host, &format!("volume {volume}"), action).await? {
                     Err(refusal) if refusal.code != ErrorCode::VolumeMissing => {
                         return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
                     }
@@ -201,13 +201,8 @@ impl Tasks {
             let (mut task, vm) = self.both(id).await?;
             super::conclude(&mut task.row, &Outcome::Done);
             let mut batch = Batch::default().update(&task).delete(&vm).free(format!("vmname/{}/{}", vm.row.team, vm.row.name));
-            for nic in &vm.row.spec.nics {
-                if let Some(mac) = nic.mac {
-                    batch = batch.free(format!("mac/{mac}"));
-                }
-            }
-            for disk in &vm.row.spec.disks {
-                batch = batch.free(format!("volume/{}", disk.volume));
+            for key in claims(&vm.row.spec) {
+                batch = batch.free(key);
             }
             self.db.commit(batch).await
         })

@@ -113,6 +113,9 @@ async fn what_is_answered_fits_what_is_described() {
             cluster.ended(task["id"].as_str().expect("id").parse().expect("id")).await;
         }
     }
+    let changed = send(Method::PUT, "/vms/web2/spec", json!(spec(Bytes::mib(96)))).await;
+    contract.hold("vm_set", changed, 202).await;
+    contract.hold("vm_set", send(Method::PUT, "/vms/nothing/spec", json!(spec(Bytes::mib(96)))).await, 404).await;
     contract.hold("vm_delete", send(delete.clone(), "/vms/web1", null.clone()).await, 409).await;
     contract.hold("vm_delete", send(delete.clone(), "/vms/web2", null.clone()).await, 202).await;
     let image = admin.request(Method::PUT, "/images/two?kind=kernel").body(kernel()).send().await.expect("answer");

@@ -258,15 +258,8 @@ pub(super) fn kernel() -> Vec<u8> {
 }
 
 pub(crate) fn spec(memory: Bytes) -> VmSpec {
-    VmSpec {
-        vcpus: 2,
-        memory,
-        boot: Boot::Kernel { kernel: name("linux"), initrd: None, cmdline: "console=ttyS0".into() },
-        disks: vec![],
-        nics: vec![NicSpec { network: name("default"), mac: None }],
-        machine: None,
-        cpu: None,
-    }
+    let boot = Boot::Kernel { kernel: name("linux"), initrd: None, cmdline: "console=ttyS0".into() };
+    VmSpec { nics: vec![NicSpec::new(name("default"))], ..VmSpec::new(2, memory, boot) }
 }
 
 pub(super) fn message(body: Body) -> v1::AgentMessage {

@@ -37,10 +37,10 @@ impl Display for Pairs {
 }
 
 /// A JSON object whose fields keep their order, so that a command line can be compared as text.
-pub(super) struct Object(Vec<(&'static str, String)>);
+pub(crate) struct Object(Vec<(&'static str, String)>);
 
 /// What a field of an [`Object`] may be.
-pub(super) trait Field {
+pub(crate) trait Field {
     fn json(self) -> String;
 }
 
@@ -53,7 +53,7 @@ macro_rules! fields {
         }
     )*};
 }
-fields!(&str, String, bool, u16, i32, usize);
+fields!(&str, String, bool, u16, i32, u64, usize);
 
 impl Field for Object {
     fn json(self) -> String {
@@ -68,31 +68,31 @@ impl Field for godwit_model::MacAddress {
 }
 
 impl Object {
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self(Vec::new())
     }
 
     /// A device of QEMU's type `driver`.
-    pub(super) fn device(driver: &str, id: &str) -> Self {
+    pub(crate) fn device(driver: &str, id: &str) -> Self {
         Self::new().with("driver", driver).with("id", id)
     }
 
     /// A device at a fixed place on the root bus.
-    pub(super) fn pci(driver: &str, id: &str, slot: usize) -> Self {
+    pub(crate) fn pci(driver: &str, id: &str, slot: usize) -> Self {
         Self::device(driver, id).with("bus", "pcie.0").with("addr", format!("0x{slot:x}"))
     }
 
     /// Virtio 1 only: no I/O ports, and no choice that depends on the bus.
-    pub(super) fn modern(self) -> Self {
+    pub(crate) fn modern(self) -> Self {
         self.with("disable-legacy", "on").with("disable-modern", false)
     }
 
-    pub(super) fn with(mut self, key: &'static str, value: impl Field) -> Self {
+    pub(crate) fn with(mut self, key: &'static str, value: impl Field) -> Self {
         self.0.push((key, value.json()));
         self
     }
 
-    pub(super) fn with_null(mut self, key: &'static str) -> Self {
+    pub(crate) fn with_null(mut self, key: &'static str) -> Self {
         self.0.push((key, "null".to_owned()));
         self
     }

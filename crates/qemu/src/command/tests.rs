@@ -1,7 +1,10 @@
 //! Golden command lines, and that no value can become an option.
 
 use godwit_model::spec::{ResolvedDisk, ResolvedNic};
-use godwit_model::{Bytes, DiskFormat, ImageId, ImageRef, Name, VmId};
+use godwit_model::{
+    Bytes, Discard, DiskBus, DiskFormat, Firmware, HugePages, Hyperv, ImageId, ImageRef, Name, NicModel, Numa, Platform,
+    ResolvedCdrom, Rtc, RtcBase, RtcDrift, Smbios, Video, VmId, Vmgenid, Watchdog, WatchdogAction,
+};
 use proptest::prelude::*;
 use uuid::Uuid;
 
@@ -12,11 +15,11 @@ fn image(digest: &str) -> ImageRef {
 }
 
 fn disk(volume: &str, format: DiskFormat, cache: CacheMode) -> ResolvedDisk {
-    ResolvedDisk { volume: volume.parse().expect("volume"), format, cache, create: None, image: None }
+    ResolvedDisk { cache, ..ResolvedDisk::new(volume.parse().expect("volume"), format) }
 }
 
 fn spec() -> ResolvedSpec {
-    let nic = |mac: &str| ResolvedNic { network: Name::new("default").expect("name"), mac: mac.parse().expect("mac") };
+    let nic = |mac: &str| ResolvedNic::new(Name::new("default").expect("name"), mac.parse().expect("mac"));
     ResolvedSpec {
         schema: godwit_model::spec::SPEC_SCHEMA,
         vm: VmId::new(Uuid::from_u128(0x1111_2222_3333_4444_5555_6666_7777_8888)),
@@ -34,6 +37,9 @@ fn spec() -> ResolvedSpec {
             disk("local/x", DiskFormat::Raw, CacheMode::Writeback),
         ],
         nics: vec![nic("52:54:00:00:00:01")],
+        cdroms: vec![],
+        platform: Platform::default(),
+        cloud_init: None,
     }
 }
 
@@ -43,7 +49,9 @@ fn resources() -> Resources {
         channels: ChannelFds { qmp: 20, console: 21, guest_agent: 22 },
         kernel: Some(10),
         initrd: Some(11),
+        flash: None,
         disks: vec![DiskFds { read_only: 12, read_write: 13 }, DiskFds { read_only: 14, read_write: 15 }],
+        media: vec![],
         taps: vec![16],
         start: Start::Incoming,
     }
@@ -72,6 +80,93 @@ fn the_command_line_is_the_golden_one() {
     assert_eq!(lines(&arguments), golden, "the command line is the ABI of VMs that run: see the module's documentation");
 }
 
+/// One of everything, on every bus and in a root port, on a machine of another age.
+fn full() -> (ResolvedSpec, Resources) {
+    let nic = |mac: &str| ResolvedNic::new(Name::new("default").expect("name"), mac.parse().expect("mac"));
+    let volume = |text: &str| text.parse().expect("volume");
+    let base = spec();
+    let disks = vec![
+        ResolvedDisk { serial: Some("WD-1".into()), slot: Some(0), ..ResolvedDisk::new(volume("a/0"), DiskFormat::Raw) },
+        ResolvedDisk { bus: DiskBus::Scsi, slot: Some(1), ..ResolvedDisk::new(volume("a/1"), DiskFormat::Qcow2) },
+        ResolvedDisk { bus: DiskBus::Sata, slot: Some(5), ..ResolvedDisk::new(volume("a/2"), DiskFormat::Raw) },
+        ResolvedDisk { discard: Discard::Ignore, slot: Some(9), ..ResolvedDisk::new(volume("a/3"), DiskFormat::Raw) },
+    ];
+    let smbios =
+        Smbios { product: Some("One, and two".into()), oem_strings: vec!["a=b,c".into(), "d".into()], ..Smbios::default() };
+    let platform = Platform {
+        firmware: Firmware::Uefi { variables: volume("a/efi"), secure_boot: true },
+        video: Video::Virtio,
+        tablet: true,
+        rtc: Rtc { base: RtcBase::Localtime, drift: RtcDrift::Drop },
+        hyperv: Hyperv::WindowsV1,
+        smbios,
+        vmgenid: Some(Vmgenid::new(Uuid::from_u128(0x9999))),
+        tpm: None,
+        hugepages: Some(HugePages::Mib2),
+        numa: Numa::Any,
+        hotplug_ports: 2,
+        watchdog: Some(Watchdog { action: WatchdogAction::Poweroff }),
+    };
+    let spec = ResolvedSpec {
+        accelerator: Accelerator::Kvm,
+        machine: "pc-q35-10.0".into(),
+        cpu: "Nehalem-v2".into(),
+        kernel: None,
+        initrd: None,
+        cmdline: String::new(),
+        disks,
+        nics: vec![
+            ResolvedNic { slot: Some(1), ..nic("52:54:00:00:00:01") },
+            ResolvedNic { model: NicModel::E1000e, slot: Some(8), ..nic("52:54:00:00:00:02") },
+        ],
+        cdroms: vec![ResolvedCdrom { medium: Some(image("cc")) }, ResolvedCdrom::default()],
+        platform,
+        ..base
+    };
+    let fds = |first| DiskFds { read_only: first, read_write: first + 1 };
+    let resources = Resources {
+        kernel: None,
+        initrd: None,
+        flash: Some(FlashFds { code: 30, variables: fds(31) }),
+        disks: vec![fds(40), fds(42), fds(44), fds(46)],
+        media: vec![Some(50), None],
+        taps: vec![51, 52],
+        start: Start::Fresh,
+        ..resources()
+    };
+    (spec, resources)
+}
+
+#[test]
+fn the_command_line_of_one_of_everything_is_the_golden_one() {
+    let (spec, resources) = full();
+    let arguments = qemu_arguments(&spec, &resources).expect("arguments");
+    let golden = include_str!("../../tests/golden/q35-10.0-full.txt");
+    assert_eq!(lines(&arguments), golden, "the command line is the ABI of VMs that run: see the module's documentation");
+}
+
+#[test]
+fn what_a_later_or_hostile_controller_sends_is_refused() {
+    type Change = fn(&mut ResolvedSpec);
+    let cases: [(&str, Change); 10] = [
+        ("a later schema", |s| s.schema = SPEC_SCHEMA + 1),
+        ("NVMe", |s| s.disks[0].bus = DiskBus::Nvme),
+        ("an option in a serial number", |s| s.disks[0].serial = Some("a,drive=b".into())),
+        ("a root port that is not there", |s| s.disks[0].slot = Some(10)),
+        ("a root port for SCSI", |s| s.disks[1].slot = Some(9)),
+        ("two devices in one root port", |s| s.nics[1].slot = Some(9)),
+        ("a line break in SMBIOS", |s| s.platform.smbios.family = Some("a\n-daemonize".into())),
+        ("a long OEM string", |s| s.platform.smbios.oem_strings = vec!["x".repeat(256)]),
+        ("enlightenments that nobody would give", |s| s.accelerator = Accelerator::Tcg),
+        ("RAM that is not whole huge pages", |s| s.memory = Bytes(s.memory.get() + (8 << 10))),
+    ];
+    for (what, change) in cases {
+        let (mut spec, resources) = full();
+        change(&mut spec);
+        assert!(qemu_arguments(&spec, &resources).is_err(), "{what} was accepted");
+    }
+}
+
 #[test]
 fn the_guest_sees_the_same_on_every_host() {
     let here = qemu_arguments(&spec(), &resources()).expect("arguments");
@@ -80,7 +175,9 @@ fn the_guest_sees_the_same_on_every_host() {
         channels: ChannelFds { qmp: 60, console: 61, guest_agent: 62 },
         kernel: Some(30),
         initrd: Some(31),
+        flash: None,
         disks: vec![DiskFds { read_only: 42, read_write: 43 }, DiskFds { read_only: 44, read_write: 45 }],
+        media: vec![],
         taps: vec![50],
         start: Start::Fresh,
     };
@@ -114,7 +211,7 @@ fn udp_segmentation_is_off_where_it_exists() {
     for (machine, named) in
         [("pc-q35-7.2", false), ("pc-q35-8.1", false), ("pc-q35-8.2", true), ("pc-q35-10.0", true), ("q35", false)]
     {
-        assert_eq!(has_udp_segmentation(machine), named, "{machine}");
+        assert_eq!(devices::has_udp_segmentation(machine), named, "{machine}");
     }
 }
 

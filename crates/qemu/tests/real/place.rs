@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use godwit_model::spec::{ResolvedDisk, ResolvedNic, SPEC_SCHEMA};
-use godwit_model::{Accelerator, Bytes, CacheMode, DiskFormat, ImageId, ImageRef, Name, ResolvedSpec, VmId};
+use godwit_model::{Accelerator, Bytes, CacheMode, DiskFormat, Firmware, ImageId, ImageRef, Name, Platform, ResolvedSpec, VmId};
 use godwit_qemu::cage::{DeviceNode, Limit};
-use godwit_qemu::command::{DiskFds, default_cpu, qemu_arguments};
+use godwit_qemu::command::{DiskFds, FlashFds, default_cpu, qemu_arguments};
 use godwit_qemu::qmp::views::{Known, MigrationStatus, RunStatus};
 use godwit_qemu::{CagePlan, Launcher, Notice, Notices, PassedFds, QemuProcess, Qmp, Resources, Sockets, Start};
 use uuid::Uuid;
@@ -97,13 +97,8 @@ impl Place {
 /// Boots the test guest's kernel with one of everything.
 pub(crate) fn spec(machine: &str, disks: &[DiskFormat]) -> ResolvedSpec {
     let image = || ImageRef { id: ImageId::new(Uuid::new_v4()), digest: String::new(), size: Bytes::MIB };
-    let disk = |(index, format): (usize, &DiskFormat)| ResolvedDisk {
-        volume: format!("shared/disk{index}").parse().expect("volume"),
-        format: *format,
-        cache: CacheMode::Direct,
-        create: None,
-        image: None,
-    };
+    let disk =
+        |(index, format): (usize, &DiskFormat)| ResolvedDisk::new(format!("shared/disk{index}").parse().expect("volume"), *format);
     ResolvedSpec {
         schema: SPEC_SCHEMA,
         vm: VmId::new(Uuid::new_v4()),
@@ -118,8 +113,24 @@ pub(crate) fn spec(machine: &str, disks: &[DiskFormat]) -> ResolvedSpec {
         // Memory that changes slowly, so that the guest is as good as idle but alive.
         cmdline: "console=ttyS0 quiet panic=-1".into(),
         disks: disks.iter().enumerate().map(disk).collect(),
-        nics: vec![ResolvedNic { network: Name::new("default").expect("name"), mac: "52:54:00:aa:bb:01".parse().expect("mac") }],
+        nics: vec![ResolvedNic::new(Name::new("default").expect("name"), "52:54:00:aa:bb:01".parse().expect("mac"))],
+        cdroms: vec![],
+        platform: Platform::default(),
+        cloud_init: None,
     }
+}
+
+/// OVMF, with variables in a file of this place that every VM of it shares.
+fn flash(place: &Place, spec: &ResolvedSpec, fds: &mut PassedFds) -> Option<FlashFds> {
+    let Firmware::Uefi { secure_boot, .. } = spec.platform.firmware else { return None };
+    let (code, template) = if secure_boot { ("CODE_4M.secboot", "VARS_4M.ms") } else { ("CODE_4M", "VARS_4M") };
+    let file = |name: &str| format!("/usr/share/OVMF/OVMF_{name}.fd");
+    let variables = place.path().join("variables");
+    if !variables.exists() {
+        fs::copy(file(template), &variables).expect("OVMF is installed: run scripts/setup");
+    }
+    let code = fds.pass(File::open(file(code)).expect("OVMF is installed: run scripts/setup"));
+    Some(FlashFds { code, variables: DiskFds::open(&variables, CacheMode::Direct, fds).expect("variables") })
 }
 
 /// A VM of a test; killed when dropped.
@@ -158,7 +169,12 @@ pub(crate) async fn launch(place: &Place, binary: &Path, spec: &ResolvedSpec, di
     let initrd = spec.initrd.is_some().then(|| fds.pass(File::open(guest_file("initramfs.cpio.gz")).expect("initrd")));
     let disks = disks.iter().map(|path| DiskFds::open(path, CacheMode::Direct, &mut fds).expect("disk")).collect();
     let taps = spec.nics.iter().map(|_| fds.pass(tap())).collect();
-    let resources = Resources { runtime_dir: dir.clone(), channels, kernel, initrd, disks, taps, start };
+    let media = spec.cdroms.iter().enumerate().map(|(drive, cdrom)| {
+        cdrom.medium.is_some().then(|| fds.pass(File::open(place.path().join(format!("medium{drive}"))).expect("medium")))
+    });
+    let media = media.collect();
+    let flash = flash(place, spec, &mut fds);
+    let resources = Resources { runtime_dir: dir.clone(), channels, kernel, initrd, flash, disks, media, taps, start };
     let plan = CagePlan {
         uid,
         gid: uid,
@@ -245,7 +261,7 @@ pub(crate) async fn wait_event(notices: &mut Notices, wanted: &Known) {
 }
 
 /// A tap of its own that is gone with its descriptor.
-fn tap() -> OwnedFd {
+pub(crate) fn tap() -> OwnedFd {
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
     tap_of(&file);
     file.into()

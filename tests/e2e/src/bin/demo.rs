@@ -47,6 +47,7 @@ fn run() -> Result<Report> {
         memory: Bytes::GIB,
         vcpus: 2,
         disks: Vec::new(),
+        shapes: Vec::new(),
         knobs: ["touch_total=512M", "working_set=32M", "dirty=8M", "check=48M"].map(ToOwned::to_owned).to_vec(),
     };
     let control = GuestSpec::small("control").memory(Bytes::mib(256)).knob("dirty=0").knob("check=8M");

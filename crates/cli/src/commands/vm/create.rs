@@ -5,7 +5,9 @@ use std::str::FromStr;
 
 use clap::Args;
 use godwit_api::v1::{VmCreate, VmStart};
-use godwit_model::{Boot, Bytes, CacheMode, DiskFormat, DiskSpec, MacAddress, Name, NicSpec, Refusal, VmSpec, VolumeRef};
+use godwit_model::{
+    Boot, Bytes, BytesPerSec, CacheMode, DiskFormat, DiskSpec, MacAddress, Name, NicSpec, Refusal, VmSpec, VolumeRef,
+};
 use serde_json::Value;
 
 use crate::error::Failure;
@@ -20,7 +22,7 @@ const FILE_HINT: &str = "write a VM's spec as JSON or YAML, as under `spec` in `
     after_help = "A disk is POOL/VOLUME,format=raw|qcow2[,size=SIZE][,image=IMAGE][,cache=direct|writeback]. With a size the volume \
 is created if it is missing, from an image if one is named; without, it must exist. The format is declared, never guessed.
 
-An interface is NETWORK[,mac=ADDRESS].
+An interface is NETWORK[,mac=ADDRESS]. Everything else of a spec (firmware, CD-ROMs, limits, cloud-init, ...) is written in a file.
 
 Examples:
   godwit vm create web1 --memory 1GiB --vcpus 2 --kernel debian-kernel --initrd debian-initrd \\
@@ -104,34 +106,54 @@ fn spec_of(args: CreateArgs) -> VmSpec {
         None => Boot::Disk,
     };
     VmSpec {
-        vcpus: args.vcpus,
-        // Required unless there is a file.
-        memory: args.memory.unwrap_or_default(),
-        boot,
         disks: args.disks,
         nics: args.nics,
         machine: args.machine,
         cpu: args.cpu,
+        // Memory is required unless there is a file.
+        ..VmSpec::new(args.vcpus, args.memory.unwrap_or_default(), boot)
     }
 }
 
 fn read_spec(path: &Path) -> Result<VmSpec, Failure> {
+    read_file(path).map(|(spec, _)| spec)
+}
+
+/// A spec from a file, with the revision of the VM that it was written from, if it says.
+pub(super) fn read_file(path: &Path) -> Result<(VmSpec, Option<u64>), Failure> {
     let refused = |source| Failure::File { action: "read", path: path.to_owned(), source };
     let text = if path == Path::new("-") { std::io::read_to_string(std::io::stdin()) } else { std::fs::read_to_string(path) };
     parse_spec(&text.map_err(refused)?).map_err(|what| Failure::usage(format!("{}: {what}", path.display()), FILE_HINT))
 }
 
-/// Reads a spec, or a whole VM with a spec in it. JSON is YAML.
-fn parse_spec(text: &str) -> Result<VmSpec, String> {
+/// Reads a spec, or a whole VM with a spec in it and its revision. JSON is YAML.
+fn parse_spec(text: &str) -> Result<(VmSpec, Option<u64>), String> {
     let mut value: Value = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
+    let mut revision = None;
     if let Some(inner) = value.get_mut("spec") {
-        value = inner.take();
+        let inner = inner.take();
+        revision = value.get("revision").and_then(Value::as_u64);
+        value = inner;
     }
     read_size(&mut value, "memory")?;
     for disk in value.get_mut("disks").and_then(Value::as_array_mut).into_iter().flatten() {
         read_size(disk, "size")?;
+        if let Some(limits) = disk.get_mut("io_limits") {
+            ["rate", "read_rate", "write_rate"].iter().try_for_each(|key| read_rate(limits, key))?;
+        }
     }
-    serde_json::from_value(value).map_err(|error| error.to_string())
+    Ok((serde_json::from_value(value).map_err(|error| error.to_string())?, revision))
+}
+
+/// Makes a rate with a unit a number of bytes per second.
+fn read_rate(value: &mut Value, key: &str) -> Result<(), String> {
+    if let Some(rate) = value.get_mut(key)
+        && let Some(text) = rate.as_str()
+    {
+        let bytes: BytesPerSec = text.parse().map_err(|error| format!("{key}: {error}"))?;
+        *rate = bytes.get().into();
+    }
+    Ok(())
 }
 
 /// Makes a size with a unit a number of bytes.
@@ -186,13 +208,14 @@ fn parse_disk(text: &str) -> Result<DiskSpec, String> {
         Some(other) => return Err(format!("{other:?} is no cache mode: write cache=direct or cache=writeback")),
     };
     let volume: VolumeRef = volume.parse().map_err(|error| format!("{error}"))?;
-    Ok(DiskSpec { volume, format, cache, size: parsed::<Bytes>(&pairs, "size")?, image: parsed::<Name>(&pairs, "image")? })
+    let (size, image) = (parsed::<Bytes>(&pairs, "size")?, parsed::<Name>(&pairs, "image")?);
+    Ok(DiskSpec { cache, size, image, ..DiskSpec::new(volume, format) })
 }
 
-fn parse_nic(text: &str) -> Result<NicSpec, String> {
+pub(super) fn parse_nic(text: &str) -> Result<NicSpec, String> {
     let (network, pairs) = parts(text, &["mac"])?;
     let network = network.parse().map_err(|error| format!("{error}"))?;
-    Ok(NicSpec { network, mac: parsed::<MacAddress>(&pairs, "mac")? })
+    Ok(NicSpec { mac: parsed::<MacAddress>(&pairs, "mac")?, ..NicSpec::new(network) })
 }
 
 #[cfg(test)]
@@ -236,11 +259,14 @@ mod tests {
     #[test]
     fn a_spec_is_read_from_yaml_json_and_from_a_whole_vm() {
         let yaml = "vcpus: 2\nmemory: 512MiB\nboot: {from: disk}\ndisks:\n- {volume: shared/a, format: raw, size: 1GiB}\n";
-        let spec = parse_spec(yaml).expect("a spec");
+        let (spec, _) = parse_spec(yaml).expect("a spec");
         assert_eq!((spec.vcpus, spec.memory, spec.disks[0].size), (2, Bytes::mib(512), Some(Bytes::GIB)));
         let json = serde_json::to_string(&spec).expect("JSON");
-        assert_eq!(parse_spec(&json), Ok(spec.clone()));
-        assert_eq!(parse_spec(&format!("{{\"name\": \"x\", \"spec\": {json}}}")), Ok(spec));
+        assert_eq!(parse_spec(&json), Ok((spec.clone(), None)));
+        assert_eq!(parse_spec(&format!("{{\"name\": \"x\", \"revision\": 7, \"spec\": {json}}}")), Ok((spec, Some(7))));
+        let limited = yaml.replace("size: 1GiB}", "size: 1GiB, io_limits: {rate: 10MiB/s}}");
+        let (spec, _) = parse_spec(&limited).expect("a spec");
+        assert_eq!(spec.disks[0].io_limits.rate, Some(BytesPerSec(10 << 20)));
         for bad in [
             "",
             "[]",

@@ -1,0 +1,119 @@
+//! Changes to a VM that runs: each is carried out by QEMU first and journalled then. Said again after a crash in between, it does what is
+//! left of it: a medium, a limit, a cable or a size is set anew, an interface that is there or gone already is left alone.
+
+use godwit_model::{ErrorCode, Firmware, Generation, IoLimits, LiveChange, Refusal, ResolvedSpec, Retry, live_changes};
+use godwit_qemu::change::UnplugError;
+use godwit_qemu::command::{DiskFds, FlashFds};
+use godwit_qemu::{PassedFds, Start};
+
+use super::actor::{Actor, qemu_failed};
+use super::start::fetch_image;
+use crate::firmware::{Flash, VARIABLES};
+use crate::host::{SharedHost, host_failed};
+
+impl Actor {
+    /// Makes the running VM what `wanted` says.
+    pub(super) async fn change(&mut self, generation: Generation, wanted: ResolvedSpec) -> Result<(), Refusal> {
+        self.owned(generation)?;
+        self.monitor()?;
+        let Some(record) = &self.record else { return Ok(()) };
+        let changes = live_changes(&record.spec, &wanted);
+        let mut after = record.spec.clone();
+        changes.iter().for_each(|change| change.apply(&mut after));
+        if after != wanted {
+            return Err(Refusal::new(ErrorCode::VmRunning, "not all of the change can be made while the VM runs")
+                .hint("stop the VM and start it again: it starts as its spec wants it"));
+        }
+        for change in changes {
+            tracing::info!(change = change.describe(), "changes the running VM");
+            self.carry_out(&change).await?;
+            if let Some(record) = &mut self.record {
+                change.apply(&mut record.spec);
+            }
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    async fn carry_out(&self, change: &LiveChange) -> Result<(), Refusal> {
+        let qmp = self.monitor()?;
+        match change {
+            LiveChange::Medium { drive, medium } => {
+                let file = match medium {
+                    Some(image) => Some(fetch_image(&self.host, image).await?.file),
+                    None => None,
+                };
+                qmp.change_medium(*drive, file).await.map_err(qemu_failed)
+            }
+            LiveChange::Limits { slot, limits } => qmp.set_io_limits(*slot, *limits).await.map_err(qemu_failed),
+            LiveChange::Grow { slot, size } => match qmp.disk_size(*slot).await.map_err(qemu_failed)? {
+                Some(now) if now >= *size => Ok(()),
+                _ => qmp.resize_disk(*slot, *size).await.map_err(qemu_failed),
+            },
+            LiveChange::Nic { nic, slot } => qmp.set_link(*slot, nic.link_up).await.map_err(qemu_failed),
+            LiveChange::Plug { nic, slot } => {
+                if qmp.has_nic(*slot).await.map_err(qemu_failed)? {
+                    return Ok(());
+                }
+                let tap = self.host.network.create_tap(&nic.network, self.vm, *slot).await;
+                let tap = tap.map_err(|error| host_failed("the VM's interface could not be made", &error))?;
+                let machine = self.record.as_ref().map(|record| record.spec.machine.clone()).unwrap_or_default();
+                qmp.plug_nic(*slot, nic, &machine, tap).await.map_err(qemu_failed)?;
+                if nic.link_up { Ok(()) } else { qmp.set_link(*slot, false).await.map_err(qemu_failed) }
+            }
+            LiveChange::Unplug { slot } => {
+                if !qmp.has_nic(*slot).await.map_err(qemu_failed)? {
+                    return Ok(());
+                }
+                qmp.unplug_nic(*slot).await.map_err(|error| match error {
+                    UnplugError::Qmp(error) => qemu_failed(error),
+                    UnplugError::Kept => {
+                        Refusal::new(ErrorCode::QemuFailed, format!("the interface in slot {slot} stays: {error}"))
+                            .hint("the guest must run and know PCI hot-plug; try again, or stop the VM and start it again")
+                            .retry(Retry::Safe)
+                    }
+                })
+            }
+        }
+    }
+
+    /// What the guest does not see is not in QEMU's arguments: limits and cables. No vCPU has run yet.
+    pub(super) async fn set_up(&self, start: Start) -> Result<(), Refusal> {
+        let (qmp, Some(record)) = (self.monitor()?, &self.record) else { return Ok(()) };
+        for (slot, disk) in record.spec.disk_slots() {
+            if disk.io_limits != IoLimits::default() {
+                qmp.set_io_limits(slot, disk.io_limits).await.map_err(qemu_failed)?;
+            }
+            // Its owner wants it larger than it was made. A destination finds it as the source left it.
+            if let (Start::Fresh, Some(size)) = (start, disk.create)
+                && qmp.disk_size(slot).await.map_err(qemu_failed)?.is_some_and(|now| now < size)
+            {
+                qmp.resize_disk(slot, size).await.map_err(qemu_failed)?;
+            }
+        }
+        for (slot, nic) in record.spec.nic_slots() {
+            if !nic.link_up {
+                qmp.set_link(slot, false).await.map_err(qemu_failed)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Opens firmware and the volume of its variables, which a VM that starts afresh gets from this host's template.
+pub(super) async fn open_flash(
+    host: &SharedHost,
+    spec: &ResolvedSpec,
+    start: Start,
+    fds: &mut PassedFds,
+) -> Result<Option<FlashFds>, Refusal> {
+    let Firmware::Uefi { variables, secure_boot } = &spec.platform.firmware else { return Ok(None) };
+    let flash = Flash::require(*secure_boot)?;
+    if start == Start::Fresh {
+        host.pools.prepare_copy(variables, &flash.template).await?;
+    }
+    let (read_only, read_write) = host.pools.open_exact(variables, VARIABLES).await?;
+    let code = std::fs::File::open(&flash.code).map_err(|error| host_failed("the UEFI firmware cannot be read", &error))?;
+    let variables = DiskFds { read_only: fds.pass(read_only), read_write: fds.pass(read_write) };
+    Ok(Some(FlashFds { code: fds.pass(code), variables }))
+}

@@ -1,0 +1,209 @@
+//! `godwit vm set`: changes what a VM is made of, by a few flags or by a whole spec.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use godwit_model::{Bytes, CdromSpec, MacAddress, Name, NicSpec, Refusal, VmSpec, VolumeRef};
+
+use super::create::{parse_nic, read_file};
+use crate::error::Failure;
+use crate::session::{Session, WaitArgs};
+
+const HINT: &str = "`godwit vm show NAME -o yaml` shows the VM's spec";
+
+/// Which VM, and what about it.
+#[derive(Args)]
+#[command(
+    after_help = "What can change while the VM runs does at once: media, I/O limits, cables, larger disks, and interfaces in root \
+ports. The rest takes effect at its next start; `godwit vm show` lists it under `waits`.
+
+A file replaces the whole spec. If it is a whole VM, as `godwit vm show` writes it, nothing is changed unless the VM is still at the \
+revision in it.
+
+Examples:
+  godwit vm set web1 --memory 4GiB --vcpus 4
+  godwit vm set web1 --cdrom 0=debian-12 && godwit vm set web1 --cdrom 0=
+  godwit vm set web1 --grow shared/web1=20GiB --add-nic default
+  godwit vm show web1 -o yaml > web1.yaml && editor web1.yaml && godwit vm set web1 --file web1.yaml"
+)]
+pub(crate) struct SetArgs {
+    /// Its name
+    name: Name,
+    /// Take the whole spec from this file, JSON or YAML; `-` for standard input
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "vcpus", "cdroms", "grow", "labels", "add_nics", "remove_nics", "plug", "unplug"])]
+    file: Option<PathBuf>,
+    /// RAM, such as 1GiB
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
+    /// Number of vCPUs
+    #[arg(long, value_name = "COUNT")]
+    vcpus: Option<u16>,
+    /// Put an image into a CD-ROM drive, or nothing: DRIVE=IMAGE or DRIVE=; can be repeated
+    #[arg(long = "cdrom", value_name = "DRIVE=IMAGE", value_parser = parse_cdrom)]
+    cdroms: Vec<(usize, Option<Name>)>,
+    /// Make a disk larger: POOL/VOLUME=SIZE; can be repeated
+    #[arg(long, value_name = "VOLUME=SIZE", value_parser = parse_grow)]
+    grow: Vec<(VolumeRef, Bytes)>,
+    /// Set a label, or remove it: KEY=TEXT or KEY=; can be repeated
+    #[arg(long = "label", value_name = "KEY=TEXT", value_parser = parse_label)]
+    labels: Vec<(Name, String)>,
+    /// Add a network interface, as in `godwit vm create --nic`; can be repeated
+    #[arg(long = "add-nic", value_name = "INTERFACE", value_parser = parse_nic)]
+    add_nics: Vec<NicSpec>,
+    /// Remove the interface with this address; can be repeated
+    #[arg(long = "remove-nic", value_name = "MAC")]
+    remove_nics: Vec<MacAddress>,
+    /// Plug in the cable of the interface with this address; can be repeated
+    #[arg(long, value_name = "MAC")]
+    plug: Vec<MacAddress>,
+    /// Unplug the cable of the interface with this address; can be repeated
+    #[arg(long, value_name = "MAC")]
+    unplug: Vec<MacAddress>,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
+pub(super) async fn run(session: &Session, args: SetArgs) -> Result<(), Failure> {
+    let (spec, revision) = match &args.file {
+        Some(path) => read_file(path)?,
+        None => {
+            let vm = session.client.vm(&args.name).await?;
+            let mut spec = vm.spec;
+            edit(&mut spec, &args).map_err(|what| Failure::usage(what, HINT))?;
+            (spec, Some(vm.revision))
+        }
+    };
+    spec.validate().map_err(|error| Failure::Refused(Refusal::from(error)))?;
+    let task = session.client.set_vm(&args.name, &spec, revision).await?;
+    let name = &args.name;
+    session
+        .conclude(task, &args.wait, None, async |_| {
+            let waiting = session.client.vm(name).await.map(|vm| vm.status.waiting).unwrap_or_default();
+            if waiting.is_empty() {
+                return format!("{name} changed");
+            }
+            let fields: Vec<&str> = waiting.iter().map(|waiting| waiting.field.as_str()).collect();
+            format!("{name} changed; takes effect at its next start: {}", fields.join(", "))
+        })
+        .await
+}
+
+fn edit(spec: &mut VmSpec, args: &SetArgs) -> Result<(), String> {
+    spec.memory = args.memory.unwrap_or(spec.memory);
+    spec.vcpus = args.vcpus.unwrap_or(spec.vcpus);
+    for (drive, image) in &args.cdroms {
+        let count = spec.cdroms.len();
+        match spec.cdroms.get_mut(*drive) {
+            Some(cdrom) => cdrom.image.clone_from(image),
+            None if *drive == count => spec.cdroms.push(CdromSpec { image: image.clone() }),
+            None => return Err(format!("the VM has {count} CD-ROM drives, so the next one is {count}, not {drive}")),
+        }
+    }
+    for (volume, size) in &args.grow {
+        let disk = spec.disks.iter_mut().find(|disk| disk.volume == *volume);
+        let disk = disk.ok_or_else(|| format!("the VM has no disk {volume}"))?;
+        if disk.size.is_some_and(|now| now > *size) {
+            return Err(format!("disk {volume} is larger than {size} already"));
+        }
+        disk.size = Some(*size);
+    }
+    for (key, text) in &args.labels {
+        if text.is_empty() {
+            spec.labels.remove(key);
+        } else {
+            spec.labels.insert(key.clone(), text.clone());
+        }
+    }
+    for mac in &args.remove_nics {
+        let index =
+            spec.nics.iter().position(|nic| nic.mac == Some(*mac)).ok_or_else(|| format!("the VM has no interface {mac}"))?;
+        spec.nics.remove(index);
+    }
+    for (macs, up) in [(&args.plug, true), (&args.unplug, false)] {
+        for mac in macs {
+            let nic = spec.nics.iter_mut().find(|nic| nic.mac == Some(*mac));
+            nic.ok_or_else(|| format!("the VM has no interface {mac}"))?.link_up = up;
+        }
+    }
+    spec.nics.extend(args.add_nics.iter().cloned());
+    Ok(())
+}
+
+fn pair(text: &str) -> Result<(&str, &str), String> {
+    text.split_once('=').ok_or_else(|| format!("{text:?} has no `=`"))
+}
+
+fn parse_cdrom(text: &str) -> Result<(usize, Option<Name>), String> {
+    let (drive, image) = pair(text)?;
+    let drive = drive.parse().map_err(|_| format!("{drive:?} is no number of a drive"))?;
+    let image = if image.is_empty() { None } else { Some(image.parse().map_err(|error| format!("{error}"))?) };
+    Ok((drive, image))
+}
+
+fn parse_grow(text: &str) -> Result<(VolumeRef, Bytes), String> {
+    let (volume, size) = pair(text)?;
+    Ok((volume.parse().map_err(|error| format!("{error}"))?, size.parse().map_err(|error| format!("{error}"))?))
+}
+
+fn parse_label(text: &str) -> Result<(Name, String), String> {
+    let (key, value) = pair(text)?;
+    Ok((key.parse().map_err(|error| format!("{error}"))?, value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_model::{Boot, DiskFormat, DiskSpec};
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: SetArgs,
+    }
+
+    fn edited(flags: &[&str]) -> Result<VmSpec, String> {
+        let mut spec = VmSpec::new(1, Bytes::GIB, Boot::Disk);
+        spec.disks = vec![DiskSpec { size: Some(Bytes::GIB), ..DiskSpec::new("a/b".parse().expect("volume"), DiskFormat::Raw) }];
+        let mut nic = NicSpec::new(Name::new("default").expect("name"));
+        nic.mac = Some("52:54:00:00:00:01".parse().expect("mac"));
+        spec.nics = vec![nic];
+        let line: Line = clap::Parser::try_parse_from(["set", "web1"].iter().chain(flags)).map_err(|error| error.to_string())?;
+        edit(&mut spec, &line.args)?;
+        Ok(spec)
+    }
+
+    #[test]
+    fn flags_change_what_they_name_and_nothing_else() {
+        let before = edited(&[]).expect("unchanged");
+        let after = edited(&[
+            "--memory=2GiB",
+            "--cdrom=0=debian",
+            "--grow=a/b=2GiB",
+            "--label=tier=web",
+            "--unplug=52:54:00:00:00:01",
+            "--add-nic=default",
+        ])
+        .expect("changed");
+        assert_eq!((after.memory, after.vcpus, after.disks[0].size), (Bytes(2 << 30), before.vcpus, Some(Bytes(2 << 30))));
+        assert_eq!(after.cdroms[0].image, Some(Name::new("debian").expect("name")));
+        assert_eq!(after.labels.values().collect::<Vec<_>>(), ["web"]);
+        assert_eq!((after.nics.len(), after.nics[0].link_up), (2, false));
+        assert_eq!(edited(&["--cdrom=0=", "--remove-nic=52:54:00:00:00:01"]).expect("changed").nics, []);
+    }
+
+    #[test]
+    fn flags_that_name_what_is_not_there_are_refused() {
+        for flags in [
+            &["--cdrom=1=debian"][..],
+            &["--cdrom=x=debian"],
+            &["--cdrom=0"],
+            &["--grow=a/c=2GiB"],
+            &["--grow=a/b=1MiB"],
+            &["--remove-nic=52:54:00:00:00:02"],
+            &["--file=x", "--memory=1GiB"],
+        ] {
+            assert!(edited(flags).is_err(), "{flags:?} was accepted");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! A VM's spec is changed: what can change while it runs does so, one step after the other; the rest waits for its next start.
+
+use godwit_link::encode;
+use godwit_link::v1::{self, command::Action};
+use godwit_model::{ErrorCode, ImageKind, ImageRef, Name, Refusal, TaskId, VmSpec, live_changes};
+
+use super::admit::FoundImages;
+use super::{Outcome, Tasks, note};
+use crate::db::{Batch, Fault};
+use crate::resolve::wanted_of;
+use crate::rows::{VmRow, Work};
+use crate::specs::{claims, complete_change, waiting};
+
+impl Tasks {
+    /// Makes `wanted` the VM's spec, in its row.
+    pub(super) async fn admit_change(&self, vm: &mut VmRow, wanted: &VmSpec) -> Result<Work, Fault> {
+        let mut wanted = wanted.clone();
+        complete_change(&vm.spec, &mut wanted, vm.has_process())?;
+        let mine = claims(&vm.spec);
+        for key in claims(&wanted).difference(&mine) {
+            if self.db.claimed(key).await?.is_some_and(|owner| owner != vm.id.to_string()) {
+                return Err(in_use(key).into());
+            }
+        }
+        vm.spec = wanted;
+        self.note_waiting(vm).await?;
+        Ok(Work::Change)
+    }
+
+    /// Writes down what of the spec waits for the next start.
+    pub(super) async fn note_waiting(&self, vm: &mut VmRow) -> Result<(), Fault> {
+        let Some(running) = vm.resolved.as_ref().filter(|_| vm.has_process()) else {
+            vm.waiting.clear();
+            return Ok(());
+        };
+        let images = self.images_of(&vm.team).await?;
+        vm.waiting = waiting(running, &wanted_of(&vm.spec, running, &|name| images.find(name))?);
+        Ok(())
+    }
+
+    /// Whether anything is left to be done while the VM runs.
+    pub(super) async fn changes_live(&self, vm: &VmRow) -> Result<bool, Fault> {
+        let Some(running) = vm.resolved.as_ref().filter(|_| vm.has_process()) else { return Ok(false) };
+        let images = self.images_of(&vm.team).await?;
+        let wanted = wanted_of(&vm.spec, running, &|name| images.find(name))?;
+        Ok(!live_changes(running, &wanted).is_empty())
+    }
+
+    pub(super) async fn run_change(&self, id: TaskId) -> Result<(), Fault> {
+        loop {
+            let (_, vm) = self.both(id).await?;
+            let (Some(running), Some(host), true) = (&vm.row.resolved, vm.row.host.clone(), vm.row.has_process()) else {
+                return self.finish(id, Outcome::Done, |_, vm| vm.waiting.clear()).await;
+            };
+            let images: FoundImages = self.images_of(&vm.row.team).await?;
+            let find = |name: &Name| -> Option<(ImageRef, ImageKind)> { images.find(name) };
+            let wanted = match wanted_of(&vm.row.spec, running, &find) {
+                Ok(wanted) => wanted,
+                Err(refusal) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+            };
+            let Some(change) = live_changes(running, &wanted).into_iter().next() else {
+                return self.finish(id, Outcome::Done, |_, _| {}).await;
+            };
+            let mut next = running.clone();
+            change.apply(&mut next);
+            let step = change.describe();
+            self.set_step(id, &step).await?;
+            let (vm_id, generation) = (vm.row.id.to_string(), vm.row.generation);
+            let action = Action::Change(v1::ChangeVm { vm: vm_id, generation: generation.0, spec: encode(&next) });
+            match self.command(id, &host, &step, action).await? {
+                Ok(_) => {
+                    self.edit(id, |task, vm| {
+                        if vm.generation == generation {
+                            vm.resolved = Some(next.clone());
+                            vm.waiting = waiting(&next, &wanted);
+                        }
+                        note(task, step.clone());
+                    })
+                    .await?;
+                }
+                // It ended meanwhile: everything takes effect at its next start.
+                Err(refusal) if refusal.code == ErrorCode::VmNotRunning => {
+                    return self
+                        .finish(id, Outcome::Done, |task, vm| {
+                            note(task, "the VM ended: the rest takes effect at its next start");
+                            vm.waiting.clear();
+                        })
+                        .await;
+                }
+                Err(refusal) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+            }
+        }
+    }
+}
+
+/// Adds to `batch` what the VM claims now, and frees what it claims no more.
+pub(super) fn reclaim(mut batch: Batch, before: &VmSpec, vm: &VmRow) -> Batch {
+    let (before, after) = (claims(before), claims(&vm.spec));
+    for key in after.difference(&before) {
+        batch = batch.claim(key.clone(), &vm.id);
+    }
+    for key in before.difference(&after) {
+        batch = batch.free(key.clone());
+    }
+    batch
+}
+
+fn in_use(key: &str) -> Refusal {
+    let (what, name) = key.split_once('/').unwrap_or(("object", key));
+    let what = if what == "mac" { "address" } else { what };
+    Refusal::new(ErrorCode::InUse, format!("another VM has the {what} {name}")).hint("choose another one")
+}

@@ -1,0 +1,232 @@
+//! What can change while a VM runs, and what waits for its next start.
+//!
+//! A running VM is its [`ResolvedSpec`]. Each [`LiveChange`] makes another one of it; whoever carried one out writes the new spec down, so
+//! that the destination of a later migration starts as the same machine.
+
+use crate::{Bytes, FIXED_SLOTS, ImageRef, IoLimits, ResolvedNic, ResolvedSpec};
+
+/// One change to a running VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LiveChange {
+    /// What is in a CD-ROM drive.
+    Medium {
+        /// The drive.
+        drive: usize,
+        /// What is in it afterwards.
+        medium: Option<ImageRef>,
+    },
+    /// What a disk may do in a second.
+    Limits {
+        /// The disk's place.
+        slot: usize,
+        /// Afterwards.
+        limits: IoLimits,
+    },
+    /// A disk becomes larger.
+    Grow {
+        /// The disk's place.
+        slot: usize,
+        /// Afterwards.
+        size: Bytes,
+    },
+    /// An interface's cable, and the addresses that the guest may use on it.
+    Nic {
+        /// The interface afterwards.
+        nic: ResolvedNic,
+        /// Its place.
+        slot: usize,
+    },
+    /// An interface is taken out of its root port.
+    Unplug {
+        /// Its place.
+        slot: usize,
+    },
+    /// An interface is put into a root port.
+    Plug {
+        /// The interface.
+        nic: ResolvedNic,
+        /// Its place.
+        slot: usize,
+    },
+}
+
+impl LiveChange {
+    /// What the VM is afterwards.
+    pub fn apply(&self, spec: &mut ResolvedSpec) {
+        let disk = |spec: &mut ResolvedSpec, wanted: usize, change: &dyn Fn(&mut crate::ResolvedDisk)| {
+            let index = spec.disk_slots().position(|(slot, _)| slot == wanted);
+            if let Some(disk) = index.and_then(|index| spec.disks.get_mut(index)) {
+                change(disk);
+            }
+        };
+        let nic_index = |spec: &ResolvedSpec, wanted: usize| spec.nic_slots().position(|(slot, _)| slot == wanted);
+        match self {
+            Self::Medium { drive, medium } => {
+                if let Some(cdrom) = spec.cdroms.get_mut(*drive) {
+                    cdrom.medium.clone_from(medium);
+                }
+            }
+            Self::Limits { slot, limits } => disk(spec, *slot, &|disk| disk.io_limits = *limits),
+            Self::Grow { slot, size } => disk(spec, *slot, &|disk| disk.create = Some(*size)),
+            Self::Nic { nic, slot } => {
+                if let Some(place) = nic_index(spec, *slot).and_then(|index| spec.nics.get_mut(index)) {
+                    place.clone_from(nic);
+                }
+            }
+            Self::Unplug { slot } => {
+                if let Some(index) = nic_index(spec, *slot) {
+                    // Those behind it keep their places, also where these were their positions.
+                    settle(spec);
+                    spec.nics.remove(index);
+                }
+            }
+            Self::Plug { nic, .. } => {
+                settle(spec);
+                spec.nics.push(nic.clone());
+            }
+        }
+    }
+
+    /// For people.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Medium { drive, medium: Some(_) } => format!("changes the medium of CD-ROM drive {drive}"),
+            Self::Medium { drive, medium: None } => format!("empties CD-ROM drive {drive}"),
+            Self::Limits { slot, .. } => format!("sets the I/O limits of the disk in slot {slot}"),
+            Self::Grow { slot, size } => format!("makes the disk in slot {slot} {size} large"),
+            Self::Nic { slot, .. } => format!("changes the interface in slot {slot}"),
+            Self::Unplug { slot } => format!("takes the interface out of slot {slot}"),
+            Self::Plug { slot, .. } => format!("puts an interface into slot {slot}"),
+        }
+    }
+}
+
+/// Positions of before become places.
+fn settle(spec: &mut ResolvedSpec) {
+    for (index, nic) in spec.nics.iter_mut().enumerate() {
+        nic.slot = nic.slot.or(u8::try_from(index).ok());
+    }
+}
+
+/// The changes that bring a running VM nearest to `wanted`. What they do not change waits for the next start.
+#[must_use]
+pub fn live_changes(running: &ResolvedSpec, wanted: &ResolvedSpec) -> Vec<LiveChange> {
+    let mut changes = Vec::new();
+    if running.cdroms.len() == wanted.cdroms.len() {
+        for (drive, (now, then)) in running.cdroms.iter().zip(&wanted.cdroms).enumerate() {
+            if now.medium != then.medium {
+                changes.push(LiveChange::Medium { drive, medium: then.medium.clone() });
+            }
+        }
+    }
+    for (slot, now) in running.disk_slots() {
+        let Some((_, then)) = wanted.disk_slots().find(|(other, disk)| *other == slot && disk.volume == now.volume) else {
+            continue;
+        };
+        if now.io_limits != then.io_limits {
+            changes.push(LiveChange::Limits { slot, limits: then.io_limits });
+        }
+        match (now.create, then.create) {
+            (Some(before), Some(size)) if size > before => changes.push(LiveChange::Grow { slot, size }),
+            _ => {}
+        }
+    }
+    let in_port =
+        |slot: usize| slot >= usize::from(FIXED_SLOTS) && slot < usize::from(FIXED_SLOTS + running.platform.hotplug_ports);
+    // Out before in: a place may pass from one to the other.
+    for (slot, now) in running.nic_slots() {
+        match wanted.nic_slots().find(|(other, nic)| *other == slot && nic.mac == now.mac) {
+            Some((_, then)) if (then.model, &then.network) == (now.model, &now.network) => {
+                if (then.link_up, &then.addresses) != (now.link_up, &now.addresses) {
+                    let nic = ResolvedNic { slot: now.slot, ..then.clone() };
+                    changes.push(LiveChange::Nic { nic, slot });
+                }
+            }
+            // One of another kind or network is another one.
+            _ if in_port(slot) => changes.push(LiveChange::Unplug { slot }),
+            _ => {}
+        }
+    }
+    for (slot, then) in wanted.nic_slots().filter(|(slot, _)| in_port(*slot)) {
+        let now = running.nic_slots().find(|(other, _)| *other == slot);
+        let stays = now.is_some_and(|(_, now)| (now.mac, now.model, &now.network) == (then.mac, then.model, &then.network));
+        let of_disk = running.disk_slots().any(|(other, _)| other == slot);
+        if !stays && !of_disk {
+            changes.push(LiveChange::Plug { nic: then.clone(), slot });
+        }
+    }
+    changes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::tests::resolved;
+    use crate::{BytesPerSec, ImageId, Name, ResolvedCdrom, ResolvedDisk};
+
+    fn nic(slot: u8) -> ResolvedNic {
+        let mac = format!("52:54:00:00:00:{slot:02x}").parse().expect("mac");
+        ResolvedNic { slot: Some(slot), ..ResolvedNic::new(Name::new("default").expect("name"), mac) }
+    }
+
+    fn running() -> ResolvedSpec {
+        let mut spec = resolved();
+        let disk = ResolvedDisk::new("a/b".parse().expect("volume"), crate::DiskFormat::Raw);
+        spec.disks = vec![ResolvedDisk { create: Some(Bytes::GIB), ..disk }];
+        spec.nics = vec![nic(0), nic(9)];
+        spec.cdroms = vec![ResolvedCdrom::default()];
+        spec.platform.hotplug_ports = 4;
+        spec
+    }
+
+    #[test]
+    fn what_can_change_does_and_the_rest_waits() {
+        let mut wanted = running();
+        wanted.memory = Bytes::GIB;
+        wanted.platform.tablet = true;
+        wanted.disks[0].create = Some(Bytes(2 << 30));
+        wanted.disks[0].io_limits.rate = Some(BytesPerSec(1 << 20));
+        wanted.nics[0].link_up = false;
+        wanted.nics[1] = nic(8);
+        let medium = ImageRef { id: ImageId::new(uuid::Uuid::nil()), digest: "aa".into(), size: Bytes::MIB };
+        wanted.cdroms[0].medium = Some(medium);
+        let changes = live_changes(&running(), &wanted);
+        assert_eq!(changes.len(), 6, "{changes:?}");
+        let mut after = running();
+        changes.iter().for_each(|change| change.apply(&mut after));
+        assert!(live_changes(&after, &wanted).is_empty(), "nothing is done twice");
+        assert_eq!((after.memory, after.platform.tablet), (running().memory, false));
+        assert_eq!((&after.disks, &after.nics, &after.cdroms), (&wanted.disks, &wanted.nics, &wanted.cdroms));
+    }
+
+    #[test]
+    fn what_is_on_the_root_bus_and_what_would_lose_data_stays() {
+        for change in [
+            (|s: &mut ResolvedSpec| {
+                s.nics.remove(0);
+            }) as fn(&mut ResolvedSpec),
+            |s| s.nics.push(nic(1)),
+            |s| s.nics.push(nic(12)),
+            |s| s.nics[0].model = crate::NicModel::E1000e,
+            |s| s.disks[0].create = Some(Bytes::MIB),
+            |s| s.disks.clear(),
+            |s| s.cdroms.clear(),
+        ] {
+            let mut wanted = running();
+            change(&mut wanted);
+            assert_eq!(live_changes(&running(), &wanted), []);
+        }
+    }
+
+    #[test]
+    fn an_interface_of_another_network_takes_the_place_of_the_old_one() {
+        let mut wanted = running();
+        wanted.nics[1].network = Name::new("dmz").expect("name");
+        let changes = live_changes(&running(), &wanted);
+        assert!(matches!(&changes[..], [LiveChange::Unplug { slot: 9 }, LiveChange::Plug { slot: 9, .. }]), "{changes:?}");
+        let mut after = running();
+        changes.iter().for_each(|change| change.apply(&mut after));
+        assert_eq!(after.nics, wanted.nics);
+    }
+}

@@ -1,0 +1,143 @@
+//! What a VM is made of, before and after a move: firmware with its variables, media, sizes and interfaces that change while it runs.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use godwit_e2e::{Cluster, ClusterSpec, GuestSpec, ProcessRole};
+use godwit_model::{
+    Bytes, CdromSpec, DiskBus, DiskFormat, DiskSpec, ErrorCode, Firmware, ImportFormat, IoLimits, Name, NicSpec, Refusal, VmSpec,
+    Watchdog,
+};
+
+const SOON: Duration = Duration::from_secs(60);
+
+/// The content of a CD-ROM, as far as anybody looks.
+fn disc(fill: u8) -> Vec<u8> {
+    let mut content = vec![fill; 64 << 10];
+    content[16 * 2_048 + 1..16 * 2_048 + 6].copy_from_slice(b"CD001");
+    content
+}
+
+fn web() -> Result<Name> {
+    Ok(Name::new("web")?)
+}
+
+/// Changes the VM's spec and waits until what can change has.
+fn set(cluster: &Cluster, change: impl Fn(&mut VmSpec)) -> Result<()> {
+    let vm = cluster.ask(cluster.client().vm(&web()?))?;
+    let mut spec = vm.spec;
+    change(&mut spec);
+    let task = cluster.ask(cluster.client().set_vm(&web()?, &spec, Some(vm.revision)))?;
+    cluster.done(task.id, SOON)?;
+    Ok(())
+}
+
+/// What waits for the next start.
+fn waiting(cluster: &Cluster) -> Result<Vec<String>> {
+    let status = cluster.ask(cluster.client().vm(&web()?))?.status;
+    Ok(status.waiting.into_iter().map(|waiting| waiting.field).collect())
+}
+
+/// Whether the VM's QEMU on `host` has the image of this name open.
+fn holds(cluster: &Cluster, host: &str, image: &str) -> Result<bool> {
+    let digest = cluster.ask(cluster.client().image(&Name::new(image)?))?.digest;
+    let id = cluster.guest("web")?.id;
+    let processes = cluster.processes(host)?;
+    let qemu = processes.iter().find(|process| process.role == ProcessRole::Qemu(id)).context("no QEMU")?;
+    let links = fs::read_dir(format!("/proc/{}/fd", qemu.pid))?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+    Ok(links.map(|link| link.to_string_lossy().into_owned()).any(|link| link.ends_with(&digest)))
+}
+
+fn volume(cluster: &Cluster, name: &str) -> Result<PathBuf> {
+    Ok(cluster.lab().shared_pool()?.join("volumes").join(name))
+}
+
+#[test]
+fn a_uefi_vm_moves_with_its_variables_and_changes_on_either_side_of_the_move() -> Result<()> {
+    let mut cluster = ClusterSpec::new(2)?.up()?;
+    for (name, fill) in [("disc-a", 1), ("disc-b", 2)] {
+        cluster.import(&Name::new(name)?, ImportFormat::Iso, disc(fill))?;
+    }
+    let no_disc = cluster.import(&Name::new("no-disc")?, ImportFormat::Iso, vec![0; 64 << 10]);
+    ensure!(no_disc.is_err_and(|refusal| refusal.code == ErrorCode::ImageInvalid), "zeros are no CD-ROM");
+    let disk = |name: &str, format| -> Result<DiskSpec> {
+        Ok(DiskSpec { size: Some(Bytes::mib(64)), ..DiskSpec::new(format!("shared/{name}").parse()?, format) })
+    };
+    let second = DiskSpec { bus: DiskBus::Scsi, ..disk("data", DiskFormat::Raw)? };
+    let guest = GuestSpec::small("web").memory(Bytes::mib(256)).disk(disk("root", DiskFormat::Qcow2)?).disk(second).shape(|spec| {
+        spec.firmware = Firmware::Uefi { variables: "shared/web-efi".parse().expect("a volume"), secure_boot: false };
+        spec.cdroms = vec![CdromSpec { image: Some(Name::new("disc-a").expect("a name")) }, CdromSpec::default()];
+        spec.tablet = true;
+        spec.watchdog = Some(Watchdog::default());
+    });
+    cluster.boot(&guest, "h1")?;
+    let variables = volume(&cluster, "web-efi")?;
+    let written = fs::read(&variables)?;
+    ensure!(written != fs::read("/usr/share/OVMF/OVMF_VARS_4M.fd")?, "the firmware wrote no variables");
+    ensure!(holds(&cluster, "h1", "disc-a")?, "the drive is empty");
+
+    // Before the move: another disc, a larger disk, a limit, one interface more. Memory has to wait.
+    set(&cluster, |spec| {
+        spec.cdroms[0].image = None;
+        spec.cdroms[1].image = Some(Name::new("disc-b").expect("a name"));
+        spec.disks[1].size = Some(Bytes::mib(96));
+        spec.disks[0].io_limits = IoLimits { iops: Some(2_000), ..IoLimits::default() };
+        spec.nics.push(NicSpec::new(Name::new("default").expect("a name")));
+        spec.memory = Bytes::mib(320);
+    })?;
+    ensure!(!holds(&cluster, "h1", "disc-a")? && holds(&cluster, "h1", "disc-b")?, "the disc was not changed");
+    ensure!(fs::metadata(volume(&cluster, "data")?)?.len() == 96 << 20, "the disk did not grow");
+    ensure!(waiting(&cluster)? == ["memory"], "{:?}", waiting(&cluster)?);
+    let vm = cluster.ask(cluster.client().vm(&web()?))?;
+    ensure!(vm.spec.nics[1].slot == Some(8), "{:?}", vm.spec.nics);
+    cluster.check()?;
+
+    cluster.migrate("web", "h2")?;
+    ensure!(holds(&cluster, "h2", "disc-b")?, "the disc did not come along");
+    ensure!(fs::read(&variables)? == written, "the variables changed on the way");
+
+    // After it: the disc out, the interface out, a stale change refused.
+    set(&cluster, |spec| {
+        spec.cdroms[1].image = None;
+        spec.nics.truncate(1);
+    })?;
+    ensure!(!holds(&cluster, "h2", "disc-b")?, "the disc is still there");
+    let stale = cluster.ask(cluster.client().set_vm(&web()?, &vm.spec, Some(vm.revision)));
+    ensure!(stale.is_err_and(|refusal: Refusal| refusal.code == ErrorCode::RevisionConflict), "a stale change was made");
+    cluster.migrate("web", "h1")?;
+    ensure!(fs::read(&variables)? == written, "the variables changed on the way back");
+    ensure!(waiting(&cluster)? == ["memory"], "{:?}", waiting(&cluster)?);
+    cluster.finish()
+}
+
+#[test]
+fn what_a_host_lacks_or_a_running_vm_needs_is_refused_with_its_fix() -> Result<()> {
+    let mut cluster = ClusterSpec::new(1)?.up()?;
+    let disk = DiskSpec { size: Some(Bytes::mib(16)), ..DiskSpec::new("shared/root".parse()?, DiskFormat::Raw) };
+    cluster.boot(&GuestSpec::small("web").disk(disk), "h1")?;
+    let vm = cluster.ask(cluster.client().vm(&web()?))?;
+    let attempt = |change: fn(&mut VmSpec)| {
+        let mut spec = vm.spec.clone();
+        change(&mut spec);
+        cluster.ask(cluster.client().set_vm(&vm.name, &spec, None)).map(|task| task.id)
+    };
+    type Case = (&'static str, ErrorCode, fn(&mut VmSpec));
+    let cases: [Case; 5] = [
+        ("a disk that a running VM uses is taken out", ErrorCode::VmRunning, |spec| spec.disks.clear()),
+        ("an interface on the root bus is taken out", ErrorCode::VmRunning, |spec| spec.nics.clear()),
+        ("a disk becomes smaller", ErrorCode::SpecInvalid, |spec| spec.disks[0].size = Some(Bytes::MIB)),
+        ("NVMe", ErrorCode::SpecInvalid, |spec| spec.disks[0].bus = DiskBus::Nvme),
+        ("a medium that does not exist", ErrorCode::NotFound, |spec| {
+            spec.cdroms = vec![CdromSpec { image: Some(Name::new("nothing").expect("a name")) }];
+        }),
+    ];
+    for (what, code, change) in cases {
+        let refusal = attempt(change).err().with_context(|| format!("accepted: {what}"))?;
+        ensure!(refusal.code == code && refusal.hint.is_some(), "{what}: {refusal:?}");
+    }
+    let after = cluster.ask(cluster.client().vm(&vm.name))?;
+    ensure!(after.spec == vm.spec, "a refused change was made");
+    cluster.finish()
+}
