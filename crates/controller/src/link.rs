@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::Stream;
 use godwit_link::status::status_of;
 use godwit_link::{MAX_CHUNK, MAX_MESSAGE, convert, v1};
-use godwit_model::{ErrorCode, ImageId, Name, Refusal};
+use godwit_model::{ErrorCode, ImageId, Name, Refusal, VmRequest};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -23,7 +23,7 @@ use crate::fleet::Fleet;
 use crate::hub::{ConsoleStream, Hub};
 use crate::images::Images;
 use crate::reports::Reports;
-use crate::rows::{HostRow, VmRow};
+use crate::rows::{HostRow, ImageRow, VmRow};
 
 mod attend;
 mod join;
@@ -88,10 +88,25 @@ impl LinkServer {
 
     /// Whether `host` runs, or prepares to run, a VM that needs the image.
     async fn needs_image(&self, host: &Name, image: ImageId) -> Result<bool, Fault> {
-        Ok(self.db.all::<VmRow>().await?.iter().any(|vm| {
+        let vms = self.db.all::<VmRow>().await?;
+        let needed = vms.iter().any(|vm| {
             let concerned = vm.row.host.as_ref() == Some(host) || vm.row.pending.as_ref().is_some_and(|p| p.destination == *host);
             concerned && vm.row.resolved.as_ref().is_some_and(|spec| spec.images().any(|needed| needed.id == image))
-        }))
+        });
+        if needed {
+            return Ok(true);
+        }
+        // A medium that a running VM is about to get is in its spec only.
+        let changes = |vm: &VmRow| vm.activity.is_some_and(|activity| activity.request == VmRequest::Set);
+        for vm in vms.iter().filter(|vm| vm.row.host.as_ref() == Some(host) && changes(&vm.row)) {
+            for name in vm.row.spec.cdroms.iter().filter_map(|cdrom| cdrom.image.as_ref()) {
+                let found = self.db.find::<ImageRow>(&format!("{}/{name}", vm.row.team)).await?;
+                if found.is_some_and(|found| found.row.id == image) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     }
 }
 

@@ -8,6 +8,7 @@ use godwit_model::{Bytes, BytesPerSec, IoLimits, ResolvedNic};
 use serde_json::{Value, json};
 
 use crate::command::devices::{drive_name, medium_name, medium_nodes, nic_backend, nic_device};
+use crate::qmp::views::BlockDevice;
 use crate::qmp::{Notice, Qmp, QmpError};
 
 /// How long a guest may take to let go of a device.
@@ -37,8 +38,14 @@ impl Qmp {
     pub async fn set_io_limits(&self, slot: usize, limits: IoLimits) -> Result<(), QmpError> {
         let IoLimits { iops, read_iops, write_iops, rate, read_rate, write_rate } = limits;
         let bytes = |rate: Option<BytesPerSec>| rate.map_or(0, BytesPerSec::get);
+        // QEMU means the part of the device that has the disk, which for virtio is behind it.
+        let node = format!("disk{slot}");
+        let has_disk = |device: &BlockDevice| {
+            device.inserted.as_ref().and_then(|inserted| inserted.node_name.as_deref()) == Some(node.as_str())
+        };
+        let device = self.query_block().await?.into_iter().find(has_disk).and_then(|device| device.qdev);
         let limits = json!({
-            "id": format!("disk{slot}-device"),
+            "id": device.unwrap_or_else(|| format!("{node}-device")),
             "iops": iops.unwrap_or(0), "iops_rd": read_iops.unwrap_or(0), "iops_wr": write_iops.unwrap_or(0),
             "bps": bytes(rate), "bps_rd": bytes(read_rate), "bps_wr": bytes(write_rate),
         });

@@ -94,6 +94,25 @@ fn cut(path: &Path, length: u64) {
 }
 
 #[tokio::test]
+async fn firmware_variables_are_copied_once_and_have_exactly_their_size() {
+    let fixture = Fixture::new();
+    let template = fixture.directory.path().join("template");
+    fs::write(&template, vec![3; 8_192]).expect("template");
+    let volume: godwit_model::VolumeRef = "p/efi".parse().expect("volume");
+    let open = async |size| fixture.pools.open_exact(&volume, Bytes(size)).await.map(|_| ()).map_err(complete);
+    assert_eq!(open(8_192).await, Err(ErrorCode::VolumeMissing));
+    fixture.pools.prepare_copy(&volume, &template).await.expect("copied");
+    open(8_192).await.expect("opened");
+    assert_eq!(open(4_096).await, Err(ErrorCode::VolumeFormat));
+    assert_eq!(open(16_384).await, Err(ErrorCode::VolumeTruncated));
+    // What the firmware wrote meanwhile stays.
+    fs::write(fixture.path("efi"), vec![4; 8_192]).expect("written");
+    fixture.pools.prepare_copy(&volume, &template).await.expect("left alone");
+    assert_eq!(fs::read(fixture.path("efi")).expect("read"), vec![4; 8_192]);
+    fixture.assert_nothing_partial();
+}
+
+#[tokio::test]
 async fn volumes_are_created_whole_and_left_alone_afterwards() {
     let fixture = Fixture::new();
     for format in [DiskFormat::Raw, DiskFormat::Qcow2] {

@@ -87,7 +87,7 @@ fn a_spec_that_qemu_would_misread_is_refused() {
         }),
         ("two disks in one slot", |s| {
             s.disks = with_disk(|d| d.slot = Some(1));
-            s.disks.push(disk("shared/b"));
+            s.disks.push(DiskSpec { slot: Some(1), ..disk("shared/b") });
         }),
         ("nine root ports", |s| s.hotplug_ports = Some(9)),
         ("everybody's address", |s| s.nics = nic(|n| n.addresses = vec!["255.255.255.255".parse().expect("ip")])),
@@ -136,6 +136,9 @@ fn a_spec_with_one_of_everything_is_accepted() {
     spec.firmware = Firmware::Uefi { variables: volume("shared/efi"), secure_boot: true };
     spec.smbios.manufacturer = Some("A, B & C".into());
     spec.hotplug_ports = Some(2);
+    // It may get any place that is free, also where its position is taken.
+    spec.nics.push(NicSpec { slot: Some(2), ..NicSpec::new(name("default")) });
+    spec.nics.push(NicSpec::new(name("default")));
     spec.labels.insert(name("tier"), "web front".into());
     assert_eq!(spec.validate(), Ok(()));
     let text = serde_json::to_string(&spec).expect("JSON");

@@ -208,10 +208,10 @@ impl VmSpec {
             taken.push(slot);
             Ok(())
         };
-        let index = |index: usize| u8::try_from(index).unwrap_or(u8::MAX);
+        // One without a place gets one when the spec is stored.
         let mut fixed = Vec::new();
-        for (at, disk) in self.disks.iter().enumerate() {
-            let (what, slot) = (format!("disk {}", disk.volume), disk.slot.unwrap_or(index(at)));
+        for (disk, slot) in self.disks.iter().filter_map(|disk| Some((disk, disk.slot?))) {
+            let what = format!("disk {}", disk.volume);
             if disk.bus == DiskBus::Sata && slot >= SATA_PORTS {
                 return Err(InvalidSpec::Slot { what, slot, why: "disks on sata have slots 0 to 5" });
             }
@@ -221,8 +221,8 @@ impl VmSpec {
             check(what, slot, &mut fixed)?;
         }
         let mut fixed = Vec::new();
-        for (at, nic) in self.nics.iter().enumerate() {
-            check(format!("interface {at}"), nic.slot.unwrap_or(index(at)), &mut fixed)?;
+        for (index, slot) in self.nics.iter().enumerate().filter_map(|(index, nic)| Some((index, nic.slot?))) {
+            check(format!("interface {index}"), slot, &mut fixed)?;
         }
         Ok(())
     }

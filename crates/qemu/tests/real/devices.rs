@@ -143,7 +143,9 @@ async fn a_vm_with_every_device_moves_between_versions_with_what_was_changed_whi
         let source = launch(&place, &from, &spec, &disks, Start::Fresh).await;
         source.boot().await;
         let limits = IoLimits { iops: Some(500), ..IoLimits::default() };
-        source.qmp.set_io_limits(2, limits).await.expect("limits");
+        for slot in [0, 2, 5, 8] {
+            source.qmp.set_io_limits(slot, limits).await.expect("limits");
+        }
         source.qmp.set_link(3, false).await.expect("link");
         source.qmp.resize_disk(8, Bytes::mib(24)).await.expect("larger");
         assert_eq!(fs::metadata(&disks[3]).expect("a disk").len(), 24 << 20, "{way}");

@@ -50,8 +50,8 @@ pub(crate) struct SetArgs {
     /// Add a network interface, as in `godwit vm create --nic`; can be repeated
     #[arg(long = "add-nic", value_name = "INTERFACE", value_parser = parse_nic)]
     add_nics: Vec<NicSpec>,
-    /// Remove the interface with this address; can be repeated
-    #[arg(long = "remove-nic", value_name = "MAC")]
+    /// Remove the interface with this address; can be repeated, but not together with --add-nic
+    #[arg(long = "remove-nic", value_name = "MAC", conflicts_with = "add_nics")]
     remove_nics: Vec<MacAddress>,
     /// Plug in the cable of the interface with this address; can be repeated
     #[arg(long, value_name = "MAC")]
