@@ -225,6 +225,8 @@ pub(crate) enum Work {
     Delete { volumes: bool },
     /// Moves the VM.
     Migrate(Box<MigrateWork>),
+    /// Runs a program in the guest. Only its name: arguments may hold secrets.
+    Exec { program: String },
 }
 
 impl Work {
@@ -238,6 +240,7 @@ impl Work {
             Self::Unpause => "vm.unpause",
             Self::Delete { .. } => "vm.delete",
             Self::Migrate(_) => "vm.migrate",
+            Self::Exec { .. } => "vm.exec",
         }
     }
 }

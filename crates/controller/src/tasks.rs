@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use godwit_api::v1::{TaskNote, TaskState};
 use godwit_link::v1::{self, command::Action};
-use godwit_model::{ErrorCode, MigrationProgress, Name, Refusal, TaskId};
+use godwit_model::{ErrorCode, MigrationProgress, Name, Refusal, TaskId, VmId};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -27,6 +27,7 @@ use crate::rows::{TaskRow, VmRow, Work};
 
 mod admit;
 mod cancel;
+mod exec;
 mod migrate;
 mod power;
 
@@ -67,6 +68,7 @@ pub(crate) struct Tasks {
     hub: Arc<Hub>,
     wakers: Mutex<HashMap<TaskId, Arc<Notify>>>,
     written: Mutex<HashMap<TaskId, Instant>>,
+    execs: Mutex<HashMap<VmId, usize>>,
     tracker: TaskTracker,
     stop: CancellationToken,
 }
@@ -85,7 +87,7 @@ pub(crate) enum Outcome {
 impl Tasks {
     /// An executor; nothing runs yet.
     pub(crate) fn new(db: Db, hub: Arc<Hub>, tracker: TaskTracker, stop: CancellationToken) -> Self {
-        Self { db, hub, wakers: Mutex::default(), written: Mutex::default(), tracker, stop }
+        Self { db, hub, wakers: Mutex::default(), written: Mutex::default(), execs: Mutex::default(), tracker, stop }
     }
 
     /// Goes on with every task that had not ended.
@@ -134,6 +136,7 @@ impl Tasks {
             Work::Pause | Work::Unpause => self.run_pause(id).await,
             Work::Delete { volumes } => self.run_delete(id, volumes).await,
             Work::Migrate(_) => self.run_migrate(id).await,
+            Work::Exec { .. } => self.lose_exec(id).await,
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use godwit_api::v1;
-use godwit_model::{Bytes, ErrorCode, HostFacts, Name, PoolFacts, Refusal, RunState};
+use godwit_model::{Bytes, CloudInit, ErrorCode, HostFacts, Name, PoolFacts, Refusal, RunState, VmSpec};
 use serde::Serialize;
 
 use crate::clock;
@@ -51,7 +51,7 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
         team: row.team.clone(),
         revision: stored.revision,
         created: row.created,
-        spec: row.spec.clone(),
+        spec: shown(&row.spec),
         status: v1::VmStatus {
             state: row.state,
             host: row.host.clone(),
@@ -60,8 +60,28 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
             started,
             macs: row.spec.nics.iter().map(|nic| nic.mac.map(|mac| mac.to_string()).unwrap_or_default()).collect(),
             conditions,
+            cloud_init: row.spec.cloud_init.as_ref().map(seed_facts),
+            guest: row.host.as_ref().filter(|_| row.has_process()).and_then(|host| hub.guest(host, row.id)),
             since: row.since,
         },
+    }
+}
+
+/// A spec as it is shown: what cloud-init tells a guest often holds passwords, and is written only.
+fn shown(spec: &VmSpec) -> VmSpec {
+    let mut spec = spec.clone();
+    if let Some(seed) = &mut spec.cloud_init {
+        (seed.user_data, seed.network_config, seed.vendor_data) = (None, None, None);
+    }
+    spec
+}
+
+fn seed_facts(seed: &CloudInit) -> v1::SeedFacts {
+    let size = |text: &Option<String>| text.as_ref().map(|text| Bytes(text.len() as u64));
+    v1::SeedFacts {
+        user_data: size(&seed.user_data),
+        network_config: size(&seed.network_config),
+        vendor_data: size(&seed.vendor_data),
     }
 }
 

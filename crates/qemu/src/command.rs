@@ -4,13 +4,14 @@
 //! same spec makes the same machine on every host and with every QEMU: it is the ABI that a VM keeps for life. PCI slots on `pcie.0`:
 //!
 //! ```text
-//!  01 rng   02 balloon   03 serial (guest agent)   04 VGA   08-0f disks 0-7   10-17 interfaces 0-7   1f chipset
+//!  01 rng   02 balloon   03 serial (guest agent)   04 VGA   08-0f disks 0-7   10-17 interfaces 0-7   1e seed   1f chipset
 //! ```
 //! Interfaces have no option ROM (network boot is not offered), VGA's ROM is fixed at 64 KiB: a ROM is a RAM block, and its size would
 //! otherwise differ between versions and end a migration. The serial console has no log file, since a guest could fill the host's disk
 //! with it: the agent is the socket's only client and keeps a bounded log.
 
 mod options;
+mod seed;
 
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
@@ -38,6 +39,8 @@ pub struct Resources {
     pub disks: Vec<DiskFds>,
     /// Tap descriptors with `IFF_VNET_HDR`, in the order of the spec.
     pub taps: Vec<RawFd>,
+    /// Descriptor of the seed, if the spec has cloud-init; opened read-only.
+    pub seed: Option<RawFd>,
     /// Fresh, or waiting for a migration.
     pub start: Start,
 }
@@ -209,6 +212,9 @@ pub fn qemu_arguments(spec: &ResolvedSpec, resources: &Resources) -> Result<Vec<
     for (index, (nic, tap)) in spec.nics.iter().zip(&resources.taps).enumerate() {
         add_nic(&mut line, index, nic, *tap, &spec.machine);
     }
+    if let Some(fd) = resources.seed {
+        seed::add(&mut line, fd);
+    }
     if resources.start == Start::Incoming {
         line.option("-incoming", "defer");
     }
@@ -258,6 +264,7 @@ fn check(spec: &ResolvedSpec, resources: &Resources) -> Result<(), CommandError>
     let counts = [
         ("kernels", usize::from(spec.kernel.is_some()), usize::from(resources.kernel.is_some())),
         ("initrds", usize::from(spec.initrd.is_some()), usize::from(resources.initrd.is_some())),
+        ("seeds", usize::from(spec.cloud_init.is_some()), usize::from(resources.seed.is_some())),
         ("disks", spec.disks.len(), resources.disks.len()),
         ("interfaces", spec.nics.len(), resources.taps.len()),
     ];

@@ -4,8 +4,8 @@
 //! bounded, unknown events, fields and values end nothing.
 //!
 //! Start with [`command`] (what a [`godwit_model::ResolvedSpec`] becomes), then [`cage`] (how that is run: own uid, mount namespace,
-//! limits), [`process`] (watching and adopting it) and [`qmp`] (talking to it). [`capabilities`] and [`accel`] say what a host offers,
-//! [`cgroup`] holds a VM's limits.
+//! limits), [`process`] (watching and adopting it), [`qmp`] (talking to it) and [`qga`] (talking to the guest in it). [`capabilities`] and
+//! [`accel`] say what a host offers, [`cgroup`] holds a VM's limits.
 
 pub mod accel;
 pub mod cage;
@@ -13,6 +13,7 @@ pub mod capabilities;
 pub mod cgroup;
 pub mod command;
 pub mod process;
+pub mod qga;
 pub mod qmp;
 
 pub use accel::AccelReport;
@@ -20,4 +21,5 @@ pub use cage::{CagePlan, Launcher, PassedFds};
 pub use capabilities::HostCapabilities;
 pub use command::{Resources, Sockets, Start};
 pub use process::{ProcessIdentity, QemuProcess};
+pub use qga::{GuestAgent, QgaError};
 pub use qmp::{Notice, Notices, Qmp, QmpError};

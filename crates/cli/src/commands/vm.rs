@@ -3,12 +3,13 @@
 mod console;
 mod create;
 mod delete;
+mod exec;
 mod migrate;
 mod power;
 
 use clap::Subcommand;
 use godwit_api::v1::Vm;
-use godwit_model::{Boot, Name};
+use godwit_model::{Boot, GuestFacts, Name};
 
 use crate::commands::pool::conditions;
 use crate::error::Failure;
@@ -49,6 +50,8 @@ pub(crate) enum Verb {
     Migrate(migrate::MigrateArgs),
     /// Open the serial console; Ctrl-] leaves it
     Console(console::ConsoleArgs),
+    /// Run a program in the guest, and end as it ends
+    Exec(exec::ExecArgs),
 }
 
 pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
@@ -68,6 +71,7 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
         Verb::Delete(args) => delete::run(&session, args).await,
         Verb::Migrate(args) => migrate::run(&session, args).await,
         Verb::Console(args) => console::run(&session, args).await,
+        Verb::Exec(args) => exec::run(&session, args).await,
     }
 }
 
@@ -90,6 +94,19 @@ async fn list(session: &Session) -> Result<(), Failure> {
         }
         table.render()
     })
+}
+
+/// What the guest says of itself. Its addresses first: they are what is looked for.
+fn show_guest(facts: &mut Facts, guest: &GuestFacts) {
+    for interface in &guest.interfaces {
+        let addresses: Vec<String> =
+            interface.addresses.iter().filter(|address| address.is_reachable()).map(ToString::to_string).collect();
+        if !addresses.is_empty() {
+            facts.fact("Address", format!("{} on {}", addresses.join(", "), interface.name));
+        }
+    }
+    facts.fact("Host name", or_nothing(guest.host_name.as_ref())).fact("System", or_nothing(guest.os.as_ref()));
+    facts.fact("Guest agent", format!("{}, seen {}", guest.agent, moment(guest.seen)));
 }
 
 fn show(vm: &Vm) -> String {
@@ -123,6 +140,9 @@ fn show(vm: &Vm) -> String {
         Some(started) => facts.fact("Started as", format!("{}, {}, {}", started.machine, started.cpu, word(&started.accelerator))),
         None => facts.fact("Machine", or_nothing(vm.spec.machine.as_ref())).fact("CPU model", or_nothing(vm.spec.cpu.as_ref())),
     };
+    if let Some(guest) = &status.guest {
+        show_guest(&mut facts, guest);
+    }
     conditions(&mut facts, &status.conditions);
     facts.render()
 }

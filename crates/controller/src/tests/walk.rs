@@ -123,6 +123,7 @@ fn body_for(operation: &str) -> Value {
     match operation {
         "vm_create" => json!({"name": "stolen", "spec": spec(Bytes::mib(64))}),
         "vm_migrate" => json!({"host": "h1"}),
+        "vm_exec" => json!({"program": "/bin/true"}),
         "join_token_create" => json!({"host": "h7"}),
         "team_create" => json!({"name": "blue"}),
         "token_create" => json!({"team": "default", "role": "admin"}),
