@@ -493,6 +493,16 @@ impl Cluster {
         Ok(())
     }
 
+    /// Every log of the lab's daemons and of its QEMUs.
+    ///
+    /// # Errors
+    /// When the lab's record cannot be read.
+    pub fn logs(&self) -> Result<Vec<PathBuf>> {
+        let status = self.lab_status()?;
+        let qemus = status.hosts.iter().flat_map(|host| logs::of_qemus(&status, &host.name));
+        Ok(logs::all(&status).into_iter().chain(qemus).collect())
+    }
+
     /// For people who look at a failed test.
     fn tell(&self) {
         let Ok(status) = self.lab.status() else { return };

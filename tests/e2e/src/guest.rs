@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use godwit_lab::layout::OUTSIDE_GUEST_ADDRESS;
-use godwit_model::{Boot, Bytes, DiskSpec, Name, NicSpec, VmId, VmSpec};
+use godwit_model::{Boot, Bytes, CloudInit, DiskSpec, Name, NicSpec, VmId, VmSpec};
 
 use crate::outside::WITNESS_PORT;
 
@@ -20,6 +20,8 @@ pub struct GuestSpec {
     pub disks: Vec<DiskSpec>,
     /// Words `KEY=VALUE` for the guest, without their `guest.`.
     pub knobs: Vec<String>,
+    /// What its seed holds.
+    pub cloud_init: Option<CloudInit>,
 }
 
 /// A guest that was created.
@@ -49,6 +51,7 @@ impl GuestSpec {
             vcpus: 1,
             disks: Vec::new(),
             knobs: knobs.map(ToOwned::to_owned).to_vec(),
+            cloud_init: None,
         }
     }
 
@@ -79,6 +82,13 @@ impl GuestSpec {
         self
     }
 
+    /// With a seed.
+    #[must_use]
+    pub fn cloud_init(mut self, cloud_init: CloudInit) -> Self {
+        self.cloud_init = Some(cloud_init);
+        self
+    }
+
     /// With one disk more.
     #[must_use]
     pub fn disk(mut self, disk: DiskSpec) -> Self {
@@ -99,6 +109,7 @@ impl GuestSpec {
         VmSpec {
             disks: self.disks.clone(),
             nics: vec![NicSpec::new(Name::new("default").expect("a name"))],
+            cloud_init: self.cloud_init.clone(),
             ..VmSpec::new(self.vcpus, self.memory, boot)
         }
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use godwit_api::v1::VmExec;
 use godwit_e2e::{Action, Cluster, ClusterSpec, GuestSpec, godwit_binary};
-use godwit_model::{Bytes, ErrorCode, ExecOutcome, GuestFacts, Millis, Name, Octets, Refusal};
+use godwit_model::{Bytes, CloudInit, ErrorCode, ExecOutcome, GuestFacts, Millis, Name, Octets, Refusal};
 
 fn shell(script: &str) -> VmExec {
     VmExec {
@@ -93,5 +93,35 @@ fn a_guest_tells_its_addresses_and_runs_programs_also_while_it_moves() -> Result
     command.args(["vm", "exec", "web", "--url", &endpoint.url]).arg("--token-file").arg(&token).arg("--ca-file").arg(&authority);
     let output = command.args(["--", "/bin/busybox", "sh", "-c", "uname -s; exit 9"]).output()?;
     ensure!(output.status.code() == Some(9) && output.stdout == b"Linux\n", "{output:?}");
+    cluster.finish()
+}
+
+#[test]
+fn a_guest_takes_its_host_name_from_its_seed_and_keeps_the_seed_when_it_moves() -> Result<()> {
+    let mut cluster = ClusterSpec::new(2)?.up()?;
+    cluster.import_guest_with_agent()?;
+    let user_data = "#cloud-config\npassword: hunter2\n";
+    let seed = CloudInit { user_data: Some(user_data.into()), host_name: Some(Name::new("inside")?), ..CloudInit::default() };
+    cluster.boot(&GuestSpec::small("web_1").memory(Bytes::mib(256)).cloud_init(seed), "h1")?;
+    ensure!(cluster.status("web_1")?.host_name == "inside", "{:?}", cluster.status("web_1")?);
+    told(&cluster, "web_1", |facts| facts.host_name.as_deref() == Some("inside"))?;
+    let read = "cat /seed/user-data; cat /dev/vda | md5sum";
+    let before = exec(&cluster, "web_1", &shell(read))?;
+    ensure!(before.stdout.0.starts_with(user_data.as_bytes()), "{}", String::from_utf8_lossy(&before.stdout.0));
+    let write = exec(&cluster, "web_1", &shell("echo x > /dev/vda"))?;
+    ensure!(write.exit_code != Some(0), "the guest wrote on its seed: {write:?}");
+    cluster.run(&[Action::Migrate("web_1", "h2")])?;
+    told(&cluster, "web_1", |facts| facts.host_name.as_deref() == Some("inside"))?;
+    // Read anew from the disk: what its host made there, and not what the guest remembers.
+    let after = exec(&cluster, "web_1", &shell(&format!("echo 3 > /proc/sys/vm/drop_caches; {read}")))?;
+    ensure!(after.stdout == before.stdout, "another seed: {}", String::from_utf8_lossy(&after.stdout.0));
+
+    let shown = cluster.ask(cluster.client().vm(&Name::new("web_1")?))?;
+    ensure!(shown.status.cloud_init.as_ref().is_some_and(|seed| seed.user_data.is_some()), "{:?}", shown.status.cloud_init);
+    ensure!(!serde_json::to_string(&shown)?.contains("hunter2"), "the API shows what the seed holds");
+    for log in cluster.logs()? {
+        let text = std::fs::read(&log).unwrap_or_default();
+        ensure!(!String::from_utf8_lossy(&text).contains("hunter2"), "{} holds what the seed holds", log.display());
+    }
     cluster.finish()
 }
