@@ -211,7 +211,10 @@ impl Reports {
         };
         let vm = self.db.find::<VmRow>(&id.to_string()).await?;
         // A VM that was deleted meanwhile is no reason to complain.
-        let Some(vm) = vm else { return Ok(self.hub.set_guest(host, id, None)) };
+        let Some(vm) = vm else {
+            self.hub.set_guest(host, id, None);
+            return Ok(());
+        };
         if !vm.row.granted.contains_key(host) {
             return Err(Dropped::NotGranted("the VM was never granted to it"));
         }

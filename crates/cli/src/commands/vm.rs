@@ -22,7 +22,7 @@ use crate::watch::watch;
 #[derive(Subcommand)]
 pub(crate) enum Verb {
     /// Create a VM, and start it if asked to
-    Create(create::CreateArgs),
+    Create(Box<create::CreateArgs>),
     /// List VMs
     List {
         /// Go on with every change, as JSON lines
@@ -56,7 +56,7 @@ pub(crate) enum Verb {
 
 pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
     match verb {
-        Verb::Create(args) => create::run(&session, args).await,
+        Verb::Create(args) => create::run(&session, *args).await,
         Verb::List { watch: true } => watch::<Vm>(&session.client).await,
         Verb::List { watch: false } => list(&session).await,
         Verb::Show { name } => {
