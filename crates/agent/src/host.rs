@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
 use crate::AgentOptions;
+use crate::guest::Guests;
 use crate::identity::Identity;
 use crate::journal::{EndedMove, Journal, JournalError};
 use crate::network::HostNetwork;
@@ -37,6 +38,7 @@ pub(crate) struct Host {
     /// Storage has been asked and has not answered.
     pub(crate) asking: Arc<AtomicBool>,
     pub(crate) uids: Uids,
+    pub(crate) guests: Guests,
     pub(crate) reports: Mutex<BTreeMap<VmId, v1::VmReport>>,
 }
 
@@ -124,6 +126,7 @@ impl Host {
         for report in self.reports.lock().unwrap_or_else(PoisonError::into_inner).values() {
             self.controller.send(Body::Vm(report.clone()));
         }
+        self.guests.tell_all(&self.controller);
     }
 
     /// What is reported of a VM; told at once, and again at every hello.

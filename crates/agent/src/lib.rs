@@ -8,11 +8,13 @@ pub mod carry;
 mod console;
 mod dial;
 mod firmware;
+mod guest;
 mod host;
 mod identity;
 mod inventory;
 mod journal;
 mod network;
+mod seed;
 mod session;
 mod storage;
 mod tls;
@@ -30,6 +32,7 @@ use tokio::sync::watch;
 
 pub use identity::{JoinError, JoinOptions, join};
 
+use guest::Guests;
 use host::{Controller, Host, Ledger, of_storage, private_dir};
 use identity::Identity;
 use journal::Journal;
@@ -151,6 +154,7 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
         memory,
         asking: Arc::default(),
         uids,
+        guests: Guests::default(),
         reports: Mutex::default(),
     });
     let vms = Registry::begin(Arc::clone(&host), records.into_values());

@@ -15,17 +15,17 @@ use godwit_link::v1::link_client::LinkClient;
 use godwit_link::v1::{self, AgentMessage};
 use godwit_link::{MAX_MESSAGE, Malformed, PROTOCOL, convert, decode, encode};
 use godwit_migration::Peer;
-use godwit_model::{Epoch, ErrorCode, Generation, Grant, MigrationPolicy, Name, Refusal, Retry, VolumeRef};
+use godwit_model::{Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, Name, Refusal, Retry, VolumeRef};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Channel;
 
-use crate::console;
 use crate::dial::{self, DialError};
 use crate::host::{SharedHost, ended_message, unix_now};
 use crate::network::FleetNetworks;
 use crate::tls::TlsError;
 use crate::vm::{Answer, Registry, VmCommand};
+use crate::{console, guest};
 
 /// Wait between two attempts to reach the controller, growing from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
@@ -194,6 +194,15 @@ impl Sessions {
 
     fn on_command(self: &Arc<Self>, command: v1::Command, epoch: Epoch) {
         let id = command.id;
+        if matches!(command.action, Some(Action::ExecStatus(_))) {
+            // A question, asked often: its answer is not remembered, and takes the place of none that must be.
+            let this = Arc::clone(self);
+            tokio::spawn(async move {
+                let reply = reply(id, this.carry_out_in(command, epoch).await);
+                this.host.controller.send(Body::Reply(reply));
+            });
+            return;
+        }
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
         match answers.known.get(&id) {
             Some(Some(reply)) => return self.host.controller.send(Body::Reply(reply.clone())),
@@ -211,15 +220,7 @@ impl Sessions {
         drop(answers);
         let this = Arc::clone(self);
         tokio::spawn(async move {
-            let answer = if Epoch(command.epoch) < epoch {
-                Err(Refusal::new(ErrorCode::GenerationStale, "the command is of an older controller epoch"))
-            } else {
-                this.carry_out(command).await
-            };
-            let reply = match answer {
-                Ok(answer) => v1::CommandReply { id, refusal: None, carry_port: u32::from(answer.carry_port) },
-                Err(refusal) => v1::CommandReply { id, refusal: Some((&refusal).into()), carry_port: 0 },
-            };
+            let reply = reply(id, this.carry_out_in(command, epoch).await);
             let mut answers = this.answers.lock().unwrap_or_else(PoisonError::into_inner);
             // A refusal that may be tried again is not remembered: the same command then is a new attempt.
             let again = reply.refusal.as_ref().is_some_and(|refusal| refusal.retry != "never");
@@ -234,6 +235,13 @@ impl Sessions {
         });
     }
 
+    async fn carry_out_in(&self, command: v1::Command, epoch: Epoch) -> Result<Answer, Refusal> {
+        if Epoch(command.epoch) < epoch {
+            return Err(Refusal::new(ErrorCode::GenerationStale, "the command is of an older controller epoch"));
+        }
+        self.carry_out(command).await
+    }
+
     async fn carry_out(&self, command: v1::Command) -> Result<Answer, Refusal> {
         let malformed = |error: Malformed| Refusal::new(ErrorCode::BadRequest, error.to_string());
         let action = command.action.ok_or_else(|| Refusal::new(ErrorCode::BadRequest, "this agent does not know the command"))?;
@@ -244,6 +252,21 @@ impl Sessions {
         if let Action::Console(console) = &action {
             let vm = convert::vm_id(&console.vm).map_err(malformed)?;
             return console::open(&self.host, vm, console.session.clone()).await.map(|()| Answer::default());
+        }
+        if let Action::Exec(exec) = &action {
+            let vm = convert::vm_id(&exec.vm).map_err(malformed)?;
+            let request: ExecRequest = decode("request", &exec.request).map_err(malformed)?;
+            request.validate()?;
+            self.vms.command(vm, VmCommand::MayBegin { generation: Generation(exec.generation) }).await?;
+            let pid = guest::exec(&self.host, vm, &request).await?;
+            return Ok(Answer { result: encode(&pid), ..Answer::default() });
+        }
+        if let Action::ExecStatus(status) = &action {
+            let vm = convert::vm_id(&status.vm).map_err(malformed)?;
+            self.vms.command(vm, VmCommand::MayAsk).await?;
+            let wait = Duration::from_millis(u64::from(status.wait_ms));
+            let outcome = guest::exec_status(&self.host, vm, status.pid, wait).await?;
+            return Ok(Answer { result: encode(&outcome), ..Answer::default() });
         }
         let (vm, command) = vm_command(&command.task, action).map_err(malformed)?;
         self.check_grant(&command)?;
@@ -270,6 +293,13 @@ impl Sessions {
                 .retry(Retry::Never));
         }
         Ok(())
+    }
+}
+
+fn reply(id: u64, answer: Result<Answer, Refusal>) -> v1::CommandReply {
+    match answer {
+        Ok(answer) => v1::CommandReply { id, refusal: None, carry_port: u32::from(answer.carry_port), result: answer.result },
+        Err(refusal) => v1::CommandReply { id, refusal: Some((&refusal).into()), carry_port: 0, result: vec![] },
     }
 }
 
@@ -327,7 +357,9 @@ fn vm_command(task: &str, action: Action) -> Result<(godwit_model::VmId, VmComma
             convert::vm_id(&settle.vm)?,
             VmCommand::Settle { task: convert::task_id(task)?, generation: Generation(settle.generation) },
         ),
-        Action::DeleteVolume(_) | Action::Console(_) => return Err(Malformed::Field { field: "action" }),
+        Action::DeleteVolume(_) | Action::Console(_) | Action::Exec(_) | Action::ExecStatus(_) => {
+            return Err(Malformed::Field { field: "action" });
+        }
     })
 }
 

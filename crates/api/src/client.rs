@@ -5,7 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use eventsource_stream::Eventsource;
 use futures::{Stream, StreamExt};
-use godwit_model::{ErrorCode, ImportFormat, Name, Refusal, Retry, TaskId, TokenId, VmSpec};
+use godwit_model::guest::EXEC_TIMEOUT;
+use godwit_model::{ErrorCode, ExecOutcome, ImportFormat, Name, Refusal, Retry, TaskId, TokenId, VmSpec};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde::Serialize;
@@ -97,6 +98,8 @@ pub enum Imported {
     /// A task makes it of what was sent.
     Task(Box<v1::Task>),
 }
+/// How long an answer is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 type Result<T> = std::result::Result<T, ClientError>;
 
@@ -151,18 +154,18 @@ impl Client {
     }
 
     async fn json<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T> {
-        let response = self.send(request.timeout(Duration::from_secs(60))).await?;
+        let response = self.send(request).await?;
         let status = response.status();
         let body = response.bytes().await.map_err(|source| self.unreachable(source))?;
         serde_json::from_slice(&body).map_err(|_| ClientError::Foreign { url: self.endpoint.url.clone(), status })
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        self.json(self.request(Method::GET, path)).await
+        self.json(self.request(Method::GET, path).timeout(PATIENCE)).await
     }
 
     async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
-        self.json(self.request(Method::POST, path).json(body)).await
+        self.json(self.request(Method::POST, path).json(body).timeout(PATIENCE)).await
     }
 
     /// Every item of a paged list.
@@ -332,9 +335,18 @@ impl Client {
         self.json(request).await
     }
 
+    /// Runs a program in the guest and waits for its end.
+    pub async fn exec_vm(&self, vm: &Name, request: &v1::VmExec) -> Result<ExecOutcome> {
+        // The controller gives up before this side does.
+        let waits = Duration::from_millis(request.timeout.unwrap_or(EXEC_TIMEOUT).get()).saturating_add(Duration::from_secs(60));
+        let request = self.request(Method::POST, &format!("/vms/{}/exec", segment(vm))).json(request);
+        self.json(request.timeout(waits)).await
+    }
+
     /// Deletes a stopped VM.
     pub async fn delete_vm(&self, vm: &Name, request: &v1::VmDelete) -> Result<v1::Task> {
-        self.json(self.request(Method::DELETE, &format!("/vms/{}?volumes={}", segment(vm), request.volumes))).await
+        let request = self.request(Method::DELETE, &format!("/vms/{}?volumes={}", segment(vm), request.volumes));
+        self.json(request.timeout(PATIENCE)).await
     }
 
     /// The newest tasks first.

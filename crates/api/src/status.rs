@@ -39,7 +39,10 @@ pub const fn http_status(code: ErrorCode) -> u16 {
         | E::QemuFirst
         | E::Cancelled
         | E::UserfaultUnavailable
-        | E::Unsupported => 422,
+        | E::Unsupported
+        | E::GuestSilent
+        | E::GuestRefused
+        | E::ExecUnfinished => 422,
         E::QemuFailed | E::HostFailed | E::Internal => 500,
         E::HostDown => 503,
         E::StoreFull => 507,

@@ -1,8 +1,10 @@
 //! Version 1 on the wire. Times are milliseconds since 1970 UTC, sizes bytes, rates bytes per second.
 
+use godwit_model::guest::EXEC_TIMEOUT;
 use godwit_model::{
-    Accelerator, Activity, Bytes, Generation, HostFacts, HostLoad, ImageId, ImageKind, ImportFormat, MigrationFigures,
-    MigrationPolicy, MigrationProgress, Millis, Name, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
+    Accelerator, Activity, Bytes, ExecRequest, Generation, GuestFacts, HostFacts, HostLoad, ImageId, ImageKind, ImportFormat,
+    MigrationFigures, MigrationPolicy, MigrationProgress, Millis, Name, Octets, Refusal, RunState, TaskId, TokenId, UnixMillis,
+    VmId, VmSpec,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -71,8 +73,25 @@ pub struct VmStatus {
     pub macs: Vec<String>,
     /// What is not as it should be.
     pub conditions: Vec<Condition>,
+    /// What its seed holds; the texts themselves are never shown, and `spec` leaves them out.
+    #[serde(default)]
+    pub cloud_init: Option<SeedFacts>,
+    /// What the guest says of itself through its agent, if it has one; asked about once a minute. Hostile text.
+    #[serde(default)]
+    pub guest: Option<GuestFacts>,
     /// When `state` last changed.
     pub since: UnixMillis,
+}
+
+/// Sizes of what cloud-init tells a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SeedFacts {
+    /// Of `user-data`.
+    pub user_data: Option<Bytes>,
+    /// Of `network-config`.
+    pub network_config: Option<Bytes>,
+    /// Of `vendor-data`.
+    pub vendor_data: Option<Bytes>,
 }
 
 /// What a VM was started with.
@@ -160,6 +179,38 @@ pub struct VmMigrate {
     /// Why; recorded with the task.
     #[serde(default)]
     pub reason: Option<String>,
+}
+
+/// Asks for a program to be run in the guest.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmExec {
+    /// The program: a path in the guest, or a name that its agent looks up.
+    pub program: String,
+    /// Its arguments, at most 256 and 64 KiB. They are not recorded.
+    #[serde(default)]
+    pub args: Vec<String>,
+    /// What it reads, base64; at most 512 KiB.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub stdin: Option<Octets>,
+    /// How long to wait for its end; a minute by default, at most 15. It is never ended by this.
+    #[serde(default)]
+    pub timeout: Option<Millis>,
+}
+
+impl std::fmt::Debug for VmExec {
+    /// Not its arguments: they may hold secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmExec").field("program", &self.program).finish_non_exhaustive()
+    }
+}
+
+impl From<VmExec> for ExecRequest {
+    fn from(request: VmExec) -> Self {
+        let VmExec { program, args, stdin, timeout } = request;
+        Self { program, args, stdin, timeout: timeout.unwrap_or(EXEC_TIMEOUT) }
+    }
 }
 
 /// A host.

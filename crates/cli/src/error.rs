@@ -71,7 +71,9 @@ impl Exit {
             | E::GenerationStale
             | E::TooLate
             | E::UserfaultUnavailable
-            | E::Unsupported => Self::Refused,
+            | E::Unsupported
+            | E::GuestRefused => Self::Refused,
+            E::ExecUnfinished => Self::StillRunning,
             E::Cancelled => Self::Cancelled,
             E::HostDown
             | E::GrantExpired
@@ -80,6 +82,7 @@ impl Exit {
             | E::NotConverging
             | E::QemuFirst
             | E::QemuFailed
+            | E::GuestSilent
             | E::StoreFull
             | E::FetchFailed
             | E::HostFailed
@@ -139,6 +142,12 @@ pub(crate) enum Failure {
         what: String,
         /// What to do.
         hint: &'static str,
+    },
+    /// A program in a guest ended otherwise than well, and has said why itself.
+    #[error("the program ended with exit code {code}")]
+    Guest {
+        /// Its exit code, or what stands for its signal.
+        code: u8,
     },
     /// Nobody could be asked, and `--yes` was not given.
     #[error("{what}: nobody can be asked, because standard input is not a terminal")]
@@ -216,7 +225,7 @@ impl Failure {
             },
             // Whoever read has had enough, as `head` does.
             Self::Output(source) if source.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
-            Self::Daemon(_) | Self::Output(_) | Self::Terminal(_) | Self::Runtime(_) => Exit::Failed,
+            Self::Guest { .. } | Self::Daemon(_) | Self::Output(_) | Self::Terminal(_) | Self::Runtime(_) => Exit::Failed,
         }
     }
 
@@ -265,6 +274,9 @@ impl Failure {
 
     /// Says it on standard error and gives the exit code.
     pub(crate) fn report(&self) -> ExitCode {
+        if let Self::Guest { code } = self {
+            return ExitCode::from(*code);
+        }
         let exit = self.exit();
         if exit != Exit::Done {
             self.show();

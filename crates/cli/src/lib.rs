@@ -1,7 +1,8 @@
 //! The binary `godwit`: a thin client of the API, and the start of every daemon.
 //!
 //! It decides nothing about VMs: what the controller refuses is shown, not argued with. Secrets never become arguments. Whatever comes
-//! from elsewhere is shown through [`text`], so that it cannot drive the terminal; only the console passes a guest's bytes through.
+//! from elsewhere is shown through [`text`], so that it cannot drive the terminal; only the console passes a guest's bytes through, and `vm exec`
+//! where its output is no terminal.
 //!
 //! Start with [`arguments`] for the commands, then [`error`]: the one place that maps failures to exit codes and hints.
 

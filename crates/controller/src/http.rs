@@ -31,6 +31,7 @@ mod cluster;
 mod console;
 mod events;
 mod extract;
+mod guest;
 mod images;
 mod tasks;
 mod teams;
@@ -80,6 +81,7 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(vms::vm_migrate))
         .routes(routes!(vms::vm_set))
         .routes(routes!(console::vm_console))
+        .routes(routes!(guest::vm_exec))
         .routes(routes!(tasks::task_list))
         .routes(routes!(tasks::task_show))
         .routes(routes!(tasks::task_cancel))

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use godwit_link::v1;
-use godwit_model::{ErrorCode, HostFacts, HostLoad, Name, Refusal, Retry, UnixMillis, VmId};
+use godwit_model::{ErrorCode, GuestFacts, HostFacts, HostLoad, Name, Refusal, Retry, UnixMillis, VmId};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -36,6 +36,8 @@ pub(crate) struct Presence {
 pub(crate) struct Answer {
     /// The port that carry listens on, after a prepare.
     pub(crate) carry_port: u32,
+    /// What there was to tell, JSON.
+    pub(crate) result: Vec<u8>,
 }
 
 /// The agent's side of a console.
@@ -63,6 +65,8 @@ struct Inner {
     awaited: HashMap<String, (Name, oneshot::Sender<ConsoleStream>)>,
     /// VMs whose console is open.
     consoles: HashMap<VmId, String>,
+    /// What guests last said of themselves, and through which host.
+    guests: HashMap<VmId, (Name, GuestFacts)>,
 }
 
 /// The connected agents.
@@ -118,6 +122,8 @@ impl Hub {
     pub(crate) fn attach(&self, host: &Name, presence: Presence, sender: ToAgent) -> Attendance {
         let mut inner = self.lock();
         inner.numbers += 1;
+        // It says anew what its guests say.
+        inner.guests.retain(|_, (through, _)| through != host);
         let (number, closed) = (inner.numbers, CancellationToken::new());
         let session = Session { number, presence, sender, pending: HashMap::new(), closed: closed.clone() };
         if let Some(before) = inner.sessions.insert(host.clone(), session) {
@@ -173,6 +179,22 @@ impl Hub {
         }
     }
 
+    /// Notes what a guest says of itself through its host, or that it says nothing any more.
+    pub(crate) fn set_guest(&self, host: &Name, vm: VmId, facts: Option<GuestFacts>) {
+        let mut inner = self.lock();
+        match facts {
+            Some(facts) => drop(inner.guests.insert(vm, (host.clone(), facts))),
+            // Of the host that a VM has left this says nothing about the one where it is.
+            None if inner.guests.get(&vm).is_some_and(|(through, _)| through == host) => drop(inner.guests.remove(&vm)),
+            None => {}
+        }
+    }
+
+    /// What a guest last said of itself through `host`.
+    pub(crate) fn guest(&self, host: &Name, vm: VmId) -> Option<GuestFacts> {
+        self.lock().guests.get(&vm).filter(|(through, _)| through == host).map(|(_, facts)| facts.clone())
+    }
+
     /// Sends a message to a host; says whether it is on its way.
     pub(crate) fn send(&self, host: &Name, body: v1::controller_message::Body) -> bool {
         let mut inner = self.lock();
@@ -204,7 +226,7 @@ impl Hub {
         if let Some(waiting) = session.and_then(|session| session.pending.remove(&reply.id)) {
             let answer = match reply.refusal {
                 Some(refusal) => Err(refusal.into()),
-                None => Ok(Answer { carry_port: reply.carry_port }),
+                None => Ok(Answer { carry_port: reply.carry_port, result: reply.result }),
             };
             // Whoever asked may have stopped waiting.
             let _ = waiting.send(answer);

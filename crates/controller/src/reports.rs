@@ -6,7 +6,7 @@ use std::sync::Arc;
 use godwit_link::convert::{self, Malformed};
 use godwit_link::decode;
 use godwit_link::v1::{self, controller_message::Body};
-use godwit_model::{Generation, MigrationFigures, MigrationProgress, Name, RunState, TaskId, VmId};
+use godwit_model::{Generation, GuestFacts, MigrationFigures, MigrationProgress, Name, RunState, TaskId, VmId};
 
 use crate::clock;
 use crate::db::{Batch, Db, Fault, retry};
@@ -200,6 +200,26 @@ impl Reports {
         }
         self.db.commit(batch).await?;
         Ok(Ok(()))
+    }
+
+    /// What a guest says of itself. Kept in memory only: its host says it again.
+    pub(crate) async fn guest(&self, host: &Name, report: &v1::GuestReport) -> Result<(), Dropped> {
+        let id = convert::vm_id(&report.vm)?;
+        let facts = match report.facts.as_slice() {
+            [] => None,
+            facts => Some(decode::<GuestFacts>("facts", facts)?.harmless()),
+        };
+        let vm = self.db.find::<VmRow>(&id.to_string()).await?;
+        // A VM that was deleted meanwhile is no reason to complain.
+        let Some(vm) = vm else {
+            self.hub.set_guest(host, id, None);
+            return Ok(());
+        };
+        if !vm.row.granted.contains_key(host) {
+            return Err(Dropped::NotGranted("the VM was never granted to it"));
+        }
+        self.hub.set_guest(host, id, facts);
+        Ok(())
     }
 
     /// A message from one agent of a migration to the other.

@@ -236,6 +236,8 @@ pub(crate) enum Work {
     Migrate(Box<MigrateWork>),
     /// Brings a running VM nearer to its spec.
     Change,
+    /// Runs a program in the guest. Only its name: arguments may hold secrets.
+    Exec { program: String },
     /// Brings an image in.
     Import { image: ImageId, format: ImportFormat, source: ImportSource },
 }
@@ -263,6 +265,7 @@ impl Work {
             Self::Migrate(_) => "vm.migrate",
             Self::Change => "vm.set",
             Self::Import { .. } => "image.import",
+            Self::Exec { .. } => "vm.exec",
         }
     }
 }

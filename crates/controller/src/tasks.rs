@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use godwit_api::v1::{TaskNote, TaskState};
 use godwit_link::v1::{self, command::Action};
-use godwit_model::{ErrorCode, MigrationProgress, Name, Refusal, TaskId};
+use godwit_model::{ErrorCode, MigrationProgress, Name, Refusal, TaskId, VmId};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -29,6 +29,7 @@ use crate::rows::{TaskRow, VmRow, Work};
 mod admit;
 mod cancel;
 mod change;
+mod exec;
 mod import;
 mod migrate;
 mod power;
@@ -72,6 +73,7 @@ pub(crate) struct Tasks {
     images: Arc<Images>,
     wakers: Mutex<HashMap<TaskId, Arc<Notify>>>,
     written: Mutex<HashMap<TaskId, Instant>>,
+    execs: Mutex<HashMap<VmId, usize>>,
     tracker: TaskTracker,
     stop: CancellationToken,
 }
@@ -90,7 +92,7 @@ pub(crate) enum Outcome {
 impl Tasks {
     /// An executor; nothing runs yet.
     pub(crate) fn new(db: Db, hub: Arc<Hub>, images: Arc<Images>, tracker: TaskTracker, stop: CancellationToken) -> Self {
-        Self { db, hub, images, wakers: Mutex::default(), written: Mutex::default(), tracker, stop }
+        Self { db, hub, images, wakers: Mutex::default(), written: Mutex::default(), execs: Mutex::default(), tracker, stop }
     }
 
     /// Goes on with every task that had not ended.
@@ -141,6 +143,7 @@ impl Tasks {
             Work::Migrate(_) => self.run_migrate(id).await,
             Work::Change => self.run_change(id).await,
             Work::Import { .. } => self.run_import(id).await,
+            Work::Exec { .. } => self.lose_exec(id).await,
         }
     }
 

@@ -3,6 +3,7 @@
 mod changes;
 mod contract;
 mod events;
+mod guest;
 mod imports;
 mod joining;
 mod migrations;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use godwit_api::v1;
-use godwit_model::{Bytes, ErrorCode, HostFacts, Name, PoolFacts, Refusal, RunState};
+use godwit_model::{Bytes, CloudInit, ErrorCode, HostFacts, Name, PoolFacts, Refusal, RunState, VmSpec};
 use serde::Serialize;
 
 use crate::clock;
@@ -52,7 +52,7 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
         team: row.team.clone(),
         revision: stored.revision,
         created: row.created,
-        spec: row.spec.clone(),
+        spec: shown(&row.spec),
         status: v1::VmStatus {
             state: row.state,
             host: row.host.clone(),
@@ -62,6 +62,8 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
             waiting: row.waiting.iter().filter(|_| row.has_process()).map(waits).collect(),
             macs: row.spec.nics.iter().map(|nic| nic.mac.map(|mac| mac.to_string()).unwrap_or_default()).collect(),
             conditions,
+            cloud_init: row.spec.cloud_init.as_ref().map(seed_facts),
+            guest: row.host.as_ref().filter(|_| row.has_process()).and_then(|host| hub.guest(host, row.id)),
             since: row.since,
         },
     }
@@ -70,6 +72,24 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
 fn waits(waiting: &Waiting) -> v1::Waiting {
     let Waiting { field, running, wanted } = waiting.clone();
     v1::Waiting { field, running, wanted }
+}
+
+/// A spec as it is shown: what cloud-init tells a guest often holds passwords, and is written only.
+fn shown(spec: &VmSpec) -> VmSpec {
+    let mut spec = spec.clone();
+    if let Some(seed) = &mut spec.cloud_init {
+        (seed.user_data, seed.network_config, seed.vendor_data) = (None, None, None);
+    }
+    spec
+}
+
+fn seed_facts(seed: &CloudInit) -> v1::SeedFacts {
+    let size = |text: &Option<String>| text.as_ref().map(|text| Bytes(text.len() as u64));
+    v1::SeedFacts {
+        user_data: size(&seed.user_data),
+        network_config: size(&seed.network_config),
+        vendor_data: size(&seed.vendor_data),
+    }
 }
 
 /// A host.

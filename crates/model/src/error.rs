@@ -112,6 +112,12 @@ codes! {
     QemuFailed = "qemu_failed",
     /// The host does not allow userfaultfd to the VM.
     UserfaultUnavailable = "userfault_unavailable",
+    /// The guest's agent is not there, or does not answer.
+    GuestSilent = "guest_silent",
+    /// The guest's agent refused.
+    GuestRefused = "guest_refused",
+    /// The program still runs in the guest; nobody waits for it any longer.
+    ExecUnfinished = "exec_unfinished",
     /// The controller's store has no space.
     StoreFull = "store_full",
     /// The operating system refused.

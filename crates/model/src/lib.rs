@@ -4,6 +4,7 @@
 //! then [`ownership`] (generations and grants: the one-runner rule) and [`lifecycle`] (what may be asked when).
 
 pub mod error;
+pub mod guest;
 pub mod host;
 pub mod ids;
 pub mod import;
@@ -15,6 +16,7 @@ pub mod spec;
 pub mod units;
 
 pub use error::{ErrorCode, Refusal, Retry};
+pub use guest::{ExecOutcome, ExecRequest, GuestFacts, Octets};
 pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
 pub use ids::{ImageId, TaskId, TeamId, TokenId, VmId, Vmgenid};
 pub use import::ImportFormat;

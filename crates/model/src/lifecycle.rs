@@ -109,6 +109,25 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
     }
 }
 
+/// Decides whether a program may be begun in the guest of a VM in `state` that `activity` holds. Not while a task works on the VM: what
+/// is said to a guest in the moment that it moves, stops or stands still may be heard by nobody.
+///
+/// # Errors
+/// `vm_busy` or `vm_not_running`; both may be tried again.
+pub fn decide_exec(state: RunState, activity: Option<Activity>) -> Result<(), Refusal> {
+    let not_running = |what: &str, hint: &str| Err(Refusal::new(ErrorCode::VmNotRunning, what).hint(hint).retry(Retry::Safe));
+    match (state, activity) {
+        (RunState::Stopped | RunState::Crashed, _) => not_running("the VM does not run", "start it first: `godwit vm start`"),
+        (_, Some(activity)) => {
+            Err(Refusal::new(ErrorCode::VmBusy, format!("task {} ({:?}) works on the VM", activity.task, activity.request))
+                .hint(format!("wait for it: `godwit task wait {}`", activity.task))
+                .retry(Retry::Safe))
+        }
+        (RunState::Paused, None) => not_running("the VM is paused", "run it on first: `godwit vm unpause`"),
+        (RunState::Running, None) => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -158,6 +177,17 @@ mod tests {
             let answer = decide_admission(RunState::Running, Some(activity), REQUESTS[request]);
             let cut_short = REQUESTS[holder] == VmRequest::Stop && REQUESTS[request] == VmRequest::Kill;
             prop_assert_eq!(answer == Admission::Accept, cut_short);
+        }
+    }
+
+    #[test]
+    fn a_program_is_begun_only_where_a_guest_runs_and_nothing_happens_to_it() {
+        let moving = Activity { task: TaskId::new(uuid::Uuid::nil()), request: VmRequest::Migrate };
+        let code = |state, activity| decide_exec(state, activity).err().map(|refusal| (refusal.code, refusal.retry));
+        assert_eq!(code(RunState::Running, None), None);
+        assert_eq!(code(RunState::Running, Some(moving)), Some((ErrorCode::VmBusy, Retry::Safe)));
+        for state in [RunState::Stopped, RunState::Crashed, RunState::Paused] {
+            assert_eq!(code(state, None), Some((ErrorCode::VmNotRunning, Retry::Safe)));
         }
     }
 

@@ -8,6 +8,7 @@
 pub(crate) mod devices;
 mod options;
 mod platform;
+mod seed;
 
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
@@ -39,6 +40,8 @@ pub struct Resources {
     pub media: Vec<Option<RawFd>>,
     /// Tap descriptors with `IFF_VNET_HDR`, in the order of the spec.
     pub taps: Vec<RawFd>,
+    /// Descriptor of the seed, if the spec has cloud-init; opened read-only.
+    pub seed: Option<RawFd>,
     /// Fresh, or waiting for a migration.
     pub start: Start,
 }
@@ -226,6 +229,9 @@ pub fn qemu_arguments(spec: &ResolvedSpec, resources: &Resources) -> Result<Vec<
     add_boot(&mut line, spec, resources);
     add_channels(&mut line, resources);
     devices::add_all(&mut line, spec, resources);
+    if let Some(fd) = resources.seed {
+        seed::add(&mut line, fd);
+    }
     if resources.start == Start::Incoming {
         line.option("-incoming", "defer");
     }
@@ -275,6 +281,7 @@ fn check(spec: &ResolvedSpec, resources: &Resources) -> Result<(), CommandError>
     let counts = [
         ("kernels", usize::from(spec.kernel.is_some()), usize::from(resources.kernel.is_some())),
         ("initrds", usize::from(spec.initrd.is_some()), usize::from(resources.initrd.is_some())),
+        ("seeds", usize::from(spec.cloud_init.is_some()), usize::from(resources.seed.is_some())),
         ("disks", spec.disks.len(), resources.disks.len()),
         ("interfaces", spec.nics.len(), resources.taps.len()),
         ("CD-ROM drives", spec.cdroms.len(), resources.media.len()),

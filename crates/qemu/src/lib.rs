@@ -4,8 +4,9 @@
 //! bounded, unknown events, fields and values end nothing.
 //!
 //! Start with [`command`] (what a [`godwit_model::ResolvedSpec`] becomes), then [`cage`] (how that is run: own uid, mount namespace,
-//! limits), [`process`] (watching and adopting it) and [`qmp`] (talking to it); [`change`] is what can be done to a VM while it runs.
-//! [`capabilities`] and [`accel`] say what a host offers, [`cgroup`] holds a VM's limits, [`convert`] makes one disk format of another.
+//! limits), [`process`] (watching and adopting it), [`qmp`] (talking to it) and [`qga`] (talking to the guest in it); [`change`] is what can be
+//! done to a VM while it runs. [`capabilities`] and [`accel`] say what a host offers, [`cgroup`] holds a VM's limits, [`convert`] makes one
+//! disk format of another.
 
 pub mod accel;
 pub mod cage;
@@ -15,6 +16,7 @@ pub mod change;
 pub mod command;
 pub mod convert;
 pub mod process;
+pub mod qga;
 pub mod qmp;
 
 pub use accel::AccelReport;
@@ -22,4 +24,5 @@ pub use cage::{CagePlan, Launcher, PassedFds};
 pub use capabilities::HostCapabilities;
 pub use command::{Resources, Sockets, Start};
 pub use process::{ProcessIdentity, QemuProcess};
+pub use qga::{GuestAgent, QgaError};
 pub use qmp::{Notice, Notices, Qmp, QmpError};

@@ -47,6 +47,21 @@ pub fn guest_images() -> Result<GuestImages> {
     }
 }
 
+/// QEMU's own guest agent, to be appended to the guest's initramfs: `GODWIT_GUEST_AGENT`, or made by `scripts/guest-agent-layer`.
+///
+/// # Errors
+/// When it can be neither found nor made.
+pub fn guest_agent_layer() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("GODWIT_GUEST_AGENT") {
+        return Ok(path.into());
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/guest-agent-layer");
+    let output = Command::new("bash").arg(&script).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("run {}", script.display()))?;
+    let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
+    if output.status.success() && path.is_file() { Ok(path) } else { bail!("{}: {}", script.display(), output.status) }
+}
+
 /// The QEMU of another major version than the one on PATH, where there is one: `GODWIT_QEMU_OTHER`.
 #[must_use]
 pub fn other_qemu() -> Option<PathBuf> {

@@ -17,7 +17,7 @@ use godwit_lab::{HostOverride, Lab, LabSpec, LabStatus, LinkRate};
 use godwit_model::{ImportFormat, MigrationPolicy, MigrationProgress, Name, Refusal, TaskId};
 use tokio::runtime::Runtime;
 
-use crate::artefacts::{GuestImages, godwit_binary, guest_images};
+use crate::artefacts::{GuestImages, godwit_binary, guest_agent_layer, guest_images};
 use crate::guest::{Guest, GuestSpec};
 use crate::outside::{Outside, Witness};
 use crate::{checks, logs, processes};
@@ -244,6 +244,21 @@ impl Cluster {
         self.import(&names.1, ImportFormat::Initrd, fs::read(&initrd).with_context(|| initrd.display().to_string())?)?;
         self.images = Some(names.clone());
         Ok(names)
+    }
+
+    /// As [`Cluster::import_guest`], with QEMU's own guest agent in the initramfs: for all guests that are created from now on.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn import_guest_with_agent(&mut self) -> Result<()> {
+        let GuestImages { kernel, initrd } = guest_images()?;
+        let layer = guest_agent_layer()?;
+        let read = |path: &Path| fs::read(path).with_context(|| path.display().to_string());
+        let names = (Name::new("guest-kernel")?, Name::new("guest-initrd-agent")?);
+        self.import(&names.0, ImportFormat::Kernel, read(&kernel)?)?;
+        self.import(&names.1, ImportFormat::Initrd, [read(&initrd)?, read(&layer)?].concat())?;
+        self.images = Some(names);
+        Ok(())
     }
 
     /// Imports an image.
@@ -476,6 +491,16 @@ impl Cluster {
         let traces = checks::traces(self.lab.name());
         ensure!(traces.is_empty(), "left of the lab: {traces:?}");
         Ok(())
+    }
+
+    /// Every log of the lab's daemons and of its QEMUs.
+    ///
+    /// # Errors
+    /// When the lab's record cannot be read.
+    pub fn logs(&self) -> Result<Vec<PathBuf>> {
+        let status = self.lab_status()?;
+        let qemus = status.hosts.iter().flat_map(|host| logs::of_qemus(&status, &host.name));
+        Ok(logs::all(&status).into_iter().chain(qemus).collect())
     }
 
     /// For people who look at a failed test.

@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use godwit_lab::layout::OUTSIDE_GUEST_ADDRESS;
-use godwit_model::{Boot, Bytes, DiskSpec, Name, NicSpec, VmId, VmSpec};
+use godwit_model::{Boot, Bytes, CloudInit, DiskSpec, Name, NicSpec, VmId, VmSpec};
 
 use crate::outside::WITNESS_PORT;
 
@@ -22,6 +22,8 @@ pub struct GuestSpec {
     pub shapes: Vec<fn(&mut VmSpec)>,
     /// Words `KEY=VALUE` for the guest, without their `guest.`.
     pub knobs: Vec<String>,
+    /// What its seed holds.
+    pub cloud_init: Option<CloudInit>,
 }
 
 /// A guest that was created.
@@ -52,6 +54,7 @@ impl GuestSpec {
             disks: Vec::new(),
             shapes: Vec::new(),
             knobs: knobs.map(ToOwned::to_owned).to_vec(),
+            cloud_init: None,
         }
     }
 
@@ -89,6 +92,13 @@ impl GuestSpec {
         self
     }
 
+    /// With a seed.
+    #[must_use]
+    pub fn cloud_init(mut self, cloud_init: CloudInit) -> Self {
+        self.cloud_init = Some(cloud_init);
+        self
+    }
+
     /// With one disk more.
     #[must_use]
     pub fn disk(mut self, disk: DiskSpec) -> Self {
@@ -109,6 +119,7 @@ impl GuestSpec {
         let mut spec = VmSpec {
             disks: self.disks.clone(),
             nics: vec![NicSpec::new(Name::new("default").expect("a name"))],
+            cloud_init: self.cloud_init.clone(),
             ..VmSpec::new(self.vcpus, self.memory, boot)
         };
         self.shapes.iter().for_each(|shape| shape(&mut spec));

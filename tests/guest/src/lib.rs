@@ -19,6 +19,7 @@ mod witness;
 
 mod agent;
 mod report;
+mod seed;
 
 pub use agent::{AgentAnswer, answer_agent};
 pub use clock::{ClockReading, ClockReport, ClockWatch};
@@ -27,6 +28,7 @@ pub use noise::Noise;
 pub use pace::Pace;
 pub use pages::{PAGE_SIZE, PageError, PageFault, PageKind, PagePool};
 pub use report::{ConsoleLine, Status, console_line};
+pub use seed::host_name_of;
 pub use stream::{StreamMismatch, StreamVerifier, fill_stream};
 pub use witness::{RecordError, VmWitness, WitnessLog, WitnessRecord, host_generation};
 

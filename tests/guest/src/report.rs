@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub struct Status {
     /// Name of the VM.
     pub id: String,
+    /// Host name that its seed gave it; empty without one.
+    pub host_name: String,
     /// Made up at boot, 32 hexadecimal digits.
     pub boot: String,
     /// Milliseconds of CLOCK_MONOTONIC.

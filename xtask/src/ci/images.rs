@@ -1,4 +1,4 @@
-//! What end-to-end tests need from outside: the guest's kernel and initramfs, and a second version of QEMU.
+//! What end-to-end tests need from outside: the guest's kernel and initramfs, QEMU's guest agent for it, and a second version of QEMU.
 //! Each script prints paths, one a line; making them, or finding them made, is its own business.
 
 use std::path::Path;
@@ -17,6 +17,12 @@ pub(super) fn environment(root: &Path) -> Result<Vec<(String, String)>> {
         bail!("scripts/guest-image: {}", output.status);
     }
     all.extend(named(&output, "scripts/guest-image", ["GODWIT_GUEST_KERNEL", "GODWIT_GUEST_INITRD"])?);
+
+    let output = script(root, "scripts/guest-agent-layer")?;
+    if !output.status.success() {
+        bail!("scripts/guest-agent-layer: {}", output.status);
+    }
+    all.extend(named(&output, "scripts/guest-agent-layer", ["GODWIT_GUEST_AGENT"])?);
 
     let output = script(root, "scripts/qemu-other")?;
     match output.status.code() {
@@ -56,6 +62,7 @@ mod tests {
         let scripts = root.path().join("scripts");
         fs::create_dir(&scripts).unwrap();
         fs::write(scripts.join("guest-image"), guest_image).unwrap();
+        fs::write(scripts.join("guest-agent-layer"), "echo /c/agent").unwrap();
         fs::write(scripts.join("qemu-other"), qemu_other).unwrap();
         root
     }
@@ -69,13 +76,18 @@ mod tests {
     #[test]
     fn paths_become_variables() {
         let set = variables("echo talk >&2; echo /c/vmlinuz; echo /c/initramfs", "echo /c/qemu");
-        let expected = ["GODWIT_GUEST_KERNEL=/c/vmlinuz", "GODWIT_GUEST_INITRD=/c/initramfs", "GODWIT_QEMU_OTHER=/c/qemu"];
+        let expected = [
+            "GODWIT_GUEST_KERNEL=/c/vmlinuz",
+            "GODWIT_GUEST_INITRD=/c/initramfs",
+            "GODWIT_GUEST_AGENT=/c/agent",
+            "GODWIT_QEMU_OTHER=/c/qemu",
+        ];
         assert_eq!(set.unwrap(), expected);
     }
 
     #[test]
     fn no_other_version_is_no_failure_and_no_variable() {
-        assert_eq!(variables("echo /k; echo /i", "exit 3").unwrap().len(), 2);
+        assert_eq!(variables("echo /k; echo /i", "exit 3").unwrap().len(), 3);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use super::moving::{fact, tell_through_controller, vcpus};
 use super::registry::answer_for_nobody;
 use super::source::SourceMove;
 use crate::carry::CarryNotice;
+use crate::guest;
 use crate::host::{SharedHost, host_failed};
 use crate::journal::{Holding, VmRecord};
 
@@ -31,17 +32,50 @@ pub(crate) enum VmEvent {
 
 /// What the controller can want.
 pub(crate) enum VmCommand {
-    Start { grant: Grant, spec: ResolvedSpec },
-    Stop { generation: Generation },
-    Kill { generation: Generation },
-    Pause { generation: Generation },
-    Unpause { generation: Generation },
-    Change { generation: Generation, spec: ResolvedSpec },
+    Start {
+        grant: Grant,
+        spec: ResolvedSpec,
+    },
+    Stop {
+        generation: Generation,
+    },
+    Kill {
+        generation: Generation,
+    },
+    Pause {
+        generation: Generation,
+    },
+    Unpause {
+        generation: Generation,
+    },
+    Change {
+        generation: Generation,
+        spec: ResolvedSpec,
+    },
     Forget,
-    Prepare { grant: Grant, spec: ResolvedSpec, policy: MigrationPolicy },
-    Migrate { grant: Grant, address: std::net::SocketAddr, policy: MigrationPolicy },
-    Cancel { task: TaskId },
-    Settle { task: TaskId, generation: Generation },
+    Prepare {
+        grant: Grant,
+        spec: ResolvedSpec,
+        policy: MigrationPolicy,
+    },
+    Migrate {
+        grant: Grant,
+        address: std::net::SocketAddr,
+        policy: MigrationPolicy,
+    },
+    Cancel {
+        task: TaskId,
+    },
+    Settle {
+        task: TaskId,
+        generation: Generation,
+    },
+    /// Whether something may be begun in the guest now.
+    MayBegin {
+        generation: Generation,
+    },
+    /// Whether the guest runs here, so that it can be asked.
+    MayAsk,
 }
 
 impl VmCommand {
@@ -56,10 +90,12 @@ impl VmCommand {
 }
 
 /// What a command answers beside success.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Answer {
     /// Where the prepared carry listens.
     pub(crate) carry_port: u16,
+    /// What there is to tell, JSON.
+    pub(crate) result: Vec<u8>,
 }
 
 /// A move under way, its volatile half.
@@ -181,6 +217,7 @@ impl Actor {
         match Qmp::connect(&path, Duration::from_secs(3)).await {
             Ok(qmp) => {
                 self.notices = Some(qmp.listen());
+                guest::watch(&self.host, self.vm, &qmp);
                 self.qmp = Some(qmp);
                 self.refresh().await;
             }
@@ -249,6 +286,7 @@ impl Actor {
         self.notices = None;
         self.host.memory.release(self.vm);
         self.host.remove_cgroup(self.vm);
+        self.host.guests.forget(&self.host, self.vm);
         self.wake = Instant::now();
         let Some(record) = &mut self.record else { return };
         let clean = matches!(exit, Exit::Status(status) if status.success());
@@ -344,6 +382,13 @@ impl Actor {
             VmCommand::Cancel { task } => self.cancel(task).map(|()| Answer::default()),
             VmCommand::Settle { task, generation } => self.settle(task, generation).await.map(|()| Answer::default()),
             VmCommand::Forget => self.forget().map(|()| Answer::default()),
+            VmCommand::MayBegin { generation } => {
+                self.owned(generation)?;
+                self.runs_here()?;
+                let open = self.monitor()?.query_channel_open(guest::CHANNEL).await.map_err(qemu_failed)?;
+                if open { Ok(Answer::default()) } else { Err(guest::no_agent()) }
+            }
+            VmCommand::MayAsk => self.runs_here().map(|()| Answer::default()),
             VmCommand::Stop { generation } => {
                 self.owned(generation)?;
                 self.ask(Qmp::system_powerdown).await
@@ -394,6 +439,17 @@ impl Actor {
                 .retry(Retry::Safe)
         };
         self.qmp.as_ref().ok_or_else(silent)
+    }
+
+    /// Only a guest whose vCPUs run can answer.
+    fn runs_here(&self) -> Result<(), Refusal> {
+        if self.process.is_some() && self.state == RunState::Running {
+            return Ok(());
+        }
+        let refusal = Refusal::new(ErrorCode::VmNotRunning, "the VM's vCPUs do not run on this host at the moment");
+        Err(refusal
+            .hint("run it on (`godwit vm unpause`) or start it; a VM that is being moved is back in a moment")
+            .retry(Retry::Safe))
     }
 
     /// Kills QEMU and waits until that is certain.

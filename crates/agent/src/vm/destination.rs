@@ -90,7 +90,7 @@ impl Actor {
                 Holding::Destination(incoming)
                     if incoming.grant == grant && incoming.record == DestinationRecord::Prepared && self.carry_is_usable() =>
                 {
-                    return Ok(Answer { carry_port: incoming.carry_port });
+                    return Ok(Answer { carry_port: incoming.carry_port, ..Answer::default() });
                 }
                 Holding::Owner if self.process.is_none() && record.generation < grant.generation => {}
                 Holding::Owner if self.process.is_some() => {
@@ -113,7 +113,7 @@ impl Actor {
         match self.begin_destination(&grant, listener, policy).await {
             Ok(carry) => {
                 self.moving = Some(Moving::Destination(Box::new(DestinationMove::new(grant, Some(carry)))));
-                Ok(Answer { carry_port })
+                Ok(Answer { carry_port, ..Answer::default() })
             }
             Err(refusal) => {
                 self.end_process().await;

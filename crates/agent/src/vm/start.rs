@@ -14,8 +14,10 @@ use godwit_qemu::{Qmp, Resources, Sockets, Start};
 
 use super::actor::{Actor, qemu_failed};
 use super::change::open_flash;
+use crate::guest;
 use crate::host::{SharedHost, host_failed, private_dir};
 use crate::journal::{Holding, VmRecord};
+use crate::seed;
 use crate::storage::CachedImage;
 
 /// Time for a new QEMU to answer its monitor.
@@ -129,6 +131,9 @@ impl Actor {
             let tap = host.network.create_tap(&nic.network, self.vm, slot).await;
             taps.push(fds.pass(tap.map_err(|error| host_failed("the VM's interface could not be made", &error))?));
         }
+        let seed = spec.cloud_init.as_ref().map(|cloud_init| seed::descriptor(&seed::image(spec.vm, &spec.name, cloud_init)));
+        let seed =
+            seed.transpose().map_err(|error| host_failed("the VM's seed could not be made", &error))?.map(|seed| fds.pass(seed));
         let runtime_dir = host.vm_dir(self.vm);
         let failed = |error: std::io::Error| host_failed("the VM's runtime directory cannot be used", &error);
         let _ = std::fs::remove_dir_all(&runtime_dir);
@@ -138,7 +143,8 @@ impl Actor {
         std::fs::set_permissions(&runtime_dir, std::os::unix::fs::PermissionsExt::from_mode(0o710)).map_err(failed)?;
         private_dir(&Sockets::own_dir(&runtime_dir), Some(uid)).map_err(failed)?;
         let channels = Sockets::in_dir(&runtime_dir).listen(&mut fds).map_err(failed)?;
-        let resources = Resources { runtime_dir: runtime_dir.clone(), channels, kernel, initrd, flash, disks, media, taps, start };
+        let resources =
+            Resources { runtime_dir: runtime_dir.clone(), channels, kernel, initrd, flash, disks, media, taps, seed, start };
         let arguments =
             qemu_arguments(spec, &resources).map_err(|error| Refusal::new(ErrorCode::SpecInvalid, error.to_string()))?;
         let cgroup = host.make_cgroup(self.vm, spec.memory);
@@ -187,6 +193,7 @@ impl Actor {
         };
         let qmp = qmp.map_err(|error| host_failed("QEMU does not answer", &error))?;
         self.notices = Some(qmp.listen());
+        guest::watch(&self.host, self.vm, &qmp);
         self.qmp = Some(qmp);
         Ok(())
     }

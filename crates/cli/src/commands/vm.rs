@@ -3,13 +3,14 @@
 mod console;
 mod create;
 mod delete;
+mod exec;
 mod migrate;
 mod power;
 mod set;
 
 use clap::Subcommand;
 use godwit_api::v1::Vm;
-use godwit_model::{Boot, Firmware, Name};
+use godwit_model::{Boot, Firmware, GuestFacts, Name};
 
 use crate::commands::pool::conditions;
 use crate::error::Failure;
@@ -22,7 +23,7 @@ use crate::watch::watch;
 #[derive(Subcommand)]
 pub(crate) enum Verb {
     /// Create a VM, and start it if asked to
-    Create(create::CreateArgs),
+    Create(Box<create::CreateArgs>),
     /// List VMs
     List {
         /// Go on with every change, as JSON lines
@@ -52,11 +53,13 @@ pub(crate) enum Verb {
     Migrate(migrate::MigrateArgs),
     /// Open the serial console; Ctrl-] leaves it
     Console(console::ConsoleArgs),
+    /// Run a program in the guest, and end as it ends
+    Exec(exec::ExecArgs),
 }
 
 pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
     match verb {
-        Verb::Create(args) => create::run(&session, args).await,
+        Verb::Create(args) => create::run(&session, *args).await,
         Verb::List { watch: true } => watch::<Vm>(&session.client).await,
         Verb::List { watch: false } => list(&session).await,
         Verb::Show { name } => {
@@ -72,6 +75,7 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
         Verb::Delete(args) => delete::run(&session, args).await,
         Verb::Migrate(args) => migrate::run(&session, args).await,
         Verb::Console(args) => console::run(&session, args).await,
+        Verb::Exec(args) => exec::run(&session, args).await,
     }
 }
 
@@ -94,6 +98,19 @@ async fn list(session: &Session) -> Result<(), Failure> {
         }
         table.render()
     })
+}
+
+/// What the guest says of itself. Its addresses first: they are what is looked for.
+fn show_guest(facts: &mut Facts, guest: &GuestFacts) {
+    for interface in &guest.interfaces {
+        let addresses: Vec<String> =
+            interface.addresses.iter().filter(|address| address.is_reachable()).map(ToString::to_string).collect();
+        if !addresses.is_empty() {
+            facts.fact("Address", format!("{} on {}", addresses.join(", "), interface.name));
+        }
+    }
+    facts.fact("Host name", or_nothing(guest.host_name.as_ref())).fact("System", or_nothing(guest.os.as_ref()));
+    facts.fact("Guest agent", format!("{}, seen {}", guest.agent, moment(guest.seen)));
 }
 
 fn show(vm: &Vm) -> String {
@@ -142,6 +159,9 @@ fn show(vm: &Vm) -> String {
         let shown = |value: &serde_json::Value| if value.is_null() { "nothing".to_owned() } else { value.to_string() };
         let change = format!("{}: {} -> {}", waiting.field, shown(&waiting.running), shown(&waiting.wanted));
         facts.fact("Waits for next start", visible(&change));
+    }
+    if let Some(guest) = &status.guest {
+        show_guest(&mut facts, guest);
     }
     conditions(&mut facts, &status.conditions);
     facts.render()

@@ -19,7 +19,7 @@ use axum::routing::{any, get, post};
 use futures::StreamExt;
 use godwit_api::status::http_status;
 use godwit_api::v1::{Change, Event, Page, Task, TaskState, Vm};
-use godwit_model::{ErrorCode, Name, Refusal, TaskId, UnixMillis};
+use godwit_model::{ErrorCode, ExecOutcome, Name, Refusal, TaskId, UnixMillis};
 use serde_json::{Value, json};
 
 /// What every request must carry.
@@ -49,6 +49,8 @@ pub(crate) struct Script {
     pub(crate) no_events: bool,
     /// The VMs.
     pub(crate) vms: Vec<Vm>,
+    /// How a program in a guest ends.
+    pub(crate) exec: Option<Result<ExecOutcome, Refusal>>,
     /// Told when the task is asked for: a stream about it does not run ahead of that.
     pub(crate) asked: Arc<tokio::sync::Notify>,
 }
@@ -199,6 +201,7 @@ fn routes(script: Shared) -> Router {
         .route("/v1/vms", get(list_vms).post(create_vm))
         .route("/v1/vms/{name}", get(show_vm).delete(the_task))
         .route("/v1/vms/{name}/console", any(console))
+        .route("/v1/vms/{name}/exec", post(exec))
         .route("/v1/vms/{name}/{verb}", post(the_task))
         .route("/v1/tasks", get(list_tasks))
         .route("/v1/tasks/{id}", get(poll_task))
@@ -244,7 +247,10 @@ async fn create_vm(State(_): State<Shared>, Json(request): Json<Value>) -> Respo
 }
 
 /// A VM of any name; one that is called as an error code is refused with it.
-async fn show_vm(Path(text): Path<String>) -> Response {
+async fn show_vm(State(script): State<Shared>, Path(text): Path<String>) -> Response {
+    if let Some(vm) = script.lock().expect("not poisoned").vms.iter().find(|vm| vm.name.as_str() == text) {
+        return Json(vm.clone()).into_response();
+    }
     match ErrorCode::ALL.iter().find(|code| code.as_str() == text) {
         Some(code) => refuse(Refusal::new(*code, format!("\u{1b}[31m{code}\u{9b}")).hint("do this\u{202e}")),
         None => Json(vm(&text)).into_response(),
@@ -256,6 +262,13 @@ async fn the_task(State(script): State<Shared>, path: axum::extract::RawPathPara
         return refuse(Refusal::new(ErrorCode::VmBusy, "another task works on it"));
     }
     Json(script.lock().expect("not poisoned").task.clone().expect("a task in the script")).into_response()
+}
+
+async fn exec(State(script): State<Shared>) -> Response {
+    match script.lock().expect("not poisoned").exec.clone().expect("an outcome in the script") {
+        Ok(outcome) => Json(outcome).into_response(),
+        Err(refusal) => refuse(refusal),
+    }
 }
 
 async fn list_tasks(State(script): State<Shared>) -> Response {

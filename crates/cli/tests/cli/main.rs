@@ -3,6 +3,7 @@
 mod console;
 mod conventions;
 mod daemons;
+mod exec;
 mod fake;
 mod objects;
 mod tasks;

@@ -276,9 +276,10 @@ fn said_of(vm: &VmRow) -> String {
 }
 
 /// The first line of a trail.
-fn describe(task: &mut TaskRow) {
+pub(super) fn describe(task: &mut TaskRow) {
     let text = match &task.work {
         Work::Start { host, generation: Generation(number) } => format!("to start on {host}, generation {number}"),
+        Work::Exec { program } => format!("to run {program} in the guest"),
         Work::Migrate(work) => format!("to move from {} to {}, generation {}", work.source, work.destination, work.generation),
         _ => return,
     };

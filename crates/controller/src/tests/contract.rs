@@ -102,6 +102,15 @@ async fn what_is_answered_fits_what_is_described() {
     let settle = other.command().await;
     other.done(&settle, 0).await;
     cluster.ended(id.parse().expect("id")).await;
+    let run = async {
+        let begin = agent.command().await;
+        agent.tell(&begin, &7).await;
+        let ask = agent.command().await;
+        agent.tell(&ask, &json!({"exit_code": 1, "signal": null, "stdout": "", "stderr": "bm8=", "stdout_truncated": false, "stderr_truncated": false})).await;
+    };
+    let body = json!({"program": "/bin/false", "args": ["-a"], "stdin": "aW4=", "timeout": 10_000});
+    let (response, ()) = tokio::join!(send(post.clone(), "/vms/web1/exec", body), run);
+    contract.hold("vm_exec", response, 200).await;
     for (id, verb) in
         [("vm_pause", "pause"), ("vm_unpause", "unpause"), ("vm_stop", "stop"), ("vm_kill", "kill"), ("vm_start", "start")]
     {

@@ -178,6 +178,11 @@ impl Cluster {
     /// A VM that runs on the agent's host.
     pub(super) async fn running_vm(&self, vm: &str, agent: &mut Agent) {
         self.create_vm(vm, Bytes::mib(512)).await;
+        self.start_vm(vm, agent).await;
+    }
+
+    /// Starts a VM on the agent's host.
+    pub(super) async fn start_vm(&self, vm: &str, agent: &mut Agent) {
         let start = api::VmStart { host: Some(agent.host.clone()) };
         let task = self.admin().start_vm(&name(vm), &start).await.expect("accepted");
         let command = agent.command().await;
@@ -347,12 +352,17 @@ impl Agent {
     }
 
     pub(super) async fn done(&self, command: &v1::Command, carry_port: u32) {
-        self.send(Body::Reply(v1::CommandReply { id: command.id, refusal: None, carry_port })).await;
+        self.send(Body::Reply(v1::CommandReply { id: command.id, refusal: None, carry_port, result: vec![] })).await;
+    }
+
+    /// As `done`, with something to tell.
+    pub(super) async fn tell<T: serde::Serialize>(&self, command: &v1::Command, result: &T) {
+        self.send(Body::Reply(v1::CommandReply { id: command.id, refusal: None, carry_port: 0, result: encode(result) })).await;
     }
 
     pub(super) async fn refuse(&self, command: &v1::Command, code: ErrorCode) {
         let refusal = Some((&Refusal::new(code, "the agent says no")).into());
-        self.send(Body::Reply(v1::CommandReply { id: command.id, refusal, carry_port: 0 })).await;
+        self.send(Body::Reply(v1::CommandReply { id: command.id, refusal, carry_port: 0, result: vec![] })).await;
     }
 
     /// Says how a migration ended, and waits until that is stored.

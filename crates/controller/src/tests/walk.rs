@@ -126,6 +126,7 @@ fn body_for(operation: &str) -> Value {
         "vm_create" => json!({"name": "stolen", "spec": spec(Bytes::mib(64))}),
         "vm_migrate" => json!({"host": "h1"}),
         "vm_set" => json!(spec(Bytes::mib(64))),
+        "vm_exec" => json!({"program": "/bin/true"}),
         "join_token_create" => json!({"host": "h7"}),
         "image_fetch" => json!({"url": "https://127.0.0.1/x", "kind": "raw"}),
         "team_create" => json!({"name": "blue"}),

@@ -3,9 +3,8 @@
 //! ```text
 //!  01 rng         04 graphics (VGA or virtio)        08-0f virtio disks, slots 0-7       18.0-18.7 root ports for hot-plug,
 //!  02 balloon     05 SCSI controller: target = slot  10-17 interfaces, slots 0-7                   slots 8-15 of disks and interfaces
-//!  03 serial      06 AHCI for disks: port = slot     19    watchdog                      1a-1e     free
-//!                 07 USB, port 1: tablet             1f    chipset: its AHCI (1f.2) has CD-ROM drives 0-3 on ports 0-3,
-//!                                                          port 5 is for the cloud-init disc
+//!  03 serial      06 AHCI for disks: port = slot     19    watchdog                      1a-1d     free, 1e seed
+//!                 07 USB, port 1: tablet             1f    chipset: its AHCI (1f.2) has CD-ROM drives 0-3 on ports 0-3
 //! ```
 //! Controllers (05, 06, 07) and root ports are there only if the spec has what needs them; a VM with fewer root ports has the first ones.
 //! Interfaces have no option ROM (network boot is not offered), the ROM of graphics is fixed at 64 KiB: a ROM is a RAM block, and its size

@@ -53,6 +53,7 @@ fn resources() -> Resources {
         disks: vec![DiskFds { read_only: 12, read_write: 13 }, DiskFds { read_only: 14, read_write: 15 }],
         media: vec![],
         taps: vec![16],
+        seed: None,
         start: Start::Incoming,
     }
 }
@@ -179,6 +180,7 @@ fn the_guest_sees_the_same_on_every_host() {
         disks: vec![DiskFds { read_only: 42, read_write: 43 }, DiskFds { read_only: 44, read_write: 45 }],
         media: vec![],
         taps: vec![50],
+        seed: None,
         start: Start::Fresh,
     };
     let there = qemu_arguments(&spec(), &elsewhere).expect("arguments");
@@ -293,5 +295,22 @@ proptest! {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_seed_is_a_read_only_disk_at_a_place_of_its_own() {
+    let spec = ResolvedSpec { cloud_init: Some(godwit_model::CloudInit::default()), ..spec() };
+    let error = qemu_arguments(&spec, &resources()).expect_err("no seed was made");
+    assert!(matches!(error, CommandError::Count { what: "seeds", wanted: 1, given: 0 }), "{error:?}");
+    let text = lines(&qemu_arguments(&spec, &Resources { seed: Some(33), ..resources() }).expect("arguments"));
+    let expected = [
+        "-add-fd fd=33,set=200,opaque=seed",
+        r#"-blockdev {"driver":"file","node-name":"seed-file","filename":"/dev/fdset/200","locking":"off","read-only":true,"auto-read-only":false}"#,
+        r#"-blockdev {"driver":"raw","node-name":"seed","file":"seed-file","read-only":true}"#,
+        r#"-device {"driver":"virtio-blk-pci","id":"seed-device","bus":"pcie.0","addr":"0x1e","disable-legacy":"on","disable-modern":false,"drive":"seed","serial":"seed","num-queues":1,"logical_block_size":512,"physical_block_size":512}"#,
+    ];
+    for line in expected {
+        assert!(text.lines().any(|other| other == line), "{line} is not in {text}");
     }
 }

@@ -120,6 +120,16 @@ impl Qmp {
         self.ask("query-block").await
     }
 
+    /// Whether the guest has opened its side of the channel `label`, from `query-chardev`.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn query_channel_open(&self, label: &str) -> Result<bool, QmpError> {
+        let channels: Vec<Value> = self.ask("query-chardev").await?;
+        let is_it = |channel: &&Value| channel.get("label").and_then(Value::as_str) == Some(label);
+        Ok(channels.iter().find(is_it).and_then(|channel| channel.get("frontend-open")).and_then(Value::as_bool).unwrap_or(false))
+    }
+
     /// Names of the commands that `query-qmp-schema` lists.
     ///
     /// # Errors

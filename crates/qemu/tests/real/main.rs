@@ -1,6 +1,7 @@
 //! Tests with real QEMUs: the one on PATH and, where this system offers it, another major version. They need root and /dev/net/tun.
 
 mod devices;
+mod guest;
 mod migrate;
 mod place;
 mod start;

@@ -48,6 +48,17 @@ pub(crate) fn launcher() -> Launcher {
     Launcher::godwit(program)
 }
 
+/// The guest's initramfs with QEMU's own guest agent in it.
+pub(crate) fn initramfs_with_agent(place: &Place) -> PathBuf {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/guest-agent-layer");
+    let made = Command::new(&script).output().expect("scripts/guest-agent-layer runs");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let layer = fs::read(String::from_utf8_lossy(&made.stdout).trim()).expect("a layer");
+    let path = place.path().join("initramfs");
+    fs::write(&path, [fs::read(guest_file("initramfs.cpio.gz")).expect("an initramfs"), layer].concat()).expect("written");
+    path
+}
+
 /// A file of the guest image.
 fn guest_file(name: &str) -> PathBuf {
     let cache = std::env::var_os("GODWIT_CACHE").map_or_else(|| PathBuf::from("/var/cache/godwit"), PathBuf::from);
@@ -153,6 +164,18 @@ impl Drop for Vm {
 
 /// Starts `binary` with `spec`; its disks are the files `disks`.
 pub(crate) async fn launch(place: &Place, binary: &Path, spec: &ResolvedSpec, disks: &[PathBuf], start: Start) -> Vm {
+    launch_with(place, binary, spec, disks, start, &guest_file("initramfs.cpio.gz")).await
+}
+
+/// As [`launch`], with another initramfs.
+pub(crate) async fn launch_with(
+    place: &Place,
+    binary: &Path,
+    spec: &ResolvedSpec,
+    disks: &[PathBuf],
+    start: Start,
+    initrd: &Path,
+) -> Vm {
     let number = unique();
     let uid = 410_000 + number;
     let dir = place.path().join(format!("vm{number}"));
@@ -166,7 +189,7 @@ pub(crate) async fn launch(place: &Place, binary: &Path, spec: &ResolvedSpec, di
     let mut fds = PassedFds::new();
     let channels = sockets.listen(&mut fds).expect("sockets");
     let kernel = spec.kernel.is_some().then(|| fds.pass(File::open(guest_file("vmlinuz")).expect("kernel")));
-    let initrd = spec.initrd.is_some().then(|| fds.pass(File::open(guest_file("initramfs.cpio.gz")).expect("initrd")));
+    let initrd = spec.initrd.is_some().then(|| fds.pass(File::open(initrd).expect("initrd")));
     let disks = disks.iter().map(|path| DiskFds::open(path, CacheMode::Direct, &mut fds).expect("disk")).collect();
     let taps = spec.nics.iter().map(|_| fds.pass(tap())).collect();
     let media = spec.cdroms.iter().enumerate().map(|(drive, cdrom)| {
@@ -174,7 +197,7 @@ pub(crate) async fn launch(place: &Place, binary: &Path, spec: &ResolvedSpec, di
     });
     let media = media.collect();
     let flash = flash(place, spec, &mut fds);
-    let resources = Resources { runtime_dir: dir.clone(), channels, kernel, initrd, flash, disks, media, taps, start };
+    let resources = Resources { runtime_dir: dir.clone(), channels, kernel, initrd, flash, disks, media, taps, seed: None, start };
     let plan = CagePlan {
         uid,
         gid: uid,

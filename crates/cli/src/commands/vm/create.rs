@@ -1,10 +1,12 @@
 //! `godwit vm create`: a spec from flags or a file.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
 use godwit_api::v1::{VmCreate, VmStart};
+use godwit_model::spec::{MAX_NETWORK_CONFIG, MAX_USER_DATA};
 use godwit_model::{
     Boot, Bytes, BytesPerSec, CacheMode, DiskFormat, DiskSpec, MacAddress, Name, NicSpec, Refusal, VmSpec, VolumeRef,
 };
@@ -28,7 +30,9 @@ Examples:
   godwit vm create web1 --memory 1GiB --vcpus 2 --kernel debian-kernel --initrd debian-initrd \\
       --cmdline 'console=ttyS0' --disk shared/web1,format=qcow2,size=10GiB --nic default --start
   godwit vm create web2 --memory 2GiB --disk shared/web2,format=qcow2,size=10GiB,image=debian
-  godwit vm create web3 --file web3.yaml --start --host h2"
+  godwit vm create web3 --file web3.yaml --start --host h2
+  godwit vm create web4 --memory 1GiB --disk shared/web4,format=qcow2,size=10GiB,image=debian --nic default \\
+      --user-data user-data.yaml --hostname web4"
 )]
 pub(crate) struct CreateArgs {
     /// Its name
@@ -63,6 +67,8 @@ pub(crate) struct CreateArgs {
     /// CPU model [default: a baseline of the cluster]
     #[arg(long, value_name = "MODEL")]
     cpu: Option<String>,
+    #[command(flatten)]
+    seed: SeedArgs,
     /// Start it
     #[arg(long)]
     start: bool,
@@ -71,12 +77,71 @@ pub(crate) struct CreateArgs {
     host: Option<Name>,
 }
 
+/// What the guest is told by cloud-init (NoCloud). Files, since user data often holds passwords.
+#[derive(Args, Default)]
+#[command(next_help_heading = "cloud-init")]
+struct SeedArgs {
+    /// The guest's host name [default: the VM's name]
+    #[arg(long, value_name = "HOST")]
+    hostname: Option<Name>,
+    /// User data from this file, at most 64 KiB
+    #[arg(long, value_name = "FILE")]
+    user_data: Option<PathBuf>,
+    /// Network configuration from this file, at most 16 KiB
+    #[arg(long, value_name = "FILE")]
+    network_config: Option<PathBuf>,
+    /// Vendor data from this file, at most 64 KiB
+    #[arg(long, value_name = "FILE")]
+    vendor_data: Option<PathBuf>,
+}
+
+impl SeedArgs {
+    /// Whether any of them is given: then the VM gets a seed.
+    fn is_given(&self) -> bool {
+        self.hostname.is_some() || self.user_data.is_some() || self.network_config.is_some() || self.vendor_data.is_some()
+    }
+
+    fn add_to(self, spec: &mut VmSpec) -> Result<(), Failure> {
+        if !self.is_given() {
+            return Ok(());
+        }
+        let seed = spec.cloud_init.get_or_insert_default();
+        let texts = [
+            (self.user_data, &mut seed.user_data, MAX_USER_DATA),
+            (self.network_config, &mut seed.network_config, MAX_NETWORK_CONFIG),
+            (self.vendor_data, &mut seed.vendor_data, MAX_USER_DATA),
+        ];
+        for (path, text, longest) in texts {
+            if let Some(path) = path {
+                *text = Some(read_text(&path, longest)?);
+            }
+        }
+        seed.host_name = self.hostname.or(seed.host_name.take());
+        Ok(())
+    }
+}
+
+/// Reads a file, and not a byte more than may be sent.
+fn read_text(path: &Path, longest: usize) -> Result<String, Failure> {
+    let refused = |source| Failure::File { action: "read", path: path.to_owned(), source };
+    let mut text = String::new();
+    std::fs::File::open(path).and_then(|file| file.take(longest as u64 + 1).read_to_string(&mut text)).map_err(refused)?;
+    if text.len() > longest {
+        let what = format!("{} has more than {longest} bytes", path.display());
+        return Err(Failure::usage(what, "let user data fetch what is longer, with `#include` or a script"));
+    }
+    Ok(text)
+}
+
 pub(super) async fn run(session: &Session, args: CreateArgs) -> Result<(), Failure> {
     let (name, start, host) = (args.name.clone(), args.start, args.host.clone());
-    let spec = match &args.file {
+    let mut args = args;
+    let seed = std::mem::take(&mut args.seed);
+    let mut spec = match &args.file {
         Some(path) => read_spec(path)?,
         None => spec_of(args),
     };
+    seed.add_to(&mut spec)?;
     spec.validate().map_err(|error| Failure::Refused(Refusal::from(error)))?;
     let mut vm = session.client.create_vm(&VmCreate { name: name.clone(), spec }).await?;
     if start {
@@ -221,6 +286,35 @@ pub(super) fn parse_nic(text: &str) -> Result<NicSpec, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_seed_is_read_from_files_and_bounded() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = |name: &str, length: usize| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "x".repeat(length)).expect("written");
+            Some(path)
+        };
+        let disk = || VmSpec::new(1, Bytes::GIB, Boot::Disk);
+        let mut spec = disk();
+        SeedArgs::default().add_to(&mut spec).expect("nothing to do");
+        assert_eq!(spec.cloud_init, None);
+        let hostname = Some(Name::new("inside").expect("name"));
+        SeedArgs { hostname, user_data: file("u", MAX_USER_DATA), network_config: file("n", 3), vendor_data: None }
+            .add_to(&mut spec)
+            .expect("a seed");
+        let seed = spec.cloud_init.expect("a seed");
+        assert_eq!((seed.user_data.map(|text| text.len()), seed.network_config.as_deref()), (Some(MAX_USER_DATA), Some("xxx")));
+        assert_eq!((seed.vendor_data, seed.host_name.map(|name| name.to_string())), (None, Some("inside".to_owned())));
+        for bad in [
+            SeedArgs { user_data: file("u", MAX_USER_DATA + 1), ..SeedArgs::default() },
+            SeedArgs { network_config: file("n", MAX_NETWORK_CONFIG + 1), ..SeedArgs::default() },
+            SeedArgs { vendor_data: Some(dir.path().join("none")), ..SeedArgs::default() },
+            SeedArgs { vendor_data: Some("/dev/zero".into()), ..SeedArgs::default() },
+        ] {
+            assert!(bad.add_to(&mut disk()).is_err());
+        }
+    }
 
     #[test]
     fn disks_are_read_strictly() {

@@ -30,6 +30,7 @@ impl Count {
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     id: String,
+    host_name: String,
     boot: u128,
     pub(crate) pages: Count,
     pub(crate) pages_checked: Count,
@@ -50,13 +51,14 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    pub(crate) fn new(id: String, boot: u128) -> Self {
-        Self { id, boot, ..Self::default() }
+    pub(crate) fn new(id: String, host_name: String, boot: u128) -> Self {
+        Self { id, host_name, boot, ..Self::default() }
     }
 
     pub(crate) fn status(&self) -> Status {
         Status {
             id: self.id.clone(),
+            host_name: self.host_name.clone(),
             boot: format!("{:032x}", self.boot),
             uptime_ms: u64::try_from(crate::now().as_millis()).unwrap_or(u64::MAX),
             pages: self.pages.get(),

@@ -7,6 +7,7 @@ mod console;
 mod counters;
 mod network;
 mod power;
+mod seed;
 mod serve;
 mod witness;
 mod work;
@@ -40,6 +41,10 @@ fn run(console: &Console) -> Result<(), Box<dyn std::error::Error>> {
     for problem in boot::load_modules() {
         console.say(ConsoleLine::Warning { message: problem });
     }
+    let host_name = seed::take().unwrap_or_else(|problem| {
+        console.say(ConsoleLine::Warning { message: problem });
+        None
+    });
     let mut knobs = Knobs::parse(&std::fs::read_to_string("/proc/cmdline")?)?;
     let free = boot::available_memory().unwrap_or(u64::MAX);
     let most = free / 10 * 8;
@@ -50,7 +55,7 @@ fn run(console: &Console) -> Result<(), Box<dyn std::error::Error>> {
     }
 
     let boot = u128::from(witness::nonce(None)) << 64 | u128::from(witness::nonce(None));
-    let counters = Arc::new(Counters::new(knobs.id.clone(), boot));
+    let counters = Arc::new(Counters::new(knobs.id.clone(), host_name.unwrap_or_default(), boot));
     let pool = Arc::new(PagePool::new(knobs.touch_total, knobs.mix, boot as u64));
     counters.pages.set(pool.pages() as u64);
 

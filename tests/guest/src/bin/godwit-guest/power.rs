@@ -2,9 +2,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use godwit_guest::{AgentAnswer, answer_agent};
+use godwit_guest::{AgentAnswer, ConsoleLine, answer_agent};
 use rustix::system::{RebootCommand, reboot};
 
 use crate::console::Console;
@@ -16,6 +18,8 @@ const KEY_POWER: u16 = 116;
 const INPUT_EVENT: usize = 24;
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 const LONGEST_COMMAND: usize = 64 << 10;
+/// In the layer that `scripts/guest-agent-layer` makes.
+const QEMU_AGENT: &str = "/usr/sbin/qemu-ga";
 
 /// Switches the machine off. There are no disks to be flushed.
 pub(crate) fn off() {
@@ -47,10 +51,26 @@ fn is_power_press(event: &[u8; INPUT_EVENT]) -> bool {
     u16::from_ne_bytes([t0, t1]) == EV_KEY && u16::from_ne_bytes([c0, c1]) == KEY_POWER && i32::from_ne_bytes([v0, v1, v2, v3]) == 1
 }
 
-/// Answers on the guest agent channel, where there is one.
+/// Answers on the guest agent channel, where there is one; or lets QEMU's own agent do that, where there is that.
 pub(crate) fn start_agent(console: &Console) -> std::io::Result<()> {
-    let Some(mut port) = agent_port() else { return Ok(()) };
+    let Some(path) = agent_port() else { return Ok(()) };
     let console = console.clone();
+    if Path::new(QEMU_AGENT).exists() {
+        return thread("agent", move || {
+            let mut command = Command::new(QEMU_AGENT);
+            command
+                .args(["--method=virtio-serial", "--statedir=/tmp"])
+                .arg("--path")
+                .arg(path)
+                .env("PATH", "/bin:/usr/bin:/usr/sbin");
+            let message = match command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status() {
+                Ok(status) => format!("{QEMU_AGENT} has ended: {status}"),
+                Err(error) => format!("{QEMU_AGENT}: {error}"),
+            };
+            console.say(ConsoleLine::Warning { message });
+        });
+    }
+    let mut port = OpenOptions::new().read(true).write(true).open(path)?;
     thread("agent", move || {
         let (mut command, mut piece) = (Vec::new(), [0; 4096]);
         loop {
@@ -81,11 +101,11 @@ pub(crate) fn start_agent(console: &Console) -> std::io::Result<()> {
     })
 }
 
-fn agent_port() -> Option<File> {
+fn agent_port() -> Option<PathBuf> {
     let ports = fs::read_dir("/sys/class/virtio-ports").ok()?;
     let port =
         ports.flatten().find(|port| fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == AGENT_PORT))?;
-    OpenOptions::new().read(true).write(true).open(std::path::Path::new("/dev").join(port.file_name())).ok()
+    Some(Path::new("/dev").join(port.file_name()))
 }
 
 #[cfg(test)]
