@@ -286,8 +286,8 @@ impl Failure {
 
     /// Says it on standard error.
     pub(crate) fn show(&self) {
-        let word = match self.exit() {
-            Exit::StillRunning => "note",
+        let word = match self {
+            Self::StillRunning { .. } => "note",
             _ => "error",
         };
         note(&format!("{word}: {}", visible_lines(&self.message())));
