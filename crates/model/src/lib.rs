@@ -5,6 +5,7 @@
 
 pub mod error;
 pub mod host;
+pub mod hostile;
 pub mod ids;
 pub mod lifecycle;
 pub mod migration;
