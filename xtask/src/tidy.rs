@@ -60,6 +60,7 @@ const RULES: &[Check] = &[
     documents::check_links,
     documents::check_mentions,
     documents::check_decisions,
+    documents::check_named_tests,
 ];
 
 /// Every complaint about the repository at `root`, by path and line.

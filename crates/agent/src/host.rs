@@ -10,7 +10,7 @@ use godwit_link::v1::agent_message::Body;
 use godwit_link::v1::link_client::LinkClient;
 use godwit_link::v1::{self, AgentMessage};
 use godwit_model::{Bytes, ErrorCode, HostFacts, HostLoad, Name, Refusal, Retry, UnixMillis, VmId};
-use godwit_qemu::cage::Launcher;
+use godwit_qemu::cage::{KeptLog, Launcher};
 use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
 use tokio::sync::mpsc;
 use tonic::transport::Channel;
@@ -79,16 +79,14 @@ impl Host {
         }
     }
 
-    /// A log that a child may append to. What an earlier child wrote is kept once, as `.old`, when it has grown large.
-    pub(crate) fn log(&self, name: &str) -> std::io::Result<std::os::fd::OwnedFd> {
-        const LARGE: u64 = 4 << 20;
+    /// A log of a child, which a keeper bounds: what has grown large moves to `.old`, and what was there is gone.
+    pub(crate) fn log(&self, name: &str) -> std::io::Result<KeptLog> {
+        const LIMIT: Bytes = Bytes::mib(4);
         let dir = self.options.state_dir.join("log");
         std::fs::create_dir_all(&dir)?;
         let path = dir.join(format!("{name}.log"));
-        if std::fs::metadata(&path).is_ok_and(|metadata| metadata.len() > LARGE) {
-            std::fs::rename(&path, path.with_extension("old"))?;
-        }
-        Ok(std::fs::OpenOptions::new().create(true).append(true).open(path)?.into())
+        let open = |path: &Path| std::fs::OpenOptions::new().create(true).read(true).append(true).open(path);
+        Ok(KeptLog { current: open(&path)?.into(), older: open(&path.with_extension("old"))?.into(), limit: LIMIT })
     }
 
     /// Load for a heartbeat. Storage that hangs is left out rather than waited for.

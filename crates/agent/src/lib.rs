@@ -121,10 +121,11 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     let uids: BTreeMap<_, _> = records.iter().map(|(vm, record)| (*vm, record.uid)).collect();
     let configs =
         options.pools.iter().map(|(name, path, shared)| PoolConfig { name: name.clone(), path: path.clone(), shared: *shared });
-    let pools = Arc::new(Pools::open(configs.collect()).map_err(begin("a pool cannot be used"))?);
+    let launcher = Launcher::godwit("/proc/self/exe".into());
+    let pools = Pools::open(configs.collect()).map_err(begin("a pool cannot be used"))?;
+    let pools = Arc::new(pools.with_cage(&launcher));
     let images = ImageCache::open(options.state_dir.join("images")).map_err(begin("the image cache cannot be used"))?;
     let network = HostNetwork::open(identity.address).await.map_err(begin("the network cannot be used"))?;
-    let launcher = Launcher::godwit("/proc/self/exe".into());
     inventory::end_orphans(&records, options.uid_base);
     let mut conditions = network.conditions().await;
     let asked = Arc::clone(&pools);

@@ -27,6 +27,7 @@ use std::sync::{Arc, OnceLock};
 
 use godwit_model::spec::ResolvedDisk;
 use godwit_model::{Bytes, ErrorCode, HostCondition, Name, PoolFacts, Refusal, VolumeRef};
+use godwit_qemu::Launcher;
 
 pub(crate) use image::{CachedImage, ImageCache};
 use place::Place;
@@ -57,6 +58,8 @@ pub(crate) enum StorageError {
 #[derive(Clone)]
 pub(crate) struct Pools {
     pools: Arc<[Pool]>,
+    /// How the tools that fill volumes are confined.
+    cage: Option<Arc<Launcher>>,
 }
 
 struct Pool {
@@ -80,11 +83,17 @@ impl Pools {
             }
         }
         let pools = configs.into_iter().map(|config| Pool { config, identity: OnceLock::new() });
-        let pools = Self { pools: pools.collect() };
+        let pools = Self { pools: pools.collect(), cage: None };
         for place in pools.pools.iter().filter_map(|pool| pool.place().ok()) {
             place.remove_abandoned();
         }
         Ok(pools)
+    }
+
+    /// Confines the tools that fill volumes.
+    #[must_use]
+    pub(crate) fn with_cage(self, launcher: &Launcher) -> Self {
+        Self { cage: Some(Arc::new(launcher.clone())), ..self }
     }
 
     /// The pools whose storage is there. Blocks on the file system.
@@ -136,7 +145,7 @@ impl Pools {
         }
         let (wanted, image) = (disk.clone(), image.map(Path::to_owned));
         let draft = self.at(&disk.volume.pool, move |place| volume::draft(place, &wanted, image.as_deref())).await?;
-        let draft = convert::fill(draft).await?;
+        let draft = convert::fill(draft, self.cage.as_deref()).await?;
         blocking(move || draft.publish()).await
     }
 

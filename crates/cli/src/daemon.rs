@@ -50,7 +50,10 @@ fn descriptors<const N: usize>(arguments: &[OsString], names: [&str; N]) -> Opti
 fn log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     // Fails if somebody else writes them already, which is as good.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).try_init();
+    // A line that finds no reader is lost: saying so on the same standard error would end the process.
+    let lines =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).log_internal_errors(false);
+    let _ = lines.try_init();
 }
 
 /// Runs a daemon to its end on as many threads as there are processors.

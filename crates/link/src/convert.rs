@@ -116,8 +116,8 @@ impl From<v1::Refusal> for Refusal {
             "safe" => Retry::Safe,
             _ => Retry::Unknown,
         };
-        let hint = (!refusal.hint.is_empty()).then_some(refusal.hint);
-        Self { code: ErrorCode::parse(&refusal.code), message: refusal.message, hint, retry }
+        let told = Self::new(ErrorCode::parse(&refusal.code), refusal.message).retry(retry);
+        if refusal.hint.is_empty() { told } else { told.hint(refusal.hint) }
     }
 }
 

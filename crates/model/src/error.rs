@@ -4,7 +4,9 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::hostile;
 
 macro_rules! codes {
     ($($(#[$doc:meta])* $variant:ident = $text:literal,)*) => {
@@ -164,7 +166,11 @@ pub enum Retry {
     Unknown,
 }
 
-/// Why something was refused or failed, and what to do about it.
+/// Most characters of a line of what a refusal says.
+const LINE: usize = 4_000;
+
+/// Why something was refused or failed, and what to do about it. Its texts may quote guests, QEMU and other hosts: they are made harmless
+/// when it is made and when it is read, so that whoever shows or logs a refusal need not think of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema, thiserror::Error)]
 #[error("{message}")]
 pub struct Refusal {
@@ -172,24 +178,34 @@ pub struct Refusal {
     #[schema(value_type = String, example = "not_enough_memory")]
     pub code: ErrorCode,
     /// What is wrong, in one sentence with the facts.
+    #[serde(deserialize_with = "harmless")]
     pub message: String,
     /// What to do.
+    #[serde(default, deserialize_with = "harmless_option")]
     pub hint: Option<String>,
     /// Whether to try again.
     pub retry: Retry,
+}
+
+fn harmless<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Ok(hostile::bounded_lines(&String::deserialize(deserializer)?, LINE))
+}
+
+fn harmless_option<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.map(|text| hostile::bounded_lines(&text, LINE)))
 }
 
 impl Refusal {
     /// A refusal that stands until something changes.
     #[must_use]
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: None, retry: Retry::Never }
+        Self { code, message: hostile::bounded_lines(&message.into(), LINE), hint: None, retry: Retry::Never }
     }
 
     /// Adds the fix.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
+        self.hint = Some(hostile::bounded_lines(&hint.into(), LINE));
         self
     }
 
@@ -204,6 +220,17 @@ impl Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_refusal_quotes_is_harmless_when_it_is_made_and_when_it_is_read() {
+        let quoted = "QEMU refused cont: \u{1b}]0;owned\u{7}\nnext";
+        let made = Refusal::new(ErrorCode::QemuFailed, quoted).hint("\u{9b}2J");
+        assert_eq!(made.message, "QEMU refused cont: \\u{1b}]0;owned\\u{7}\nnext");
+        assert_eq!(made.hint.as_deref(), Some("\\u{9b}2J"));
+        let sent = serde_json::json!({ "code": "qemu_failed", "message": quoted, "hint": "\u{9b}2J", "retry": "never" });
+        assert_eq!(serde_json::from_value::<Refusal>(sent).expect("a refusal"), made);
+        assert_eq!(Refusal::new(ErrorCode::QemuFailed, "x".repeat(1 << 20)).message.chars().count(), LINE);
+    }
 
     #[test]
     fn every_code_survives_its_text_and_is_documented() {

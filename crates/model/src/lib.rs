@@ -6,6 +6,7 @@
 pub mod error;
 pub mod guest;
 pub mod host;
+pub mod hostile;
 pub mod ids;
 pub mod import;
 pub mod lifecycle;

@@ -1,24 +1,32 @@
-//! The cage: QEMU runs under a uid of its own, in a mount namespace and cgroup of its own, cannot gain privileges, and holds only the
-//! descriptors that it was given.
+//! The cage: a program runs under a uid of its own, in namespaces of its own, in a root of its own that holds little more than the program's
+//! libraries, cannot gain privileges, and holds only the descriptors that it was given.
 //!
 //! ```text
 //!  agent ── spawn ──▶ `godwit cage --plan-fd N` (single-threaded, root)
-//!                        session, cgroup, mounts, limits, uid, no_new_privs ── exec ──▶ QEMU (same pid)
-//!        ◀── status pipe: a reason, or closed by the exec ──┘
+//!    ▲                   │ clone: mount, pid, ipc, uts, network namespaces; a sibling, so that the agent is the parent
+//!    │                   ├──────▶ root, session, cgroup, limits, uid, no_new_privs, refused calls ── exec ──▶ QEMU (same pid)
+//!    │ status pipe: the pid; then a reason, or closed by the exec       │ pipe that never waits
+//!    └───────────────────┘ stays as the keeper of the log ◀─────────────┘
 //! ```
-//! The process is not tied to the agent: it has its own session, no death signal, and no descriptor of the agent.
+//! Neither process is tied to the agent: no death signal, no descriptor of it; nor is the program tied to the keeper. Start with [`CagePlan`];
+//! [`tool`] is the same for programs that run for a moment, [`relay`] what `carry` renounces beyond it once it has begun.
 
+mod calls;
 mod enter;
+mod keeper;
 mod launch;
-mod nodes;
+pub mod relay;
+mod root;
+pub mod tool;
 
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 
+use godwit_model::Bytes;
 use serde::{Deserialize, Serialize};
 
 pub use enter::{CageError, run};
-pub use launch::{Launcher, SpawnError, spawn};
+pub use launch::{Launcher, Output, SpawnError, spawn};
 
 /// What the hidden subcommand does, as JSON in the descriptor it is given. Everything in it comes from the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,8 +39,17 @@ pub struct CagePlan {
     pub binary: PathBuf,
     /// Its arguments, without its name.
     pub arguments: Vec<String>,
-    /// Where it starts.
+    /// Where it starts; an empty directory if nothing is shown there.
     pub working_dir: PathBuf,
+    /// Files and directories of the host that it sees at their places, read-only, besides the system's libraries and its own binary.
+    #[serde(default)]
+    pub read_only: Vec<PathBuf>,
+    /// Directories of the host that it sees at their places and may write to, as far as their owners let it.
+    #[serde(default)]
+    pub writable: Vec<PathBuf>,
+    /// Which network it sees.
+    #[serde(default)]
+    pub network: Network,
     /// Devices that the VM's uid gets as nodes of its own.
     #[serde(default)]
     pub nodes: Vec<DeviceNode>,
@@ -45,6 +62,40 @@ pub struct CagePlan {
     /// Descriptors that stay open besides the standard ones; all others are closed. Filled in by [`spawn`].
     #[serde(default)]
     pub keep: Vec<RawFd>,
+    /// Where a keeper writes what it says. Filled in by [`spawn`].
+    #[serde(default)]
+    pub log: Option<LogPlan>,
+}
+
+/// Which network a program sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Network {
+    /// None: taps and sockets are passed.
+    #[default]
+    Empty,
+    /// The host's, for who dials.
+    Host,
+}
+
+/// Descriptors and bound of a log that is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogPlan {
+    current: RawFd,
+    older: RawFd,
+    limit: Bytes,
+}
+
+/// A log of two files, so that no program can fill the host's disk by what it says: when the first has grown to the limit, its content moves to
+/// the second. Both are opened for reading and appending; several programs may share them.
+#[derive(Debug)]
+pub struct KeptLog {
+    /// Where new lines go.
+    pub current: OwnedFd,
+    /// What was there before.
+    pub older: OwnedFd,
+    /// Most bytes of each.
+    pub limit: Bytes,
 }
 
 /// A device that the VM's uid may open: the same device as at `path`, as a node that belongs to the VM, seen only by it.
@@ -91,6 +142,10 @@ pub enum LimitedResource {
     LockedMemory,
     /// Processes and threads of this uid.
     Processes,
+    /// Memory that is mapped, in bytes.
+    AddressSpace,
+    /// Size of a file that it writes, in bytes. Not for who writes to disks.
+    FileSize,
 }
 
 impl Limit {

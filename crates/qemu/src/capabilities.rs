@@ -3,18 +3,19 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Seek};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use godwit_model::Accelerator;
+use godwit_model::{Accelerator, hostile};
 use rustix::fs::MemfdFlags;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
-use crate::cage::{self, CagePlan, DeviceNode, Launcher, Limit, PassedFds, SpawnError};
+use crate::cage::{self, CagePlan, DeviceNode, Launcher, Limit, Network, PassedFds, SpawnError};
 use crate::command::interview_arguments;
-use crate::process::QemuProcess;
+use crate::process::KillOnDrop;
 use crate::qmp::{ConnectError, Qmp, QmpError};
 
 /// What a host's QEMU can do under one accelerator.
@@ -160,11 +161,15 @@ pub async fn interview(launcher: &Launcher, settings: &Interview) -> Result<Host
         nodes: nodes(settings.accelerator),
         cgroup: None,
         limits: Limit::DEFAULT.to_vec(),
+        read_only: Vec::new(),
+        writable: Vec::new(),
+        network: Network::Empty,
         keep: Vec::new(),
+        log: None,
     };
     let asking = async {
-        let stderr = log.try_clone().map_err(InterviewError::Prepare)?;
-        let process = KillOnDrop(Some(cage::spawn(launcher, plan, fds, stderr.into()).await.map_err(InterviewError::Spawn)?));
+        let stderr = OwnedFd::from(log.try_clone().map_err(InterviewError::Prepare)?);
+        let process = KillOnDrop::new(cage::spawn(launcher, plan, fds, stderr).await.map_err(InterviewError::Spawn)?);
         let answer = ask(ours, settings, &log).await;
         process.end().await;
         answer
@@ -178,29 +183,6 @@ pub fn nodes(accelerator: Accelerator) -> Vec<DeviceNode> {
     match accelerator {
         Accelerator::Kvm => vec![DeviceNode::kvm(), DeviceNode::userfaultfd()],
         Accelerator::Tcg => vec![DeviceNode::userfaultfd()],
-    }
-}
-
-/// Kills the process also when the asking future is dropped, and reaps it.
-struct KillOnDrop(Option<QemuProcess>);
-
-impl KillOnDrop {
-    async fn end(mut self) {
-        if let Some(process) = self.0.take() {
-            process.kill();
-            process.exited().await;
-        }
-    }
-}
-
-impl Drop for KillOnDrop {
-    fn drop(&mut self) {
-        if let Some(process) = self.0.take() {
-            process.kill();
-            if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-                runtime.spawn(async move { process.exited().await });
-            }
-        }
     }
 }
 
@@ -266,7 +248,7 @@ fn text_of(log: &File) -> String {
     if read.is_err() || text.is_empty() {
         "it printed nothing".to_owned()
     } else {
-        String::from_utf8_lossy(&text).trim().to_owned()
+        hostile::bounded(String::from_utf8_lossy(&text).trim(), hostile::SENTENCE)
     }
 }
 

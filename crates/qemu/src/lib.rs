@@ -3,7 +3,7 @@
 //! It must never decide who may run a VM, never continue a VM by itself, and never take anything that QEMU says as trusted: every size is
 //! bounded, unknown events, fields and values end nothing.
 //!
-//! Start with [`command`] (what a [`godwit_model::ResolvedSpec`] becomes), then [`cage`] (how that is run: own uid, mount namespace,
+//! Start with [`command`] (what a [`godwit_model::ResolvedSpec`] becomes), then [`cage`] (how that is run: own uid, namespaces, root,
 //! limits), [`process`] (watching and adopting it), [`qmp`] (talking to it) and [`qga`] (talking to the guest in it); [`change`] is what can be
 //! done to a VM while it runs. [`capabilities`] and [`accel`] say what a host offers, [`cgroup`] holds a VM's limits, [`convert`] makes one
 //! disk format of another.

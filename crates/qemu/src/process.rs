@@ -137,6 +137,47 @@ impl QemuProcess {
     }
 }
 
+/// Kills the process when it is dropped, and reaps it.
+#[derive(Debug)]
+pub(crate) struct KillOnDrop(Option<QemuProcess>);
+
+impl KillOnDrop {
+    pub(crate) const fn new(process: QemuProcess) -> Self {
+        Self(Some(process))
+    }
+
+    /// Lets it live.
+    pub(crate) fn keep(mut self) -> QemuProcess {
+        self.0.take().expect("taken by what consumes it only")
+    }
+
+    /// Waits for its end without killing it; killed if that is given up.
+    pub(crate) async fn exited(&self) -> Exit {
+        match &self.0 {
+            Some(process) => process.exited().await,
+            None => Exit::Unknown,
+        }
+    }
+
+    /// Kills it and waits for its end.
+    pub(crate) async fn end(self) {
+        let process = self.keep();
+        process.kill();
+        process.exited().await;
+    }
+}
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(process) = self.0.take() {
+            process.kill();
+            if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+                runtime.spawn(async move { process.exited().await });
+            }
+        }
+    }
+}
+
 #[expect(unsafe_code, reason = "tokio cannot know that a descriptor stays what it is")]
 fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the owned descriptor moves into the `AsyncFd`, which is only ever awaited and dropped.

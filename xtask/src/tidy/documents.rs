@@ -12,6 +12,8 @@ static DECISION: Rule = Rule {
     reason: "decisions are read by date, years later: context, decision, rejected options, consequences",
 };
 
+static NAMED_TEST: Rule = Rule { name: "named-test", reason: "what stops an attack is believed because a test shows it" };
+
 /// What every decision has to say, as headings.
 const SECTIONS: &[&str] = &["## Context", "## Decision", "## Rejected options", "## Consequences"];
 
@@ -65,6 +67,30 @@ fn resolve(folder: &Path, target: &str) -> Option<PathBuf> {
         }
     }
     Some(path)
+}
+
+/// Tests that the threat model names, in the last column of its tables: each is a function of some source, right below `#[test]` or its like.
+pub(super) fn check_named_tests(tree: &Tree, complaints: &mut Vec<Complaint>) {
+    let Some(model) = tree.file(Path::new("docs/threat-model.md")) else { return };
+    for (number, line) in model.lines().filter(|(_, line)| line.starts_with("| ") && line.ends_with(" |")) {
+        let last = line.trim_end_matches(['|', ' ']).rsplit('|').next().unwrap_or_default();
+        for name in last.split('`').skip(1).step_by(2) {
+            if !tree.with_extension("rs").any(|file| has_test(&file.text, name)) {
+                complaints.push(Complaint::new(&NAMED_TEST, &model.path, number, format!("there is no test `{name}`")));
+            }
+        }
+    }
+}
+
+fn has_test(source: &str, name: &str) -> bool {
+    let mut above = "";
+    source.lines().map(str::trim).filter(|line| !line.is_empty()).any(|line| {
+        let is_test = above.starts_with("#[") && above.contains("test");
+        let found =
+            is_test && line.trim_start_matches("async ").strip_prefix("fn ").and_then(|rest| rest.split('(').next()) == Some(name);
+        above = line;
+        found
+    })
 }
 
 /// Paths below `docs/` in the comments of sources, scripts and configuration.

@@ -203,3 +203,12 @@ fn a_decision_needs_its_date_title_and_sections() {
     let path = "docs/decisions/2026-11-22-why.md";
     Sample::new().with(path, &DECISION.replace("## Rejected options", "")).complains(path, 1, "decision-form");
 }
+
+#[test]
+fn a_test_that_the_threat_model_names_and_nobody_wrote_is_found() {
+    let model = "| it tries | what stops it | shown by |\n|---|---|---|\n| `x` | y | `there`, `missing` |\n";
+    let source = "//! The nouns.\n#[tokio::test]\nasync fn there() {}\n\n#[test]\nfn other() {}\nfn missing() {}\n";
+    let sample = Sample::new().with("docs/threat-model.md", model).with("crates/model/src/lib.rs", source);
+    sample.complains("docs/threat-model.md", 3, "named-test");
+    assert_eq!(sample.complaints().len(), 1);
+}

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use godwit_qemu::cage::{self, CagePlan, Launcher, Limit, PassedFds, SpawnError};
-use godwit_qemu::process::{AdoptError, ProcessIdentity, QemuProcess};
+use godwit_qemu::cage::{self, CagePlan, KeptLog, Launcher, Network, PassedFds, SpawnError, relay};
+use godwit_qemu::process::{AdoptError, Exit, ProcessIdentity, QemuProcess};
 use rustix::fs::MemfdFlags;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
@@ -52,7 +52,7 @@ pub(crate) struct CarryStart<'a> {
     pub(crate) launcher: &'a Launcher,
     pub(crate) uid: u32,
     pub(crate) socket: &'a Path,
-    pub(crate) log: OwnedFd,
+    pub(crate) log: KeptLog,
 }
 
 impl CarryClient {
@@ -73,10 +73,15 @@ impl CarryClient {
             binary: "/proc/self/exe".into(),
             arguments: vec!["carry".into(), "--config-fd".into(), config_fd.to_string()],
             working_dir: "/".into(),
+            read_only: vec![],
+            writable: vec![],
+            // The source dials; the rest of the network is renounced once it runs, see `relay`.
+            network: Network::Host,
             nodes: vec![],
             cgroup: None,
-            limits: Limit::DEFAULT.to_vec(),
+            limits: relay::LIMITS.to_vec(),
             keep: vec![],
+            log: None,
         };
         let process = cage::spawn(start.launcher, plan, fds, start.log).await.map_err(CarryStartError::Spawn)?;
         Ok(Self::attach(process, start.socket.to_owned(), notices))
@@ -141,23 +146,40 @@ async fn converse(
     mut requests: mpsc::Receiver<ToCarry>,
     notices: mpsc::Sender<CarryNotice>,
 ) {
-    tokio::select! {
-        _ = process.exited() => {}
-        () = async {
+    let exit = tokio::select! {
+        exit = process.exited() => exit,
+        exit = async {
             while let Ok(stream) = UnixStream::connect(&socket).await {
                 talk(stream, &status, &mut requests, &notices).await;
                 if notices.is_closed() {
                     break;
                 }
             }
-            process.exited().await;
-        } => {}
-    }
+            process.exited().await
+        } => exit,
+    };
+    let reason = ending(exit);
     status.send_modify(|status| {
         status.connected = false;
-        status.broken.get_or_insert_with(|| "the carry process ended".into());
+        status.broken.get_or_insert(reason);
     });
     let _ = notices.send(CarryNotice::Status).await;
+}
+
+/// Why it is over, if it did not say so itself.
+fn ending(exit: Exit) -> String {
+    let killed = match exit {
+        Exit::Status(status) => std::os::unix::process::ExitStatusExt::signal(&status),
+        Exit::Unknown => None,
+    };
+    if killed == Some(libc::SIGSYS) {
+        // Ours does not: somebody may have taken it over.
+        tracing::error!(
+            "carry made a system call that it may not make and was ended by the kernel; the kernel's audit log has its number"
+        );
+        return "carry was ended for a forbidden system call".to_owned();
+    }
+    "the carry process ended".to_owned()
 }
 
 async fn talk(
@@ -205,4 +227,20 @@ fn memory_file(config: &CarryConfig) -> io::Result<OwnedFd> {
     file.write_all(&serde_json::to_vec(config)?)?;
     file.rewind()?;
     Ok(file.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::ExitStatus;
+
+    use super::*;
+
+    #[test]
+    fn a_carry_that_was_ended_for_a_forbidden_call_is_told_from_others() {
+        assert!(ending(Exit::Status(ExitStatus::from_raw(libc::SIGSYS))).contains("forbidden"));
+        for other in [Exit::Unknown, Exit::Status(ExitStatus::from_raw(libc::SIGKILL)), Exit::Status(ExitStatus::from_raw(256))] {
+            assert_eq!(ending(other), "the carry process ended");
+        }
+    }
 }

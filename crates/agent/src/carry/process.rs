@@ -13,6 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::StreamExt;
 use godwit_carrier::{Decoder, Identity};
+use godwit_qemu::cage::relay::{self, RelayError};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
@@ -35,6 +36,9 @@ pub enum CarryError {
     /// The descriptor that should hold the configuration does not.
     #[error("the configuration cannot be read")]
     Config(#[source] std::io::Error),
+    /// It could not give up its rights, and does not begin with them.
+    #[error("it cannot be confined")]
+    Confine(#[source] RelayError),
     /// A descriptor, or the runtime, cannot be used.
     #[error("a descriptor cannot be used")]
     Descriptor(#[source] std::io::Error),
@@ -50,8 +54,25 @@ pub fn run(config_fd: RawFd) -> Result<(), CarryError> {
     let mut text = Vec::new();
     std::fs::File::from(take(config_fd)).read_to_end(&mut text).map_err(CarryError::Config)?;
     let config: CarryConfig = serde_json::from_slice(&text).map_err(|error| CarryError::Config(error.into()))?;
+    // The runtime makes its own descriptors while it may.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CarryError::Descriptor)?;
+    confine(&config).map_err(CarryError::Confine)?;
     runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config)))
+}
+
+/// Gives up all that moving bytes does not need, before the first byte from outside is looked at.
+fn confine(config: &CarryConfig) -> Result<(), RelayError> {
+    // The source of random numbers opens what it needs now, while it may.
+    if let Some(crypto) = rustls::crypto::CryptoProvider::get_default() {
+        let _ = crypto.secure_random.fill(&mut [0; 32]);
+    }
+    let dials = match &config.role {
+        Role::Source { address, .. } => Some(address.port()),
+        Role::Destination { .. } => None,
+    };
+    let confined = relay::confine(dials)?;
+    tracing::info!(?confined, "confined");
+    Ok(())
 }
 
 /// Takes over a descriptor that this process was started with.

@@ -1,13 +1,16 @@
 //! Filling new volumes: sparse, empty qcow2, or a copy of an image by `qemu-img`.
 //!
-//! `qemu-img` never gets a name that a user chose and no option but constants. It has the image as its standard input and the new file as its
-//! standard output, both only as places to open anew, and copies an image as a user without rights: its readers of formats are large.
+//! `qemu-img` never gets a name that a user chose and no option but constants. It runs in a cage as a user without rights: its readers of formats
+//! are large. It has the image and the new file, both only as places to open anew, and nothing else.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
+use std::time::Duration;
 
-use godwit_model::{DiskFormat, ErrorCode, Refusal, Retry};
+use godwit_model::{Bytes, DiskFormat, ErrorCode, Refusal, Retry, hostile};
+use godwit_qemu::cage::tool::{self, Tool, ToolError};
+use godwit_qemu::{Launcher, PassedFds};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::process::{Gid, Uid};
 use tokio::process::Command;
@@ -19,9 +22,13 @@ use super::{blocking, refusal};
 const NOBODY: u32 = 65_534;
 /// How much of what `qemu-img` says is kept.
 const MAX_COMPLAINT: usize = 400;
+/// Most memory that `qemu-img` may map: its threads' stacks, tables and buffers.
+const MEMORY: Bytes = Bytes::GIB;
+/// Time for filling one volume. A copy of some TiB takes long.
+const TIME: Duration = Duration::from_secs(12 * 3_600);
 
-/// Makes the content of a draft.
-pub(super) async fn fill(draft: Draft) -> Result<Draft, Refusal> {
+/// Makes the content of a draft. `cage` is how `qemu-img` is confined; without it, it is only a user without rights.
+pub(super) async fn fill(draft: Draft, cage: Option<&Launcher>) -> Result<Draft, Refusal> {
     let draft = blocking(move || {
         if draft.format == DiskFormat::Raw {
             let result = draft.partial.file.set_len(draft.size.get());
@@ -30,57 +37,93 @@ pub(super) async fn fill(draft: Draft) -> Result<Draft, Refusal> {
         Ok(draft)
     })
     .await?;
+    let drop_rights = rustix::process::geteuid().is_root();
+    // The rights to a file are those of its owner when it is opened anew.
+    let give = |uid: Uid, gid: Gid| {
+        let file = &draft.partial.file;
+        // A file server that takes root for nobody refuses, and has made the file nobody's already.
+        let is_nobodys = || rustix::fs::fstat(file).is_ok_and(|data| data.st_uid == NOBODY);
+        match rustix::fs::fchown(file, Some(uid), Some(gid)) {
+            Err(rustix::io::Errno::PERM) if is_nobodys() => Ok(()),
+            result => result.map_err(|error| refusal::system(&format!("create volume {}", draft.volume), &error.into())),
+        }
+    };
+    if drop_rights {
+        give(Uid::from_raw(NOBODY), Gid::from_raw(NOBODY))?;
+    }
     if draft.format == DiskFormat::Qcow2 {
-        let size = draft.size.get().to_string();
-        let arguments = ["create", "-q", "-f", "qcow2", "/proc/self/fd/1", &size];
-        run(&draft, &arguments, None, false).await?;
+        run(&draft, None, cage, |_, volume| {
+            ["create", "-q", "-f", "qcow2", volume, &draft.size.get().to_string()].map(str::to_owned).to_vec()
+        })
+        .await?;
     }
     if let Some((image, format)) = &draft.image {
-        let arguments = ["convert", "-q", "-n", "--target-is-zero", "-f", format.driver(), "-O", draft.format.driver()];
-        let files = ["/proc/self/fd/0", "/proc/self/fd/1"];
-        // The rights to a file are those of its owner when it is opened anew.
-        let give = |uid: Uid, gid: Gid| {
-            let result = rustix::fs::fchown(&draft.partial.file, Some(uid), Some(gid));
-            result.map_err(|error| refusal::system(&format!("create volume {}", draft.volume), &error.into()))
-        };
-        let drop_rights = rustix::process::geteuid().is_root();
-        if drop_rights {
-            give(Uid::from_raw(NOBODY), Gid::from_raw(NOBODY))?;
-        }
-        run(&draft, &[arguments.as_slice(), &files].concat(), Some(image), drop_rights).await?;
-        if drop_rights {
-            give(Uid::ROOT, Gid::ROOT)?;
-        }
+        run(&draft, Some(image), cage, |image, volume| {
+            let to = draft.format.driver();
+            ["convert", "-q", "-n", "--target-is-zero", "-f", format.driver(), "-O", to, image, volume].map(str::to_owned).to_vec()
+        })
+        .await?;
+    }
+    if drop_rights {
+        give(Uid::ROOT, Gid::ROOT)?;
     }
     Ok(draft)
 }
 
-async fn run(draft: &Draft, arguments: &[&str], image: Option<&File>, drop_rights: bool) -> Result<(), Refusal> {
+/// Runs `qemu-img` with the arguments for the places of image and volume.
+async fn run(
+    draft: &Draft,
+    image: Option<&File>,
+    cage: Option<&Launcher>,
+    arguments: impl Fn(&str, &str) -> Vec<String>,
+) -> Result<(), Refusal> {
     let doing = format!("create volume {}", draft.volume);
     let system = |error: std::io::Error| refusal::system(&doing, &error);
-    let mut command = Command::new("qemu-img");
-    command.args(arguments).current_dir("/").env_clear().env("LC_ALL", "C").kill_on_drop(true);
-    command.env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into()));
-    command.stdin(image.map(place_of).transpose().map_err(system)?.map_or_else(Stdio::null, Stdio::from));
-    command.stdout(Stdio::from(place_of(&draft.partial.file).map_err(system)?)).stderr(Stdio::piped());
-    if drop_rights {
-        command.uid(NOBODY).gid(NOBODY);
-    }
-    let child = command.spawn().map_err(|error| {
+    let volume_place = place_of(&draft.partial.file).map_err(system)?;
+    let image_place = image.map(place_of).transpose().map_err(system)?;
+    let not_started = |error: String| {
         Refusal::new(ErrorCode::HostFailed, format!("could not {doing}: qemu-img did not start: {error}"))
             .hint("install qemu-utils on the host")
             .retry(Retry::Safe)
-    })?;
-    let output = child.wait_with_output().await.map_err(system)?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    let complaint: String = complaint.trim().chars().filter(|c| !c.is_control()).take(MAX_COMPLAINT).collect();
+    };
+    let Some(program) = tool::find("qemu-img") else { return Err(not_started("it is not in PATH".to_owned())) };
+    let (status, complaint) = match cage {
+        Some(launcher) => {
+            let mut fds = PassedFds::new();
+            let volume = format!("/proc/self/fd/{}", fds.pass(volume_place));
+            let image = image_place.map(|image| format!("/proc/self/fd/{}", fds.pass(image)));
+            let arguments = arguments(image.as_deref().unwrap_or_default(), &volume);
+            let tool = Tool { program, arguments, uid: NOBODY, gid: NOBODY, memory: MEMORY, time: TIME };
+            match tool::run(launcher, &tool, fds).await {
+                Ok(()) => return Ok(()),
+                Err(ToolError::Failed { status, said, .. }) => (status, said),
+                Err(ToolError::Start { source, .. }) => return Err(not_started(source.to_string())),
+                Err(other) => return Err(Refusal::new(ErrorCode::HostFailed, format!("could not {doing}: {other}"))),
+            }
+        }
+        None => {
+            let mut command = Command::new(program);
+            command.args(arguments("/proc/self/fd/0", "/proc/self/fd/1")).current_dir("/").env_clear().kill_on_drop(true);
+            command
+                .stdin(image_place.map_or_else(Stdio::null, Stdio::from))
+                .stdout(Stdio::from(volume_place))
+                .stderr(Stdio::piped());
+            if rustix::process::geteuid().is_root() {
+                command.uid(NOBODY).gid(NOBODY);
+            }
+            let child = command.spawn().map_err(|error| not_started(error.to_string()))?;
+            let output = child.wait_with_output().await.map_err(system)?;
+            if output.status.success() {
+                return Ok(());
+            }
+            (output.status, String::from_utf8_lossy(&output.stderr).trim().to_owned())
+        }
+    };
+    let complaint = hostile::bounded(&complaint, MAX_COMPLAINT);
     if complaint.contains("No space left") {
         return Err(refusal::no_space(&doing, &complaint));
     }
-    let facts = format!("could not {doing}: qemu-img ended with {}: {complaint}", output.status);
+    let facts = format!("could not {doing}: qemu-img ended with {status}: {complaint}");
     Err(match image {
         Some(_) => refusal::image(&format!("was not copied: {facts}")),
         None => Refusal::new(ErrorCode::HostFailed, facts).hint("look at the host's QEMU installation and file system"),

@@ -9,7 +9,7 @@ use godwit_model::{
     ErrorCode, Generation, Grant, MigrationPolicy, Millis, Name, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId,
 };
 use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
-use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
+use godwit_qemu::qmp::{ConnectError, Notice, Notices, Qmp, QmpError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -222,7 +222,14 @@ impl Actor {
                 self.refresh().await;
             }
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "the VM's monitor does not answer");
+                // Its sockets close some moments before its end is heard, while the kernel takes its namespaces down.
+                let ending =
+                    matches!(&error, ConnectError::Connect(source) if source.kind() == std::io::ErrorKind::ConnectionRefused);
+                if ending {
+                    tracing::info!("QEMU listens no more");
+                } else {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "the VM's monitor does not answer");
+                }
                 self.wake = Instant::now() + RETRY;
             }
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use godwit_link::v1::FetchImageRequest;
 use godwit_model::{Accelerator, ErrorCode, Grant, ImageRef, Refusal, ResolvedSpec, Retry, RunState, VmId};
-use godwit_qemu::cage::{self, CagePlan, DeviceNode, Limit, PassedFds};
+use godwit_qemu::cage::{self, CagePlan, DeviceNode, Limit, Network, PassedFds};
 use godwit_qemu::command::{DiskFds, qemu_arguments};
 use godwit_qemu::{Qmp, Resources, Sockets, Start};
 
@@ -157,11 +157,15 @@ impl Actor {
             gid: uid,
             binary: host.options.qemu.clone(),
             arguments,
-            working_dir: runtime_dir,
+            working_dir: runtime_dir.clone(),
+            read_only: vec![],
+            writable: vec![runtime_dir],
+            network: Network::Empty,
             nodes,
             cgroup,
             limits: Limit::DEFAULT.to_vec(),
             keep: vec![],
+            log: None,
         };
         let log =
             host.log(&host.log_name(&spec.name, self.vm)).map_err(|error| host_failed("the VM's log cannot be opened", &error))?;

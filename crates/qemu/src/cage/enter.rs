@@ -1,8 +1,12 @@
-//! The inside of the hidden subcommand: from root to the VM's own uid, one step after the other, then QEMU.
+//! The inside of the hidden subcommand: a process in namespaces of its own is made beside this one, which takes one step after the other from
+//! root to the VM's own uid and then becomes QEMU. This one keeps its log, or ends.
+//!
+//! The new process is a child of the agent, as this one is (`CLONE_PARENT`): the agent hears how it ends, and nothing else is in between. In
+//! its pid namespace it is the first process, so that all others that it could ever make end with it.
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,7 +16,8 @@ use rustix::io::FdFlags;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::{Gid, Uid};
 
-use super::{CagePlan, LimitedResource, nodes};
+use super::keeper::{self, Keeper};
+use super::{CagePlan, LimitedResource, Network, calls, root};
 
 /// Larger plans are refused: a command line has some kilobytes.
 const MAX_PLAN: u64 = 1 << 20;
@@ -33,7 +38,7 @@ pub enum CageError {
     Plan(#[source] serde_json::Error),
     /// A plan to run QEMU as root.
     #[error("the plan would run QEMU as root")]
-    Root,
+    AsRoot,
     /// More than one thread: the steps would hold for one of them only.
     #[error("the cage needs a single-threaded process, this one has {0} threads")]
     Threads(usize),
@@ -45,9 +50,15 @@ pub enum CageError {
         /// Why.
         source: io::Error,
     },
-    /// A device node could not be made.
-    #[error("cannot make the VM's device nodes: {0}")]
-    Nodes(String),
+    /// The program's own root could not be made.
+    #[error("cannot make a root of its own: {0}")]
+    Root(String),
+    /// The kernel does not take the filter of system calls.
+    #[error("cannot refuse dangerous calls: {0}")]
+    Calls(String),
+    /// The process that should have started it ended.
+    #[error("the cage was given up")]
+    GivenUp,
     /// QEMU could not be executed.
     #[error("cannot execute {}: {source}", binary.display())]
     Exec {
@@ -62,13 +73,17 @@ fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> CageError {
     move |error| CageError::Step { step, source: error.into() }
 }
 
-/// Executes the plan in descriptor `plan_fd`; returns only if that failed. The reason is also written to `status_fd`, a pipe that the
-/// execution closes. Must be called before any thread or runtime is started.
+/// The program that this very process runs: it need not have a place that the cage could show.
+const OURSELVES: &str = "/proc/self/exe";
+
+/// Executes the plan in descriptor `plan_fd` in a process beside this one; returns only if that failed. To `status_fd`, a pipe, the new
+/// process' pid is written, on a line of its own, and the reason if it fails; the execution closes it. Must be called before any thread or
+/// runtime is started.
 #[must_use]
 pub fn run(plan_fd: RawFd, status_fd: Option<RawFd>) -> CageError {
     // Opened while we may: later the VM's uid could not. Like all others the copy is closed by the exec, which is the sign of success.
-    let status = status_fd.and_then(|fd| fs::File::options().write(true).open(format!("/proc/self/fd/{fd}")).ok());
-    let error = match attempt(plan_fd) {
+    let mut status = status_fd.and_then(|fd| fs::File::options().write(true).open(format!("/proc/self/fd/{fd}")).ok());
+    let error = match attempt(plan_fd, &mut status) {
         Ok(never) => match never {},
         Err(error) => error,
     };
@@ -79,24 +94,86 @@ pub fn run(plan_fd: RawFd, status_fd: Option<RawFd>) -> CageError {
     error
 }
 
-fn attempt(plan_fd: RawFd) -> Result<std::convert::Infallible, CageError> {
+fn attempt(plan_fd: RawFd, status: &mut Option<fs::File>) -> Result<std::convert::Infallible, CageError> {
     let plan = read_plan(plan_fd)?;
     if plan.uid == 0 || plan.gid == 0 {
-        return Err(CageError::Root);
+        return Err(CageError::AsRoot);
     }
     let threads = fs::read_dir("/proc/self/task").map_err(step("count the threads"))?.count();
     if threads != 1 {
         return Err(CageError::Threads(threads));
     }
     close_others_on_exec(&plan.keep)?;
+    let (log, said) = match &plan.log {
+        Some(log) => {
+            keeper::pipe().map(|(reader, writer)| (Some((log, reader)), Some(writer))).map_err(step("make the log's pipe"))?
+        }
+        None => (None, None),
+    };
+    let (go, ready) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(step("make a pipe"))?;
+    let Some(pid) = clone_into_namespaces(plan.network)? else {
+        drop((log, ready));
+        return become_program(&plan, said, go);
+    };
+    drop((said, go));
+    // First the pid is told, then the process may go on: one that nobody knows never becomes anything.
+    if let Some(pipe) = status {
+        writeln!(pipe, "{pid}").map_err(step("tell the pid"))?;
+    }
+    rustix::io::write(&ready, b"g").map_err(step("let the process go on"))?;
+    let kept = log.map(|(log, said)| {
+        let [current, older] = [log.current, log.older].map(|fd| fs::File::from(take(fd)));
+        Keeper { said, current, older, limit: log.limit.get() }.run()
+    });
+    // The process goes its own way: what becomes of its log is no reason to speak up.
+    std::process::exit(i32::from(kept.is_some_and(|kept| kept.is_err())))
+}
+
+/// Takes over a descriptor that this process was started with.
+#[expect(unsafe_code, reason = "a descriptor that was inherited has no owner yet")]
+fn take(fd: RawFd) -> OwnedFd {
+    // SAFETY: the agent passes each descriptor for this process alone, and each number is taken once.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// A copy of this process in namespaces of its own, as a sibling; `None` in the copy.
+#[expect(unsafe_code, reason = "fork cannot make a sibling in new namespaces")]
+fn clone_into_namespaces(network: Network) -> Result<Option<i64>, CageError> {
+    let mut flags = libc::CLONE_PARENT | libc::SIGCHLD;
+    flags |= libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    if network == Network::Empty {
+        flags |= libc::CLONE_NEWNET;
+    }
+    // SAFETY: without a stack of its own and without shared memory this is a fork; the process has one thread, so that no lock is held by
+    // another that the copy lacks.
+    let result = unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), 0, 0, 0, 0) };
+    match result {
+        0 => Ok(None),
+        pid if pid > 0 => Ok(Some(pid)),
+        _ => Err(step("make a process in namespaces of its own")(io::Error::last_os_error())),
+    }
+}
+
+/// The new process: takes the steps and executes the program.
+fn become_program(plan: &CagePlan, said: Option<OwnedFd>, go: OwnedFd) -> Result<std::convert::Infallible, CageError> {
+    let mut letter = [0];
+    if rustix::io::read(&go, &mut letter).map_err(step("wait to go on"))? == 0 {
+        return Err(CageError::GivenUp);
+    }
+    if let Some(said) = said {
+        rustix::stdio::dup2_stdout(&said).and_then(|()| rustix::stdio::dup2_stderr(&said)).map_err(step("speak to the log"))?;
+    }
     rustix::process::setsid().map_err(step("begin a session of its own"))?;
+    rustix::system::sethostname(b"cage").map_err(step("take a host name of its own"))?;
     if let Some(cgroup) = &plan.cgroup {
         join(cgroup)?;
     }
-    nodes::leave_host_mounts().map_err(|error| CageError::Nodes(error.to_string()))?;
-    if !plan.nodes.is_empty() {
-        nodes::make(&plan).map_err(|error| CageError::Nodes(error.to_string()))?;
-    }
+    // Links are followed now: where they lead to is not seen later.
+    let file = match plan.binary.as_path() {
+        path if path == Path::new(OURSELVES) => None,
+        path => Some(fs::canonicalize(path).map_err(|source| CageError::Exec { binary: path.to_owned(), source })?),
+    };
+    root::enter(plan, file.as_deref()).map_err(|error| CageError::Root(error.to_string()))?;
     rustix::process::chdir(&plan.working_dir).map_err(step("enter the working directory"))?;
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
     for limit in &plan.limits {
@@ -105,10 +182,11 @@ fn attempt(plan_fd: RawFd) -> Result<std::convert::Infallible, CageError> {
     }
     become_vm(plan.uid, plan.gid)?;
     rustix::thread::set_no_new_privs(true).map_err(step("renounce new privileges"))?;
-    let mut command = Command::new(&plan.binary);
-    command.args(&plan.arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    calls::refuse_dangerous().map_err(|error| CageError::Calls(error.to_string()))?;
+    let mut command = Command::new(file.as_deref().unwrap_or(Path::new(OURSELVES)));
+    command.arg0(&plan.binary).args(&plan.arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     let source = command.exec();
-    Err(CageError::Exec { binary: plan.binary, source })
+    Err(CageError::Exec { binary: plan.binary.clone(), source })
 }
 
 fn read_plan(fd: RawFd) -> Result<CagePlan, CageError> {
@@ -137,6 +215,8 @@ const fn resource(limited: LimitedResource) -> Resource {
         LimitedResource::OpenFiles => Resource::Nofile,
         LimitedResource::LockedMemory => Resource::Memlock,
         LimitedResource::Processes => Resource::Nproc,
+        LimitedResource::AddressSpace => Resource::As,
+        LimitedResource::FileSize => Resource::Fsize,
     }
 }
 

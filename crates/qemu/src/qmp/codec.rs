@@ -3,6 +3,7 @@
 //! QEMU sends one JSON object per line. [`LineDecoder`] takes bytes in whatever pieces they arrive and gives messages. What it does not
 //! know is a [`Message::Other`], never an error: a newer QEMU must not blind us in the middle of a migration.
 
+use godwit_model::hostile::{self, SENTENCE, WORD};
 use serde_json::{Map, Value};
 
 /// Longest line that is accepted from QEMU. The longest it sends, the answer to `query-qmp-schema`, is under 1 MiB.
@@ -45,7 +46,7 @@ pub struct Greeting {
     pub capabilities: Vec<String>,
 }
 
-/// An error that QEMU answered.
+/// An error that QEMU answered. A QEMU that a guest has taken over chooses the text: it is made harmless and short when it is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     /// QEMU's error class: `GenericError`, `CommandNotFound`, …
@@ -146,8 +147,8 @@ fn classify(mut object: Map<String, Value>) -> Message {
         return Message::Return { id, value: value.take() };
     }
     if let Some(error) = object.get("error") {
-        let text = |key| error.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-        return Message::Failure { id, failure: Failure { class: text("class"), description: text("desc") } };
+        let text = |key, limit| hostile::bounded(error.get(key).and_then(Value::as_str).unwrap_or_default(), limit);
+        return Message::Failure { id, failure: Failure { class: text("class", WORD), description: text("desc", SENTENCE) } };
     }
     if let Some(greeting) = object.get("QMP") {
         return Message::Greeting(greet(greeting));
@@ -163,7 +164,7 @@ fn micros(timestamp: &Value) -> Option<u64> {
 fn greet(greeting: &Value) -> Greeting {
     let version = greeting.get("version");
     let number = |key| version.and_then(|v| v.get("qemu")?.get(key)?.as_u64());
-    let package = version.and_then(|v| v.get("package")?.as_str()).unwrap_or_default();
+    let package = hostile::bounded(version.and_then(|v| v.get("package")?.as_str()).unwrap_or_default(), WORD);
     let version = match (number("major"), number("minor"), number("micro")) {
         (Some(major), Some(minor), Some(micro)) if package.is_empty() => format!("{major}.{minor}.{micro}"),
         (Some(major), Some(minor), Some(micro)) => format!("{major}.{minor}.{micro} ({package})"),

@@ -1,7 +1,8 @@
 //! Typed views of QEMU's answers and events. Every enumeration has an `Unknown` arm, every field that a version may lack is optional, and
 //! fields that we do not use are not looked at: a newer QEMU never makes an answer unreadable.
 
-use serde::{Deserialize, Serialize};
+use godwit_model::hostile;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::codec::Event;
@@ -14,7 +15,7 @@ macro_rules! open_enum {
         #[serde(from = "String", into = "String")]
         pub enum $name {
             $($(#[$variant_doc])* $variant,)*
-            /// A value that this version does not know, as QEMU wrote it.
+            /// A value that this version does not know, as QEMU wrote it, made harmless and short.
             Unknown(String),
         }
 
@@ -28,7 +29,7 @@ macro_rules! open_enum {
 
         impl From<String> for $name {
             fn from(text: String) -> Self {
-                match text.as_str() { $($text => Self::$variant,)* _ => Self::Unknown(text) }
+                match text.as_str() { $($text => Self::$variant,)* _ => Self::Unknown(hostile::bounded(&text, hostile::WORD)) }
             }
         }
 
@@ -143,10 +144,22 @@ pub struct Migration {
     /// Milliseconds of set-up.
     pub setup_time: Option<u64>,
     /// Why it failed.
+    #[serde(default, deserialize_with = "sentence")]
     pub error_desc: Option<String>,
     /// Why this VM cannot be migrated at all.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "sentences")]
     pub blocked_reasons: Vec<String>,
+}
+
+/// A text of QEMU's, made harmless and short.
+fn sentence<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.map(|text| hostile::bounded(&text, hostile::SENTENCE)))
+}
+
+fn sentences<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    const MOST: usize = 32;
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    Ok(texts.iter().take(MOST).map(|text| hostile::bounded(text, hostile::SENTENCE)).collect())
 }
 
 impl Migration {

@@ -1,5 +1,6 @@
 //! Tests with real QEMUs: the one on PATH and, where this system offers it, another major version. They need root and /dev/net/tun.
 
+mod cage;
 mod devices;
 mod guest;
 mod migrate;

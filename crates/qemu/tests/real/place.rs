@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use godwit_model::spec::{ResolvedDisk, ResolvedNic, SPEC_SCHEMA};
 use godwit_model::{Accelerator, Bytes, CacheMode, DiskFormat, Firmware, ImageId, ImageRef, Name, Platform, ResolvedSpec, VmId};
-use godwit_qemu::cage::{DeviceNode, Limit};
+use godwit_qemu::cage::{DeviceNode, Limit, Network};
 use godwit_qemu::command::{DiskFds, FlashFds, default_cpu, qemu_arguments};
 use godwit_qemu::qmp::views::{Known, MigrationStatus, RunStatus};
 use godwit_qemu::{CagePlan, Launcher, Notice, Notices, PassedFds, QemuProcess, Qmp, Resources, Sockets, Start};
@@ -204,10 +204,14 @@ pub(crate) async fn launch_with(
         binary: binary.to_owned(),
         arguments: qemu_arguments(spec, &resources).expect("arguments"),
         working_dir: dir.clone(),
+        read_only: vec![],
+        writable: vec![dir.clone()],
+        network: Network::Empty,
         nodes: vec![DeviceNode::userfaultfd()],
         cgroup: None,
         limits: Limit::DEFAULT.to_vec(),
         keep: vec![],
+        log: None,
     };
     let log = dir.join("log");
     let log_file = OwnedFd::from(File::create(&log).expect("log"));

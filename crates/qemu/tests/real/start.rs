@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use godwit_model::{Accelerator, Bytes, DiskFormat};
 use godwit_qemu::accel::{ProbeCommand, probe};
-use godwit_qemu::cage::SpawnError;
+use godwit_qemu::cage::{Network, SpawnError};
 use godwit_qemu::capabilities::{Interview, InterviewError, Support, interview};
 use godwit_qemu::command::default_cpu;
 use godwit_qemu::qmp::ConnectError;
@@ -161,10 +161,14 @@ async fn the_cage_refuses_to_run_qemu_as_root_and_says_so() {
         binary: "/bin/true".into(),
         arguments: vec![],
         working_dir: place.path().to_owned(),
+        read_only: vec![],
+        writable: vec![],
+        network: Network::Empty,
         nodes: vec![],
         cgroup: None,
         limits: vec![],
         keep: vec![],
+        log: None,
     };
     let log = OwnedFd::from(fs::File::create(place.path().join("log")).expect("log"));
     let error = godwit_qemu::cage::spawn(&launcher(), plan, PassedFds::new(), log).await.expect_err("refused");

@@ -48,6 +48,24 @@ fn whole_session() -> Vec<Message> {
 }
 
 #[test]
+fn an_error_of_qemu_is_harmless_and_short() {
+    let long = "x".repeat(100_000);
+    for (description, shown) in [
+        ("\\u001b]0;owned\\u0007", "\\u{1b}]0;owned\\u{7}".to_owned()),
+        ("\\u009b2J\\u202e", "\\u{9b}2J\\u{202e}".to_owned()),
+        ("two\\r\\nlines", "two\\r\\nlines".to_owned()),
+        (&long, format!("{}…", "x".repeat(SENTENCE - 1))),
+    ] {
+        let line = format!("{{\"id\": 1, \"error\": {{\"class\": \"{description}\", \"desc\": \"{description}\"}}}}\n");
+        let message = LineDecoder::default().decode(&mut line.as_bytes()).expect("decoded");
+        let Some(Message::Failure { failure, .. }) = message else { panic!("{message:?}") };
+        assert_eq!(failure.description, shown);
+        let error = crate::QmpError::Refused { command: "cont".into(), failure };
+        assert!(!error.to_string().contains(hostile::is_hostile), "{error}");
+    }
+}
+
+#[test]
 fn a_session_is_understood_and_the_unknown_is_kept() {
     let failure = |description: &str| Failure { class: "GenericError".into(), description: description.into() };
     assert_eq!(
