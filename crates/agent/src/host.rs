@@ -19,6 +19,7 @@ use crate::AgentOptions;
 use crate::identity::Identity;
 use crate::journal::{EndedMove, Journal, JournalError};
 use crate::network::HostNetwork;
+use crate::peers::Peers;
 use crate::storage::{ImageCache, Pools};
 use crate::vm::Uids;
 
@@ -38,6 +39,7 @@ pub(crate) struct Host {
     pub(crate) asking: Arc<AtomicBool>,
     pub(crate) uids: Uids,
     pub(crate) reports: Mutex<BTreeMap<VmId, v1::VmReport>>,
+    pub(crate) peers: Peers,
 }
 
 impl Host {

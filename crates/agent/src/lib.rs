@@ -5,6 +5,7 @@
 //! releases. Start with [`vm`](self) actors in `vm.rs`, then `session.rs`.
 
 pub mod carry;
+pub mod check;
 mod console;
 mod dial;
 mod host;
@@ -12,6 +13,7 @@ mod identity;
 mod inventory;
 mod journal;
 mod network;
+mod peers;
 mod session;
 mod storage;
 mod tls;
@@ -151,6 +153,7 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
         asking: Arc::default(),
         uids,
         reports: Mutex::default(),
+        peers: peers::Peers::default(),
     });
     let vms = Registry::begin(Arc::clone(&host), records.into_values());
     let (fleet, changes) = watch::channel(FleetNetworks::default());

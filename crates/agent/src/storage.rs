@@ -29,6 +29,7 @@ use godwit_model::spec::ResolvedDisk;
 use godwit_model::{Bytes, ErrorCode, HostCondition, Name, PoolFacts, Refusal, VolumeRef};
 
 pub(crate) use image::{CachedImage, ImageCache};
+pub(crate) use locks::locks_hold;
 use place::Place;
 
 /// A pool as the administrator declares it.

@@ -7,6 +7,7 @@
 pub mod options;
 
 mod authority;
+mod ca;
 mod checks;
 mod clock;
 mod db;
@@ -28,5 +29,7 @@ mod views;
 #[cfg(test)]
 mod tests;
 
+pub use authority::{AuthorityError, AuthorityView, SealError};
+pub use ca::AuthorityPlace;
 pub use options::{LogFormat, ServeOptions};
 pub use server::{Controller, ServeError, serve};

@@ -84,6 +84,9 @@ pub(crate) struct JoinRow {
     pub(crate) hash: String,
     /// The public key (its hash) that it was used for.
     pub(crate) used: Option<String>,
+    /// Whether it is for a host that has joined before and gets a new key: what it holds stays.
+    #[serde(default)]
+    pub(crate) rejoin: bool,
 }
 
 /// A host that joined. Whether it is connected is in memory; `connected` and `since` are here so that watchers are told.
@@ -138,6 +141,9 @@ pub(crate) struct VmRow {
     pub(crate) granted: BTreeMap<Name, GrantedTo>,
     pub(crate) activity: Option<Activity>,
     pub(crate) resolved: Option<ResolvedSpec>,
+    /// Whether the owner of `generation` said that it has released the VM.
+    #[serde(default)]
+    pub(crate) released: bool,
 }
 
 /// A conditional grant that was not yet activated or declined.

@@ -2,6 +2,7 @@
 
 mod contract;
 mod events;
+mod hosts;
 mod joining;
 mod migrations;
 mod power;

@@ -100,6 +100,7 @@ pub(super) async fn vm_create(
         granted: std::collections::BTreeMap::new(),
         activity: None,
         resolved: None,
+        released: false,
     };
     let mut batch = Batch::default().create(&row).claim(format!("vmname/{team}/{}", row.name), &row.id);
     for mac in row.spec.nics.iter().filter_map(|nic| nic.mac) {
