@@ -20,6 +20,7 @@ use crate::guest::Guests;
 use crate::identity::Identity;
 use crate::journal::{EndedMove, Journal, JournalError};
 use crate::network::HostNetwork;
+use crate::peers::Peers;
 use crate::storage::{ImageCache, Pools};
 use crate::vm::Uids;
 
@@ -40,6 +41,7 @@ pub(crate) struct Host {
     pub(crate) uids: Uids,
     pub(crate) guests: Guests,
     pub(crate) reports: Mutex<BTreeMap<VmId, v1::VmReport>>,
+    pub(crate) peers: Peers,
 }
 
 impl Host {

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dial::{self, DialError};
 use crate::host::unix_now;
-use crate::tls::{Material, joining_config};
+use crate::tls::{Material, TlsError, joining_config};
 
 /// What `godwit host join` is given.
 #[derive(Debug)]
@@ -33,6 +33,8 @@ pub struct JoinOptions {
     pub state_dir: PathBuf,
     /// The token's text. Secret.
     pub token: String,
+    /// Whether this host has joined before: it gets a new key and certificate, and keeps its journal and its VMs.
+    pub rejoin: bool,
 }
 
 /// Why a host did not join.
@@ -44,6 +46,9 @@ pub enum JoinError {
     /// This host has joined before.
     #[error("this state directory already belongs to host {0}")]
     Joined(Name),
+    /// An agent runs with the state.
+    #[error("the agent of this host runs")]
+    Running,
     /// The controller could not be reached, or is not the one the token is for.
     #[error("cannot reach the controller: {0}")]
     Dial(#[source] DialError),
@@ -74,7 +79,10 @@ impl JoinError {
                 Refusal::new(ErrorCode::TokenInvalid, self.to_string()).hint("make a new one with `godwit host token`")
             }
             Self::Joined(_) => Refusal::new(ErrorCode::NameTaken, self.to_string())
-                .hint("start `godwit agent` with it, or choose another --state-dir"),
+                .hint("start `godwit agent` with it; `--rejoin` renews its certificate under the same name; or choose another --state-dir"),
+            Self::Running => Refusal::new(ErrorCode::InUse, self.to_string())
+                .hint("stop it first; its VMs run on")
+                .retry(Retry::Safe),
             Self::Dial(error) if error.is_unreachable() => Refusal::new(ErrorCode::HostDown, self.to_string())
                 .hint("check address and port, and that `godwit serve` runs there")
                 .retry(Retry::Safe),
@@ -131,17 +139,23 @@ impl Identity {
         self.material.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// How long until the certificate should be renewed: half of its life; at once when that cannot be told.
+    /// How long until the certificate should be renewed; at once when that cannot be told.
     pub(crate) fn renewal_due(&self) -> Duration {
         let due = || {
             let chain = self.material().chain().ok()?;
-            let (_, certificate) = x509_parser::parse_x509_certificate(chain.first()?).ok()?;
-            let validity = certificate.validity();
-            let half = (validity.not_before.timestamp() + validity.not_after.timestamp()) / 2;
+            let leaf = chain.first()?;
+            let (begins, ends) = validity(leaf)?;
+            let seed = blake3::hash(leaf);
+            let moment = decide_renewal(begins, ends, *seed.as_bytes().first_chunk()?);
             let now = i64::try_from(unix_now().get() / 1_000).ok()?;
-            Some(Duration::from_secs(u64::try_from(half - now).unwrap_or(0)))
+            Some(Duration::from_secs(u64::try_from(moment - now).unwrap_or(0)))
         };
         due().unwrap_or_default()
+    }
+
+    /// From when to when the certificate is good, in seconds since 1970.
+    pub(crate) fn validity(&self) -> Option<(i64, i64)> {
+        validity(self.material().chain().ok()?.first()?)
     }
 
     /// Gets a new certificate for a new key over a connection that the old one opened, and keeps it.
@@ -149,6 +163,8 @@ impl Identity {
         let (key, signing_request) = signing_request(&self.name)?;
         let reply = client.renew(RenewRequest { signing_request }).await?.into_inner();
         let material = Material { certificate: reply.certificate, key, authority: self.material().authority };
+        // One that this host could not show would lock it out.
+        material.client_config()?;
         write_pair(&self.dir, &material.certificate, &material.key)?;
         *self.material.lock().unwrap_or_else(PoisonError::into_inner) = material;
         Ok(())
@@ -162,20 +178,38 @@ pub(crate) enum RenewError {
     Key(#[from] rcgen::Error),
     #[error("the controller refused: {0}")]
     Refused(#[from] tonic::Status),
+    #[error("the controller gave a certificate that cannot be used")]
+    Unusable(#[from] TlsError),
     #[error("cannot keep it")]
     Write(#[from] io::Error),
 }
 
-/// Joins the cluster: the secret is said only to a controller whose authority has the token's fingerprint.
+fn validity(certificate: &[u8]) -> Option<(i64, i64)> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    Some((certificate.validity().not_before.timestamp(), certificate.validity().not_after.timestamp()))
+}
+
+/// When a certificate is renewed: when half of its life is over, and up to a tenth of its life later, by `seed`, so that hosts that joined
+/// together do not come together.
+fn decide_renewal(begins: i64, ends: i64, seed: [u8; 4]) -> i64 {
+    let life = ends.saturating_sub(begins).max(0);
+    let share = i64::from(u32::from_le_bytes(seed) % 1_000);
+    begins.saturating_add(life / 2).saturating_add(life / 10 / 1_000 * share)
+}
+
+/// Joins the cluster, or joins it again: the secret is said only to a controller whose authority has the token's fingerprint.
 ///
 /// # Errors
-/// [`JoinError`]; nothing is left in the state directory then.
+/// [`JoinError`]; nothing of it is left in the state directory then, and an identity of before is as it was.
 pub async fn join(options: JoinOptions) -> Result<Name, JoinError> {
     let token: JoinToken = options.token.parse()?;
     let dir = options.state_dir.join("identity");
-    if let Ok(identity) = Identity::load(&options.state_dir) {
-        return Err(JoinError::Joined(identity.name));
+    let known = Identity::load(&options.state_dir).ok().map(|identity| identity.name);
+    if let Some(name) = known.filter(|name| !options.rejoin || *name != options.name) {
+        return Err(JoinError::Joined(name));
     }
+    // An agent that runs would go on with the old key.
+    let _lock = if options.rejoin { Some(lock_state(&options.state_dir)?) } else { None };
     let (key, signing_request) = signing_request(&options.name).map_err(JoinError::Key)?;
     let channel = dial::dial(&options.controller, joining_config(token.authority.clone())).await.map_err(JoinError::Dial)?;
     let request = JoinRequest {
@@ -186,6 +220,11 @@ pub async fn join(options: JoinOptions) -> Result<Name, JoinError> {
     };
     let reply =
         LinkClient::new(channel).join(request).await.map_err(|status| JoinError::Refused(refusal_of(&status)))?.into_inner();
+    let material = Material { certificate: reply.certificate.clone(), key: key.clone(), authority: reply.authority.clone() };
+    if !material.is_of(&token.authority) || material.client_config().is_err() {
+        let refusal = Refusal::new(ErrorCode::CertificateRefused, "the controller gave a certificate that cannot be used");
+        return Err(JoinError::Refused(refusal.hint("agent and controller must be of compatible versions")));
+    }
 
     let failed = |path: &Path| {
         let path = path.to_owned();
@@ -201,6 +240,16 @@ pub async fn join(options: JoinOptions) -> Result<Name, JoinError> {
         write_secret(&path, text).map_err(failed(&path))?;
     }
     Ok(options.name)
+}
+
+fn lock_state(state_dir: &Path) -> Result<fs::File, JoinError> {
+    let failed = |source| JoinError::Write { path: state_dir.to_owned(), source };
+    crate::host::private_dir(state_dir, None).map_err(failed)?;
+    match crate::lock(state_dir) {
+        Ok(lock) => Ok(lock),
+        Err(crate::AgentError::Dir { path, source }) => Err(JoinError::Write { path, source }),
+        Err(_) => Err(JoinError::Running),
+    }
 }
 
 fn signing_request(name: &Name) -> Result<(String, String), rcgen::Error> {
@@ -219,5 +268,10 @@ fn write_secret(path: &Path, text: &str) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
-    fs::rename(beside, path)
+    fs::rename(beside, path)?;
+    // The controller forgets the old key once the new one is used: the new one must be here to stay.
+    fs::File::open(path.parent().unwrap_or_else(|| Path::new(".")))?.sync_all()
 }
+
+#[cfg(test)]
+mod tests;

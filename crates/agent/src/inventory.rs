@@ -1,21 +1,15 @@
 //! What this host is: asked of QEMU as a VM's own user, and of the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
-use std::time::Duration;
 
-use godwit_model::{Accelerator, Bytes, HostCondition, HostFacts, HugePages, PoolFacts, VmId};
+use godwit_model::{Bytes, HostCondition, HostFacts, HugePages, PoolFacts, VmId};
 use godwit_qemu::Launcher;
-use godwit_qemu::accel::{self, ProbeCommand};
-use godwit_qemu::capabilities::{self, HostCapabilities, Interview, InterviewError, Support};
-use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
+use godwit_qemu::capabilities::InterviewError;
 
 use crate::AgentOptions;
+use crate::check::{self, Finding};
 use crate::firmware::Flash;
 use crate::journal::{Holding, VmRecord};
-
-/// QEMU under TCG on a loaded machine takes seconds to load; a hanging one must not hang the agent.
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// Takes the inventory.
 pub(crate) async fn take(
@@ -24,31 +18,14 @@ pub(crate) async fn take(
     pools: Vec<PoolFacts>,
     mut conditions: Vec<HostCondition>,
 ) -> Result<HostFacts, InterviewError> {
-    let probe = accel::probe(&ProbeCommand::godwit("/proc/self/exe".into())).await;
     if options.unprivileged_userfaultfd
         && let Err(error) = std::fs::write("/proc/sys/vm/unprivileged_userfaultfd", "1")
     {
         tracing::warn!(%error, "vm.unprivileged_userfaultfd could not be set");
     }
-    let interview = Interview {
-        binary: options.qemu.clone(),
-        accelerator: probe.accelerator,
-        uid: options.uid_base,
-        gid: options.uid_base,
-        working_dir: "/".into(),
-        limit: LIMIT,
-    };
-    let qemu = capabilities::interview(launcher, &interview).await?;
-    if probe.accelerator == Accelerator::Tcg {
-        conditions.push(HostCondition {
-            name: "accelerator".into(),
-            message: format!("VMs are emulated, slowly: {}", probe.reason),
-            fix: "enable virtualisation in the firmware (or nested virtualisation in the hypervisor) and load kvm_intel or kvm_amd"
-                .into(),
-        });
-    }
-    userfault_conditions(&qemu, &mut conditions);
-    cgroup_conditions(options, &mut conditions);
+    let (probe, qemu) = check::ask_qemu(options, launcher).await;
+    conditions.extend(check::of_qemu(&probe, &qemu).into_iter().filter_map(Finding::condition));
+    let qemu = qemu?;
     let machines = qemu.machines.iter().map(|machine| machine.name.clone()).collect();
     Ok(HostFacts {
         agent: env!("CARGO_PKG_VERSION").into(),
@@ -67,36 +44,6 @@ pub(crate) async fn take(
         numa_nodes: numa_nodes(),
         conditions,
     })
-}
-
-/// Post-copy and RAM snapshots are refused where QEMU may not use userfaultfd as the VM's own user.
-fn userfault_conditions(qemu: &HostCapabilities, conditions: &mut Vec<HostCondition>) {
-    for (what, support) in [("post-copy", &qemu.postcopy), ("RAM snapshots", &qemu.background_snapshot)] {
-        if let Support::No { reason, fix } = support {
-            let name = format!("userfaultfd_{}", if what == "post-copy" { "postcopy" } else { "snapshot" });
-            conditions.push(HostCondition { name, message: format!("{what} is refused: {reason}"), fix: fix.clone() });
-        }
-    }
-}
-
-/// Tries a cgroup with limits and tells which of them this host cannot keep.
-fn cgroup_conditions(options: &AgentOptions, conditions: &mut Vec<HostCondition>) {
-    const FIX: &str = "boot with cgroup v2 alone (systemd.unified_cgroup_hierarchy=1) so that all controllers are there";
-    let tried = cgroup::hierarchy().and_then(|root| {
-        let (group, unapplied) =
-            VmCgroup::create(&root.join(Path::new(&options.cgroup)), "probe", CgroupLimits::for_ram(Bytes::GIB))?;
-        group.remove(Duration::from_secs(1))?;
-        Ok(unapplied)
-    });
-    let message = match tried {
-        Ok(unapplied) if unapplied.is_empty() => return,
-        Ok(unapplied) => {
-            let limits: Vec<String> = unapplied.iter().map(|limit| format!("{} ({})", limit.limit, limit.reason)).collect();
-            format!("limits of VMs that this host cannot keep: {}", limits.join(", "))
-        }
-        Err(error) => format!("VMs have no cgroup: {error}"),
-    };
-    conditions.push(HostCondition { name: "cgroup_limits".into(), message, fix: FIX.into() });
 }
 
 /// Sizes of huge pages of which this host has set some aside.

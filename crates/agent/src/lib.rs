@@ -5,6 +5,7 @@
 //! releases. Start with [`vm`](self) actors in `vm.rs`, then `session.rs`.
 
 pub mod carry;
+pub mod check;
 mod console;
 mod dial;
 mod firmware;
@@ -14,6 +15,7 @@ mod identity;
 mod inventory;
 mod journal;
 mod network;
+mod peers;
 mod seed;
 mod session;
 mod storage;
@@ -157,6 +159,7 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
         uids,
         guests: Guests::default(),
         reports: Mutex::default(),
+        peers: peers::Peers::default(),
     });
     let vms = Registry::begin(Arc::clone(&host), records.into_values());
     let (fleet, changes) = watch::channel(FleetNetworks::default());

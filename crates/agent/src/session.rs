@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use godwit_link::status::refusal_of;
 use godwit_link::v1::agent_message::Body;
 use godwit_link::v1::command::Action;
 use godwit_link::v1::controller_message::Body as FromController;
@@ -20,8 +21,10 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Channel;
 
+use crate::check::{self, Finding};
 use crate::dial::{self, DialError};
 use crate::host::{SharedHost, ended_message, unix_now};
+use crate::identity::RenewError;
 use crate::network::FleetNetworks;
 use crate::tls::TlsError;
 use crate::vm::{Answer, Registry, VmCommand};
@@ -41,6 +44,8 @@ enum SessionError {
     Tls(#[from] TlsError),
     #[error("the controller ended the session: {}", .0.message())]
     Status(#[from] tonic::Status),
+    #[error("the host's certificate has ended and was not renewed")]
+    Renew(#[from] RenewError),
     #[error("the controller closed the session")]
     Closed,
     #[error("the controller's first message is no welcome")]
@@ -97,7 +102,15 @@ impl Sessions {
         let mut client = LinkClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
         let (sender, receiver) = mpsc::unbounded_channel();
         let _ = sender.send(AgentMessage { body: Some(Body::Hello(self.hello().await?)) });
-        let mut inbound = client.attend(UnboundedReceiverStream::new(receiver)).await?.into_inner();
+        let mut inbound = match client.attend(UnboundedReceiverStream::new(receiver)).await {
+            // By the controller's clock, which counts. The next session shows the new one.
+            Err(status) if refusal_of(&status).code == ErrorCode::CertificateExpired => {
+                self.host.identity.renew(&mut client).await?;
+                tracing::info!("the host's certificate had ended and was renewed");
+                return Ok(());
+            }
+            attended => attended?.into_inner(),
+        };
         let Some(FromController::Welcome(welcome)) = inbound.message().await?.and_then(|message| message.body) else {
             return Err(SessionError::NoWelcome);
         };
@@ -124,7 +137,7 @@ impl Sessions {
                     None => return Err(SessionError::Closed),
                 },
                 _ = heartbeat.tick() => {
-                    self.host.controller.send(Body::Heartbeat(v1::Heartbeat { load: encode(&self.host.load().await) }));
+                    self.host.controller.send(Body::Heartbeat(v1::Heartbeat { load: encode(&self.host.load().await), unix_ms: unix_now().0 }));
                 }
                 () = &mut renewal => return Err(SessionError::Closed),
             }
@@ -133,18 +146,23 @@ impl Sessions {
 
     async fn hello(&self) -> Result<v1::Hello, SessionError> {
         let load = encode(&self.host.load().await);
+        // Looked at anew: a clock that was out of step when the host booted may be in step by now.
+        let options = self.host.options.clone();
+        let standing = tokio::task::spawn_blocking(move || check::standing(&options)).await.unwrap_or_default();
+        let mut facts = self.host.facts.clone();
+        facts.conditions.extend(standing.into_iter().filter_map(Finding::condition));
         let reports = self.host.reports.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(v1::Hello {
             protocol: PROTOCOL,
             address: self.host.identity.address.to_string(),
-            facts: encode(&self.host.facts),
+            facts: encode(&facts),
             load,
             vms: reports.values().cloned().collect(),
             epoch: self.host.journal.epoch()?.0,
         })
     }
 
-    /// Renews this host's certificate when half of its life is over; the next session uses it. Ends when there is a new one.
+    /// Renews this host's certificate when half of its life is over and a little more; the next session uses it. Ends when there is a new one.
     async fn renewal(&self, mut client: LinkClient<Channel>) {
         loop {
             let wait = self.host.identity.renewal_due();
@@ -163,10 +181,13 @@ impl Sessions {
     fn on_message(self: &Arc<Self>, body: FromController, epoch: Epoch) {
         match body {
             FromController::Command(command) => self.on_command(command, epoch),
-            FromController::Fleet(fleet) => match networks(&self.host, fleet) {
-                Ok(networks) => drop(self.fleet.send_replace(networks)),
-                Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "the fleet is malformed"),
-            },
+            FromController::Fleet(fleet) => {
+                self.host.peers.set(&fleet.members);
+                match networks(&self.host, fleet) {
+                    Ok(networks) => drop(self.fleet.send_replace(networks)),
+                    Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "the fleet is malformed"),
+                }
+            }
             FromController::Peer(peer) => {
                 let this = Arc::clone(self);
                 tokio::spawn(async move {

@@ -30,6 +30,7 @@ use godwit_model::{Bytes, ErrorCode, HostCondition, Name, PoolFacts, Refusal, Vo
 use godwit_qemu::Launcher;
 
 pub(crate) use image::{CachedImage, ImageCache};
+pub(crate) use locks::locks_hold;
 use place::Place;
 
 /// A pool as the administrator declares it.

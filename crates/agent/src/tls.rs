@@ -47,6 +47,11 @@ impl Material {
         Ok(roots)
     }
 
+    /// Whether the authority is the one with this fingerprint.
+    pub(crate) fn is_of(&self, authority: &str) -> bool {
+        CertificateDer::from_pem_slice(self.authority.as_bytes()).is_ok_and(|root| fingerprint(&root) == authority)
+    }
+
     /// How this host dials the controller.
     pub(crate) fn client_config(&self) -> Result<rustls::ClientConfig, TlsError> {
         let mut config = rustls::ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])

@@ -201,9 +201,9 @@ impl Client {
         self.get(&format!("/hosts/{}", segment(host))).await
     }
 
-    /// Removes a host that is gone for good; its certificate is refused from then on.
-    pub async fn delete_host(&self, host: &Name) -> Result<()> {
-        self.send(self.request(Method::DELETE, &format!("/hosts/{}", segment(host)))).await.map(|_| ())
+    /// Removes a host; its certificate is refused from then on. With `force` also one with VMs, which are not taken for dead.
+    pub async fn delete_host(&self, host: &Name, force: bool) -> Result<()> {
+        self.send(self.request(Method::DELETE, &format!("/hosts/{}?force={force}", segment(host)))).await.map(|_| ())
     }
 
     /// A one-time token with which `host` can join.

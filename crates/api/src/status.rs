@@ -9,7 +9,7 @@ pub const fn http_status(code: ErrorCode) -> u16 {
     match code {
         E::BadRequest | E::NameInvalid | E::SpecInvalid => 400,
         E::Unauthenticated | E::TokenInvalid | E::TokenUsed | E::TokenExpired => 401,
-        E::NotPermitted | E::CertificateRefused | E::NotGranted => 403,
+        E::NotPermitted | E::CertificateRefused | E::CertificateExpired | E::NotGranted => 403,
         E::NotFound => 404,
         E::NameTaken
         | E::RevisionConflict

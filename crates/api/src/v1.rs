@@ -477,6 +477,9 @@ pub struct JoinTokenCreate {
     /// How long it can be used; one hour by default, at most a day.
     #[serde(default)]
     pub lifetime: Option<Millis>,
+    /// For a host that has joined before and lost its key, or let its certificate end: it gets a new key and keeps its VMs.
+    #[serde(default)]
+    pub rejoin: bool,
 }
 
 /// A new join token; it is never shown again.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{completions, context, event, host, image, lab, network, pool, task, team, token, vm};
+use crate::commands::{cluster, completions, context, event, host, image, lab, network, pool, task, team, token, vm};
 use crate::daemon::{agent, serve};
 use crate::output::OutputArgs;
 
@@ -15,6 +15,7 @@ Virtual machines:
   image        Kernels, initial ramdisks and disks to boot or copy from
 
 Where they run:
+  cluster      The cluster's own authority, on the controller's machine
   host         Hosts, and how they join
   pool         Where volumes are kept
   network      Layer-2 networks of VMs across hosts
@@ -56,6 +57,8 @@ pub(crate) enum Command {
     Vm(Noun<vm::Verb>),
     /// Kernels, initial ramdisks and disks to boot or copy from
     Image(Noun<image::Verb>),
+    /// The cluster's own authority, on the controller's machine
+    Cluster(cluster::ClusterArgs),
     /// Hosts, and how they join
     Host(host::HostArgs),
     /// Where volumes are kept

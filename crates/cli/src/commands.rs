@@ -1,5 +1,6 @@
 //! One file per noun: help texts, arguments, and the glue to the client.
 
+pub(crate) mod cluster;
 pub(crate) mod completions;
 pub(crate) mod context;
 pub(crate) mod event;

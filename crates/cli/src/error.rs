@@ -67,6 +67,7 @@ impl Exit {
             | E::TokenUsed
             | E::TokenExpired
             | E::CertificateRefused
+            | E::CertificateExpired
             | E::NotGranted
             | E::GenerationStale
             | E::TooLate
@@ -131,6 +132,12 @@ pub(crate) enum Failure {
         done: String,
         /// How to do the rest.
         hint: String,
+    },
+    /// This machine cannot be a host, as was said.
+    #[error("{failed} of the findings keep this machine from being a host")]
+    Unfit {
+        /// How many.
+        failed: usize,
     },
     /// A daemon could not begin, or ended by itself.
     #[error(transparent)]
@@ -225,7 +232,9 @@ impl Failure {
             },
             // Whoever read has had enough, as `head` does.
             Self::Output(source) if source.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
-            Self::Guest { .. } | Self::Daemon(_) | Self::Output(_) | Self::Terminal(_) | Self::Runtime(_) => Exit::Failed,
+            Self::Guest { .. } | Self::Unfit { .. } | Self::Daemon(_) | Self::Output(_) | Self::Terminal(_) | Self::Runtime(_) => {
+                Exit::Failed
+            }
         }
     }
 

@@ -49,6 +49,7 @@ fn install_crypto() {
 
 fn run_command(command: Command) -> Result<(), Failure> {
     match command {
+        Command::Cluster(noun) => commands::cluster::run(noun),
         Command::Host(noun) => commands::host::run(noun),
         Command::Pool(noun) => online(noun, commands::pool::run),
         Command::Network(noun) => online(noun, commands::network::run),

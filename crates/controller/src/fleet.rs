@@ -32,15 +32,17 @@ impl Fleet {
     }
 
     async fn compute(&self) -> Result<v1::Fleet, Fault> {
-        let hosts: HashMap<Name, String> = self
-            .db
-            .all::<HostRow>()
-            .await?
-            .into_iter()
-            .map(|host| (host.row.name.clone(), address_of(&host.row, &self.hub)))
+        let rows = self.db.all::<HostRow>().await?;
+        let hosts: HashMap<Name, String> =
+            rows.iter().map(|host| (host.row.name.clone(), address_of(&host.row, &self.hub))).collect();
+        let mut members: Vec<_> = rows
+            .iter()
+            .map(|host| v1::Member {
+                host: host.row.name.to_string(),
+                address: address_of(&host.row, &self.hub),
+                keys: host.row.keys.clone(),
+            })
             .collect();
-        let mut members: Vec<_> =
-            hosts.iter().map(|(host, address)| v1::Member { host: host.to_string(), address: address.clone() }).collect();
         members.sort_by(|a, b| a.host.cmp(&b.host));
         let mut locations = Vec::new();
         for vm in self.db.all::<VmRow>().await? {

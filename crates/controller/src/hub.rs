@@ -29,6 +29,8 @@ pub(crate) struct Presence {
     pub(crate) facts: Arc<HostFacts>,
     /// Its last heartbeat.
     pub(crate) load: HostLoad,
+    /// Its clock less ours, in milliseconds, by its last heartbeat.
+    pub(crate) skew: Option<i64>,
 }
 
 /// What an agent answered to a command.
@@ -63,6 +65,8 @@ struct Inner {
     numbers: u64,
     /// Console sessions that an agent was asked for, by session id.
     awaited: HashMap<String, (Name, oneshot::Sender<ConsoleStream>)>,
+    /// What ends when a host is removed, beside its session.
+    expelled: HashMap<Name, CancellationToken>,
     /// VMs whose console is open.
     consoles: HashMap<VmId, String>,
     /// What guests last said of themselves, and through which host.
@@ -172,10 +176,11 @@ impl Hub {
     }
 
     /// Notes a heartbeat.
-    pub(crate) fn set_load(&self, host: &Name, number: u64, load: HostLoad) {
+    pub(crate) fn set_load(&self, host: &Name, number: u64, load: HostLoad, skew: Option<i64>) {
         let mut inner = self.lock();
         if let Some(session) = inner.sessions.get_mut(host).filter(|session| session.number == number) {
             session.presence.load = load;
+            session.presence.skew = skew;
         }
     }
 
@@ -193,6 +198,31 @@ impl Hub {
     /// What a guest last said of itself through `host`.
     pub(crate) fn guest(&self, host: &Name, vm: VmId) -> Option<GuestFacts> {
         self.lock().guests.get(&vm).filter(|(through, _)| through == host).map(|(_, facts)| facts.clone())
+    }
+
+    /// Ends when the host is removed from the cluster.
+    pub(crate) fn expelled(&self, host: &Name) -> CancellationToken {
+        self.lock().expelled.entry(host.clone()).or_default().clone()
+    }
+
+    /// The host is no longer of the cluster, or has another key: its session and every stream of it end.
+    pub(crate) fn expel(&self, host: &Name) {
+        let mut inner = self.lock();
+        if let Some(expelled) = inner.expelled.remove(host) {
+            expelled.cancel();
+        }
+        inner.awaited.retain(|_, (expected, _)| expected != host);
+        if let Some(session) = inner.sessions.remove(host) {
+            session.closed.cancel();
+            inner.since.insert(host.clone(), clock::now());
+            self.announce();
+        }
+    }
+
+    /// Passes on what one agent says to another, unless that one is behind with reading already: no host can end another's session by talking.
+    pub(crate) fn relay(&self, host: &Name, peer: v1::Peer) -> bool {
+        let room = self.lock().sessions.get(host).is_some_and(|session| session.sender.capacity() > QUEUE / 2);
+        room && self.send(host, v1::controller_message::Body::Peer(peer))
     }
 
     /// Sends a message to a host; says whether it is on its way.

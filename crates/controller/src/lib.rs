@@ -7,6 +7,7 @@
 pub mod options;
 
 mod authority;
+mod ca;
 mod checks;
 mod clock;
 mod db;
@@ -29,6 +30,8 @@ mod views;
 #[cfg(test)]
 mod tests;
 
+pub use authority::{AuthorityError, AuthorityView, SealError};
+pub use ca::AuthorityPlace;
 pub use images::{Converter, FetchRules};
 pub use options::{LogFormat, ServeOptions};
 pub use server::{Controller, ServeError, serve};

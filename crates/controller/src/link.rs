@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::Stream;
 use godwit_link::status::status_of;
 use godwit_link::{MAX_CHUNK, MAX_MESSAGE, convert, v1};
-use godwit_model::{ErrorCode, ImageId, Name, Refusal, VmRequest};
+use godwit_model::{ErrorCode, ImageId, Name, Refusal, UnixMillis, VmRequest};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -17,7 +17,8 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::authority::{Authority, host_of, key_of};
+use crate::authority::{Authority, GRACE, host_of, key_of, validity_of};
+use crate::clock;
 use crate::db::{Batch, Db, Fault, retry};
 use crate::fleet::Fleet;
 use crate::hub::{ConsoleStream, Hub};
@@ -54,10 +55,20 @@ pub(crate) struct LinkServer {
 pub(crate) struct Peer {
     host: Name,
     key: String,
+    /// When its certificate ends. One that has ended gets this far within its grace, and is good for Renew only.
+    ends: UnixMillis,
 }
 
 fn certificate_refused(message: &str) -> Refusal {
-    Refusal::new(ErrorCode::CertificateRefused, message).hint("join the host anew: `godwit host token`, then `godwit host join`")
+    Refusal::new(ErrorCode::CertificateRefused, message)
+        .hint("join the host anew: `godwit host token`, then `godwit host join`; with --rejoin on both if it is still listed")
+}
+
+fn certificate_expired(ends: UnixMillis) -> Refusal {
+    let (ends, days) = (clock::readable(ends), GRACE.as_secs() / 86_400);
+    Refusal::new(ErrorCode::CertificateExpired, format!("the host's certificate ended at {ends}")).hint(format!(
+        "its agent renews it by itself for {days} days; later: `godwit host token NAME --rejoin`, then `godwit host join --rejoin`"
+    ))
 }
 
 fn status(fault: Fault) -> Status {
@@ -69,15 +80,24 @@ fn peer_of<T>(request: &Request<T>) -> Result<Peer, Status> {
     let certificates = info.and_then(TlsConnectInfo::peer_certs);
     let leaf = certificates.as_ref().and_then(|certificates| certificates.first());
     let leaf = leaf.ok_or_else(|| status_of(&certificate_refused("the agent shows no certificate")))?;
-    match (host_of(leaf), key_of(leaf)) {
-        (Some(host), Some(key)) => Ok(Peer { host, key }),
+    match (host_of(leaf), key_of(leaf), validity_of(leaf)) {
+        (Some(host), Some(key), Some((_, ends))) => Ok(Peer { host, key, ends }),
         _ => Err(status_of(&certificate_refused("the certificate is not a host's"))),
     }
 }
 
 impl LinkServer {
-    /// The host that speaks, if it is still one of the cluster and this is its key.
+    /// The host that speaks, if it is still one of the cluster, this is its key, and its certificate has not ended.
     async fn member(&self, peer: &Peer) -> Result<HostRow, Fault> {
+        let row = self.known(peer).await?;
+        if peer.ends < clock::now() {
+            return Err(certificate_expired(peer.ends).into());
+        }
+        Ok(row)
+    }
+
+    /// The host that speaks, if it is still one of the cluster and this is its key.
+    async fn known(&self, peer: &Peer) -> Result<HostRow, Fault> {
         let row = self.db.find::<HostRow>(peer.host.as_str()).await?;
         let row = row.filter(|row| row.row.keys.contains(&peer.key));
         let row = row.ok_or_else(|| {
@@ -90,7 +110,10 @@ impl LinkServer {
     async fn needs_image(&self, host: &Name, image: ImageId) -> Result<bool, Fault> {
         let vms = self.db.all::<VmRow>().await?;
         let needed = vms.iter().any(|vm| {
-            let concerned = vm.row.host.as_ref() == Some(host) || vm.row.pending.as_ref().is_some_and(|p| p.destination == *host);
+            // One that only stopped there needs nothing of it: its next start is a new grant, perhaps elsewhere.
+            let starting = vm.row.activity.is_some_and(|activity| activity.request == VmRequest::Start);
+            let here = vm.row.host.as_ref() == Some(host) && (starting || vm.row.has_process());
+            let concerned = here || vm.row.pending.as_ref().is_some_and(|p| p.destination == *host);
             concerned && vm.row.resolved.as_ref().is_some_and(|spec| spec.images().any(|needed| needed.id == image))
         });
         if needed {
@@ -125,6 +148,10 @@ impl v1::link_server::Link for LinkServer {
         self.renew_host(&peer, &request.get_ref().signing_request).await.map(Response::new).map_err(status)
     }
 
+    async fn clock(&self, _request: Request<v1::ClockRequest>) -> Result<Response<v1::ClockReply>, Status> {
+        Ok(Response::new(v1::ClockReply { unix_ms: clock::now().0 }))
+    }
+
     async fn attend(&self, request: Request<Streaming<v1::AgentMessage>>) -> Result<Response<Self::AttendStream>, Status> {
         let peer = peer_of(&request)?;
         let host = self.member(&peer).await.map_err(status)?;
@@ -137,7 +164,7 @@ impl v1::link_server::Link for LinkServer {
             });
             forgotten.map_err(status)?;
         }
-        let stream = self.begin_attendance(host.name, request.into_inner());
+        let stream = self.begin_attendance(peer, request.into_inner());
         Ok(Response::new(Box::pin(stream)))
     }
 
@@ -151,8 +178,12 @@ impl v1::link_server::Link for LinkServer {
             return Err(status_of(&Refusal::new(ErrorCode::NotGranted, "no VM granted to this host needs that image")));
         }
         let mut file = self.images.open(id).await.map_err(|refusal| status_of(&refusal))?;
+        let expelled = self.hub.expelled(&host);
         let stream = async_stream::try_stream! {
             loop {
+                if expelled.is_cancelled() {
+                    Err(status_of(&certificate_refused("the host was removed from the cluster")))?;
+                }
                 let mut data = vec![0_u8; MAX_CHUNK];
                 let count = file.read(&mut data).await.map_err(|error| Status::internal(format!("the image cannot be read: {error}")))?;
                 if count == 0 {
@@ -172,6 +203,7 @@ impl v1::link_server::Link for LinkServer {
         let (to_guest, typed) = mpsc::channel(64);
         let (output, from_guest) = mpsc::channel(64);
         let hub = self.hub.clone();
+        let expelled = self.hub.expelled(&host);
         // The answer's headers must not wait for the first chunk: an agent may wait for them before it sends it.
         self.tracker.spawn({
             let stop = self.stop.clone();
@@ -193,6 +225,7 @@ impl v1::link_server::Link for LinkServer {
                     let message = tokio::select! {
                         message = inbound.message() => message,
                         () = output.closed() => return,
+                        () = expelled.cancelled() => return,
                         () = stop.cancelled() => return,
                     };
                     next = message.ok().flatten().map(|chunk| chunk.data);

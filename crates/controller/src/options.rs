@@ -23,6 +23,8 @@ pub enum LogFormat {
 pub struct ServeOptions {
     /// Store, authority, images and the administrator's token. Made with mode 0700 if missing.
     pub data_dir: PathBuf,
+    /// The file of the secret that the authority's keys are sealed with; made if missing. Beside the data directory by default.
+    pub authority_secret: Option<PathBuf>,
     /// Where users are listened to, unless the socket named `api` was handed over.
     pub api_listen: SocketAddr,
     /// Where agents are listened to, unless the socket named `link` was handed over.
@@ -41,6 +43,8 @@ pub struct ServeOptions {
     pub fetch: FetchRules,
     /// How often agents say that they are there; a host that missed three is disconnected.
     pub heartbeat: Duration,
+    /// How long a host's certificate is good for.
+    pub host_lifetime: Duration,
     /// How many changes the log keeps for those who watch events.
     pub log_kept: u64,
     /// Largest size of the store, in pages of 4 KiB; none by default.
@@ -53,6 +57,7 @@ impl ServeOptions {
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self {
             data_dir: data_dir.into(),
+            authority_secret: None,
             api_listen: SocketAddr::from(([127, 0, 0, 1], 7443)),
             link_listen: SocketAddr::from(([0, 0, 0, 0], 7444)),
             advertise: Vec::new(),
@@ -62,6 +67,7 @@ impl ServeOptions {
             converter: Converter::default(),
             fetch: FetchRules::default(),
             heartbeat: Duration::from_secs(2),
+            host_lifetime: crate::authority::HOST_LIFETIME,
             log_kept: 100_000,
             store_pages: None,
         }

@@ -14,6 +14,8 @@ use crate::hub::Hub;
 use crate::rows::{Ended, MigrateWork, TaskRow, VmRow, Work};
 use crate::tasks::Tasks;
 
+/// Longest message from one agent to the other. Theirs have some hundred bytes.
+const MAX_PEER: usize = 64 << 10;
 /// Text of hosts that is kept.
 const DETAIL: usize = 500;
 
@@ -67,8 +69,15 @@ impl Reports {
                 return Ok(Ok((!wanted).then_some(granted.task)));
             }
             let newest = generation > vm.row.generation || (generation == vm.row.generation && vm.row.host.as_ref() == Some(host));
+            if report.holding() == v1::Holding::Released && newest && !vm.row.released {
+                vm.row.released = true;
+                self.db.commit(Batch::default().update(&vm)).await?;
+            }
             if report.holding() != v1::Holding::Owner || !newest {
                 return Ok(Ok(None));
+            }
+            if !may_claim(&vm.row, host, generation) {
+                return Ok(Err("a generation whose move has ended without it"));
             }
             let before = vm.row.clone();
             take_over(&mut vm.row, host, generation);
@@ -97,10 +106,10 @@ impl Reports {
     }
 
     /// VMs that run on a host as far as we know, and of which it has said nothing.
-    pub(crate) async fn missing(&self, host: &Name, told: &HashSet<String>) -> Result<(), Fault> {
+    pub(crate) async fn missing(&self, host: &Name, told: &HashSet<VmId>) -> Result<(), Fault> {
         for vm in self.db.all::<VmRow>().await? {
             let here = vm.row.host.as_ref() == Some(host) && vm.row.has_process() && vm.row.activity.is_none();
-            if !here || told.contains(&vm.row.id.to_string()) {
+            if !here || told.contains(&vm.row.id) {
                 continue;
             }
             tracing::warn!(%host, vm = %vm.row.name, "the host's journal does not know a VM that runs there");
@@ -181,6 +190,11 @@ impl Reports {
             return Ok(Err("not its side of the migration"));
         }
         let destination = work.destination.clone();
+        // Who never released says so; a destination that claims the VM all the same lies, or was shown a release that nobody gave.
+        let stayed = |said: &Ended| said.generation == ended.generation && !said.moved;
+        if !source && ended.moved && work.source_ended.as_ref().is_some_and(stayed) {
+            return Ok(Err("a VM that its source says has stayed"));
+        }
         let mut batch = Batch::default();
         let side = if source { &mut work.source_ended } else { &mut work.destination_ended };
         if ended.generation == work.generation && side.is_none() && !task.row.state.ended() {
@@ -193,6 +207,9 @@ impl Reports {
                 return Ok(Err("a generation that was never granted"));
             }
             if ended.moved && ended.generation > vm.row.generation {
+                if !may_claim(&vm.row, &destination, ended.generation) {
+                    return Ok(Err("a generation whose move has ended without it"));
+                }
                 take_over(&mut vm.row, &destination, ended.generation);
                 vm.row.set_state(RunState::Running, clock::now());
                 batch = batch.update(&vm);
@@ -224,6 +241,9 @@ impl Reports {
 
     /// A message from one agent of a migration to the other.
     pub(crate) async fn peer(&self, host: &Name, message: v1::Peer) -> Result<(), Dropped> {
+        if message.message.len() > MAX_PEER {
+            return Err(Dropped::NotGranted("a message to its peer that is longer than any"));
+        }
         let id = convert::task_id(&message.task)?;
         let to = convert::name("host", &message.host)?;
         let Some(task) = self.db.find::<TaskRow>(&id.to_string()).await? else {
@@ -235,9 +255,17 @@ impl Reports {
             return Err(Dropped::NotGranted("not between the two hosts of the migration"));
         }
         // Peers repeat what matters; one that is away is told by the carrier, or later.
-        self.hub.send(&to, Body::Peer(v1::Peer { host: host.to_string(), ..message }));
+        self.hub.relay(&to, v1::Peer { host: host.to_string(), ..message });
         Ok(())
     }
+}
+
+/// Whether `host` may say that it owns `generation`: it owns it already, it is the destination of a move that has not ended, or the owner before it
+/// says that it has released the VM. Without any of these a grant whose move has ended is of no more use.
+fn may_claim(vm: &VmRow, host: &Name, generation: Generation) -> bool {
+    generation <= vm.generation
+        || vm.released
+        || vm.pending.as_ref().is_some_and(|pending| pending.destination == *host && pending.generation == generation)
 }
 
 /// The newest generation's holder owns the VM; never an older one's.
@@ -245,6 +273,7 @@ fn take_over(vm: &mut VmRow, host: &Name, generation: Generation) {
     if generation > vm.generation {
         vm.generation = generation;
         vm.host = Some(host.clone());
+        vm.released = false;
         vm.pending.take_if(|pending| pending.generation <= generation);
     }
 }
@@ -279,6 +308,7 @@ mod tests {
             activity: None,
             resolved: None,
             waiting: vec![],
+            released: false,
         }
     }
 
@@ -308,7 +338,10 @@ mod tests {
                     1 => {
                         // Only what was granted to the host gets this far.
                         let granted = row.granted.get(&host).map_or(Generation(0), |granted| granted.generation);
-                        take_over(&mut row, &host, Generation(number).min(granted));
+                        let generation = Generation(number).min(granted);
+                        if may_claim(&row, &host, generation) {
+                            take_over(&mut row, &host, generation);
+                        }
                     }
                     _ => row.release(task),
                 }

@@ -86,6 +86,9 @@ pub(crate) struct JoinRow {
     pub(crate) hash: String,
     /// The public key (its hash) that it was used for.
     pub(crate) used: Option<String>,
+    /// Whether it is for a host that has joined before and gets a new key: what it holds stays.
+    #[serde(default)]
+    pub(crate) rejoin: bool,
 }
 
 /// A host that joined. Whether it is connected is in memory; `connected` and `since` are here so that watchers are told.
@@ -144,6 +147,9 @@ pub(crate) struct VmRow {
     /// What of `spec` takes effect at the next start.
     #[serde(default)]
     pub(crate) waiting: Vec<Waiting>,
+    /// Whether the owner of `generation` said that it has released the VM.
+    #[serde(default)]
+    pub(crate) released: bool,
 }
 
 /// A conditional grant that was not yet activated or declined.

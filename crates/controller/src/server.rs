@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
 
-use crate::authority::{Authority, AuthorityError, CONTROLLER_LIFETIME, write_durably};
+use crate::authority::{Authority, AuthorityError, AuthorityFiles, CONTROLLER_LIFETIME, write_durably};
 use crate::clock;
 use crate::db::{Batch, Db, Fault};
 use crate::fleet::Fleet;
@@ -177,7 +177,10 @@ impl Controller {
         if options.insecure_loopback && !api.ip().is_loopback() {
             return Err(ServeError::ClearText { address: api });
         }
-        let authority = Arc::new(Authority::open(dir, &options.advertise, clock::now())?);
+        let files = AuthorityFiles::new(dir, options.authority_secret.as_deref())?;
+        let authority = Authority::open(&files, &options.advertise, clock::now())?;
+        let authority = Arc::new(authority.with_host_lifetime(options.host_lifetime));
+        warn_of_end(&authority);
         let store = Arc::new(SqliteStore::open(&dir.join("store.db"), options.store_pages)?);
         let db = Db::open(store.clone() as Arc<dyn Store>).await?;
         first_start(&db, dir).await?;
@@ -259,7 +262,7 @@ impl Controller {
     }
 }
 
-fn lock(dir: &Path) -> Result<File, ServeError> {
+pub(crate) fn lock(dir: &Path) -> Result<File, ServeError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
         |source| ServeError::Data { path, source }
@@ -350,6 +353,14 @@ fn serve_api(
     Ok(())
 }
 
+/// An intermediate that ends takes every certificate with it; with the root's key away only people can sign a new one.
+fn warn_of_end(authority: &Authority) {
+    if let Some(ends) = authority.ends_soon(clock::now()) {
+        let ends = clock::readable(ends);
+        tracing::warn!(ends, "the intermediate ends soon: run `godwit cluster ca rotate-intermediate` with the root's key");
+    }
+}
+
 /// What runs beside the requests.
 fn follow(
     tracker: &TaskTracker,
@@ -384,7 +395,10 @@ fn follow(
             let now = clock::now();
             if u128::from(now.0.saturating_sub(renewed.0)) > CONTROLLER_LIFETIME.as_millis() / 2 {
                 match authority.renew(now) {
-                    Ok(()) => renewed = now,
+                    Ok(()) => {
+                        renewed = now;
+                        warn_of_end(&authority);
+                    }
                     Err(error) => {
                         tracing::error!(error = &error as &dyn std::error::Error, "the controller's certificate cannot be renewed")
                     }

@@ -4,6 +4,7 @@ mod changes;
 mod contract;
 mod events;
 mod guest;
+mod hosts;
 mod imports;
 mod joining;
 mod migrations;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use godwit_api::v1;
-use godwit_model::{Bytes, CloudInit, ErrorCode, HostFacts, Name, PoolFacts, Refusal, RunState, VmSpec};
+use godwit_model::{Bytes, CloudInit, ErrorCode, HostCondition, HostFacts, Name, PoolFacts, Refusal, RunState, VmSpec};
 use serde::Serialize;
 
 use crate::clock;
@@ -92,6 +92,24 @@ fn seed_facts(seed: &CloudInit) -> v1::SeedFacts {
     }
 }
 
+/// How far a host's clock may be off: grants and certificates have a beginning and an end.
+const MAX_SKEW: u64 = 5_000;
+
+/// The facts with what only the controller can see of a host.
+fn with_skew(mut facts: HostFacts, skew: Option<i64>) -> HostFacts {
+    if let Some(skew) = skew.filter(|skew| skew.unsigned_abs() > MAX_SKEW) {
+        let (seconds, way) = ((skew.unsigned_abs() + 500) / 1_000, if skew > 0 { "ahead of" } else { "behind" });
+        facts.conditions.push(HostCondition {
+            name: "clock_skew".into(),
+            message: format!(
+                "the host's clock is {seconds} s {way} the controller's: grants seem older or younger there than they are"
+            ),
+            fix: "let both keep time by NTP (`systemctl enable --now systemd-timesyncd`, or chrony)".into(),
+        });
+    }
+    facts
+}
+
 /// A host.
 pub(crate) fn host(stored: &Stored<HostRow>, hub: &Hub) -> v1::Host {
     let row = &stored.row;
@@ -102,7 +120,7 @@ pub(crate) fn host(stored: &Stored<HostRow>, hub: &Hub) -> v1::Host {
         address: presence.as_ref().map_or_else(|| row.address.clone(), |presence| presence.address.clone()),
         connected: presence.is_some(),
         since: hub.since(&row.name).unwrap_or(row.since),
-        facts: presence.as_ref().map(|presence| (*presence.facts).clone()).or_else(|| row.facts.clone()),
+        facts: presence.as_ref().map(|presence| with_skew((*presence.facts).clone(), presence.skew)).or_else(|| row.facts.clone()),
         load: presence.map(|presence| presence.load),
     }
 }

@@ -13,7 +13,7 @@ pub fn status_of(refusal: &Refusal) -> Status {
     let code = match refusal.code {
         E::BadRequest | E::NameInvalid | E::SpecInvalid => Code::InvalidArgument,
         E::Unauthenticated | E::TokenInvalid | E::TokenUsed | E::TokenExpired => Code::Unauthenticated,
-        E::NotPermitted | E::CertificateRefused | E::NotGranted => Code::PermissionDenied,
+        E::NotPermitted | E::CertificateRefused | E::CertificateExpired | E::NotGranted => Code::PermissionDenied,
         E::NotFound => Code::NotFound,
         E::HostDown => Code::Unavailable,
         E::StoreFull => Code::ResourceExhausted,

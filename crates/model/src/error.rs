@@ -92,6 +92,8 @@ codes! {
     TokenExpired = "token_expired",
     /// The peer's certificate is not of this cluster, or of another host.
     CertificateRefused = "certificate_refused",
+    /// The host's certificate has ended.
+    CertificateExpired = "certificate_expired",
     /// The agent spoke about a VM that is not granted to its host.
     NotGranted = "not_granted",
     /// The command carries an older generation or epoch than the agent knows.

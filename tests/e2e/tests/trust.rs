@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use anyhow::{Context, Result, ensure};
@@ -15,7 +16,7 @@ use godwit_link::status::refusal_of;
 use godwit_link::v1::agent_message::Body;
 use godwit_link::v1::link_client::LinkClient;
 use godwit_link::v1::{AgentMessage, FetchImageRequest, Hello, Holding, RunState, VmReport};
-use godwit_model::{ErrorCode, HostLoad, Millis, Name};
+use godwit_model::{ErrorCode, HostLoad, MigrationPolicy, Millis, Name};
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -50,7 +51,7 @@ fn join(cluster: &Cluster, name: &str, token: &str) -> Result<Result<(), String>
 fn a_join_token_is_good_once_for_one_host_and_for_its_time() -> Result<()> {
     let cluster = ClusterSpec::new(1)?.up()?;
     let token = |host: &str, lifetime: Option<Millis>| -> Result<String> {
-        let request = JoinTokenCreate { host: Name::new(host)?, lifetime };
+        let request = JoinTokenCreate { host: Name::new(host)?, lifetime, rejoin: false };
         Ok(cluster.ask(cluster.client().create_join_token(&request))?.token)
     };
     let refused = |proves: &str, joined: Result<(), String>, words: &str| -> Result<()> {
@@ -146,5 +147,71 @@ fn a_hosts_certificate_gets_and_says_nothing_about_another_hosts_vm() -> Result<
     cluster.lab().agent("h2")?.spawn()?;
     cluster.wait_connected("h2", true)?;
     cluster.migrate("mine", "h2")?;
+    cluster.finish()
+}
+
+/// Waits for what is so at some time.
+fn until(what: &str, mut so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let begun = Instant::now();
+    while !so()? {
+        ensure!(begun.elapsed() < Duration::from_secs(120), "it never came about: {what}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
+
+#[test]
+fn hosts_outlast_a_controller_that_is_away_for_longer_than_their_certificates() -> Result<()> {
+    const LIFE: Duration = Duration::from_secs(20);
+    let mut cluster = ClusterSpec::new(1)?.serve(&["--host-lifetime", "20s"]).up()?;
+    let guest = cluster.boot(&GuestSpec::small("stays"), "h1")?;
+    let pair: PathBuf = cluster.lab_status()?.dir.join("h1/state/identity/pair.pem");
+    let first = fs::read(&pair)?;
+    until("the agent renews in time", || Ok(fs::read(&pair)? != first))?;
+    cluster.lab().controller().crash()?;
+    let last = fs::read(&pair)?;
+    until("its certificate ends", || Ok(fs::metadata(&pair)?.modified()?.elapsed()? > LIFE + Duration::from_secs(2)))?;
+    ensure!(fs::read(&pair)? == last, "it was renewed by nobody");
+    cluster.lab().controller().spawn()?;
+    cluster.wait_connected("h1", true)?;
+    ensure!(fs::read(&pair)? != last, "it is connected with what has ended");
+    ensure!(cluster.ask(cluster.client().vm(&guest.name))?.status.state == godwit_model::RunState::Running);
+    cluster.finish()
+}
+
+#[test]
+fn a_removed_host_is_shut_out_until_it_joins_again_with_what_it_holds() -> Result<()> {
+    let mut cluster = ClusterSpec::new(2)?.up()?;
+    let guest = cluster.boot(&GuestSpec::small("kept"), "h2")?;
+    let (h2, state) = (Name::new("h2")?, cluster.lab_status()?.dir.join("h2/state"));
+    let refused = cluster.ask(cluster.client().delete_host(&h2, false)).err().context("removed with a VM on it")?;
+    ensure!(refused.code == ErrorCode::InUse, "{refused:?}");
+    cluster.ask(cluster.client().delete_host(&h2, true))?;
+    let log = cluster.lab().agent("h2")?.log()?;
+    until("the agent is told", || Ok(fs::read_to_string(&log)?.contains("no longer of this cluster")))?;
+    let refused = cluster.begin_move("kept", "h1", MigrationPolicy::default()).err().context("it can still be moved")?;
+    ensure!(refused.code == ErrorCode::HostDown, "{refused:?}");
+
+    cluster.lab().agent("h2")?.crash()?;
+    let request = JoinTokenCreate { host: h2, lifetime: None, rejoin: false };
+    let token = cluster.ask(cluster.client().create_join_token(&request))?.token;
+    let file = state.join("token");
+    fs::write(&file, token)?;
+    let address = godwit_lab::layout::host_address(2);
+    let mut command = Command::new(godwit_binary()?);
+    command
+        .args(["host", "join", "--rejoin", "--controller", &format!("{CONTROLLER_ADDRESS}:{LINK_PORT}"), "--name", "h2"])
+        .args(["--address", &address.to_string(), "--token-file"])
+        .arg(&file)
+        .arg("--state-dir")
+        .arg(&state);
+    let output = in_namespace(&cluster.lab().outside_namespace(), || command.output())??;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    fs::remove_file(&file)?;
+    cluster.lab().agent("h2")?.spawn()?;
+    cluster.wait_connected("h2", true)?;
+    ensure!(cluster.host_of("kept")? == "h2");
+    cluster.migrate("kept", "h1")?;
+    ensure!(cluster.host_of(guest.name.as_str())? == "h1");
     cluster.finish()
 }

@@ -36,7 +36,7 @@ pub(super) enum ConnectError {
     Handshake(io::Error),
     #[error("the TLS handshake took longer than {HANDSHAKE_LIMIT:?}")]
     HandshakeTime,
-    #[error("the peer's certificate is not that of host {0}")]
+    #[error("the peer's certificate is not that of host {0}, or of a key that may no longer speak for it")]
     Peer(Name),
     #[error(transparent)]
     Material(#[from] TlsError),
@@ -50,10 +50,24 @@ pub(super) struct Counted {
 
 pub(super) type Connection = TlsStream<Counted>;
 
-/// Dials the destination's carry and insists on the certificate of `peer`.
+/// Who must be at the other end: a certificate that the cluster signed is not enough.
+pub(super) struct Expected {
+    /// The host that the certificate must name.
+    pub(super) host: Name,
+    /// BLAKE3 of the public keys that it may be of.
+    pub(super) keys: Vec<String>,
+}
+
+impl Expected {
+    fn is(&self, certificates: Option<&[rustls::pki_types::CertificateDer<'_>]>) -> bool {
+        peer_of(certificates).is_some_and(|(host, key)| host == self.host && self.keys.contains(&key))
+    }
+}
+
+/// Dials the destination's carry and insists on a certificate of `peer`.
 pub(super) async fn dial(
     address: SocketAddr,
-    peer: &Name,
+    peer: &Expected,
     material: &Material,
     bytes: Arc<AtomicU64>,
 ) -> Result<Connection, ConnectError> {
@@ -64,15 +78,18 @@ pub(super) async fn dial(
         .with_root_certificates(material.roots()?)
         .with_client_auth_cert(material.chain()?, material.key()?)
         .map_err(TlsError::Config)?;
-    let name = ServerName::try_from(host_dns_name(peer)).map_err(|_| ConnectError::Peer(peer.clone()))?;
-    let handshake = TlsConnector::from(Arc::new(config)).connect(name, counted(tcp, bytes));
-    Ok(TlsStream::Client(limited(handshake).await?))
+    let name = ServerName::try_from(host_dns_name(&peer.host)).map_err(|_| ConnectError::Peer(peer.host.clone()))?;
+    let connection = limited(TlsConnector::from(Arc::new(config)).connect(name, counted(tcp, bytes))).await?;
+    if !peer.is(connection.get_ref().1.peer_certificates()) {
+        return Err(ConnectError::Peer(peer.host.clone()));
+    }
+    Ok(TlsStream::Client(connection))
 }
 
-/// Accepts connections until one carries the certificate of `peer`; others are turned away.
+/// Accepts connections until one carries a certificate of `peer`; others are turned away.
 pub(super) async fn accept(
     listener: TcpListener,
-    peer: &Name,
+    peer: &Expected,
     material: &Material,
     bytes: Arc<AtomicU64>,
 ) -> Result<Connection, ConnectError> {
@@ -92,10 +109,10 @@ pub(super) async fn accept(
                 handshakes.push(async move { (from, limited(handshake).await) });
             }
             Some((from, shaken)) = handshakes.next() => match shaken {
-                Ok(connection) if peer_host(connection.get_ref().1.peer_certificates()).as_ref() == Some(peer) => {
+                Ok(connection) if peer.is(connection.get_ref().1.peer_certificates()) => {
                     return Ok(TlsStream::Server(connection));
                 }
-                Ok(_) => tracing::warn!(%from, %peer, "turned away a connection with the certificate of another host"),
+                Ok(_) => tracing::warn!(%from, peer = %peer.host, "turned away a connection with a certificate of another host or key"),
                 Err(error) => tracing::warn!(%from, %error, "turned away a connection"),
             },
         }
@@ -116,13 +133,15 @@ async fn limited<T>(handshake: impl Future<Output = io::Result<T>>) -> Result<T,
     }
 }
 
-fn peer_host(certificates: Option<&[rustls::pki_types::CertificateDer<'_>]>) -> Option<Name> {
+/// The host that a certificate names, and the hash of its public key.
+fn peer_of(certificates: Option<&[rustls::pki_types::CertificateDer<'_>]>) -> Option<(Name, String)> {
     let (_, certificate) = x509_parser::parse_x509_certificate(certificates?.first()?).ok()?;
     let names = certificate.subject_alternative_name().ok()??;
-    names.value.general_names.iter().find_map(|name| match name {
+    let host = names.value.general_names.iter().find_map(|name| match name {
         x509_parser::extensions::GeneralName::DNSName(name) => host_of_dns_name(name),
         _ => None,
-    })
+    });
+    Some((host?, blake3::hash(certificate.tbs_certificate.subject_pki.raw).to_hex().to_string()))
 }
 
 impl AsyncRead for Counted {

@@ -19,6 +19,8 @@ pub(crate) struct CarryConfig {
     pub(crate) generation: Generation,
     /// The host at the other end: its certificate must say so.
     pub(crate) peer: Name,
+    /// BLAKE3 of the public keys that may speak for it: its certificate must be of one of them.
+    pub(crate) peer_keys: Vec<String>,
     /// Our end of the socket pair whose other end QEMU holds.
     pub(crate) qemu_fd: RawFd,
     /// Listening unix socket for the agent.

@@ -126,16 +126,17 @@ async fn move_bytes(
     status: &watch::Sender<CarryStatus>,
 ) -> Result<std::convert::Infallible, String> {
     let material = Material { certificate: config.certificate, key: config.key, authority: config.authority };
+    let peer = connect::Expected { host: config.peer, keys: config.peer_keys };
     let wire = Arc::new(AtomicU64::new(0));
     let (side, bandwidth, connected) = match config.role {
         Role::Source { address, bandwidth } => {
-            (Side::Source, bandwidth, connect::dial(address, &config.peer, &material, Arc::clone(&wire)).await)
+            (Side::Source, bandwidth, connect::dial(address, &peer, &material, Arc::clone(&wire)).await)
         }
         Role::Destination { listen_fd } => {
             let listener = StdTcpListener::from(take(listen_fd));
             let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener));
             let listener = listener.map_err(|error| error.to_string())?;
-            (Side::Destination, None, connect::accept(listener, &config.peer, &material, Arc::clone(&wire)).await)
+            (Side::Destination, None, connect::accept(listener, &peer, &material, Arc::clone(&wire)).await)
         }
     };
     let mut connection = connected.map_err(|error| error.to_string())?;

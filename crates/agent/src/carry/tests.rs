@@ -16,7 +16,7 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
-use super::connect::{accept, dial};
+use super::connect::{Expected, accept, dial};
 use super::pump::{Ends, KeepAlive, Pump, PumpError, Side};
 use crate::tls::Material;
 
@@ -46,6 +46,13 @@ fn cluster(hosts: &[&str]) -> Vec<Material> {
         .collect()
 }
 
+/// The host as the controller names it: with the key of this certificate.
+fn expected(host: &str, material: &Material) -> Expected {
+    let chain = material.chain().expect("chain");
+    let (_, certificate) = x509_parser::parse_x509_certificate(&chain[0]).expect("certificate");
+    Expected { host: name(host), keys: vec![blake3::hash(certificate.tbs_certificate.subject_pki.raw).to_hex().to_string()] }
+}
+
 /// One running side: what QEMU and the agent would hold, and how it ends.
 struct Running {
     qemu: UnixStream,
@@ -72,7 +79,7 @@ fn start(side: Side, identity: Identity, keep_alive: KeepAlive, mut connection: 
 async fn connected(source: &Material, destination: &Material) -> (super::connect::Connection, super::connect::Connection) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
     let address: SocketAddr = listener.local_addr().expect("address");
-    let (h1, h2) = (name("h1"), name("h2"));
+    let (h1, h2) = (expected("h1", source), expected("h2", destination));
     let (dialled, accepted) = tokio::join!(
         dial(address, &h2, source, Arc::new(AtomicU64::new(0))),
         accept(listener, &h1, destination, Arc::new(AtomicU64::new(0))),
@@ -161,24 +168,31 @@ async fn another_move_and_another_host_are_turned_away() {
             assert!(matches!(destination.ended.await.expect("ended"), PumpError::Identity));
             assert!(matches!(source.ended.await.expect("ended"), PumpError::Closed | PumpError::Connection(_)));
 
-            let materials = cluster(&["h1", "h2", "h3"]);
+            let materials = cluster(&["h1", "h2", "h3", "h1", "h2"]);
             let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
             let address = listener.local_addr().expect("address");
-            let (h1, destination) = (name("h1"), materials[1].clone());
+            let (h1, destination) = (expected("h1", &materials[0]), materials[1].clone());
             let accepting = tokio::task::spawn_local(async move { accept(listener, &h1, &destination, Arc::default()).await });
-            let refused = dial(address, &name("h3"), &materials[0], Arc::default()).await;
+            let refused = dial(address, &expected("h3", &materials[2]), &materials[0], Arc::default()).await;
             assert!(refused.is_err(), "h2 passed for h3");
-            if let Ok(mut stranger) = dial(address, &name("h2"), &materials[2], Arc::default()).await {
-                assert_eq!(stranger.read(&mut [0; 1]).await.unwrap_or(0), 0, "h3 passed for h1");
+            let h2 = expected("h2", &materials[1]);
+            for (stranger, passed) in
+                [(&materials[2], "h3 passed for h1"), (&materials[3], "an old key of h1 passed for its new one")]
+            {
+                if let Ok(mut stranger) = dial(address, &h2, stranger, Arc::default()).await {
+                    assert_eq!(stranger.read(&mut [0; 1]).await.unwrap_or(0), 0, "{passed}");
+                }
             }
+            let refused = dial(address, &expected("h2", &materials[4]), &materials[2], Arc::default()).await;
+            assert!(refused.is_err(), "h2 passed with a key that may no longer speak for it");
             let foreign = cluster(&["h1"]);
-            let cut = match dial(address, &name("h2"), &foreign[0], Arc::default()).await {
+            let cut = match dial(address, &h2, &foreign[0], Arc::default()).await {
                 Ok(mut connection) => connection.read(&mut [0; 1]).await.unwrap_or(0) == 0,
                 Err(_) => true,
             };
             assert!(cut, "a host of another cluster was let in");
             assert!(!accepting.is_finished());
-            dial(address, &name("h2"), &materials[0], Arc::default()).await.expect("the right one is still welcome");
+            dial(address, &h2, &materials[0], Arc::default()).await.expect("the right one is still welcome");
             accepting.await.expect("joined").expect("accepted");
         })
         .await;
@@ -265,7 +279,7 @@ async fn a_silent_stranger_does_not_keep_the_source_waiting() {
             for _ in 0..20 {
                 strangers.push(tokio::net::TcpStream::connect(address).await.expect("connected"));
             }
-            let (h1, h2, destination) = (name("h1"), name("h2"), materials[1].clone());
+            let (h1, h2, destination) = (expected("h1", &materials[0]), expected("h2", &materials[1]), materials[1].clone());
             let accepting = tokio::task::spawn_local(async move { accept(listener, &h1, &destination, Arc::default()).await });
             // Less than the time that a stranger has for its handshake.
             let dialled = tokio::time::timeout(Duration::from_secs(10), dial(address, &h2, &materials[0], Arc::default()));

@@ -23,6 +23,13 @@ pub(super) fn try_make(file: impl AsFd) -> io::Result<bool> {
     }
 }
 
+/// Whether a lock in `dir` keeps another one of the same host out, as QEMU's must. Nothing is left behind.
+pub(crate) fn locks_hold(dir: &std::path::Path) -> io::Result<bool> {
+    let file = tempfile::NamedTempFile::new_in(dir)?;
+    let second = file.reopen()?;
+    Ok(try_make(&file)? && !try_make(&second)?)
+}
+
 fn region(kind: i32, (start, length): (i64, i64)) -> libc::flock {
     // The kinds and origins have 16 bits in this structure.
     libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: start, l_len: length, l_pid: 0 }

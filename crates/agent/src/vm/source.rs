@@ -187,6 +187,7 @@ impl Actor {
         mut fds: PassedFds,
     ) -> Result<CarryClient, Refusal> {
         let host = &self.host;
+        let peer_keys = host.peers.keys_of(peer)?;
         let material = host.identity.material();
         let config = CarryConfig {
             role,
@@ -194,6 +195,7 @@ impl Actor {
             task: grant.task,
             generation: grant.generation,
             peer: peer.clone(),
+            peer_keys,
             qemu_fd: fds.pass(qemu),
             control_fd: -1,
             silence: Millis(stall.get() + 30_000),

@@ -1,13 +1,16 @@
 //! `godwit host`: hosts, and how they join.
 
+mod check;
+
 use clap::{Args, Subcommand};
 use godwit_api::v1::{Host, JoinTokenCreate};
 use godwit_model::{Millis, Name};
 
 use crate::arguments::OnlineArgs;
+use crate::confirm::ConfirmArgs;
 use crate::daemon::join;
 use crate::error::Failure;
-use crate::output::{Facts, Table, note, or_nothing, print_data, word};
+use crate::output::{Facts, Table, note, or_nothing, print, print_data, word};
 use crate::session::Session;
 use crate::text::moment;
 use crate::watch::watch;
@@ -28,6 +31,9 @@ enum Verb {
     Token {
         /// The only host that can use it
         name: Name,
+        /// For a host that has joined before and lost its key, or let its certificate end
+        #[arg(long)]
+        rejoin: bool,
         /// How long it can be used, such as 10m; an hour by default, at most a day
         #[arg(long, value_name = "TIME")]
         lifetime: Option<Millis>,
@@ -36,6 +42,25 @@ enum Verb {
     },
     /// Make this machine a host of the cluster
     Join(join::JoinArgs),
+    /// Look whether this machine can be a host: each finding with its fix
+    Check(check::CheckArgs),
+    /// Remove a host: its certificate is refused at once, by the controller and by the other hosts
+    #[command(
+        after_help = "It is refused while VMs are there. Forced, the VMs are not taken for dead: they stay as last known, run on if they
+run, and start nowhere else until the host has joined again under its name (`godwit host token NAME`, then
+`godwit host join --rejoin` there)."
+    )]
+    Remove {
+        /// Its name
+        name: Name,
+        /// Also with VMs there, which nothing can be told to any more
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        confirm: ConfirmArgs,
+        #[command(flatten)]
+        online: OnlineArgs,
+    },
     /// List hosts
     List {
         /// Go on with every change, as JSON lines
@@ -55,14 +80,19 @@ enum Verb {
 
 pub(crate) fn run(args: HostArgs) -> Result<(), Failure> {
     match args.verb {
-        Verb::Token { name, lifetime, online } => {
+        Verb::Token { name, rejoin, lifetime, online } => {
             let session = Session::open(&online)?;
-            let request = JoinTokenCreate { host: name, lifetime };
+            let request = JoinTokenCreate { host: name, lifetime, rejoin };
             let created = crate::block_on(async { Ok(session.client.create_join_token(&request).await?) })?;
             note(&format!("lets {} join once, until {}; it is not shown again", request.host, moment(created.expires)));
             print_data(session.format, &created, || created.token.clone())
         }
         Verb::Join(args) => join::run(args),
+        Verb::Check(args) => check::run(args),
+        Verb::Remove { name, force, confirm, online } => {
+            let session = Session::open(&online)?;
+            crate::block_on(remove(&session, &name, force, &confirm))
+        }
         Verb::List { watch, online } => crate::block_on(list(Session::open(&online)?, watch)),
         Verb::Show { name, online } => {
             let session = Session::open(&online)?;
@@ -70,6 +100,23 @@ pub(crate) fn run(args: HostArgs) -> Result<(), Failure> {
             print_data(session.format, &host, || show(&host))
         }
     }
+}
+
+async fn remove(session: &Session, name: &Name, force: bool, confirm: &ConfirmArgs) -> Result<(), Failure> {
+    let host = session.client.host(name).await?;
+    let vms = host.load.as_ref().filter(|_| host.connected).map_or(0, |load| load.vms);
+    let left = match (force, vms) {
+        (true, 1..) => format!(", with {vms} VMs on it that nothing can be told to any more"),
+        (true, 0) => ", also if VMs are on it".to_owned(),
+        (false, _) => String::new(),
+    };
+    let what = format!("host {name} would be removed{left}");
+    if confirm.dry_run {
+        return print(&what);
+    }
+    confirm.confirm(&format!("remove host {name}{left}"))?;
+    session.client.delete_host(name, force).await?;
+    print(&format!("host {name} removed"))
 }
 
 async fn list(session: Session, watching: bool) -> Result<(), Failure> {

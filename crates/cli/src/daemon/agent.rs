@@ -51,33 +51,45 @@ pub(crate) struct AgentArgs {
     unprivileged_userfaultfd: bool,
 }
 
-pub(crate) fn run(args: AgentArgs) -> Result<(), Failure> {
-    if let Some(unknown) = args.shared_pools.iter().find(|shared| !args.pools.iter().any(|(name, _)| name == *shared)) {
-        return Err(Failure::usage(
-            format!("pool {unknown} is said to be shared, but is no pool"),
-            "name its directory with --pool NAME=DIR",
-        ));
-    }
-    let Some(qemu) = args.qemu.or_else(|| find(QEMU)) else {
+pub(crate) fn run(mut args: AgentArgs) -> Result<(), Failure> {
+    let Some(qemu) = args.qemu.take().or_else(|| find(QEMU)) else {
         return Err(Failure::usage(
             format!("there is no {QEMU} in PATH"),
             "install QEMU (Debian: qemu-system-x86) or name it with --qemu",
         ));
     };
-    let shared = |name: &Name| args.shared_pools.contains(name);
-    let options = AgentOptions {
-        state_dir: args.state_dir,
-        run_dir: args.run_dir,
-        qemu,
-        pools: args.pools.iter().map(|(name, path)| (name.clone(), path.clone(), shared(name))).collect(),
-        memory: args.memory,
-        cgroup: args.cgroup,
-        uid_base: args.uid_base,
-        vteps: args.vteps,
-        unprivileged_userfaultfd: args.unprivileged_userfaultfd,
-    };
+    let options = args.options(qemu)?;
     log();
     run_to_end(async { godwit_agent::run(options).await.map_err(Failure::daemon) })
+}
+
+impl AgentArgs {
+    fn options(self, qemu: PathBuf) -> Result<AgentOptions, Failure> {
+        if let Some(unknown) = self.shared_pools.iter().find(|shared| !self.pools.iter().any(|(name, _)| name == *shared)) {
+            return Err(Failure::usage(
+                format!("pool {unknown} is said to be shared, but is no pool"),
+                "name its directory with --pool NAME=DIR",
+            ));
+        }
+        let shared = |name: &Name| self.shared_pools.contains(name);
+        Ok(AgentOptions {
+            state_dir: self.state_dir,
+            run_dir: self.run_dir,
+            qemu,
+            pools: self.pools.iter().map(|(name, path)| (name.clone(), path.clone(), shared(name))).collect(),
+            memory: self.memory,
+            cgroup: self.cgroup,
+            uid_base: self.uid_base,
+            vteps: self.vteps,
+            unprivileged_userfaultfd: self.unprivileged_userfaultfd,
+        })
+    }
+
+    /// As an agent would get them; a QEMU that is not there is a finding.
+    pub(crate) fn options_for_check(mut self) -> Result<AgentOptions, Failure> {
+        let qemu = self.qemu.take().or_else(|| find(QEMU)).unwrap_or_else(|| PathBuf::from("/usr/bin").join(QEMU));
+        self.options(qemu)
+    }
 }
 
 const QEMU: &str = "qemu-system-x86_64";

@@ -36,6 +36,9 @@ pub(crate) struct JoinArgs {
     /// Read the join token from this file [default: standard input]
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Give a host that has joined before a new certificate, with a token of `godwit host token --rejoin`; it keeps its VMs
+    #[arg(long)]
+    rejoin: bool,
     /// Directory for the agent's state
     #[arg(long, value_name = "DIR", default_value = "/var/lib/godwit/agent")]
     state_dir: PathBuf,
@@ -55,9 +58,9 @@ pub(crate) fn run(args: JoinArgs) -> Result<(), Failure> {
         }
     };
     log();
-    let JoinArgs { controller, name, address, state_dir, .. } = args;
+    let JoinArgs { controller, name, address, state_dir, rejoin, .. } = args;
     let done = format!("{name} has joined; start `godwit agent --state-dir {}`", state_dir.display());
-    let options = JoinOptions { controller, name, address, state_dir, token };
+    let options = JoinOptions { controller, name, address, state_dir, token, rejoin };
     crate::block_on(async { godwit_agent::join(options).await.map_err(|error| Failure::Refused(error.refusal())) })?;
     print(&done)
 }

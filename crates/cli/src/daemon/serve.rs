@@ -14,7 +14,7 @@ use crate::error::Failure;
 #[derive(Args)]
 #[command(
     after_help = "At its first start it makes the cluster's authority (ca.pem) and an administrator's token (admin.token) in the data \
-directory. Sockets handed over by systemd (LISTEN_FDS, named `api` and `link`) take the place of the addresses.
+directory. Its keys are sealed with a secret in a file outside of it; `godwit cluster ca` says more. Sockets handed over by systemd (LISTEN_FDS, named `api` and `link`) take the place of the addresses.
 
 Example:
   godwit serve --data-dir /var/lib/godwit/controller --api-listen 0.0.0.0:7443 \\
@@ -24,6 +24,8 @@ pub(crate) struct ServeArgs {
     /// Directory for the store, the authority, images and the administrator's token
     #[arg(long, value_name = "DIR", default_value = "/var/lib/godwit/controller")]
     data_dir: PathBuf,
+    #[command(flatten)]
+    secret: SecretArgs,
     /// Where to listen for users
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7443")]
     api_listen: SocketAddr,
@@ -51,12 +53,35 @@ pub(crate) struct ServeArgs {
     /// How often agents say that they are there
     #[arg(long, value_name = "TIME", default_value = "2s", hide = true)]
     heartbeat: Millis,
+    /// How long a host's certificate is good for; its agent renews it when a little more than half of it is over
+    #[arg(long, value_name = "TIME", default_value = "720h", hide = true)]
+    host_lifetime: Millis,
     /// How many changes are kept for those who watch events
     #[arg(long, value_name = "COUNT", default_value_t = 100_000, hide = true)]
     log_kept: u64,
     /// Largest size of the store, in pages of 4 KiB
     #[arg(long, value_name = "PAGES", hide = true)]
     store_pages: Option<u32>,
+}
+
+/// Where the secret is that the authority's keys are sealed with.
+#[derive(Args)]
+pub(crate) struct SecretArgs {
+    /// File of the secret that the authority's keys are sealed with; made if missing [default: systemd's credential
+    /// godwit-authority, else beside DIR as DIR.key]
+    #[arg(long, value_name = "FILE")]
+    authority_secret: Option<PathBuf>,
+}
+
+impl SecretArgs {
+    /// The file that is named, or handed over by systemd.
+    pub(crate) fn file(&self) -> Option<PathBuf> {
+        let credential = || {
+            let file = PathBuf::from(std::env::var_os("CREDENTIALS_DIRECTORY")?).join("godwit-authority");
+            file.is_file().then_some(file)
+        };
+        self.authority_secret.clone().or_else(credential)
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -73,6 +98,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<(), Failure> {
     let fetch = FetchRules { allowed: args.image_url_allow, authorities: args.image_url_ca.map(read).transpose()? };
     let options = ServeOptions {
         data_dir: args.data_dir,
+        authority_secret: args.secret.file(),
         api_listen: args.api_listen,
         link_listen: args.link_listen,
         advertise: args.advertise,
@@ -85,6 +111,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<(), Failure> {
         converter: Converter::default(),
         fetch,
         heartbeat: std::time::Duration::from_millis(args.heartbeat.get()),
+        host_lifetime: std::time::Duration::from_millis(args.host_lifetime.get()),
         log_kept: args.log_kept,
         store_pages: args.store_pages,
     };

@@ -53,6 +53,45 @@ fn a_join_token_comes_from_standard_input_or_a_file() {
 }
 
 #[test]
+fn a_machine_that_cannot_be_a_host_is_told_why_and_how_to_mend_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (state, pool) = (path("state"), format!("fast={}", path("pool")));
+    let arguments = ["host", "check", "--state-dir", &state, "--qemu", "/nonexistent/qemu", "--pool", &pool];
+    let ended = run(&[&arguments[..], &["-o", "json"]].concat());
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    let findings: Vec<serde_json::Value> = serde_json::from_str(&ended.stdout).expect("a list");
+    let finding = |name: &str| {
+        findings.iter().find(|finding| finding["name"] == name).unwrap_or_else(|| panic!("no finding {name} in {}", ended.stdout))
+    };
+    assert_eq!(finding("qemu")["level"], "fail");
+    assert_eq!(finding("pool_locks")["level"], "ok");
+    for name in ["accelerator", "clock", "entropy", "seccomp", "landlock", "namespaces", "hugepages", "cgroup_limits", "nftables"] {
+        finding(name);
+    }
+    for finding in &findings {
+        assert_eq!(finding["level"] == "ok", finding["fix"].is_null(), "{finding}");
+    }
+    assert!(!std::path::Path::new(&state).exists(), "it made the agent's state");
+    let table = run(&arguments);
+    assert!(table.stdout.starts_with("FINDING") && table.stderr.contains("fix qemu: install QEMU"), "{}", table.stderr);
+}
+
+#[test]
+fn an_authority_that_is_not_there_is_not_made_by_looking() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let data = dir.path().display().to_string();
+    for verb in [&["show"][..], &["rotate-intermediate"], &["export-root", "--out", "/nonexistent/x", "--yes"]] {
+        let ended = run(&[&["cluster", "ca"][..], verb, &["--data-dir", &data]].concat());
+        assert_eq!(ended.code, Some(1), "{verb:?}: {}", ended.stdout);
+    }
+    let refused = run(&["cluster", "ca", "export-root", "--out", "/nonexistent/x", "--data-dir", &data]);
+    assert_eq!(refused.code, Some(4), "nobody was asked: {}", refused.stderr);
+    let left: Vec<_> = std::fs::read_dir(dir.path()).expect("there").map(|entry| entry.expect("entry").file_name()).collect();
+    assert!(left.iter().all(|name| name == "lock"), "{left:?}");
+}
+
+#[test]
 fn a_lab_that_is_not_there_is_not_found() {
     let ended = run(&["lab", "status", "surely-not-there"]);
     assert_eq!(ended.code, Some(3));

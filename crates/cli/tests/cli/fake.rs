@@ -207,6 +207,7 @@ fn routes(script: Shared) -> Router {
         .route("/v1/tasks/{id}", get(poll_task))
         .route("/v1/tasks/{id}/cancel", post(the_task))
         .route("/v1/images/{name}", axum::routing::put(import))
+        .route("/v1/hosts/{name}", get(show_host).delete(async || StatusCode::NO_CONTENT))
         .route("/v1/events", get(events))
         .layer(from_fn_with_state(script.clone(), remember))
         .with_state(script)
@@ -255,6 +256,13 @@ async fn show_vm(State(script): State<Shared>, Path(text): Path<String>) -> Resp
         Some(code) => refuse(Refusal::new(*code, format!("\u{1b}[31m{code}\u{9b}")).hint("do this\u{202e}")),
         None => Json(vm(&text)).into_response(),
     }
+}
+
+/// A connected host with two VMs.
+async fn show_host(Path(text): Path<String>) -> Response {
+    let load = json!({ "memory_free": 0, "vms": 2, "pools_free": [] });
+    Json(json!({ "name": text, "revision": 1, "address": "10.0.0.1", "connected": true, "since": 0, "facts": null, "load": load }))
+        .into_response()
 }
 
 async fn the_task(State(script): State<Shared>, path: axum::extract::RawPathParams) -> Response {

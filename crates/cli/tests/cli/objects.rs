@@ -150,3 +150,18 @@ fn one_failure_of_several_is_part_of_the_work() {
     assert!(ended.stderr.contains("[vm_busy]") && ended.stderr.contains("1 of 3 failed"), "{}", ended.stderr);
     assert_eq!(fake.run(&["vm", "kill", "bad"]).code, Some(8));
 }
+
+#[test]
+fn a_host_is_removed_only_on_purpose() {
+    let fake = Fake::start(Script::default());
+    let unasked = fake.run(&["host", "remove", "h1"]);
+    assert_eq!(unasked.code, Some(4), "{}", unasked.stderr);
+    assert_eq!(fake.run(&["host", "remove", "h1", "--force"]).code, Some(4), "force is no yes");
+    let dry = fake.run(&["host", "remove", "h1", "--force", "--dry-run"]);
+    assert!(dry.stdout.contains("2 VMs on it that nothing can be told to"), "{}", dry.stdout);
+    assert!(fake.seen("DELETE", "/hosts").is_empty());
+    assert_eq!(fake.run(&["host", "remove", "h1", "--yes"]).code, Some(0));
+    assert_eq!(fake.run(&["host", "remove", "h1", "--yes", "--force"]).code, Some(0));
+    let seen: Vec<_> = fake.seen("DELETE", "/hosts").into_iter().map(|seen| seen.path).collect();
+    assert_eq!(seen, ["/hosts/h1?force=false", "/hosts/h1?force=true"]);
+}

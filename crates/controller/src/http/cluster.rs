@@ -8,6 +8,8 @@ use axum::http::StatusCode;
 use godwit_api::v1;
 use godwit_link::JoinToken;
 use godwit_model::{ErrorCode, Millis, Name, Refusal, TokenId, UnixMillis};
+use serde::Deserialize;
+use utoipa::IntoParams;
 
 use super::extract::{Body, Listing, Named, Query, page};
 use super::{Answer, App, Refusals};
@@ -51,29 +53,54 @@ pub(super) async fn host_show(State(app): State<Arc<App>>, who: Principal, Named
     Ok(Json(views::host(&row, &app.hub)))
 }
 
-/// Removes a host that is gone for good: its certificate is refused from then on
+/// How a host is removed.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Removal {
+    /// Also with VMs there. They are not taken for dead: they stay as last known, run on if they run, and start nowhere else.
+    #[serde(default)]
+    force: bool,
+}
+
+/// Removes a host: its certificate is refused from then on, by the controller and by the other hosts, and its open streams end
 ///
-/// Refused while its agent is connected, or a VM runs there as far as is known.
-#[utoipa::path(delete, path = "/v1/hosts/{host}", tag = "host", operation_id = "host_delete", params(("host" = Name, Path)),
+/// Refused while a VM runs there as far as is known, or a task is at one, unless forced.
+#[utoipa::path(delete, path = "/v1/hosts/{host}", tag = "host", operation_id = "host_delete", params(("host" = Name, Path), Removal),
     responses((status = 204), Refusals))]
-pub(super) async fn host_delete(State(app): State<Arc<App>>, who: Principal, Named(host): Named) -> Answer<StatusCode> {
+pub(super) async fn host_delete(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(host): Named,
+    Query(removal): Query<Removal>,
+) -> Answer<StatusCode> {
     authorize(&who, Action::Change, Target::Cluster)?;
-    retry!({
+    let moves = retry!({
         let row = app.db.find::<HostRow>(host.as_str()).await?.ok_or_else(|| not_found("host", &host))?;
-        let in_use = |message: String, hint: &str| Fault::Refused(Refusal::new(ErrorCode::InUse, message).hint(hint));
-        if app.hub.presence(&host).is_some() {
-            return Err(in_use(format!("host {host} is connected"), "stop its agent first"));
-        }
-        let uses = |vm: &VmRow| vm.host.as_ref() == Some(&host) && (vm.has_process() || vm.activity.is_some());
-        if let Some(vm) = app.db.all::<VmRow>().await?.into_iter().find(|vm| uses(&vm.row)) {
-            return Err(in_use(
-                format!("VM {} of team {} runs there as far as is known", vm.row.name, vm.row.team),
-                "a silent host is not a dead host: bring it back and move or stop its VMs",
+        let comes = |vm: &VmRow| vm.pending.as_ref().is_some_and(|pending| pending.destination == host);
+        let uses = |vm: &VmRow| comes(vm) || (vm.host.as_ref() == Some(&host) && (vm.has_process() || vm.activity.is_some()));
+        let vms: Vec<VmRow> = app.db.all::<VmRow>().await?.into_iter().map(|vm| vm.row).filter(uses).collect();
+        if let (Some(vm), false) = (vms.first(), removal.force) {
+            let (name, others) = (&vm.name, vms.len() - 1);
+            let others = if others == 0 { String::new() } else { format!(", and {others} more") };
+            return Err(Fault::Refused(
+                Refusal::new(ErrorCode::InUse, format!("VM {name} of team {} runs there as far as is known{others}", vm.team)).hint(
+                    "move or stop its VMs first, even if it takes bringing the host back: a silent host is not a dead host. Forced, the \
+                     VMs stay as last known, run on if they run, and start nowhere else until the host has joined again",
+                ),
             ));
         }
-        app.db.commit(Batch::default().delete(&row)).await
+        app.db.commit(Batch::default().delete(&row)).await?;
+        Ok(vms.iter().filter(|vm| comes(vm)).filter_map(|vm| vm.activity.map(|activity| activity.task)).collect::<Vec<_>>())
     })?;
-    tracing::info!(%host, principal = who.name, "host removed");
+    app.hub.expel(&host);
+    tracing::info!(%host, principal = who.name, force = removal.force, "host removed");
+    // What is on its way there shall not arrive; a refusal says that it has.
+    for task in moves {
+        if let Err(fault) = app.tasks.cancel(task, &who.name).await {
+            tracing::warn!(%host, %task, refusal = %fault.refusal(), "a move to the removed host is not cancelled");
+        }
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -95,9 +122,12 @@ pub(super) async fn join_token_create(
     let token = JoinToken { id: TokenId::new(clock::fresh()), secret: clock::secret(), authority: app.authority.fingerprint() };
     let expires = UnixMillis(clock::now().0.saturating_add(lifetime.0));
     let hash = stored_hash(&token.secret);
-    let row = JoinRow { id: token.id, host: request.host, expires, hash, used: None };
+    if request.rejoin && app.db.find::<HostRow>(request.host.as_str()).await?.is_none() {
+        return Err(not_found("host", &request.host).into());
+    }
+    let row = JoinRow { id: token.id, host: request.host, expires, hash, used: None, rejoin: request.rejoin };
     app.db.commit(Batch::default().create(&row)).await?;
-    tracing::info!(host = %row.host, principal = who.name, "join token made");
+    tracing::info!(host = %row.host, rejoin = row.rejoin, principal = who.name, "join token made");
     Ok((StatusCode::CREATED, Json(v1::JoinTokenCreated { token: token.reveal(), expires })))
 }
 

@@ -93,6 +93,7 @@ pub(super) async fn vm_create(
         activity: None,
         resolved: None,
         waiting: vec![],
+        released: false,
     };
     let mut batch = Batch::default().create(&row).claim(format!("vmname/{team}/{}", row.name), &row.id);
     for key in claims(&row.spec) {

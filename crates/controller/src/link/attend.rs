@@ -8,13 +8,13 @@ use futures::Stream;
 use godwit_link::status::status_of;
 use godwit_link::v1::{self, agent_message::Body, controller_message};
 use godwit_link::{PROTOCOL, decode};
-use godwit_model::{ErrorCode, HostFacts, Name, Refusal};
+use godwit_model::{ErrorCode, HostFacts, Name, Refusal, VmId};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::{LinkServer, checked_address};
+use super::{LinkServer, Peer, certificate_expired, checked_address};
 use crate::clock;
 use crate::db::{Batch, Fault, retry};
 use crate::hub::{Attendance, Presence, QUEUE, ToAgent};
@@ -25,6 +25,8 @@ use crate::rows::HostRow;
 const INTRODUCTION: Duration = Duration::from_secs(10);
 /// How long an agent that has just started may take to find all its VMs again.
 const ADOPTION: Duration = Duration::from_secs(20);
+/// Longest description of a host. It is stored and shown.
+const MAX_FACTS: usize = 256 << 10;
 /// Heartbeats that may be missing.
 const MISSED: u32 = 3;
 
@@ -37,7 +39,7 @@ impl LinkServer {
     /// Serves one stream; the answer begins at once, refusals come through it.
     pub(super) fn begin_attendance(
         &self,
-        host: Name,
+        peer: Peer,
         inbound: Streaming<v1::AgentMessage>,
     ) -> impl Stream<Item = Result<v1::ControllerMessage, Status>> + Send + use<> {
         let (sender, receiver) = mpsc::channel(QUEUE);
@@ -46,13 +48,14 @@ impl LinkServer {
             let stop = server.stop.clone();
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = server.attendance(&host, inbound, sender) => {}
+                () = server.attendance(&peer, inbound, sender) => {}
             }
         });
         ReceiverStream::new(receiver)
     }
 
-    async fn attendance(&self, host: &Name, mut inbound: Streaming<v1::AgentMessage>, sender: ToAgent) {
+    async fn attendance(&self, peer: &Peer, mut inbound: Streaming<v1::AgentMessage>, sender: ToAgent) {
+        let host = &peer.host;
         let hello = match tokio::time::timeout(INTRODUCTION, inbound.message()).await {
             Ok(Ok(Some(v1::AgentMessage { body: Some(Body::Hello(hello)) }))) => hello,
             Ok(Ok(Some(_))) => return refuse(&sender, &malformed()).await,
@@ -65,15 +68,24 @@ impl LinkServer {
                 return refuse(&sender, &refusal).await;
             }
         };
+        // Between the look at the certificate and this moment the host may have been removed: who removes looks at the hub afterwards.
+        if let Err(fault) = self.member(peer).await {
+            self.hub.detach(host, attendance.number);
+            return refuse(&sender, &fault.refusal()).await;
+        }
         tracing::info!(%host, address = hello.address, vms = hello.vms.len(), "connected");
         self.note_presence(host, true).await;
         let why = match self.take_stock(host, &hello).await {
-            Ok(()) => self.listen_to(host, &attendance, &mut inbound, &hello).await,
+            Ok(told) => self.listen_to(peer, &attendance, &mut inbound, told).await,
             Err(fault) => format!("its first words cannot be stored: {fault}"),
         };
         if self.hub.detach(host, attendance.number) {
             tracing::info!(%host, why, "disconnected");
             self.note_presence(host, false).await;
+            // An agent that may not come back is told why; one that does not read is not waited for.
+            if let Err(Fault::Refused(refusal)) = self.member(peer).await {
+                let _ = sender.try_send(Err(status_of(&refusal)));
+            }
         }
     }
 
@@ -96,9 +108,12 @@ impl LinkServer {
             )
             .hint("start the controller on its newest store; an old copy would hand out rights to run a VM twice"));
         }
+        if hello.facts.len() > MAX_FACTS {
+            return Err(malformed());
+        }
         let facts: HostFacts = decode("facts", &hello.facts).map_err(|_| malformed())?;
         let load = decode("load", &hello.load).map_err(|_| malformed())?;
-        let presence = Presence { address: checked_address(&hello.address)?, facts: Arc::new(facts), load };
+        let presence = Presence { address: checked_address(&hello.address)?, facts: Arc::new(facts), load, skew: None };
         let heartbeat_ms = u32::try_from(self.heartbeat.as_millis()).unwrap_or(u32::MAX);
         let body = controller_message::Body::Welcome(v1::Welcome { epoch, heartbeat_ms });
         // Before the hub knows the session: nothing may overtake it. The queue is empty; a receiver that is gone shows below.
@@ -109,22 +124,30 @@ impl LinkServer {
     }
 
     /// What the host's journal says corrects what we believe, upwards only.
-    async fn take_stock(&self, host: &Name, hello: &v1::Hello) -> Result<(), Fault> {
+    async fn take_stock(&self, host: &Name, hello: &v1::Hello) -> Result<HashSet<VmId>, Fault> {
+        let mut told = HashSet::new();
         for report in &hello.vms {
-            self.believe(host, self.reports.vm(host, report).await)?;
+            told.extend(self.reported(host, report).await?);
         }
-        Ok(())
+        Ok(told)
+    }
+
+    /// Takes in a report; which VM it was of, if it was believed. What is not believed takes no memory.
+    async fn reported(&self, host: &Name, report: &v1::VmReport) -> Result<Option<VmId>, Fault> {
+        let believed = self.reports.vm(host, report).await;
+        let vm = believed.as_ref().ok().and_then(|()| report.vm.parse().ok());
+        self.believe(host, believed).map(|()| vm)
     }
 
     /// Says why the session ended.
     async fn listen_to(
         &self,
-        host: &Name,
+        peer: &Peer,
         attendance: &Attendance,
         inbound: &mut Streaming<v1::AgentMessage>,
-        hello: &v1::Hello,
+        mut told: HashSet<VmId>,
     ) -> String {
-        let mut told: HashSet<String> = hello.vms.iter().map(|report| report.vm.clone()).collect();
+        let host = &peer.host;
         let mut stock = Some(Instant::now() + ADOPTION);
         loop {
             let message = tokio::select! {
@@ -135,7 +158,7 @@ impl LinkServer {
                         Err(fault) => return format!("what is missing there cannot be stored: {fault}"),
                     }
                 }
-                () = attendance.closed.cancelled() => return "replaced by a later session, or it does not read".into(),
+                () = attendance.closed.cancelled() => return "replaced by a later session, removed, or it does not read".into(),
                 message = tokio::time::timeout(self.heartbeat * MISSED, inbound.message()) => message,
             };
             let body = match message {
@@ -144,25 +167,27 @@ impl LinkServer {
                 Ok(Ok(None)) => return "the agent closed the stream".into(),
                 Ok(Ok(Some(message))) => message.body,
             };
-            if let (Some(Body::Vm(report)), true) = (&body, stock.is_some()) {
-                told.insert(report.vm.clone());
+            // An agent renews long before; should it not, it must show a new certificate all the same.
+            if peer.ends < clock::now() {
+                return certificate_expired(peer.ends).message;
             }
-            if let Err(fault) = self.message(host, attendance, body).await {
-                return format!("what it said cannot be stored: {fault}");
+            match self.message(host, attendance, body).await {
+                Ok(Some(vm)) if stock.is_some() => drop(told.insert(vm)),
+                Ok(_) => {}
+                Err(fault) => return format!("what it said cannot be stored: {fault}"),
             }
         }
     }
 
-    async fn message(&self, host: &Name, attendance: &Attendance, body: Option<Body>) -> Result<(), Fault> {
+    async fn message(&self, host: &Name, attendance: &Attendance, body: Option<Body>) -> Result<Option<VmId>, Fault> {
         let believed = match body {
-            Some(Body::Heartbeat(heartbeat)) => {
-                match decode("load", &heartbeat.load) {
-                    Ok(load) => self.hub.set_load(host, attendance.number, load),
-                    Err(error) => return self.believe(host, Err(error.into())),
-                }
-                Ok(())
-            }
-            Some(Body::Vm(report)) => self.reports.vm(host, &report).await,
+            Some(Body::Heartbeat(heartbeat)) => decode("load", &heartbeat.load)
+                .map(|load| {
+                    let skew = (heartbeat.unix_ms != 0).then(|| heartbeat.unix_ms.cast_signed() - clock::now().0.cast_signed());
+                    self.hub.set_load(host, attendance.number, load, skew);
+                })
+                .map_err(Dropped::from),
+            Some(Body::Vm(report)) => return self.reported(host, &report).await,
             Some(Body::Reply(reply)) => {
                 self.hub.answered(host, attendance.number, reply);
                 Ok(())
@@ -173,7 +198,7 @@ impl LinkServer {
             Some(Body::Peer(peer)) => self.reports.peer(host, peer).await,
             Some(Body::Hello(_)) | None => Ok(()),
         };
-        self.believe(host, believed)
+        self.believe(host, believed).map(|()| None)
     }
 
     /// Drops what may not be said; only what could not be stored ends the session, so that it is said again.

@@ -29,8 +29,13 @@ impl LinkServer {
             }
             let issued = self.authority.sign_host(&host, &request.signing_request, now)?;
             let known = self.db.find::<HostRow>(host.as_str()).await?;
+            let in_time = row.row.expires > now;
             if let Some(used) = &row.row.used {
-                let unanswered = known.is_some_and(|known| known.row.facts.is_none());
+                // With a token for joining again the host has facts of before: then the key that was given must still be the one.
+                let unanswered = known.is_some_and(|known| match row.row.rejoin {
+                    false => known.row.facts.is_none(),
+                    true => in_time && known.row.keys == [issued.key.clone()],
+                });
                 if *used == issued.key && unanswered {
                     return Ok(issued);
                 }
@@ -38,31 +43,51 @@ impl LinkServer {
                     .hint(format!("make a new one: `godwit host token {host}`"))
                     .into());
             }
-            if row.row.expires <= now {
+            if !in_time {
                 let since = clock::readable(row.row.expires);
                 return Err(Refusal::new(ErrorCode::TokenExpired, format!("this join token expired at {since}"))
                     .hint(format!("make a new one: `godwit host token {host}`"))
                     .into());
             }
-            if known.is_some() {
-                return Err(Refusal::new(ErrorCode::NameTaken, format!("a host {host} has already joined"))
-                    .hint(format!("remove it first (DELETE /v1/hosts/{host}), or join with another name"))
-                    .into());
-            }
             row.row.used = Some(issued.key.clone());
             let keys = vec![issued.key.clone()];
+            match (known, row.row.rejoin) {
+                (Some(mut known), true) => {
+                    // Its old keys are refused from now on; what is known of its VMs stays.
+                    known.row.keys = keys;
+                    known.row.address.clone_from(&address);
+                    self.db.commit(Batch::default().update(&row).update(&known)).await?;
+                    return Ok(issued);
+                }
+                (Some(_), false) => {
+                    return Err(Refusal::new(ErrorCode::NameTaken, format!("a host {host} has already joined"))
+                        .hint(format!(
+                            "if this is that host, with its state: `godwit host token {host} --rejoin`, then `godwit host join --rejoin`; \
+                             else `godwit host remove {host}`, or join with another name"
+                        ))
+                        .into());
+                }
+                (None, true) => {
+                    return Err(Refusal::new(ErrorCode::NotFound, format!("there is no host {host} that could join again"))
+                        .hint(format!("make a token for joining: `godwit host token {host}`"))
+                        .into());
+                }
+                (None, false) => {}
+            }
             let (name, address) = (host.clone(), address.clone());
             let joined = HostRow { name, address, joined: now, keys, connected: false, since: now, facts: None };
             self.db.commit(Batch::default().update(&row).create(&joined)).await?;
             Ok(issued)
         })?;
+        // Whoever spoke for the host with an older key has spoken.
+        self.hub.expel(&host);
         tracing::info!(%host, address, "joined");
         Ok(v1::JoinReply { certificate: issued.certificate, authority: self.authority.pem().to_owned() })
     }
 
-    /// A new certificate for a host that holds a valid one.
+    /// A new certificate for a host that holds a valid one, or one that ended within its grace: the handshake has proven that it has the key.
     pub(super) async fn renew_host(&self, peer: &Peer, request: &str) -> Result<v1::RenewReply, Fault> {
-        self.member(peer).await?;
+        self.known(peer).await?;
         let issued = self.authority.sign_host(&peer.host, request, clock::now())?;
         retry!({
             let Some(mut row) = self.db.find::<HostRow>(peer.host.as_str()).await? else { return Err(invalid().into()) };

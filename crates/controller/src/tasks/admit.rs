@@ -173,8 +173,26 @@ impl Tasks {
         Ok((task, replaced))
     }
 
+    /// A VM whose host was removed runs on there, if it runs; nothing can be told to it.
+    async fn reachable(&self, vm: &VmRow) -> Result<(), Fault> {
+        let Some(host) = vm.host.as_ref().filter(|_| vm.has_process()) else { return Ok(()) };
+        if self.db.find::<HostRow>(host.as_str()).await?.is_some() {
+            return Ok(());
+        }
+        let message = format!("host {host} was removed from the cluster while VM {} ran there as far as is known", vm.name);
+        Err(Refusal::new(ErrorCode::HostDown, message)
+            .hint(format!(
+                "let the host join again with its state: `godwit host token {host}`, then `godwit host join --rejoin`; the VM is not \
+                 taken for dead and starts nowhere else"
+            ))
+            .into())
+    }
+
     /// What there is to do, with the grant already in the row if it takes one.
     async fn work(&self, vm: &mut VmRow, id: TaskId, asked: &Asked, ignored: bool, now: UnixMillis) -> Result<Work, Fault> {
+        if !ignored {
+            self.reachable(vm).await?;
+        }
         Ok(match asked {
             Asked::Start(host) if ignored => {
                 let host = host.clone().or_else(|| vm.host.clone());
@@ -206,6 +224,7 @@ impl Tasks {
         let generation = vm.issue(&host, id);
         vm.host = Some(host.clone());
         vm.generation = generation;
+        vm.released = false;
         vm.resolved = Some(resolved);
         vm.waiting.clear();
         Ok(Work::Start { host, generation })

@@ -11,10 +11,26 @@ use crate::resolve::wanted_of;
 use crate::rows::{VmRow, Work};
 use crate::specs::{claims, complete_change, waiting};
 
+/// The texts of a seed are never shown, so whoever sends back what was shown leaves them out: then they stay. An empty text takes one away, and
+/// a spec without `cloud_init` the whole seed.
+fn keep_seed(before: &VmSpec, wanted: &mut VmSpec) {
+    if let (Some(before), Some(wanted)) = (&before.cloud_init, &mut wanted.cloud_init) {
+        let keep = |text: &mut Option<String>, before: &Option<String>| match text.as_deref() {
+            None => text.clone_from(before),
+            Some("") => *text = None,
+            Some(_) => {}
+        };
+        keep(&mut wanted.user_data, &before.user_data);
+        keep(&mut wanted.network_config, &before.network_config);
+        keep(&mut wanted.vendor_data, &before.vendor_data);
+    }
+}
+
 impl Tasks {
     /// Makes `wanted` the VM's spec, in its row.
     pub(super) async fn admit_change(&self, vm: &mut VmRow, wanted: &VmSpec) -> Result<Work, Fault> {
         let mut wanted = wanted.clone();
+        keep_seed(&vm.spec, &mut wanted);
         complete_change(&vm.spec, &mut wanted, vm.has_process())?;
         let mine = claims(&vm.spec);
         for key in claims(&wanted).difference(&mine) {

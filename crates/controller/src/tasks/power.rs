@@ -8,7 +8,7 @@ use tokio::time::{Duration, Instant};
 use super::{Outcome, Tasks, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault};
-use crate::rows::{VmRow, Work};
+use crate::rows::{HostRow, VmRow, Work};
 use crate::specs::claims;
 
 /// How long an unconditional grant can wait for its host.
@@ -154,7 +154,16 @@ impl Tasks {
 
     pub(super) async fn run_delete(&self, id: TaskId, volumes: bool) -> Result<(), Fault> {
         let (_, vm) = self.both(id).await?;
-        let vm = vm.row;
+        let mut vm = vm.row;
+        // A host that was removed is not waited for.
+        let mut removed = Vec::new();
+        for host in vm.granted.keys() {
+            if self.db.find::<HostRow>(host.as_str()).await?.is_none() {
+                removed.push(host.clone());
+            }
+        }
+        vm.granted.retain(|host, _| !removed.contains(host));
+        vm.host.take_if(|host| removed.contains(host));
         if volumes {
             for volume in vm.spec.volumes() {
                 let has_pool = |host: &Name| {

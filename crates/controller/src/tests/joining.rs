@@ -42,13 +42,13 @@ async fn a_join_token_is_good_once_in_time_and_for_its_host() {
     assert_eq!(join(&cluster, &second, "h1", &other).await, Err(ErrorCode::NameTaken));
     let expired = cluster
         .admin()
-        .create_join_token(&api::JoinTokenCreate { host: name("h3"), lifetime: Some(Millis(0)) })
+        .create_join_token(&api::JoinTokenCreate { host: name("h3"), lifetime: Some(Millis(0)), rejoin: false })
         .await
         .expect("token");
     assert_eq!(join(&cluster, &expired.token, "h3", &request).await, Err(ErrorCode::TokenExpired));
-    let forever = api::JoinTokenCreate { host: name("h3"), lifetime: Some(Millis(25 * 3_600_000)) };
+    let forever = api::JoinTokenCreate { host: name("h3"), lifetime: Some(Millis(25 * 3_600_000)), rejoin: false };
     assert_eq!(code(cluster.admin().create_join_token(&forever).await), ErrorCode::BadRequest);
-    cluster.admin().delete_host(&name("h1")).await.expect("removed");
+    cluster.admin().delete_host(&name("h1"), false).await.expect("removed");
     join(&cluster, &second, "h1", &other).await.expect("the name is free again");
 }
 
@@ -67,7 +67,7 @@ async fn a_certificate_of_another_authority_or_of_a_removed_host_is_refused() {
     let own = cluster.host("h1").await;
     attend(&own).await.expect("its own");
     cluster.connected("h1", false).await;
-    cluster.admin().delete_host(&name("h1")).await.expect("removed");
+    cluster.admin().delete_host(&name("h1"), false).await.expect("removed");
     assert_eq!(attend(&own).await, Err(ErrorCode::CertificateRefused));
     let mut nobody = LinkClient::new(cluster.channel(None).await.expect("channel"));
     let refused = nobody.renew(v1::RenewRequest { signing_request: signing_request().1 }).await.expect_err("no certificate");

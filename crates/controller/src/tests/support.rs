@@ -16,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 
 use crate::checks::tests::{facts, load};
-use crate::{Controller, ServeOptions};
+use crate::{Controller, ServeOptions, clock};
 
 /// Nothing here takes this long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -108,7 +108,7 @@ impl Cluster {
     }
 
     pub(super) async fn join_token(&self, host: &str) -> String {
-        let request = api::JoinTokenCreate { host: name(host), lifetime: None };
+        let request = api::JoinTokenCreate { host: name(host), lifetime: None, rejoin: false };
         self.admin().create_join_token(&request).await.expect("token").token
     }
 
@@ -154,7 +154,11 @@ impl Cluster {
             let mut period = tokio::time::interval(Duration::from_millis(300));
             loop {
                 period.tick().await;
-                if heart.send(message(Body::Heartbeat(v1::Heartbeat { load: beat.clone() }))).await.is_err() {
+                if heart
+                    .send(message(Body::Heartbeat(v1::Heartbeat { load: beat.clone(), unix_ms: clock::now().0 })))
+                    .await
+                    .is_err()
+                {
                     return;
                 }
             }

@@ -57,7 +57,7 @@ impl Bootstrap for ApiBootstrap {
     }
 
     fn join_token(&mut self, api: &ApiAccess, host: &str) -> Result<String, BootstrapError> {
-        let request = JoinTokenCreate { host: name(host)?, lifetime: None };
+        let request = JoinTokenCreate { host: name(host)?, lifetime: None, rejoin: false };
         let created = self.runtime.block_on(Self::client(api)?.create_join_token(&request));
         created.map(|created| created.token).map_err(client_error)
     }
