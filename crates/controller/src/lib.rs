@@ -15,6 +15,7 @@ mod http;
 mod hub;
 mod images;
 mod link;
+mod networks;
 mod principals;
 mod reports;
 mod resolve;

@@ -4,6 +4,7 @@ mod contract;
 mod events;
 mod joining;
 mod migrations;
+mod networks;
 mod power;
 mod restart;
 mod space;

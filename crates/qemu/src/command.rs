@@ -406,6 +406,10 @@ fn add_nic(line: &mut Line, index: usize, nic: &godwit_model::spec::ResolvedNic,
         .with("mac", nic.mac)
         .with("romfile", "")
         .with("mq", false);
+    if let Some(mtu) = nic.mtu {
+        // The guest sees it: the same on every host of the network, for as long as the VM runs.
+        device = device.with("host_mtu", mtu);
+    }
     if has_udp_segmentation(machine) {
         // Offered only where the host's kernel can do it, so it would tie the VM to new kernels.
         device = device.with("host_uso", false).with("guest_uso4", false).with("guest_uso6", false);

@@ -116,9 +116,9 @@ impl Actor {
             disks.push(DiskFds { read_only: fds.pass(read_only), read_write: fds.pass(read_write) });
         }
         let mut taps = Vec::new();
-        for (slot, nic) in spec.nics.iter().enumerate() {
-            let tap = host.network.create_tap(&nic.network, self.vm, slot).await;
-            taps.push(fds.pass(tap.map_err(|error| host_failed("the VM's interface could not be made", &error))?));
+        for (slot, nic) in spec.nic_slots() {
+            let tap = host.network.create_tap(nic, self.vm, slot).await;
+            taps.push(fds.pass(tap.map_err(Refusal::from)?));
         }
         let runtime_dir = host.vm_dir(self.vm);
         let failed = |error: std::io::Error| host_failed("the VM's runtime directory cannot be used", &error);

@@ -10,6 +10,7 @@ use clap::Subcommand;
 use godwit_api::v1::Vm;
 use godwit_model::{Boot, Name};
 
+use crate::commands::host::dropped;
 use crate::commands::pool::conditions;
 use crate::error::Failure;
 use crate::output::{Facts, Table, or_nothing, print_data, word};
@@ -118,6 +119,9 @@ fn show(vm: &Vm) -> String {
     for (index, nic) in vm.spec.nics.iter().enumerate() {
         let mac = status.macs.get(index).cloned().or_else(|| nic.mac.map(|mac| mac.to_string()));
         facts.fact("Interface", format!("{} {}", nic.network, mac.unwrap_or_default()));
+    }
+    for interface in &status.dropped {
+        facts.fact("Dropped", format!("interface {}, {}", interface.slot, dropped(&interface.dropped)));
     }
     match &status.started {
         Some(started) => facts.fact("Started as", format!("{}, {}, {}", started.machine, started.cpu, word(&started.accelerator))),
