@@ -20,6 +20,8 @@ pub struct GuestSpec {
     pub disks: Vec<DiskSpec>,
     /// Words `KEY=VALUE` for the guest, without their `guest.`.
     pub knobs: Vec<String>,
+    /// Whether its interface may use its own IP address only.
+    pub addressed: bool,
 }
 
 /// A guest that was created.
@@ -49,6 +51,7 @@ impl GuestSpec {
             vcpus: 1,
             disks: Vec::new(),
             knobs: knobs.map(ToOwned::to_owned).to_vec(),
+            addressed: false,
         }
     }
 
@@ -62,6 +65,13 @@ impl GuestSpec {
     #[must_use]
     pub fn knob(mut self, word: &str) -> Self {
         self.knobs.push(word.to_owned());
+        self
+    }
+
+    /// With an interface that may use its own IP address only.
+    #[must_use]
+    pub fn addressed(mut self) -> Self {
+        self.addressed = true;
         self
     }
 
@@ -98,7 +108,10 @@ impl GuestSpec {
         };
         VmSpec {
             disks: self.disks.clone(),
-            nics: vec![NicSpec::new(Name::new("default").expect("a name"))],
+            nics: vec![NicSpec {
+                addresses: if self.addressed { vec![address.into()] } else { Vec::new() },
+                ..NicSpec::new(Name::new("default").expect("a name"))
+            }],
             ..VmSpec::new(self.vcpus, self.memory, boot)
         }
     }

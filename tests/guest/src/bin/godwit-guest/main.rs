@@ -8,6 +8,7 @@ mod counters;
 mod network;
 mod power;
 mod serve;
+mod spoof;
 mod witness;
 mod work;
 
@@ -61,6 +62,7 @@ fn run(console: &Console) -> Result<(), Box<dyn std::error::Error>> {
             network::default_route(gateway)?;
         }
         serve::start(&knobs, &counters)?;
+        spoof::start("eth0", address)?;
         if let Some(witness) = knobs.witness {
             witness::start(&knobs, witness, boot, &counters)?;
         }
