@@ -413,7 +413,11 @@ impl Inner {
 fn kind_of<'a>(state: &'a State, nic: &ResolvedNic) -> Option<&'a Kind> {
     let known = match nic.network_id {
         Some(id) => state.networks.get(&id),
-        None => state.networks.values().find(|(name, _)| *name == nic.network),
+        // Another team may have taken the name since: the oldest number is that of the network there was.
+        None => state.networks.values().filter(|(name, _)| *name == nic.network).min_by_key(|(_, kind)| match kind {
+            Kind::Overlay { vni } => *vni,
+            Kind::Bridge { .. } => u32::MAX,
+        }),
     };
     known.map(|(_, kind)| kind)
 }
