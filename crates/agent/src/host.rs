@@ -1,6 +1,7 @@
 //! What all parts of the agent share: the host's journal, storage, network, identity, and the way out to the controller.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +13,7 @@ use godwit_link::v1::{self, AgentMessage};
 use godwit_model::{Bytes, ErrorCode, HostFacts, HostLoad, Name, Refusal, Retry, UnixMillis, VmId};
 use godwit_qemu::cage::{KeptLog, Launcher};
 use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tonic::transport::Channel;
 
 use crate::AgentOptions;
@@ -42,9 +43,16 @@ pub(crate) struct Host {
     pub(crate) guests: Guests,
     pub(crate) reports: Mutex<BTreeMap<VmId, v1::VmReport>>,
     pub(crate) peers: Peers,
+    /// A VM's QEMU has ended, and its taps with it.
+    pub(crate) interfaces_ended: Notify,
 }
 
 impl Host {
+    /// Where carry listens.
+    pub(crate) fn migration_address(&self) -> IpAddr {
+        self.options.migration_address.unwrap_or(self.identity.migration_address)
+    }
+
     /// The directory of a VM's sockets: short, since socket paths are limited.
     pub(crate) fn vm_dir(&self, vm: VmId) -> PathBuf {
         self.options.run_dir.join(short(vm))
@@ -106,7 +114,7 @@ impl Host {
             };
             of_storage(answer).await.unwrap_or_default()
         };
-        HostLoad { memory_free: self.memory.free(), vms, pools_free }
+        HostLoad { memory_free: self.memory.free(), vms, pools_free, networks: self.network.offer() }
     }
 
     /// Keeps how a move ended here, and tells the controller until it has stored it.

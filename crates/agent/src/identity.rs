@@ -29,6 +29,8 @@ pub struct JoinOptions {
     pub name: Name,
     /// The address at which its peers reach it.
     pub address: IpAddr,
+    /// The address at which moves reach it, if it is another.
+    pub migration_address: Option<IpAddr>,
     /// Where the agent keeps its state.
     pub state_dir: PathBuf,
     /// The token's text. Secret.
@@ -98,6 +100,8 @@ impl JoinError {
 struct HostFile {
     name: Name,
     address: IpAddr,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    migration_address: Option<IpAddr>,
     controller: String,
 }
 
@@ -105,6 +109,8 @@ struct HostFile {
 pub(crate) struct Identity {
     pub(crate) name: Name,
     pub(crate) address: IpAddr,
+    /// Where carry listens.
+    pub(crate) migration_address: IpAddr,
     pub(crate) controller: String,
     /// The host's certificate, as it is now: it is renewed while the agent runs.
     material: Mutex<Material>,
@@ -131,7 +137,14 @@ impl Identity {
         let host: HostFile = serde_json::from_str(&read("host.json")?).map_err(|source| IdentityError::Damaged { path, source })?;
         let pair = read("pair.pem")?;
         let material = Material { certificate: pair.clone(), key: pair, authority: read("ca.pem")? };
-        Ok(Self { name: host.name, address: host.address, controller: host.controller, material: Mutex::new(material), dir })
+        Ok(Self {
+            name: host.name,
+            address: host.address,
+            migration_address: host.migration_address.unwrap_or(host.address),
+            controller: host.controller,
+            material: Mutex::new(material),
+            dir,
+        })
     }
 
     /// The certificate, key and authority of this moment.
@@ -231,7 +244,12 @@ pub async fn join(options: JoinOptions) -> Result<Name, JoinError> {
         move |source| JoinError::Write { path, source }
     };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(failed(&dir))?;
-    let host = HostFile { name: options.name.clone(), address: options.address, controller: options.controller };
+    let host = HostFile {
+        name: options.name.clone(),
+        address: options.address,
+        migration_address: options.migration_address,
+        controller: options.controller,
+    };
     let host = serde_json::to_string_pretty(&host).map_err(|error| failed(&dir)(error.into()))?;
     // host.json goes last: with it the host has joined.
     write_pair(&dir, &reply.certificate, &key).map_err(failed(&dir))?;

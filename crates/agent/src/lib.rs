@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use godwit_model::{Bytes, HostCondition, Name};
 use godwit_qemu::Launcher;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 pub use identity::{JoinError, JoinOptions, join};
 
@@ -62,6 +62,8 @@ pub struct AgentOptions {
     pub uid_base: u32,
     /// Tunnel endpoints outside the cluster that take part in its networks, such as a gateway's.
     pub vteps: Vec<IpAddr>,
+    /// The address at which carry listens, if not the one that the host joined with.
+    pub migration_address: Option<IpAddr>,
     /// Whether this host may set `vm.unprivileged_userfaultfd=1`, which QEMU 7.2 needs for post-copy and RAM snapshots.
     pub unprivileged_userfaultfd: bool,
 }
@@ -129,6 +131,11 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     let images = ImageCache::open(options.state_dir.join("images")).map_err(begin("the image cache cannot be used"))?;
     let network = HostNetwork::open(identity.address).await.map_err(begin("the network cannot be used"))?;
     inventory::end_orphans(&records, options.uid_base);
+    let nic = |vm, slot| {
+        let spec = &records.get(&vm)?.spec;
+        spec.nic_slots().find(|(place, _)| *place == slot).map(|(_, nic)| nic.clone())
+    };
+    network.adopt(nic).await.map_err(begin("the network cannot be used"))?;
     let mut conditions = network.conditions().await;
     let asked = Arc::clone(&pools);
     let (pool_facts, pool_conditions) = of_storage(move || (asked.facts(), asked.conditions())).await.unwrap_or_else(|| {
@@ -160,15 +167,18 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
         guests: Guests::default(),
         reports: Mutex::default(),
         peers: peers::Peers::default(),
+        interfaces_ended: Notify::new(),
     });
     let vms = Registry::begin(Arc::clone(&host), records.into_values());
     let (fleet, changes) = watch::channel(FleetNetworks::default());
     let sessions = tokio::spawn(Sessions::new(Arc::clone(&host), vms, fleet).run());
-    let networks = tokio::spawn(keep_networks(host, changes));
+    let networks = tokio::spawn(keep_networks(Arc::clone(&host), changes));
+    let filters = tokio::spawn(keep_filters(host));
     tracing::info!("the agent runs");
     let ended = ended().await;
     sessions.abort();
     networks.abort();
+    filters.abort();
     ended.map_err(begin("signals cannot be heard"))
 }
 
@@ -186,6 +196,16 @@ async fn keep_networks(host: Arc<Host>, mut changes: watch::Receiver<FleetNetwor
                 return;
             }
         }
+    }
+}
+
+/// Looks after what guests may send, and at what was dropped of it.
+async fn keep_filters(host: Arc<Host>) {
+    const EVERY: Duration = Duration::from_secs(5);
+    loop {
+        // Taps go when QEMU goes: whether there is anything to remove is seen, not told.
+        let _ = tokio::time::timeout(EVERY, host.interfaces_ended.notified()).await;
+        host.network.tend().await;
     }
 }
 

@@ -1,50 +1,80 @@
-//! The host's layer 2: for each network a bridge with the taps of the VMs here and a VXLAN to the other hosts.
+//! The host's layer 2: the taps of the VMs here, on a bridge per network.
 //!
 //! ```text
 //!  VM ── tap gwt… ──┐
 //!  VM ── tap gwt… ──┴─ bridge gwbr<vni> ── VXLAN gwvx<vni> ══ UDP 4789 ══ gwvx<vni> of the other hosts
 //! ```
 //! Frames to unknown and to all addresses go to every member of the fleet; an address goes where it was last heard or where the fleet said
-//! it is. What the fleet says is an entry that the kernel may move: after a move of a VM its announcement is faster than the controller.
-//! Everything is made in the network namespace of the thread that calls [`HostNetwork::open`]. The host itself has no address there.
+//! it is. Other networks are on bridges that the host has already (see `bridge`). What guests send, and who sends VXLAN, is filtered
+//! (see `filter`). Everything is made in the network namespace of the thread that calls [`HostNetwork::open`].
 
 mod announce;
+mod bridge;
+mod filter;
+mod guard;
 mod netlink;
+mod nft;
+mod overlay;
 mod tap;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
-use godwit_model::{ErrorCode, HostCondition, MacAddress, Name, Refusal, Retry, VmId};
-use tokio::sync::Mutex;
+use godwit_model::network::{DEFAULT_OVERLAY_MTU, ETHERNET_MTU, overlay_overhead};
+use godwit_model::{
+    BridgeName, ErrorCode, HostCondition, HostNetworks, MacAddress, Name, NetworkId, Refusal, ResolvedNic, Retry, VlanId, VmId,
+};
+use tokio::sync::{Mutex, watch};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
-use netlink::{Forward, Link, LinkChange, Netlink, Vxlan};
+use filter::TapRules;
+use guard::Guard;
+use netlink::{Link, LinkChange, LinkKind, Netlink};
+use nft::NftError;
 
 /// UDP port of VXLAN.
 const PORT: u16 = 4789;
 const BRIDGE: &str = "gwbr";
 const VXLAN: &str = "gwvx";
-/// Written before the network's name into the alias of its bridge, so that a restarted agent knows its networks before the controller
-/// has spoken.
+/// Written before the network's id and name into the alias of its bridge, so that a restarted agent knows its networks before the
+/// controller has spoken.
 const ALIAS: &str = "godwit:";
-/// What the underlay is taken to carry if its interface cannot be found.
-const ETHERNET_MTU: u32 = 1_500;
+/// How long a network that is not known yet is waited for: the controller tells of it beside the command that needs it.
+const PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 10_000 });
 
 /// What the networks of this host should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct FleetNetworks {
     /// Underlay addresses of all hosts, this one's included or not.
     pub(crate) members: Vec<IpAddr>,
-    /// Networks with their VXLAN ids.
-    pub(crate) networks: Vec<(Name, u32)>,
+    pub(crate) networks: Vec<FleetNetwork>,
     /// Where each interface of a VM is: its address, its network, the underlay address of its host.
-    pub(crate) locations: Vec<(MacAddress, Name, IpAddr)>,
+    pub(crate) locations: Vec<(MacAddress, NetworkId, IpAddr)>,
+}
+
+/// A network of the fleet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FleetNetwork {
+    pub(crate) id: NetworkId,
+    /// Unique in its team only.
+    pub(crate) name: Name,
+    /// What guests on it may send.
+    pub(crate) mtu: u32,
+    pub(crate) kind: Kind,
+}
+
+/// How a network gets from host to host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Overlay { vni: u32 },
+    Bridge { bridge: BridgeName, vlan: Option<VlanId> },
 }
 
 /// Why the network could not be made as it should be.
@@ -72,9 +102,38 @@ pub(crate) enum NetworkError {
         #[source]
         source: io::Error,
     },
+    /// What may be sent on an interface could not be limited.
+    #[error("interface {slot} of VM {vm} has addresses, and what it sends cannot be held against them")]
+    Unfiltered {
+        /// Whose.
+        vm: VmId,
+        /// Which.
+        slot: usize,
+        /// Why.
+        #[source]
+        source: NftError,
+    },
     /// The fleet has not named this network yet.
     #[error("this host does not know network {0}")]
     Unknown(Name),
+    /// The host lacks what the network is on.
+    #[error("network {network} is on bridge {bridge}, which this host does not offer")]
+    NoBridge {
+        /// The network.
+        network: Name,
+        /// The bridge, with its VLAN.
+        bridge: String,
+    },
+    /// Somebody else uses the VLAN.
+    #[error("VLAN {vlan} of {uplink} is the interface {interface} already, which is not Godwit's")]
+    VlanTaken {
+        /// The VLAN.
+        vlan: VlanId,
+        /// Whose.
+        interface: String,
+        /// On which interface.
+        uplink: String,
+    },
 }
 
 impl From<NetworkError> for Refusal {
@@ -89,9 +148,20 @@ impl From<NetworkError> for Refusal {
                 refusal.hint("check that the agent has CAP_NET_ADMIN and that the kernel has the bridge and vxlan modules")
             }
             NetworkError::Tap { .. } => refusal.hint("check that /dev/net/tun exists and that the agent may open it"),
+            NetworkError::Unfiltered { .. } => {
+                Self { code: ErrorCode::HostIncompatible, ..refusal }.hint(format!("{FILTER_FIX}, or start the VM without addresses"))
+            }
+            NetworkError::NoBridge { .. } => Self { code: ErrorCode::HostIncompatible, ..refusal }
+                .hint("make the bridge on this host; for a VLAN it must have exactly one port that is no tap, and the kernel the module 8021q"),
+            NetworkError::VlanTaken { .. } => Self { code: ErrorCode::HostIncompatible, ..refusal }
+                .hint("make a network of the bridge that this interface is on, without a VLAN, or remove the interface"),
         }
     }
 }
+
+/// What to do about a filter that does not work.
+const FILTER_FIX: &str =
+    "install nftables (Debian: nftables) and a kernel with nf_tables of the bridge family (CONFIG_NF_TABLES_BRIDGE)";
 
 fn kernel(doing: &'static str, interface: &str) -> impl FnOnce(io::Error) -> NetworkError {
     move |source| NetworkError::Kernel { doing, interface: interface.to_owned(), source }
@@ -108,17 +178,26 @@ struct Inner {
     netlink: Netlink,
     /// Held while links are changed: a network is not removed while it gets a tap.
     state: Mutex<State>,
+    /// Grows when networks have become known.
+    applied: watch::Sender<u64>,
+    /// As last looked at.
+    offer: std::sync::Mutex<HostNetworks>,
 }
 
 #[derive(Default)]
 struct State {
-    networks: BTreeMap<Name, u32>,
+    networks: BTreeMap<NetworkId, (Name, Kind)>,
     /// What was last pushed: an entry is written when the fleet changes its mind, not over what the kernel has learned since.
     pushed: HashMap<(u32, [u8; 6]), IpAddr>,
+    /// What the underlay leaves to guests.
+    room: Option<u32>,
+    /// The kernel has no VLAN interfaces.
+    no_vlans: bool,
+    guard: Guard,
 }
 
 impl HostNetwork {
-    /// Opens the namespace's links; networks that an earlier agent made are known at once.
+    /// Opens the namespace's links; overlays that an earlier agent made are known at once.
     ///
     /// # Errors
     /// The kernel's reason.
@@ -126,11 +205,12 @@ impl HostNetwork {
         let netlink = Netlink::open().map_err(kernel("open", "its netlink socket"))?;
         let links = netlink.links().await.map_err(kernel("list", "its links"))?;
         let networks = links.iter().filter_map(|link| {
-            let name = link.alias.as_deref()?.strip_prefix(ALIAS)?;
-            Some((Name::new(name).ok()?, vni_of(link)?))
+            let (id, name) = link.alias.as_deref()?.strip_prefix(ALIAS)?.split_once(' ')?;
+            Some((id.parse().ok()?, (Name::new(name).ok()?, Kind::Overlay { vni: vni_of(link)? })))
         });
-        let state = Mutex::new(State { networks: networks.collect(), pushed: HashMap::new() });
-        Ok(Self { inner: Arc::new(Inner { underlay, netlink, state }) })
+        let state = Mutex::new(State { networks: networks.collect(), ..State::default() });
+        let inner = Inner { underlay, netlink, state, applied: watch::Sender::new(0), offer: std::sync::Mutex::default() };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Makes the networks what the fleet says; what is so already is left alone. A network that the fleet does not name any more is removed
@@ -140,49 +220,65 @@ impl HostNetwork {
     /// The first thing that could not be done.
     pub(crate) async fn apply(&self, fleet: &FleetNetworks) -> Result<(), NetworkError> {
         let mut state = self.inner.state.lock().await;
+        // Before there is a VXLAN that would hear it.
+        self.inner.admit(&mut state, fleet.members.iter().copied().chain([self.inner.underlay]).collect()).await;
         let links = self.inner.netlink.links().await.map_err(kernel("list", "its links"))?;
-        let mtu = self.inner.guest_mtu(&links).await?;
+        let room = self.inner.room(&links).await?;
+        state.room = Some(room);
         let mut result = self.inner.remove_others(fleet, &links, &mut state).await;
-        for (name, vni) in &fleet.networks {
-            let one = match self.inner.apply_network(name, *vni, mtu, &links).await {
-                Ok(vxlan) => {
-                    state.networks.insert(name.clone(), *vni);
-                    self.inner.apply_forwards(fleet, name, *vni, vxlan, &mut state).await
-                }
-                Err(error) => Err(error),
+        result = result.and(self.inner.remove_other_vlans(fleet, &links).await);
+        for network in &fleet.networks {
+            let one = match &network.kind {
+                Kind::Overlay { vni } => match self.inner.apply_overlay(network, *vni, network.mtu.min(room), &links).await {
+                    Ok(vxlan) => self.inner.apply_forwards(fleet, network.id, *vni, vxlan, &mut state).await,
+                    Err(error) => Err(error),
+                },
+                Kind::Bridge { bridge, vlan: Some(vlan) } => self.inner.apply_vlan(bridge, *vlan, &links, &mut state).await,
+                Kind::Bridge { vlan: None, .. } => Ok(()),
             };
+            if one.is_ok() {
+                state.networks.insert(network.id, (network.name.clone(), network.kind.clone()));
+            }
             result = result.and(one);
         }
+        self.inner.applied.send_modify(|count| *count += 1);
         result
     }
 
-    /// Makes a tap on the network's bridge: `IFF_VNET_HDR`, gone with its last descriptor, with the MTU of the bridge.
+    /// Makes a tap on the network's bridge: `IFF_VNET_HDR`, gone with its last descriptor, with the MTU of the bridge. What the VM may send on
+    /// it is limited before it is attached.
     ///
     /// # Errors
-    /// [`NetworkError::Unknown`] before the fleet has named the network, else the kernel's reason.
-    pub(crate) async fn create_tap(&self, network: &Name, vm: VmId, slot: usize) -> Result<OwnedFd, NetworkError> {
-        let state = self.inner.state.lock().await;
-        let unknown = || NetworkError::Unknown(network.clone());
-        let bridge = format!("{BRIDGE}{}", state.networks.get(network).ok_or_else(unknown)?);
+    /// [`NetworkError::Unknown`] if the fleet does not name the network, else what could not be done.
+    pub(crate) async fn create_tap(&self, nic: &ResolvedNic, vm: VmId, slot: usize) -> Result<OwnedFd, NetworkError> {
+        self.inner.await_network(nic).await?;
+        let mut state = self.inner.state.lock().await;
         let netlink = &self.inner.netlink;
-        let bridge = netlink.link(&bridge).await.map_err(kernel("find", &bridge))?.ok_or_else(unknown)?;
+        let bridge = self.inner.bridge_of(&state, nic).await?;
         let (tap, name) = tap::create(vm, slot).map_err(|source| NetworkError::Tap { vm, slot, source })?;
         disable_ipv6(&name);
-        let link = netlink.link(&name).await.and_then(|link| link.ok_or_else(|| io::ErrorKind::NotFound.into()));
-        let index = link.map_err(kernel("find", &name))?.index;
-        let change =
-            LinkChange { mtu: Some(bridge.mtu), master: Some(bridge.index), alias: Some(format!("{vm} {slot}")), up: true };
+        let index = self.inner.made(&name).await?.index;
+        let rules = TapRules { tap: name.clone(), index, vm, slot, mac: nic.mac, addresses: nic.addresses.clone() };
+        self.inner.protect(&mut state, rules).await?;
+        let change = LinkChange {
+            // The bridge's own, else a bridge of the host would take over the smaller one.
+            mtu: Some(bridge.mtu),
+            master: Some(bridge.index),
+            alias: Some(format!("{vm} {slot}")),
+            mac: Some(host_side(nic.mac)),
+            up: true,
+        };
         netlink.change(index, change).await.map_err(kernel("attach", &name))?;
         Ok(tap)
     }
 
-    /// Announces that `macs` are here now, several times over the next two seconds, and makes the bridge forget that they were elsewhere.
+    /// Announces that `nic` is here now, several times over the next two seconds, and makes the bridge forget that it was elsewhere.
     /// Abort the task when the VM leaves again while it still runs.
-    pub(crate) fn announce(&self, network: &Name, macs: Vec<MacAddress>) -> AbortHandle {
-        let (inner, network) = (Arc::clone(&self.inner), network.clone());
+    pub(crate) fn announce(&self, nic: &ResolvedNic) -> AbortHandle {
+        let (inner, nic) = (Arc::clone(&self.inner), nic.clone());
         let task = tokio::spawn(async move {
-            if let Err(error) = inner.announce(&network, &macs).await {
-                tracing::warn!(%network, error = &error as &dyn std::error::Error, "addresses were not announced");
+            if let Err(error) = inner.announce(&nic).await {
+                tracing::warn!(network = %nic.network, error = &error as &dyn std::error::Error, "an address was not announced");
             }
         });
         task.abort_handle()
@@ -203,15 +299,24 @@ impl HostNetwork {
             });
         }
         let links = self.inner.netlink.links().await.unwrap_or_default();
-        if let Ok(mtu @ ..ETHERNET_MTU) = self.inner.guest_mtu(&links).await {
-            let wanted = ETHERNET_MTU + overhead(self.inner.underlay);
+        if let Ok(room @ ..DEFAULT_OVERLAY_MTU) = self.inner.room(&links).await {
+            let wanted = DEFAULT_OVERLAY_MTU + overlay_overhead(self.inner.underlay);
             conditions.push(HostCondition {
                 name: "underlay_mtu".to_owned(),
-                message: format!("networks here carry {mtu} bytes, guests send up to {ETHERNET_MTU}: longer frames are lost"),
+                message: format!("overlays here carry {room} bytes: VMs of networks with a larger MTU are refused"),
                 fix: format!(
-                    "set the MTU of the interface with {} to at least {wanted}, or that of the guests to {mtu}",
+                    "set the MTU of the interface with {} to at least {wanted}, or that of the networks to {room}",
                     self.inner.underlay
                 ),
+            });
+        }
+        if let Some(reason) = &self.inner.state.lock().await.guard.broken {
+            conditions.push(HostCondition {
+                name: "guest_filter".to_owned(),
+                message: format!(
+                    "VMs whose interfaces have addresses are refused, and VXLAN is accepted from anywhere: what is sent cannot be filtered: {reason}"
+                ),
+                fix: FILTER_FIX.to_owned(),
             });
         }
         conditions
@@ -220,18 +325,50 @@ impl HostNetwork {
 
 impl Inner {
     /// What is left of the underlay's MTU.
-    async fn guest_mtu(&self, links: &[Link]) -> Result<u32, NetworkError> {
+    async fn room(&self, links: &[Link]) -> Result<u32, NetworkError> {
         let index = self.netlink.index_of_address(self.underlay).await.map_err(kernel("list", "its addresses"))?;
+        // What the underlay is taken to carry if its interface cannot be found.
         let underlay = links.iter().find(|link| Some(link.index) == index).map_or(ETHERNET_MTU, |link| link.mtu);
-        Ok(underlay.saturating_sub(overhead(self.underlay)))
+        Ok(underlay.saturating_sub(overlay_overhead(self.underlay)))
+    }
+
+    async fn await_network(&self, nic: &ResolvedNic) -> Result<(), NetworkError> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut applied = self.applied.subscribe();
+        while kind_of(&*self.state.lock().await, nic).is_none() {
+            // The sender lives as long as this.
+            let later = tokio::time::timeout_at(deadline, applied.changed()).await;
+            later
+                .map_err(|_| NetworkError::Unknown(nic.network.clone()))?
+                .map_err(|_| NetworkError::Unknown(nic.network.clone()))?;
+        }
+        Ok(())
+    }
+
+    /// The bridge that an interface's tap belongs on.
+    async fn bridge_of(&self, state: &State, nic: &ResolvedNic) -> Result<Link, NetworkError> {
+        let unknown = || NetworkError::Unknown(nic.network.clone());
+        match kind_of(state, nic).ok_or_else(unknown)? {
+            Kind::Overlay { vni } => {
+                let name = format!("{BRIDGE}{vni}");
+                self.netlink.link(&name).await.map_err(kernel("find", &name))?.ok_or_else(unknown)
+            }
+            Kind::Bridge { bridge, vlan } => {
+                let links = self.netlink.links().await.map_err(kernel("list", "its links"))?;
+                bridge::find(bridge, *vlan, &links).cloned().ok_or_else(|| NetworkError::NoBridge {
+                    network: nic.network.clone(),
+                    bridge: vlan.map_or_else(|| bridge.to_string(), |vlan| format!("{bridge}, VLAN {vlan}")),
+                })
+            }
+        }
     }
 
     async fn remove_others(&self, fleet: &FleetNetworks, links: &[Link], state: &mut State) -> Result<(), NetworkError> {
-        let wanted = |vni| fleet.networks.iter().any(|(_, wanted)| *wanted == vni);
-        state.networks.retain(|name, vni| fleet.networks.iter().any(|(n, v)| n == name && v == vni));
+        let wanted = |vni| fleet.networks.iter().any(|network| network.kind == Kind::Overlay { vni });
+        state.networks.retain(|id, (_, kind)| fleet.networks.iter().any(|network| network.id == *id && network.kind == *kind));
         for (bridge, vni) in links.iter().filter_map(|link| Some((link, vni_of(link)?))).filter(|(_, vni)| !wanted(*vni)) {
             let (ours, taps): (Vec<_>, Vec<_>) =
-                links.iter().filter(|link| link.master == Some(bridge.index)).partition(|link| link.vxlan.is_some());
+                links.iter().filter(|link| link.master == Some(bridge.index)).partition(|link| link.vxlan().is_some());
             if !taps.is_empty() {
                 continue;
             }
@@ -243,124 +380,56 @@ impl Inner {
         Ok(())
     }
 
-    /// Makes the bridge and the VXLAN, and returns the index of the latter.
-    async fn apply_network(&self, name: &Name, vni: u32, mtu: u32, links: &[Link]) -> Result<u32, NetworkError> {
-        let find = |name: &str| links.iter().find(|link| link.name == name).cloned();
-        let bridge_name = format!("{BRIDGE}{vni}");
-        let bridge = match find(&bridge_name) {
-            Some(bridge) => bridge,
-            None => {
-                self.netlink.add_bridge(&bridge_name).await.map_err(kernel("make", &bridge_name))?;
-                self.made(&bridge_name).await?
-            }
-        };
-        let vxlan_name = format!("{VXLAN}{vni}");
-        let wanted = Vxlan { vni, local: self.underlay, port: PORT };
-        let mut vxlan = find(&vxlan_name);
-        if let Some(other) = vxlan.take_if(|link| link.vxlan != Some(wanted)) {
-            self.netlink.delete(other.index).await.map_err(kernel("remove", &vxlan_name))?;
-        }
-        let vxlan = match vxlan {
-            Some(vxlan) => vxlan,
-            None => {
-                self.netlink.add_vxlan(&vxlan_name, wanted, bridge.index).await.map_err(kernel("make", &vxlan_name))?;
-                self.made(&vxlan_name).await?
-            }
-        };
-        // The VXLAN first: a bridge that is set up while its ports are smaller would have to fragment.
-        for (link, master, alias) in [(&vxlan, Some(bridge.index), None), (&bridge, None, Some(format!("{ALIAS}{name}")))] {
-            let change = LinkChange {
-                mtu: Some(mtu).filter(|mtu| *mtu != link.mtu),
-                master: master.filter(|_| link.master != master),
-                alias: alias.filter(|alias| link.alias.as_ref() != Some(alias)),
-                up: !link.up,
-            };
-            if change.mtu.is_some() || change.master.is_some() || change.alias.is_some() || change.up {
-                disable_ipv6(&link.name);
-                self.netlink.change(link.index, change).await.map_err(kernel("configure", &link.name))?;
-            }
-        }
-        Ok(vxlan.index)
-    }
-
     async fn made(&self, name: &str) -> Result<Link, NetworkError> {
         let link = self.netlink.link(name).await.and_then(|link| link.ok_or_else(|| io::ErrorKind::NotFound.into()));
         link.map_err(kernel("find", name))
     }
 
-    async fn apply_forwards(
-        &self,
-        fleet: &FleetNetworks,
-        network: &Name,
-        vni: u32,
-        vxlan: u32,
-        state: &mut State,
-    ) -> Result<(), NetworkError> {
-        let interface = format!("{VXLAN}{vni}");
-        let failed = || kernel("set a forwarding entry of", &interface);
-        let present = self.netlink.forwards(vxlan).await.map_err(failed())?;
-        let members: BTreeSet<IpAddr> =
-            fleet.members.iter().copied().filter(|to| *to != self.underlay && to.is_ipv4() == self.underlay.is_ipv4()).collect();
-        for to in &members {
-            if !present.iter().any(|entry| entry.is_flood() && entry.to == *to) {
-                self.netlink.add_flood(vxlan, *to).await.map_err(failed())?;
-            }
-        }
-        for entry in present.iter().filter(|entry| entry.is_flood() && !members.contains(&entry.to)) {
-            self.netlink.remove_forward(vxlan, *entry).await.map_err(failed())?;
-        }
-
-        let wanted: HashMap<[u8; 6], IpAddr> =
-            fleet.locations.iter().filter(|(_, on, _)| on == network).map(|(mac, _, at)| (mac.0, *at)).collect();
-        for (mac, to) in &wanted {
-            let known = present.iter().find(|entry| entry.mac == *mac);
-            let news = state.pushed.get(&(vni, *mac)) != Some(to);
-            match known {
-                // A VM here is reached through its tap.
-                Some(entry) if *to == self.underlay && news => self.netlink.remove_forward(vxlan, *entry).await,
-                _ if *to == self.underlay => Ok(()),
-                Some(entry) if entry.to == *to || !news => Ok(()),
-                _ => self.netlink.set_forward(vxlan, Forward { mac: *mac, to: *to }).await,
-            }
-            .map_err(failed())?;
-            state.pushed.insert((vni, *mac), *to);
-        }
-        let gone: Vec<[u8; 6]> =
-            state.pushed.keys().filter(|(of, mac)| *of == vni && !wanted.contains_key(mac)).map(|(_, mac)| *mac).collect();
-        for mac in gone {
-            state.pushed.remove(&(vni, mac));
-            for entry in present.iter().filter(|entry| entry.mac == mac) {
-                self.netlink.remove_forward(vxlan, *entry).await.map_err(failed())?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn announce(&self, network: &Name, macs: &[MacAddress]) -> Result<(), NetworkError> {
-        let known = self.state.lock().await.networks.get(network).copied();
-        let vni = known.ok_or_else(|| NetworkError::Unknown(network.clone()))?;
-        let (bridge, vxlan) = (format!("{BRIDGE}{vni}"), format!("{VXLAN}{vni}"));
-        let (from, port) = (self.made(&bridge).await?.index, self.made(&vxlan).await?.index);
-        let sender = announce::open_sender(from).map_err(kernel("send on", &bridge))?;
+    async fn announce(&self, nic: &ResolvedNic) -> Result<(), NetworkError> {
+        let state = self.state.lock().await;
+        let bridge = self.bridge_of(&state, nic).await?;
+        drop(state);
+        let links = self.netlink.links().await.map_err(kernel("list", "its links"))?;
+        let out = links.iter().filter(|link| link.master == Some(bridge.index) && link.kind != LinkKind::Tap);
+        let out: Vec<&Link> = out.collect();
+        let sender = announce::open_sender(bridge.index).map_err(kernel("send on", &bridge.name))?;
         for pause in announce::PAUSES {
             tokio::time::sleep(pause).await;
-            for mac in macs {
-                // What the bridge sends itself teaches it nothing: it would go on sending the VM's frames to the host that it left.
-                self.netlink.forget_on_port(port, mac.0).await.map_err(kernel("clear an entry of", &vxlan))?;
-                match rustix::io::write(&sender, &announce::frame(*mac)) {
-                    // A full queue: the next one will do.
-                    Ok(_) | Err(rustix::io::Errno::NOBUFS | rustix::io::Errno::AGAIN) => {}
-                    Err(error) => return Err(kernel("send on", &bridge)(error.into())),
-                }
+            // What the bridge sends itself teaches it nothing: it would go on sending the VM's frames to the host that it left.
+            for port in &out {
+                self.netlink.forget_on_port(port.index, nic.mac.0).await.map_err(kernel("clear an entry of", &port.name))?;
+            }
+            match rustix::io::write(&sender, &announce::frame(nic.mac)) {
+                // A full queue: the next one will do.
+                Ok(_) | Err(rustix::io::Errno::NOBUFS | rustix::io::Errno::AGAIN) => {}
+                Err(error) => return Err(kernel("send on", &bridge.name)(error.into())),
             }
         }
         Ok(())
     }
 }
 
-/// Headers that VXLAN puts before a frame's payload: the inner Ethernet, VXLAN, UDP, IP.
-const fn overhead(underlay: IpAddr) -> u32 {
-    14 + 8 + 8 + if underlay.is_ipv4() { 20 } else { 40 }
+/// The kind of an interface's network. Interfaces from before networks had ids go by the name.
+fn kind_of<'a>(state: &'a State, nic: &ResolvedNic) -> Option<&'a Kind> {
+    let known = match nic.network_id {
+        Some(id) => state.networks.get(&id),
+        // Another team may have taken the name since: the oldest number is that of the network there was.
+        None => state.networks.values().filter(|(name, _)| *name == nic.network).min_by_key(|(_, kind)| match kind {
+            Kind::Overlay { vni } => *vni,
+            Kind::Bridge { .. } => u32::MAX,
+        }),
+    };
+    known.map(|(_, kind)| kind)
+}
+
+fn alias(network: &FleetNetwork) -> String {
+    format!("{ALIAS}{} {}", network.id, network.name)
+}
+
+/// The MAC address of the host's end of a tap: a bridge takes the lowest of its ports for its own, and a bridge of the host must keep its.
+const fn host_side(mac: MacAddress) -> [u8; 6] {
+    let [_, b, c, d, e, f] = mac.0;
+    [0xfe, b, c, d, e, f]
 }
 
 fn vni_of(bridge: &Link) -> Option<u32> {

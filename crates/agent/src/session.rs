@@ -16,7 +16,9 @@ use godwit_link::v1::link_client::LinkClient;
 use godwit_link::v1::{self, AgentMessage};
 use godwit_link::{MAX_MESSAGE, Malformed, PROTOCOL, convert, decode, encode};
 use godwit_migration::Peer;
-use godwit_model::{Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, Name, Refusal, Retry, VolumeRef};
+use godwit_model::{
+    Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, Name, NetworkId, Refusal, Retry, VlanId, VolumeRef,
+};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Channel;
@@ -25,7 +27,7 @@ use crate::check::{self, Finding};
 use crate::dial::{self, DialError};
 use crate::host::{SharedHost, ended_message, unix_now};
 use crate::identity::RenewError;
-use crate::network::FleetNetworks;
+use crate::network::{FleetNetwork, FleetNetworks, Kind};
 use crate::tls::TlsError;
 use crate::vm::{Answer, Registry, VmCommand};
 use crate::{console, guest};
@@ -159,6 +161,7 @@ impl Sessions {
             load,
             vms: reports.values().cloned().collect(),
             epoch: self.host.journal.epoch()?.0,
+            migration_address: self.host.migration_address().to_string(),
         })
     }
 
@@ -388,17 +391,33 @@ fn networks(host: &SharedHost, fleet: v1::Fleet) -> Result<FleetNetworks, Malfor
     let address = |text: &str| text.parse::<IpAddr>().map_err(|_| Malformed::Field { field: "address" });
     let members = fleet.members.iter().map(|member| address(&member.address));
     let members = members.chain(host.options.vteps.iter().map(|vtep| Ok(*vtep))).collect::<Result<_, _>>()?;
-    let networks = fleet
-        .networks
-        .iter()
-        .map(|network| Ok((Name::new(&network.name).map_err(|_| Malformed::Field { field: "network" })?, network.vni)));
+    let networks = fleet.networks.iter().map(network);
     let locations = fleet.locations.iter().map(|location| {
         let mac = location.mac.parse().map_err(|_| Malformed::Field { field: "mac" })?;
-        Ok((mac, convert::name("network", &location.network)?, address(&location.address)?))
+        Ok((mac, network_id(&location.network)?, address(&location.address)?))
     });
     Ok(FleetNetworks {
         members,
         networks: networks.collect::<Result<_, Malformed>>()?,
         locations: locations.collect::<Result<_, Malformed>>()?,
     })
+}
+
+fn network_id(text: &str) -> Result<NetworkId, Malformed> {
+    text.parse().map_err(|_| Malformed::Field { field: "network" })
+}
+
+fn network(network: &v1::Network) -> Result<FleetNetwork, Malformed> {
+    let malformed = |field| Malformed::Field { field };
+    let vlan = match u16::try_from(network.vlan) {
+        Ok(0) => None,
+        Ok(vlan) => Some(VlanId::new(vlan).map_err(|_| malformed("vlan"))?),
+        Err(_) => return Err(malformed("vlan")),
+    };
+    let kind = if network.bridge.is_empty() {
+        Kind::Overlay { vni: network.vni }
+    } else {
+        Kind::Bridge { bridge: network.bridge.parse().map_err(|_| malformed("bridge"))?, vlan }
+    };
+    Ok(FleetNetwork { id: network_id(&network.id)?, name: convert::name("network", &network.name)?, mtu: network.mtu, kind })
 }

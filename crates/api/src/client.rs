@@ -226,6 +226,26 @@ impl Client {
         self.list("/networks").await
     }
 
+    /// One network.
+    pub async fn network(&self, network: &Name) -> Result<v1::Network> {
+        self.get(&format!("/networks/{}", segment(network))).await
+    }
+
+    /// Creates a network.
+    pub async fn create_network(&self, request: &v1::NetworkCreate) -> Result<v1::Network> {
+        self.post("/networks", request).await
+    }
+
+    /// Changes a network.
+    pub async fn set_network(&self, network: &Name, request: &v1::NetworkSet) -> Result<v1::Network> {
+        self.json(self.request(Method::PATCH, &format!("/networks/{}", segment(network))).json(request)).await
+    }
+
+    /// Deletes a network that no VM has an interface on.
+    pub async fn delete_network(&self, network: &Name) -> Result<()> {
+        self.send(self.request(Method::DELETE, &format!("/networks/{}", segment(network)))).await.map(|_| ())
+    }
+
     /// Every image.
     pub async fn images(&self) -> Result<Vec<v1::Image>> {
         self.list("/images").await

@@ -3,8 +3,8 @@
 use godwit_model::guest::EXEC_TIMEOUT;
 use godwit_model::{
     Accelerator, Activity, Bytes, ExecRequest, Generation, GuestFacts, HostFacts, HostLoad, ImageId, ImageKind, ImportFormat,
-    MigrationFigures, MigrationPolicy, MigrationProgress, Millis, Name, Octets, Refusal, RunState, TaskId, TokenId, UnixMillis,
-    VmId, VmSpec,
+    InterfaceDrops, MigrationFigures, MigrationPolicy, MigrationProgress, Millis, Name, NetworkId, NetworkKind, Octets, Refusal,
+    RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -71,6 +71,9 @@ pub struct VmStatus {
     pub waiting: Vec<Waiting>,
     /// Addresses of its interfaces, in the order of the spec.
     pub macs: Vec<String>,
+    /// What was dropped of what its interfaces sent, since it came to its host; interfaces of which nothing was dropped are left out.
+    #[serde(default)]
+    pub dropped: Vec<InterfaceDrops>,
     /// What is not as it should be.
     pub conditions: Vec<Condition>,
     /// What its seed holds; the texts themselves are never shown, and `spec` leaves them out.
@@ -222,6 +225,8 @@ pub struct Host {
     pub revision: u64,
     /// The address at which its peers reach it.
     pub address: String,
+    /// The address at which moves reach it, if it is another.
+    pub migration_address: Option<String>,
     /// Whether its agent is connected.
     pub connected: bool,
     /// When `connected` last changed.
@@ -273,10 +278,46 @@ pub struct Image {
 /// A network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Network {
+    /// Identity.
+    pub id: NetworkId,
+    /// Name, unique in its team.
+    pub name: Name,
+    /// Owner.
+    pub team: Name,
+    /// Grows with every change; pass as `If-Match` to refuse on what changed meanwhile.
+    pub revision: u64,
+    /// How its hosts are joined.
+    pub kind: NetworkKind,
+    /// VXLAN network identifier of an overlay.
+    pub vni: Option<u32>,
+    /// Largest packet that VMs may send on it, in bytes. Guests with virtio are told.
+    pub mtu: u32,
+    /// Connected hosts that cannot take part in it, and why.
+    pub conditions: Vec<Condition>,
+    /// When it was created.
+    pub created: UnixMillis,
+}
+
+/// Asks for a new network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkCreate {
     /// Its name.
     pub name: Name,
-    /// VXLAN network identifier.
-    pub vni: u32,
+    /// How its hosts are joined; an overlay by default.
+    #[serde(default)]
+    pub kind: NetworkKind,
+    /// Its MTU, 1280 to 9216; by default what the connected hosts carry, at most 1500.
+    #[serde(default)]
+    pub mtu: Option<u32>,
+}
+
+/// Asks for a change of a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkSet {
+    /// Its MTU, 1280 to 9216.
+    pub mtu: u32,
 }
 
 /// A long operation.
@@ -379,7 +420,7 @@ pub struct TaskNote {
 pub struct Event {
     /// Pass as `after` (or `Last-Event-ID`) to continue behind this event.
     pub cursor: u64,
-    /// Kind of the object: `vm`, `host`, `task`, `image`, `team`, `token`.
+    /// Kind of the object: `vm`, `host`, `task`, `image`, `network`, `team`, `token`.
     pub kind: String,
     /// Its name (tasks: its id).
     pub name: String,

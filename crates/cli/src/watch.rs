@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use godwit_api::client::{Client, ClientError};
-use godwit_api::v1::{Change, Event, Host, Image, Task, Vm};
+use godwit_api::v1::{Change, Event, Host, Image, Network, Task, Vm};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -54,6 +54,7 @@ watched! {
     Vm, "vm", name, vms;
     Host, "host", name, hosts;
     Image, "image", name, images;
+    Network, "network", name, networks;
     Task, "task", id, tasks;
 }
 

@@ -8,10 +8,8 @@ use godwit_model::{Name, VmRequest};
 
 use crate::db::{Db, Fault};
 use crate::hub::Hub;
-use crate::rows::{HostRow, Row, VmRow};
-
-/// The one network there is now.
-pub(crate) const DEFAULT_NETWORK: (&str, u32) = ("default", 1);
+use crate::networks::told;
+use crate::rows::{HostRow, NetworkRow, Row, VmRow};
 
 /// Keeps the fleet and tells it.
 pub(crate) struct Fleet {
@@ -44,15 +42,21 @@ impl Fleet {
             })
             .collect();
         members.sort_by(|a, b| a.host.cmp(&b.host));
+        let networks = self.db.all::<NetworkRow>().await?;
+        let id_of = |vm: &VmRow, network: &Name| {
+            let same = |row: &NetworkRow| row.team == vm.team && row.name == *network;
+            networks.iter().find(|network| same(&network.row)).map(|network| network.row.id.to_string())
+        };
         let mut locations = Vec::new();
         for vm in self.db.all::<VmRow>().await? {
             let starting = vm.row.activity.is_some_and(|activity| activity.request == VmRequest::Start);
             let address = vm.row.host.as_ref().and_then(|host| hosts.get(host));
             let (Some(address), true) = (address, starting || vm.row.has_process()) else { continue };
             for nic in &vm.row.spec.nics {
+                let Some(network) = id_of(&vm.row, &nic.network) else { continue };
                 locations.push(v1::Location {
                     mac: nic.mac.map(|mac| mac.to_string()).unwrap_or_default(),
-                    network: nic.network.to_string(),
+                    network,
                     address: address.clone(),
                     vm: vm.row.id.to_string(),
                     generation: vm.row.generation.0,
@@ -60,8 +64,7 @@ impl Fleet {
             }
         }
         locations.sort_by(|a, b| a.mac.cmp(&b.mac));
-        let (name, vni) = DEFAULT_NETWORK;
-        Ok(v1::Fleet { members, networks: vec![v1::Network { name: name.into(), vni }], locations })
+        Ok(v1::Fleet { members, networks: networks.iter().map(|network| told(&network.row)).collect(), locations })
     }
 
     /// Tells one host that has just connected.
@@ -93,7 +96,8 @@ impl Fleet {
             let relevant = match self.db.changes(seen, 1_000).await {
                 Ok(changes) => {
                     seen = changes.last().map_or(newest, |change| change.revision);
-                    changes.iter().any(|change| change.key.starts_with(HostRow::PREFIX) || change.key.starts_with(VmRow::PREFIX))
+                    let told = [HostRow::PREFIX, VmRow::PREFIX, NetworkRow::PREFIX];
+                    changes.iter().any(|change| told.iter().any(|prefix| change.key.starts_with(prefix)))
                 }
                 Err(_) => {
                     seen = newest;

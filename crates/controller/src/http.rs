@@ -33,6 +33,7 @@ mod events;
 mod extract;
 mod guest;
 mod images;
+mod networks;
 mod tasks;
 mod teams;
 mod vms;
@@ -66,7 +67,8 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(cluster::join_token_create))
         .routes(routes!(cluster::pool_list))
         .routes(routes!(cluster::pool_show))
-        .routes(routes!(cluster::network_list))
+        .routes(routes!(networks::network_list, networks::network_create))
+        .routes(routes!(networks::network_show, networks::network_set, networks::network_delete))
         .routes(routes!(images::image_list))
         .routes(routes!(images::image_show, images::image_import, images::image_delete))
         .routes(routes!(images::image_fetch))

@@ -25,6 +25,8 @@ pub(crate) type ToAgent = mpsc::Sender<Result<v1::ControllerMessage, Status>>;
 pub(crate) struct Presence {
     /// The address of its carry.
     pub(crate) address: String,
+    /// Where its carry listens, if elsewhere.
+    pub(crate) migration_address: Option<String>,
     /// What does not change while its agent runs.
     pub(crate) facts: Arc<HostFacts>,
     /// Its last heartbeat.

@@ -16,6 +16,7 @@ mod http;
 mod hub;
 mod images;
 mod link;
+mod networks;
 mod principals;
 mod reports;
 mod resolve;

@@ -32,9 +32,9 @@ pub(crate) enum Action {
 /// To what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Target<'a> {
-    /// Hosts, pools, networks.
+    /// Hosts, pools, bridges of hosts.
     Cluster,
-    /// VMs, images, tasks of a team; the team itself.
+    /// VMs, images, networks, tasks of a team; the team itself.
     Team(&'a Name),
     /// API tokens, join tokens, the list of teams.
     Administration,

@@ -1,11 +1,14 @@
-//! From what was asked for to what a VM is started with: nothing stays a default or an alias. Pure but for the images, which are given.
+//! From what was asked for to what a VM is started with: nothing stays a default or an alias. Images and networks are given.
 
 use godwit_model::{
-    Accelerator, Boot, Bytes, CdromSpec, ErrorCode, HostFacts, ImageKind, ImageRef, Name, Platform, Refusal, ResolvedCdrom,
-    ResolvedDisk, ResolvedNic, ResolvedSpec, SPEC_SCHEMA, VmId, VmSpec,
+    Accelerator, Boot, Bytes, CdromSpec, ErrorCode, HostFacts, ImageKind, ImageRef, Name, NicModel, Platform, Refusal,
+    ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec, SPEC_SCHEMA, VmId, VmSpec,
 };
 
 use crate::checks::{Candidate, check_start};
+use crate::db::Stored;
+use crate::networks::{check_networks, network_missing};
+use crate::rows::NetworkRow;
 
 const FAMILY: &str = "pc-q35-";
 /// The oldest CPU model that every TCG has.
@@ -53,7 +56,7 @@ struct Parts {
     cdroms: Vec<ResolvedCdrom>,
 }
 
-fn parts(spec: &VmSpec, images: FindImage<'_>) -> Result<Parts, Refusal> {
+fn parts(spec: &VmSpec, images: FindImage<'_>, networks: &[Stored<NetworkRow>]) -> Result<Parts, Refusal> {
     let find = |image: &Name| {
         images(image).ok_or_else(|| {
             Refusal::new(ErrorCode::NotFound, format!("the VM needs image {image}, which does not exist"))
@@ -88,6 +91,8 @@ fn parts(spec: &VmSpec, images: FindImage<'_>) -> Result<Parts, Refusal> {
     let cdroms = cdroms.collect::<Result<_, Refusal>>()?;
     let mac = |nic: &godwit_model::NicSpec| nic.mac.ok_or_else(|| Refusal::new(ErrorCode::Internal, "an interface has no address"));
     let nics = spec.nics.iter().enumerate().map(|(index, nic)| {
+        let network = networks.iter().map(|stored| &stored.row).find(|row| row.name == nic.network);
+        let network = network.ok_or_else(|| network_missing(&nic.network))?;
         Ok(ResolvedNic {
             network: nic.network.clone(),
             mac: mac(nic)?,
@@ -95,6 +100,9 @@ fn parts(spec: &VmSpec, images: FindImage<'_>) -> Result<Parts, Refusal> {
             addresses: nic.addresses.clone(),
             link_up: nic.link_up,
             slot: Some(nic.slot.unwrap_or(place(index))),
+            network_id: Some(network.id),
+            // What other models cannot be told.
+            mtu: (nic.model == NicModel::Virtio).then_some(network.mtu),
         })
     });
     let nics = nics.collect::<Result<_, Refusal>>()?;
@@ -102,8 +110,13 @@ fn parts(spec: &VmSpec, images: FindImage<'_>) -> Result<Parts, Refusal> {
 }
 
 /// What a running VM would be if it were started anew on its host with `spec`.
-pub(crate) fn wanted_of(spec: &VmSpec, running: &ResolvedSpec, images: FindImage<'_>) -> Result<ResolvedSpec, Refusal> {
-    let Parts { kernel, initrd, cmdline, disks, nics, cdroms } = parts(spec, images)?;
+pub(crate) fn wanted_of(
+    spec: &VmSpec,
+    running: &ResolvedSpec,
+    images: FindImage<'_>,
+    networks: &[Stored<NetworkRow>],
+) -> Result<ResolvedSpec, Refusal> {
+    let Parts { kernel, initrd, cmdline, disks, nics, cdroms } = parts(spec, images, networks)?;
     Ok(ResolvedSpec {
         machine: spec.machine.clone().filter(|machine| machine != "q35").unwrap_or_else(|| running.machine.clone()),
         cpu: spec.cpu.clone().unwrap_or_else(|| running.cpu.clone()),
@@ -135,7 +148,7 @@ pub(crate) fn resolve(
                 .hint("bring their QEMU versions closer together, or give the VM a machine type of the host it shall run on")
         })?,
     };
-    let Parts { kernel, initrd, cmdline, disks, nics, cdroms } = parts(spec, images)?;
+    let Parts { kernel, initrd, cmdline, disks, nics, cdroms } = parts(spec, images, networks)?;
     Ok(ResolvedSpec {
         schema: SPEC_SCHEMA,
         vm,
@@ -184,12 +197,13 @@ pub(crate) fn decide_start(
     wanted: Option<&Name>,
     hosts: &[Candidate<'_>],
     images: FindImage<'_>,
+    networks: &[Stored<NetworkRow>],
 ) -> Result<(Name, ResolvedSpec), Refusal> {
     let mut best: Option<(Candidate<'_>, ResolvedSpec)> = None;
     let mut reasons = Vec::new();
     for host in hosts.iter().filter(|host| wanted.is_none_or(|wanted| wanted == host.name)) {
-        let spec = resolve(vm, *host, hosts, images)?;
-        match check_start(&spec, *host) {
+        let spec = resolve(vm, *host, hosts, images, networks)?;
+        match check_start(&spec, *host).and_then(|()| check_networks(&spec, networks, *host)) {
             Ok(()) if best.as_ref().is_none_or(|(best, _)| host.load.memory_free > best.load.memory_free) => {
                 best = Some((*host, spec))
             }

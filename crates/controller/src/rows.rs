@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `epoch` | the controller's reign | |
 //! | `team/<team>`, `token/<id>`, `join/<id>`, `host/<host>` | as named | |
+//! | `network/<team>/<network>` | a network | `vni`: the last number given to an overlay |
 //! | `image/<team>/<image>` | an image; its content is the file `images/<id>` | |
 //! | `vm/<id>` | a VM | `vmname/<team>/<vm>`, `mac/<mac>`, `volume/<pool>/<volume>`: which VM has it |
 //! | `task/<id>` | a task | |
@@ -13,7 +14,8 @@ use std::collections::BTreeMap;
 use godwit_api::v1::{Role, TaskNote, TaskState, Transfer};
 use godwit_model::{
     Activity, Bytes, Epoch, Generation, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures, MigrationPolicy,
-    MigrationProgress, Millis, Name, Refusal, ResolvedSpec, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
+    MigrationProgress, Millis, Name, NetworkId, NetworkKind, Refusal, ResolvedSpec, RunState, TaskId, TokenId, UnixMillis, VmId,
+    VmSpec,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -48,6 +50,8 @@ rows! {
     TokenRow: "token/" => |row| row.id;
     JoinRow: "join/" => |row| row.id;
     HostRow: "host/" => |row| row.name;
+    NetworkRow: "network/" => |row| format!("{}/{}", row.team, row.name);
+    VniRow: "vni" => |_row| "";
     ImageRow: "image/" => |row| format!("{}/{}", row.team, row.name);
     VmRow: "vm/" => |row| row.id;
     TaskRow: "task/" => |row| row.id;
@@ -96,12 +100,34 @@ pub(crate) struct JoinRow {
 pub(crate) struct HostRow {
     pub(crate) name: Name,
     pub(crate) address: String,
+    /// Where its carry listens, if elsewhere.
+    #[serde(default)]
+    pub(crate) migration_address: Option<String>,
     pub(crate) joined: UnixMillis,
     /// Public keys (their hashes) that may speak for the host: the newest last, the one before it until the newest is used.
     pub(crate) keys: Vec<String>,
     pub(crate) connected: bool,
     pub(crate) since: UnixMillis,
     pub(crate) facts: Option<HostFacts>,
+}
+
+/// A network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NetworkRow {
+    pub(crate) id: NetworkId,
+    pub(crate) name: Name,
+    pub(crate) team: Name,
+    pub(crate) kind: NetworkKind,
+    /// Of an overlay.
+    pub(crate) vni: Option<u32>,
+    pub(crate) mtu: u32,
+    pub(crate) created: UnixMillis,
+}
+
+/// The last number given to an overlay; it goes on behind it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct VniRow {
+    pub(crate) last: u32,
 }
 
 /// An image.

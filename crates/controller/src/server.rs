@@ -27,6 +27,7 @@ use crate::http::{App, router};
 use crate::hub::Hub;
 use crate::images::{Images, source_of};
 use crate::link::{LinkServer, listen};
+use crate::networks::first_network;
 use crate::options::{LogFormat, ServeOptions};
 use crate::principals::new_token;
 use crate::reports::Reports;
@@ -184,6 +185,7 @@ impl Controller {
         let store = Arc::new(SqliteStore::open(&dir.join("store.db"), options.store_pages)?);
         let db = Db::open(store.clone() as Arc<dyn Store>).await?;
         first_start(&db, dir).await?;
+        first_network(&db, Name::new(DEFAULT_TEAM).expect("a plain word is a name")).await?;
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
         let hub = Arc::new(Hub::new());
         let images = Arc::new(open_images(&db, &options).await?);

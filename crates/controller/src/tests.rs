@@ -8,6 +8,7 @@ mod hosts;
 mod imports;
 mod joining;
 mod migrations;
+mod networks;
 mod power;
 mod restart;
 mod space;

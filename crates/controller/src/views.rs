@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 
 use godwit_api::v1;
-use godwit_model::{Bytes, CloudInit, ErrorCode, HostCondition, HostFacts, Name, PoolFacts, Refusal, RunState, VmSpec};
+use godwit_model::{
+    Bytes, CloudInit, ErrorCode, HostCondition, HostFacts, InterfaceDrops, Name, PoolFacts, Refusal, RunState, VmSpec,
+};
 use serde::Serialize;
 
 use crate::clock;
 use crate::db::Stored;
 use crate::hub::Hub;
-use crate::rows::{HostRow, ImageRow, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::networks::lacks;
+use crate::rows::{HostRow, ImageRow, NetworkRow, TaskRow, TeamRow, TokenRow, VmRow};
 use crate::specs::Waiting;
 use crate::tasks::cancellable;
 
@@ -61,6 +64,7 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
             started,
             waiting: row.waiting.iter().filter(|_| row.has_process()).map(waits).collect(),
             macs: row.spec.nics.iter().map(|nic| nic.mac.map(|mac| mac.to_string()).unwrap_or_default()).collect(),
+            dropped: dropped(row, hub),
             conditions,
             cloud_init: row.spec.cloud_init.as_ref().map(seed_facts),
             guest: row.host.as_ref().filter(|_| row.has_process()).and_then(|host| hub.guest(host, row.id)),
@@ -121,8 +125,44 @@ pub(crate) fn host(stored: &Stored<HostRow>, hub: &Hub) -> v1::Host {
         connected: presence.is_some(),
         since: hub.since(&row.name).unwrap_or(row.since),
         facts: presence.as_ref().map(|presence| with_skew((*presence.facts).clone(), presence.skew)).or_else(|| row.facts.clone()),
-        load: presence.map(|presence| presence.load),
+        migration_address: presence
+            .as_ref()
+            .and_then(|presence| presence.migration_address.clone())
+            .or(row.migration_address.clone()),
+        load: presence.map(|presence| {
+            let mut load = presence.load;
+            // Hosts are shown to everybody, VMs only to their teams.
+            load.networks.interfaces.clear();
+            load
+        }),
     }
+}
+
+/// A network.
+pub(crate) fn network(stored: &Stored<NetworkRow>, hub: &Hub) -> v1::Network {
+    let row = &stored.row;
+    let lacking = |(host, presence): &(Name, crate::hub::Presence)| {
+        let (message, fix) = lacks(row, row.mtu, (host, &presence.load.networks))?;
+        Some(v1::Condition { name: "not_on_host".into(), message, fix })
+    };
+    v1::Network {
+        id: row.id,
+        name: row.name.clone(),
+        team: row.team.clone(),
+        revision: stored.revision,
+        kind: row.kind.clone(),
+        vni: row.vni,
+        mtu: row.mtu,
+        conditions: hub.present().iter().filter_map(lacking).collect(),
+        created: row.created,
+    }
+}
+
+/// What was dropped of each interface of a VM, on the host where it runs.
+fn dropped(row: &VmRow, hub: &Hub) -> Vec<InterfaceDrops> {
+    let presence = row.host.as_ref().filter(|_| row.has_process()).and_then(|host| hub.presence(host));
+    let all = presence.map(|presence| presence.load.networks.interfaces).unwrap_or_default();
+    all.into_iter().filter(|interface| interface.vm == row.id).collect()
 }
 
 /// An image.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Accelerator, Bytes, HugePages, Name};
+use crate::{Accelerator, Bytes, HostNetworks, HugePages, Name};
 
 /// What does not change while an agent runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -97,4 +97,7 @@ pub struct HostLoad {
     pub vms: u32,
     /// Free space by pool.
     pub pools_free: Vec<(Name, Bytes)>,
+    /// What it offers to networks, and what it dropped on them.
+    #[serde(default)]
+    pub networks: HostNetworks,
 }

@@ -74,3 +74,7 @@ id! {
     /// What a guest reads to learn that it was turned back to an earlier moment, or doubled. Not a [`crate::Generation`].
     Vmgenid
 }
+id! {
+    /// A network of VMs.
+    NetworkId
+}

@@ -12,6 +12,7 @@ pub mod import;
 pub mod lifecycle;
 pub mod migration;
 pub mod name;
+pub mod network;
 pub mod ownership;
 pub mod spec;
 pub mod units;
@@ -19,11 +20,14 @@ pub mod units;
 pub use error::{ErrorCode, Refusal, Retry};
 pub use guest::{ExecOutcome, ExecRequest, GuestFacts, Octets};
 pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
-pub use ids::{ImageId, TaskId, TeamId, TokenId, VmId, Vmgenid};
+pub use ids::{ImageId, NetworkId, TaskId, TeamId, TokenId, VmId, Vmgenid};
 pub use import::ImportFormat;
 pub use lifecycle::{Activity, Admission, RunState, VmRequest};
 pub use migration::{MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress};
 pub use name::{InvalidName, Name};
+pub use network::{
+    BridgeName, DroppedFrames, HostBridge, HostNetworks, InterfaceDrops, InvalidBridgeName, InvalidVlan, NetworkKind, VlanId,
+};
 pub use ownership::{Epoch, Generation, Grant};
 pub use spec::{
     Accelerator, Autostart, Boot, CacheMode, CdromSpec, CloudInit, Discard, DiskBus, DiskFormat, DiskSpec, FIXED_SLOTS, Firmware,

@@ -24,6 +24,8 @@ pub struct GuestSpec {
     pub knobs: Vec<String>,
     /// What its seed holds.
     pub cloud_init: Option<CloudInit>,
+    /// Whether its interface may use its own IP address only.
+    pub addressed: bool,
 }
 
 /// A guest that was created.
@@ -55,6 +57,7 @@ impl GuestSpec {
             shapes: Vec::new(),
             knobs: knobs.map(ToOwned::to_owned).to_vec(),
             cloud_init: None,
+            addressed: false,
         }
     }
 
@@ -68,6 +71,13 @@ impl GuestSpec {
     #[must_use]
     pub fn knob(mut self, word: &str) -> Self {
         self.knobs.push(word.to_owned());
+        self
+    }
+
+    /// With an interface that may use its own IP address only.
+    #[must_use]
+    pub fn addressed(mut self) -> Self {
+        self.addressed = true;
         self
     }
 
@@ -118,7 +128,10 @@ impl GuestSpec {
         };
         let mut spec = VmSpec {
             disks: self.disks.clone(),
-            nics: vec![NicSpec::new(Name::new("default").expect("a name"))],
+            nics: vec![NicSpec {
+                addresses: if self.addressed { vec![address.into()] } else { Vec::new() },
+                ..NicSpec::new(Name::new("default").expect("a name"))
+            }],
             cloud_init: self.cloud_init.clone(),
             ..VmSpec::new(self.vcpus, self.memory, boot)
         };

@@ -5,12 +5,14 @@ mod stream;
 mod witness;
 
 use std::net::{Ipv4Addr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use godwit_guest::{STATUS_PORT, Status};
+use anyhow::{Context, Result, bail, ensure};
+use godwit_guest::{SPOOF_MARK, SPOOF_PORT, STATUS_PORT, Spoof, SpoofRequest, Status};
 use godwit_lab::in_namespace;
 use godwit_lab::layout::OUTSIDE_GUEST_ADDRESS;
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
 
 pub use echo::Echo;
 pub use stream::{StreamClient, StreamReport};
@@ -18,6 +20,9 @@ pub use witness::Witness;
 
 /// Where guests send their records.
 pub(crate) const WITNESS_PORT: u16 = 9999;
+
+/// How long frames that were sent may take until here.
+const LISTEN: Duration = Duration::from_millis(500);
 
 /// The outside client of one lab.
 #[derive(Debug, Clone)]
@@ -64,6 +69,44 @@ impl Outside {
             }
         }
         bail!("the guest at {address} does not answer within {patience:?}")
+    }
+
+    /// Lets the guest at `address` send frames that claim something; answers how many of them were heard out here, also inside tunnels.
+    ///
+    /// # Errors
+    /// When the guest does not do it.
+    pub fn spoof(&self, address: Ipv4Addr, spoof: Spoof, count: u16) -> Result<usize> {
+        static NUMBER: AtomicU64 = AtomicU64::new(1);
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let open = || socket_with(AddressFamily::PACKET, SocketType::RAW, flags, Some(eth::ALL));
+        let listener = in_namespace(&self.namespace, open)?.context("listen to frames outside")?;
+        let socket = self.datagrams(address, SPOOF_PORT)?;
+        socket.set_read_timeout(Some(Duration::from_millis(250)))?;
+        let request = SpoofRequest { spoof, count, number: NUMBER.fetch_add(1, Ordering::Relaxed) }.to_string();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut answer = [0; 64];
+        loop {
+            ensure!(Instant::now() < deadline, "the guest at {address} does not send frames of kind {spoof}");
+            let _ = socket.send(request.as_bytes());
+            if let Ok(length) = socket.recv(&mut answer) {
+                let said = String::from_utf8_lossy(answer.get(..length).unwrap_or_default()).into_owned();
+                ensure!(said == request, "the guest was asked for {request:?} and said {said:?}");
+                break;
+            }
+        }
+        let mark = format!("{SPOOF_MARK}{spoof}\n").into_bytes();
+        let (until, mut heard, mut frame) = (Instant::now() + LISTEN, 0, [0; 2_048]);
+        while Instant::now() < until {
+            match recv(&listener, &mut frame[..], RecvFlags::empty()) {
+                Ok((length, _)) => {
+                    let got = frame.get(..length).unwrap_or_default();
+                    heard += usize::from(got.windows(mark.len()).any(|window| window == mark));
+                }
+                // Nothing is there; what is late is waited for.
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+        Ok(heard)
     }
 
     /// Probes the guest at `address` a thousand times a second from now on.

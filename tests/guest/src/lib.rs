@@ -14,6 +14,7 @@ mod pages;
 
 mod clock;
 mod pace;
+mod spoof;
 mod stream;
 mod witness;
 
@@ -29,6 +30,7 @@ pub use pace::Pace;
 pub use pages::{PAGE_SIZE, PageError, PageFault, PageKind, PagePool};
 pub use report::{ConsoleLine, Status, console_line};
 pub use seed::host_name_of;
+pub use spoof::{MOST_SPOOFS, SPOOF_MARK, Spoof, SpoofRequest};
 pub use stream::{StreamMismatch, StreamVerifier, fill_stream};
 pub use witness::{RecordError, VmWitness, WitnessLog, WitnessRecord, host_generation};
 
@@ -36,5 +38,7 @@ pub use witness::{RecordError, VmWitness, WitnessLog, WitnessRecord, host_genera
 pub const ECHO_PORT: u16 = 7;
 /// UDP: answers any datagram with [`Status`] as JSON.
 pub const STATUS_PORT: u16 = 5;
+/// UDP: carries out a [`SpoofRequest`] and sends it back when the frames are on their way.
+pub const SPOOF_PORT: u16 = 13;
 /// TCP: sends the endless stream that [`StreamVerifier`] checks.
 pub const STREAM_PORT: u16 = 9;

@@ -7,11 +7,12 @@ use futures::{StreamExt, TryStreamExt};
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{
-    BridgeStpState, InfoBridge, InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    BridgeBooleanOptionFlags, BridgeBooleanOptions, BridgeStpState, InfoBridge, InfoData, InfoKind, InfoVlan, InfoVxlan,
+    LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use rtnetlink::{Error, Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVxlan};
+use rtnetlink::{Error, Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVlan, LinkVxlan};
 
 /// The address of what has no address: an entry for it is where frames to unknown and to all addresses go.
 const FLOOD: [u8; 6] = [0; 6];
@@ -32,8 +33,32 @@ pub(super) struct Link {
     /// The bridge that it is a port of.
     pub(super) master: Option<u32>,
     pub(super) alias: Option<String>,
+    pub(super) kind: LinkKind,
+}
+
+/// What an interface is, as far as it matters here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LinkKind {
+    Bridge,
+    /// A tap, ours or another's.
+    Tap,
+    /// Of the interface with the index `of`.
+    Vlan {
+        of: u32,
+        id: u16,
+    },
+    Vxlan(Vxlan),
+    Other,
+}
+
+impl Link {
     /// Present if it is a VXLAN.
-    pub(super) vxlan: Option<Vxlan>,
+    pub(super) fn vxlan(&self) -> Option<Vxlan> {
+        match self.kind {
+            LinkKind::Vxlan(vxlan) => Some(vxlan),
+            _ => None,
+        }
+    }
 }
 
 /// What makes one VXLAN differ from another.
@@ -45,11 +70,12 @@ pub(super) struct Vxlan {
 }
 
 /// What to change of a link; absent: leave it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct LinkChange {
     pub(super) mtu: Option<u32>,
     pub(super) master: Option<u32>,
     pub(super) alias: Option<String>,
+    pub(super) mac: Option<[u8; 6]>,
     pub(super) up: bool,
 }
 
@@ -105,8 +131,10 @@ impl Netlink {
         Ok(found)
     }
 
-    /// Makes a bridge that only forwards: no spanning tree (a port works at once), no snooping, nothing of the host's firewall.
+    /// Makes a bridge that only forwards: no spanning tree (a port works at once), no snooping, nothing of the host's firewall. It learns
+    /// nothing from frames that it keeps for itself: no filter sees all of those.
     pub(super) async fn add_bridge(&self, name: &str) -> io::Result<()> {
+        let no_learning = BridgeBooleanOptionFlags::NoLinkLocalLearn;
         let message = LinkMessageBuilder::<LinkBridge>::new(name)
             .append_info_data(InfoBridge::StpState(BridgeStpState::Disabled))
             .forward_delay(0)
@@ -114,6 +142,7 @@ impl Netlink {
             .nf_call_iptables(false)
             .nf_call_ip6tables(false)
             .nf_call_arptables(false)
+            .append_info_data(InfoBridge::MultiBoolOpt(BridgeBooleanOptions { value: no_learning, mask: no_learning }))
             .build();
         self.handle.link().add(message).execute().await.map_err(into_io)
     }
@@ -128,11 +157,20 @@ impl Netlink {
         self.handle.link().add(builder.build()).execute().await.map_err(into_io)
     }
 
+    /// Makes a VLAN of the interface `of`, as a port of `master`.
+    pub(super) async fn add_vlan(&self, name: &str, of: u32, id: u16, master: u32) -> io::Result<()> {
+        let message = LinkVlan::new(name, of, id).controller(master).build();
+        self.handle.link().add(message).execute().await.map_err(into_io)
+    }
+
     /// Changes a link.
     pub(super) async fn change(&self, index: u32, change: LinkChange) -> io::Result<()> {
         let mut builder = LinkMessageBuilder::<LinkUnspec>::new().index(index);
         if let Some(mtu) = change.mtu {
             builder = builder.mtu(mtu);
+        }
+        if let Some(mac) = change.mac {
+            builder = builder.address(mac.to_vec());
         }
         if let Some(master) = change.master {
             builder = builder.controller(master);
@@ -230,18 +268,46 @@ fn read_forward(message: &NeighbourMessage) -> Option<Forward> {
 
 fn read_link(message: LinkMessage) -> Option<Link> {
     let up = message.header.flags.contains(LinkFlags::Up);
-    let mut link = Link { index: message.header.index, name: String::new(), mtu: 0, up, master: None, alias: None, vxlan: None };
+    let mut link =
+        Link { index: message.header.index, name: String::new(), mtu: 0, up, master: None, alias: None, kind: LinkKind::Other };
+    let mut of = None;
+    let mut infos = Vec::new();
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
             LinkAttribute::Controller(index) => link.master = Some(index).filter(|index| *index != 0),
             LinkAttribute::IfAlias(alias) => link.alias = Some(alias),
-            LinkAttribute::LinkInfo(infos) => link.vxlan = infos.iter().find_map(read_vxlan),
+            LinkAttribute::Link(index) => of = Some(index),
+            LinkAttribute::LinkInfo(all) => infos = all,
             _ => {}
         }
     }
+    link.kind = read_kind(&infos, of);
     Some(link).filter(|link| !link.name.is_empty())
+}
+
+fn read_kind(infos: &[LinkInfo], of: Option<u32>) -> LinkKind {
+    let kind = infos.iter().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind),
+        _ => None,
+    });
+    match kind {
+        Some(InfoKind::Bridge) => LinkKind::Bridge,
+        Some(InfoKind::Tun) => LinkKind::Tap,
+        Some(InfoKind::Vxlan) => infos.iter().find_map(read_vxlan).map_or(LinkKind::Other, LinkKind::Vxlan),
+        Some(InfoKind::Vlan) => {
+            let id = infos.iter().find_map(|info| match info {
+                LinkInfo::Data(InfoData::Vlan(attributes)) => attributes.iter().find_map(|attribute| match attribute {
+                    InfoVlan::Id(id) => Some(*id),
+                    _ => None,
+                }),
+                _ => None,
+            });
+            of.zip(id).map_or(LinkKind::Other, |(of, id)| LinkKind::Vlan { of, id })
+        }
+        _ => LinkKind::Other,
+    }
 }
 
 fn read_vxlan(info: &LinkInfo) -> Option<Vxlan> {

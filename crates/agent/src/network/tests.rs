@@ -1,5 +1,7 @@
 //! Networks between real network namespaces, with frames through real taps.
 
+mod bridges;
+mod filters;
 mod hosts;
 
 use std::time::Duration;
@@ -7,7 +9,7 @@ use std::time::Duration;
 use godwit_model::{ErrorCode, MacAddress, Refusal, VmId};
 
 use super::{FleetNetworks, NetworkError};
-use hosts::{Host, hosts, lan, until};
+use hosts::{Host, hosts, lan, nic, until};
 
 const A: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0xa]);
 const C: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0xc]);
@@ -18,8 +20,8 @@ const NEVER: Duration = Duration::from_millis(300);
 fn fleet(hosts: &[&Host], locations: &[(MacAddress, &Host)]) -> FleetNetworks {
     FleetNetworks {
         members: hosts.iter().map(|host| host.address).collect(),
-        networks: vec![(lan(), 7)],
-        locations: locations.iter().map(|(mac, host)| (*mac, lan(), host.address)).collect(),
+        networks: vec![lan()],
+        locations: locations.iter().map(|(mac, host)| (*mac, lan().id, host.address)).collect(),
     }
 }
 
@@ -46,7 +48,7 @@ fn applying_again_or_after_a_restart_changes_nothing() {
     let made: Vec<&str> = first.0.lines().filter(|line| line.contains(": gw")).collect();
     assert_eq!(made.len(), 2, "{made:?}");
     for line in made {
-        assert!(line.ends_with("mtu 1550") && line.contains(",UP"), "{line}");
+        assert!(line.ends_with("mtu 1500") && line.contains(",UP"), "{line}");
     }
     assert_eq!(first.1.lines().count(), 3, "two floods and one address:\n{}", first.1);
     assert!(!first.1.contains("10.77.0.1"), "no entry to itself:\n{}", first.1);
@@ -55,7 +57,7 @@ fn applying_again_or_after_a_restart_changes_nothing() {
     assert_eq!(look(&h1), first, "second time");
 
     let h1 = h1.restart_agent();
-    let early = h1.tap();
+    let early = h1.tap(A);
     drop(early);
     h1.apply(&wanted);
     assert_eq!(look(&h1), first, "after a restart");
@@ -63,7 +65,7 @@ fn applying_again_or_after_a_restart_changes_nothing() {
     h1.apply(&fleet(&[&h1, &h2], &[]));
     assert_eq!(look(&h1).1.lines().count(), 1, "who left gets no floods, what is gone has no entry");
     // With a guest on it the network stays, however wrong the fleet may be.
-    let guest = h1.tap();
+    let guest = h1.tap(A);
     h1.apply(&FleetNetworks::default());
     assert!(links(&h1).contains(": gwbr7"));
     drop(guest);
@@ -76,9 +78,9 @@ fn applying_again_or_after_a_restart_changes_nothing() {
 
 #[test]
 fn a_tap_belongs_to_its_vm_and_dies_with_its_descriptor() {
-    let (_switch, [h1]) = hosts::<1>(1_500);
+    let (_switch, [h1]) = hosts::<1>(1_400);
     let vm = VmId::new(uuid::Uuid::from_u128(0x1234_5678 << 96));
-    let tap = |slot| h1.call(move |network| async move { network.create_tap(&lan(), vm, slot).await });
+    let tap = |slot| h1.call(move |network| async move { network.create_tap(&nic(A, &[]), vm, slot).await });
     let refusal = Refusal::from(tap(0).expect_err("the fleet has not spoken"));
     assert_eq!(refusal.code, ErrorCode::HostFailed);
     assert!(refusal.message.contains("lan") && refusal.hint.is_some(), "{refusal:?}");
@@ -87,12 +89,12 @@ fn a_tap_belongs_to_its_vm_and_dies_with_its_descriptor() {
     let links = h1.namespace.run("ip", &["-o", "link", "show", "master", "gwbr7"]);
     for name in ["gwt123456780:", "gwt123456787:", "gwt123456780a:"] {
         let line = links.lines().find(|line| line.contains(name)).unwrap_or_else(|| panic!("no {name} in {links}"));
-        assert!(line.contains("mtu 1450"), "{line}");
+        assert!(line.contains("mtu 1350"), "{line}");
     }
     drop((first, second, same));
     until("the taps are gone", || !h1.namespace.run("ip", &["-o", "link", "show"]).contains("gwt"));
     let names: Vec<_> = h1.call(|network| async move { network.conditions().await }).into_iter().map(|c| c.name).collect();
-    assert!(names.contains(&"underlay_mtu".to_owned()), "1450 bytes are fewer than guests send: {names:?}");
+    assert!(names.contains(&"underlay_mtu".to_owned()), "1350 bytes are fewer than networks have: {names:?}");
 }
 
 #[test]
@@ -115,7 +117,7 @@ fn a_moved_address_is_reached_after_its_announcement_alone() {
     for host in [&h1, &h2, &h3] {
         host.apply(&before);
     }
-    let (old, new, client) = (h1.tap(), h2.tap(), h3.tap());
+    let (old, new, client) = (h1.tap(A), h2.tap(A), h3.tap(C));
     // All bridges hear of A at its old place.
     until("a broadcast through the VXLAN", || {
         old.send(A, ALL, 1);
@@ -127,7 +129,7 @@ fn a_moved_address_is_reached_after_its_announcement_alone() {
     });
     assert!(!new.hears(C, 2, NEVER), "the entry keeps it from going everywhere");
 
-    let announced = h2.call(|network| async move { network.announce(&lan(), vec![A]) });
+    let announced = h2.call(|network| async move { network.announce(&nic(A, &[])) });
     until("a frame to the new place", || {
         client.send(C, A.0, 3);
         new.hears(C, 3, SOON)
@@ -151,6 +153,6 @@ fn a_moved_address_is_reached_after_its_announcement_alone() {
 fn an_unknown_network_cannot_be_announced_on_or_joined() {
     let (_switch, [h1]) = hosts::<1>(1_600);
     let vm = VmId::new(uuid::Uuid::from_u128(1));
-    let result = h1.call(move |network| async move { network.create_tap(&lan(), vm, 0).await });
+    let result = h1.call(move |network| async move { network.create_tap(&nic(A, &[]), vm, 0).await });
     assert!(matches!(result, Err(NetworkError::Unknown(_))));
 }

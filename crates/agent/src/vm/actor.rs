@@ -294,6 +294,7 @@ impl Actor {
         self.host.memory.release(self.vm);
         self.host.remove_cgroup(self.vm);
         self.host.guests.forget(&self.host, self.vm);
+        self.host.interfaces_ended.notify_one();
         self.wake = Instant::now();
         let Some(record) = &mut self.record else { return };
         let clean = matches!(exit, Exit::Status(status) if status.success());

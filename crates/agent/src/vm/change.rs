@@ -50,13 +50,16 @@ impl Actor {
                 Some(now) if now >= *size => Ok(()),
                 _ => qmp.resize_disk(*slot, *size).await.map_err(qemu_failed),
             },
-            LiveChange::Nic { nic, slot } => qmp.set_link(*slot, nic.link_up).await.map_err(qemu_failed),
+            LiveChange::Nic { nic, slot } => {
+                self.host.network.limit(nic, self.vm, *slot).await.map_err(Refusal::from)?;
+                qmp.set_link(*slot, nic.link_up).await.map_err(qemu_failed)
+            }
             LiveChange::Plug { nic, slot } => {
                 if qmp.has_nic(*slot).await.map_err(qemu_failed)? {
                     return Ok(());
                 }
-                let tap = self.host.network.create_tap(&nic.network, self.vm, *slot).await;
-                let tap = tap.map_err(|error| host_failed("the VM's interface could not be made", &error))?;
+                let tap = self.host.network.create_tap(nic, self.vm, *slot).await;
+                let tap = tap.map_err(Refusal::from)?;
                 let machine = self.record.as_ref().map(|record| record.spec.machine.clone()).unwrap_or_default();
                 qmp.plug_nic(*slot, nic, &machine, tap).await.map_err(qemu_failed)?;
                 if nic.link_up { Ok(()) } else { qmp.set_link(*slot, false).await.map_err(qemu_failed) }

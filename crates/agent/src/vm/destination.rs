@@ -104,7 +104,7 @@ impl Actor {
             }
         }
         self.above_floor(grant.generation)?;
-        let address = self.host.identity.address;
+        let address = self.host.migration_address();
         let listener = TcpListener::bind((address, 0)).map_err(|error| host_failed("cannot listen for the source", &error))?;
         let carry_port = listener.local_addr().map_err(|error| host_failed("cannot listen for the source", &error))?.port();
         let incoming = Incoming { grant: grant.clone(), record: DestinationRecord::Prepared, carry: None, carry_port };
@@ -285,7 +285,7 @@ impl Actor {
         }
         if let Some(record) = &self.record {
             for nic in &record.spec.nics {
-                self.announcements.push(self.host.network.announce(&nic.network, vec![nic.mac]));
+                self.announcements.push(self.host.network.announce(nic));
             }
         }
         if let Some(Moving::Destination(moving)) = &mut self.moving {

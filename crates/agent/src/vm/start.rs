@@ -128,8 +128,8 @@ impl Actor {
         }
         let mut taps = Vec::new();
         for (slot, nic) in spec.nic_slots() {
-            let tap = host.network.create_tap(&nic.network, self.vm, slot).await;
-            taps.push(fds.pass(tap.map_err(|error| host_failed("the VM's interface could not be made", &error))?));
+            let tap = host.network.create_tap(nic, self.vm, slot).await;
+            taps.push(fds.pass(tap.map_err(Refusal::from)?));
         }
         let seed = spec.cloud_init.as_ref().map(|cloud_init| seed::descriptor(&seed::image(spec.vm, &spec.name, cloud_init)));
         let seed =

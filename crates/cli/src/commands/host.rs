@@ -4,7 +4,7 @@ mod check;
 
 use clap::{Args, Subcommand};
 use godwit_api::v1::{Host, JoinTokenCreate};
-use godwit_model::{Millis, Name};
+use godwit_model::{DroppedFrames, Millis, Name};
 
 use crate::arguments::OnlineArgs;
 use crate::confirm::ConfirmArgs;
@@ -147,9 +147,19 @@ async fn list(session: Session, watching: bool) -> Result<(), Failure> {
 fn show(host: &Host) -> String {
     let mut facts = Facts::default();
     facts.fact("Name", &host.name).fact("State", format!("{} since {}", state(host), moment(host.since)));
-    facts.fact("Address", &host.address);
+    facts.fact("Address", &host.address).fact("Moves at", or_nothing(host.migration_address.as_ref()));
     if let Some(load) = &host.load {
         facts.fact("VMs", load.vms).fact("Memory free", load.memory_free);
+        let networks = &load.networks;
+        facts.fact("Overlay MTU", or_nothing(networks.overlay_mtu));
+        for bridge in &networks.bridges {
+            let uplink = bridge.uplink.as_ref().map(|uplink| format!(", uplink {uplink}")).unwrap_or_default();
+            facts.fact("Bridge", format!("{}: MTU {}{uplink}", bridge.name, bridge.mtu));
+        }
+        facts.fact("Dropped", dropped(&networks.dropped));
+        if networks.strangers > 0 {
+            facts.fact("Dropped VXLAN", format!("{} from addresses that are no hosts of the cluster", networks.strangers));
+        }
     }
     if let Some(known) = &host.facts {
         facts.fact("Memory", known.memory).fact("CPUs", known.cpus);
@@ -169,6 +179,13 @@ fn show(host: &Host) -> String {
         }
     }
     facts.render()
+}
+
+/// What was dropped, by reason; nothing if nothing was.
+pub(crate) fn dropped(frames: &DroppedFrames) -> String {
+    let reasons: Vec<String> =
+        frames.each().filter(|(_, count)| *count > 0).map(|(reason, count)| format!("{count} {reason}")).collect();
+    if reasons.is_empty() { String::new() } else { format!("{} frames of guests: {}", frames.total(), reasons.join(", ")) }
 }
 
 fn state(host: &Host) -> &'static str {

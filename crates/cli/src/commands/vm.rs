@@ -12,6 +12,7 @@ use clap::Subcommand;
 use godwit_api::v1::Vm;
 use godwit_model::{Boot, Firmware, GuestFacts, Name};
 
+use crate::commands::host::dropped;
 use crate::commands::pool::conditions;
 use crate::error::Failure;
 use crate::output::{Facts, Table, or_nothing, print_data, word};
@@ -150,6 +151,9 @@ fn show(vm: &Vm) -> String {
     if !vm.spec.labels.is_empty() {
         let labels: Vec<String> = vm.spec.labels.iter().map(|(key, text)| format!("{key}={text}")).collect();
         facts.fact("Labels", visible(&labels.join(", ")));
+    }
+    for interface in &status.dropped {
+        facts.fact("Dropped", format!("interface {}, {}", interface.slot, dropped(&interface.dropped)));
     }
     match &status.started {
         Some(started) => facts.fact("Started as", format!("{}, {}, {}", started.machine, started.cpu, word(&started.accelerator))),

@@ -46,6 +46,9 @@ pub(crate) struct AgentArgs {
     /// A tunnel endpoint outside of the cluster that takes part in its networks, such as a gateway's; can be repeated
     #[arg(long = "vtep", value_name = "ADDRESS")]
     vteps: Vec<IpAddr>,
+    /// Address at which other hosts reach this one's moves [default: what it joined with]
+    #[arg(long, value_name = "ADDRESS")]
+    migration_address: Option<IpAddr>,
     /// Let the agent set vm.unprivileged_userfaultfd=1, which QEMU 7.2 needs for post-copy and RAM snapshots
     #[arg(long)]
     unprivileged_userfaultfd: bool,
@@ -81,6 +84,7 @@ impl AgentArgs {
             cgroup: self.cgroup,
             uid_base: self.uid_base,
             vteps: self.vteps,
+            migration_address: self.migration_address,
             unprivileged_userfaultfd: self.unprivileged_userfaultfd,
         })
     }

@@ -33,6 +33,9 @@ pub(crate) struct JoinArgs {
     /// Address at which other hosts reach this one
     #[arg(long, value_name = "ADDRESS")]
     address: IpAddr,
+    /// Address at which other hosts reach this one's moves, if VMs shall move over another network
+    #[arg(long, value_name = "ADDRESS")]
+    migration_address: Option<IpAddr>,
     /// Read the join token from this file [default: standard input]
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
@@ -58,9 +61,9 @@ pub(crate) fn run(args: JoinArgs) -> Result<(), Failure> {
         }
     };
     log();
-    let JoinArgs { controller, name, address, state_dir, rejoin, .. } = args;
+    let JoinArgs { controller, name, address, migration_address, state_dir, rejoin, .. } = args;
     let done = format!("{name} has joined; start `godwit agent --state-dir {}`", state_dir.display());
-    let options = JoinOptions { controller, name, address, state_dir, token, rejoin };
+    let options = JoinOptions { controller, name, address, migration_address, state_dir, token, rejoin };
     crate::block_on(async { godwit_agent::join(options).await.map_err(|error| Failure::Refused(error.refusal())) })?;
     print(&done)
 }

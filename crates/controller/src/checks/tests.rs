@@ -1,6 +1,6 @@
 //! Each rule broken alone, and what is said of it.
 
-use godwit_model::{Boot, DiskFormat, PoolFacts, ResolvedDisk, VmId, VmSpec};
+use godwit_model::{Boot, DiskFormat, HostNetworks, PoolFacts, ResolvedDisk, VmId, VmSpec};
 
 use super::*;
 use crate::resolve::decide_start;
@@ -27,7 +27,8 @@ pub(crate) fn facts() -> HostFacts {
 }
 
 pub(crate) fn load(free: Bytes) -> HostLoad {
-    HostLoad { memory_free: free, vms: 0, pools_free: vec![(name("shared"), Bytes::GIB)] }
+    let networks = HostNetworks { overlay_mtu: Some(1_450), filters: true, ..HostNetworks::default() };
+    HostLoad { memory_free: free, vms: 0, pools_free: vec![(name("shared"), Bytes::GIB)], networks }
 }
 
 fn name(text: &str) -> Name {
@@ -42,7 +43,7 @@ fn spec() -> ResolvedSpec {
     let (h, load) = (facts(), load(Bytes::GIB));
     let id = VmId::new(uuid::Uuid::nil());
     let candidate = Candidate { name: &name("h1"), facts: &h, load: &load };
-    let (_, mut spec) = decide_start((id, &name("web1"), &vm()), None, &[candidate], &|_| None).expect("a host");
+    let (_, mut spec) = decide_start((id, &name("web1"), &vm()), None, &[candidate], &|_| None, &[]).expect("a host");
     spec.disks.push(ResolvedDisk::new("shared/root".parse().expect("volume"), DiskFormat::Raw));
     spec
 }
@@ -86,10 +87,10 @@ fn ram_is_uneven_where_an_old_qemu_emulates_and_then_moves_from_there() {
     let (h1, h2) = (name("h1"), name("h2"));
     let hosts = [Candidate { name: &h1, facts: &new, load: &free }, Candidate { name: &h2, facts: &old, load: &free }];
     let (id, web1, vm) = (VmId::new(uuid::Uuid::nil()), name("web1"), vm());
-    let (_, spec) = decide_start((id, &web1, &vm), Some(&h1), &hosts, &|_| None).expect("started");
+    let (_, spec) = decide_start((id, &web1, &vm), Some(&h1), &hosts, &|_| None, &[]).expect("started");
     assert_eq!(spec.memory, Bytes(vm.memory.get() + HostFacts::UNEVEN.get()));
     assert_eq!(check_move(&spec, hosts[1], hosts[0]), Ok(()));
-    let (_, spec) = decide_start((id, &web1, &vm), Some(&h1), &hosts[..1], &|_| None).expect("started");
+    let (_, spec) = decide_start((id, &web1, &vm), Some(&h1), &hosts[..1], &|_| None, &[]).expect("started");
     assert_eq!(spec.memory, vm.memory);
     let kvm = HostFacts { accelerator: Accelerator::Kvm, ..old };
     assert!(!kvm.loses_writes_to(vm.memory), "KVM keeps a log of its own");
@@ -106,11 +107,11 @@ fn a_vm_starts_where_most_memory_is_free_with_the_newest_machine_that_all_know()
         Candidate { name: &h3, facts: &new, load: &none },
     ];
     let (id, web1, vm) = (VmId::new(uuid::Uuid::nil()), name("web1"), vm());
-    let (host, spec) = decide_start((id, &web1, &vm), None, &hosts, &|_| None).expect("a host");
+    let (host, spec) = decide_start((id, &web1, &vm), None, &hosts, &|_| None, &[]).expect("a host");
     assert_eq!((&host, spec.machine.as_str(), spec.cpu.as_str()), (&h2, "pc-q35-7.2", "qemu64-v1"));
-    assert_eq!(decide_start((id, &web1, &vm), Some(&h1), &hosts, &|_| None).expect("h1").0, h1);
+    assert_eq!(decide_start((id, &web1, &vm), Some(&h1), &hosts, &|_| None, &[]).expect("h1").0, h1);
     let code = |wanted: Option<&Name>, hosts: &[Candidate<'_>]| {
-        decide_start((id, &web1, &vm), wanted, hosts, &|_| None).expect_err("refused").code
+        decide_start((id, &web1, &vm), wanted, hosts, &|_| None, &[]).expect_err("refused").code
     };
     assert_eq!(code(Some(&h3), &hosts), ErrorCode::NotEnoughMemory);
     assert_eq!(code(None, &[]), ErrorCode::NoHost);
@@ -124,6 +125,6 @@ fn on_hardware_the_baseline_is_newer_where_it_runs() {
     let (h1, free) = (name("h1"), load(Bytes::GIB));
     let host = Candidate { name: &h1, facts: &kvm, load: &free };
     let id = VmId::new(uuid::Uuid::nil());
-    let (_, spec) = decide_start((id, &name("web1"), &vm()), None, &[host], &|_| None).expect("a host");
+    let (_, spec) = decide_start((id, &name("web1"), &vm()), None, &[host], &|_| None, &[]).expect("a host");
     assert_eq!((spec.cpu.as_str(), spec.accelerator), ("Nehalem-v2", Accelerator::Kvm));
 }

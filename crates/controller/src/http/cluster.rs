@@ -1,4 +1,4 @@
-//! Hosts, pools, networks, join tokens, health.
+//! Hosts, pools, join tokens, health.
 
 use std::sync::Arc;
 
@@ -14,7 +14,6 @@ use utoipa::IntoParams;
 use super::extract::{Body, Listing, Named, Query, page};
 use super::{Answer, App, Refusals};
 use crate::db::{Batch, Fault, retry};
-use crate::fleet::DEFAULT_NETWORK;
 use crate::principals::{Action, Principal, Target, authorize, not_found, stored_hash};
 use crate::rows::{HostRow, JoinRow, VmRow};
 use crate::{clock, views};
@@ -154,17 +153,4 @@ pub(super) async fn pool_show(State(app): State<Arc<App>>, who: Principal, Named
     let pools = views::pools(&app.db.all::<HostRow>().await?, &app.hub);
     let found = pools.into_iter().find(|candidate| candidate.name == pool);
     Ok(Json(found.ok_or_else(|| not_found("pool", &pool))?))
-}
-
-/// Networks
-#[utoipa::path(get, path = "/v1/networks", tag = "network", operation_id = "network_list", params(Listing),
-    responses((status = 200, body = v1::Page<v1::Network>), Refusals))]
-pub(super) async fn network_list(who: Principal, Query(query): Query<Listing>) -> Answer<Json<v1::Page<v1::Network>>> {
-    authorize(&who, Action::Look, Target::Cluster)?;
-    let limit = query.limit()?;
-    let (name, vni) = DEFAULT_NETWORK;
-    let name = Name::new(name).map_err(|_| Refusal::new(ErrorCode::Internal, "the default network has no name"))?;
-    let mut networks = vec![v1::Network { name, vni }];
-    networks.retain(|network| query.after.as_deref().is_none_or(|after| network.name.as_str() > after));
-    Ok(Json(page(networks, limit, |network| network.name.to_string())))
 }

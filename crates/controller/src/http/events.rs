@@ -16,7 +16,7 @@ use super::extract::Query;
 use super::{Answer, App, Refusals};
 use crate::db::{Fault, Stored, unpack};
 use crate::principals::{Action, Principal, Target, authorize};
-use crate::rows::{HostRow, ImageRow, Row, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::rows::{HostRow, ImageRow, NetworkRow, Row, TaskRow, TeamRow, TokenRow, VmRow};
 use crate::store::{Change, StoreError};
 use crate::views;
 
@@ -146,6 +146,13 @@ fn told(app: &App, who: &Principal, change: &Change) -> Option<v1::Event> {
             team: Some(image.row.team.clone()),
             administration: false,
             object: views::value(&views::image(image)).ok(),
+        }),
+        "network" => subject::<NetworkRow>(change, |network| Subject {
+            kind: "network",
+            name: network.row.name.to_string(),
+            team: Some(network.row.team.clone()),
+            administration: false,
+            object: views::value(&views::network(network, &app.hub)).ok(),
         }),
         "host" => subject::<HostRow>(change, |host| Subject {
             kind: "host",

@@ -13,9 +13,8 @@ use utoipa::IntoParams;
 use super::extract::{Body, Condition, Listing, MaybeBody, Named, Query, Team, team_of};
 use super::{Answer, App, Refusals};
 use crate::db::{Batch, Fault};
-use crate::fleet::DEFAULT_NETWORK;
 use crate::principals::{Action, Principal, Target, authorize, not_found};
-use crate::rows::{ImageRow, TeamRow, VmRow};
+use crate::rows::{ImageRow, NetworkRow, TeamRow, VmRow};
 use crate::specs::{check_supported, claims, complete_new};
 use crate::tasks::{Ask, Asked};
 use crate::{clock, views};
@@ -135,10 +134,11 @@ async fn check_references(app: &App, team: &Name, spec: &VmSpec) -> Result<(), F
             return Err(refusal.hint("`godwit image list` shows the kind of each image").into());
         }
     }
-    match spec.nics.iter().find(|nic| nic.network.as_str() != DEFAULT_NETWORK.0) {
-        Some(nic) => Err(not_found("network", &nic.network).into()),
-        None => Ok(()),
+    for nic in &spec.nics {
+        let found = app.db.find::<NetworkRow>(&format!("{team}/{}", nic.network)).await?;
+        found.ok_or_else(|| not_found("network", &nic.network))?;
     }
+    Ok(())
 }
 
 struct Request {

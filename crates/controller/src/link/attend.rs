@@ -113,7 +113,10 @@ impl LinkServer {
         }
         let facts: HostFacts = decode("facts", &hello.facts).map_err(|_| malformed())?;
         let load = decode("load", &hello.load).map_err(|_| malformed())?;
-        let presence = Presence { address: checked_address(&hello.address)?, facts: Arc::new(facts), load, skew: None };
+        let address = checked_address(&hello.address)?;
+        let elsewhere = Some(&hello.migration_address).filter(|elsewhere| !elsewhere.is_empty() && **elsewhere != address);
+        let migration_address = elsewhere.map(|elsewhere| checked_address(elsewhere)).transpose()?;
+        let presence = Presence { address, migration_address, facts: Arc::new(facts), load, skew: None };
         let heartbeat_ms = u32::try_from(self.heartbeat.as_millis()).unwrap_or(u32::MAX);
         let body = controller_message::Body::Welcome(v1::Welcome { epoch, heartbeat_ms });
         // Before the hub knows the session: nothing may overtake it. The queue is empty; a receiver that is gone shows below.
@@ -222,6 +225,7 @@ impl LinkServer {
             row.row.since = self.hub.since(host).unwrap_or_else(clock::now);
             if let Some(presence) = &presence {
                 row.row.address.clone_from(&presence.address);
+                row.row.migration_address.clone_from(&presence.migration_address);
                 row.row.facts = Some((*presence.facts).clone());
             }
             self.db.commit(Batch::default().update(&row)).await

@@ -15,9 +15,10 @@ use crate::checks::{Candidate, check_move};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
 use crate::hub::Presence;
+use crate::networks::check_networks;
 use crate::principals::not_found;
 use crate::resolve::decide_start;
-use crate::rows::{HostRow, ImageRow, MigrateWork, PendingGrant, Stage, TaskRow, VmRow, Work};
+use crate::rows::{HostRow, ImageRow, MigrateWork, NetworkRow, PendingGrant, Stage, TaskRow, VmRow, Work};
 
 /// How long a guest may take to power off, if nothing else was said.
 const STOP_TIMEOUT: Millis = Millis(5 * 60_000);
@@ -213,14 +214,20 @@ impl Tasks {
         self.db.find::<HostRow>(host.as_str()).await?.map(|_| ()).ok_or_else(|| not_found("host", host).into())
     }
 
+    pub(super) async fn networks_of(&self, team: &Name) -> Result<Vec<Stored<NetworkRow>>, Fault> {
+        self.db.page::<NetworkRow>(&format!("{team}/"), None, usize::MAX).await
+    }
+
     async fn admit_start(&self, vm: &mut VmRow, id: TaskId, wanted: Option<&Name>) -> Result<Work, Fault> {
         if let Some(host) = wanted {
             self.known(host).await?;
             self.hub.presence(host).ok_or_else(|| host_down(host))?;
         }
         let images = self.images_of(&vm.team).await?;
+        let networks = self.networks_of(&vm.team).await?;
         let present = self.hub.present();
-        let (host, resolved) = decide_start((vm.id, &vm.name, &vm.spec), wanted, &candidates(&present), &|name| images.find(name))?;
+        let find = |name: &Name| images.find(name);
+        let (host, resolved) = decide_start((vm.id, &vm.name, &vm.spec), wanted, &candidates(&present), &find, &networks)?;
         let generation = vm.issue(&host, id);
         vm.host = Some(host.clone());
         vm.generation = generation;
@@ -243,11 +250,9 @@ impl Tasks {
         let there = self.hub.presence(destination).ok_or_else(|| host_down(destination))?;
         let here = self.hub.presence(&source).ok_or_else(|| host_down(&source))?;
         let spec = vm.resolved.as_ref().ok_or_else(|| internal("its resolved spec"))?;
-        check_move(
-            spec,
-            Candidate { name: &source, facts: &here.facts, load: &here.load },
-            Candidate { name: destination, facts: &there.facts, load: &there.load },
-        )?;
+        let to = Candidate { name: destination, facts: &there.facts, load: &there.load };
+        check_move(spec, Candidate { name: &source, facts: &here.facts, load: &here.load }, to)?;
+        check_networks(spec, &self.networks_of(&vm.team).await?, to)?;
         let generation = vm.issue(destination, id);
         vm.pending = Some(PendingGrant { destination: destination.clone(), generation, task: id });
         Ok(Work::Migrate(Box::new(MigrateWork {

@@ -49,16 +49,16 @@ impl Tasks {
             vm.waiting.clear();
             return Ok(());
         };
-        let images = self.images_of(&vm.team).await?;
-        vm.waiting = waiting(running, &wanted_of(&vm.spec, running, &|name| images.find(name))?);
+        let (images, networks) = (self.images_of(&vm.team).await?, self.networks_of(&vm.team).await?);
+        vm.waiting = waiting(running, &wanted_of(&vm.spec, running, &|name| images.find(name), &networks)?);
         Ok(())
     }
 
     /// Whether anything is left to be done while the VM runs.
     pub(super) async fn changes_live(&self, vm: &VmRow) -> Result<bool, Fault> {
         let Some(running) = vm.resolved.as_ref().filter(|_| vm.has_process()) else { return Ok(false) };
-        let images = self.images_of(&vm.team).await?;
-        let wanted = wanted_of(&vm.spec, running, &|name| images.find(name))?;
+        let (images, networks) = (self.images_of(&vm.team).await?, self.networks_of(&vm.team).await?);
+        let wanted = wanted_of(&vm.spec, running, &|name| images.find(name), &networks)?;
         Ok(!live_changes(running, &wanted).is_empty())
     }
 
@@ -69,8 +69,9 @@ impl Tasks {
                 return self.finish(id, Outcome::Done, |_, vm| vm.waiting.clear()).await;
             };
             let images: FoundImages = self.images_of(&vm.row.team).await?;
+            let networks = self.networks_of(&vm.row.team).await?;
             let find = |name: &Name| -> Option<(ImageRef, ImageKind)> { images.find(name) };
-            let wanted = match wanted_of(&vm.row.spec, running, &find) {
+            let wanted = match wanted_of(&vm.row.spec, running, &find, &networks) {
                 Ok(wanted) => wanted,
                 Err(refusal) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
             };

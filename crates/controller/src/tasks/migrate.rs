@@ -130,8 +130,11 @@ impl Tasks {
         let (source, destination) = (&work.source, &work.destination);
         self.set_step(id, &format!("{source} begins")).await?;
         let address = match self.hub.presence(destination) {
-            Some(presence) => presence.address,
-            None => self.db.find::<HostRow>(destination.as_str()).await?.map(|host| host.row.address).unwrap_or_default(),
+            Some(presence) => presence.migration_address.unwrap_or(presence.address),
+            None => {
+                let host = self.db.find::<HostRow>(destination.as_str()).await?.map(|host| host.row);
+                host.map(|host| host.migration_address.unwrap_or(host.address)).unwrap_or_default()
+            }
         };
         let grant = Some(grant_of(id, vm, work));
         let action = Action::Migrate(v1::MigrateOut { grant, address, carry_port: port.into(), policy: encode(&work.policy) });

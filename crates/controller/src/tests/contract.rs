@@ -78,6 +78,7 @@ async fn what_is_answered_fits_what_is_described() {
         ("pool_list", "/pools"),
         ("pool_show", "/pools/shared"),
         ("network_list", "/networks"),
+        ("network_show", "/networks/default"),
         ("image_list", "/images"),
         ("image_show", "/images/linux"),
         ("vm_list", "/vms?limit=1"),
@@ -140,6 +141,13 @@ async fn what_is_answered_fits_what_is_described() {
         .hold("image_fetch", send(post.clone(), "/images/far/fetch", json!({"url": "file:///x", "kind": "raw"})).await, 400)
         .await;
     contract.hold("image_delete", send(delete.clone(), "/images/two", null.clone()).await, 204).await;
+    let bridge = json!({"name": "lan", "kind": {"type": "bridge", "bridge": "br0", "vlan": 20}, "mtu": 1500});
+    contract.hold("network_create", send(post.clone(), "/networks", bridge.clone()).await, 201).await;
+    contract.hold("network_create", send(post.clone(), "/networks", bridge).await, 409).await;
+    contract.hold("network_set", send(Method::PATCH, "/networks/lan", json!({"mtu": 9000})).await, 200).await;
+    contract.hold("network_set", send(Method::PATCH, "/networks/lan", json!({"mtu": 100})).await, 400).await;
+    contract.hold("network_delete", send(delete.clone(), "/networks/default", null.clone()).await, 409).await;
+    contract.hold("network_delete", send(delete.clone(), "/networks/lan", null.clone()).await, 204).await;
     contract.hold("join_token_create", send(post.clone(), "/join-tokens", json!({"host": "h3"})).await, 201).await;
     contract.hold("host_delete", send(delete.clone(), "/hosts/h1", null.clone()).await, 409).await;
     contract.hold("team_create", send(post.clone(), "/teams", json!({"name": "red"})).await, 201).await;

@@ -98,6 +98,7 @@ fn cluster_host(host: &Host) -> Host {
         certificate: host.certificate.clone(),
         facts: host.facts.clone(),
         load: host.load.clone(),
+        migration_address: host.migration_address.clone(),
     }
 }
 
@@ -169,6 +170,7 @@ async fn an_agent_that_has_served_a_newer_controller_or_speaks_otherwise_is_not_
             load: godwit_link::encode(&host.load),
             vms: vec![],
             epoch: 1,
+            migration_address: String::new(),
         };
         change(&mut hello);
         let mut client = LinkClient::new(cluster.channel(Some((&host.certificate, &host.key))).await.expect("channel"));
@@ -180,4 +182,5 @@ async fn an_agent_that_has_served_a_newer_controller_or_speaks_otherwise_is_not_
     assert_eq!(attend(|hello| hello.protocol += 1).await, Err(ErrorCode::HostIncompatible));
     assert_eq!(attend(|hello| hello.facts = b"{".to_vec()).await, Err(ErrorCode::BadRequest));
     assert_eq!(attend(|hello| hello.address = "a b".into()).await, Err(ErrorCode::BadRequest));
+    assert_eq!(attend(|hello| hello.migration_address = "a b".into()).await, Err(ErrorCode::BadRequest));
 }

@@ -242,3 +242,21 @@ async fn a_cancelled_migration_ends_as_cancelled() {
     pair.a2.ended(ended(&task, &vm, 3, false, Some(ErrorCode::Cancelled))).await;
     assert_eq!(pair.cluster.ended(task.id).await.state, TaskState::Cancelled);
 }
+
+#[tokio::test]
+async fn a_move_goes_to_the_destinations_migration_address() {
+    let cluster = Cluster::new().await;
+    let (_, mut a1) = cluster.agent("h1").await;
+    let mut h2 = cluster.host("h2").await;
+    h2.migration_address = "10.1.0.2".into();
+    let mut a2 = cluster.connect(&h2, vec![]).await;
+    cluster.running_vm("web1", &mut a1).await;
+    cluster.migrate("web1", "h2").await.expect("accepted");
+    let prepare = a2.command().await;
+    a2.done(&prepare, 4_711).await;
+    let out = a1.command().await;
+    let Some(Action::Migrate(body)) = &out.action else { panic!("{out:?}") };
+    assert_eq!(body.address, "10.1.0.2");
+    let shown = cluster.admin().host(&name("h2")).await.expect("host");
+    assert_eq!((shown.address.as_str(), shown.migration_address.as_deref()), ("10.0.0.2", Some("10.1.0.2")));
+}

@@ -8,7 +8,8 @@ use godwit_link::certificate::CONTROLLER;
 use godwit_link::v1::{self, agent_message::Body, command::Action, controller_message, link_client::LinkClient};
 use godwit_link::{PROTOCOL, encode};
 use godwit_model::{
-    Boot, Bytes, ErrorCode, HostFacts, HostLoad, ImportFormat, MigrationPolicy, Name, NicSpec, Refusal, RunState, TaskId, VmSpec,
+    Boot, Bytes, ErrorCode, HostFacts, HostLoad, ImportFormat, MigrationPolicy, Name, NetworkKind, NicSpec, Refusal, RunState,
+    TaskId, VmSpec,
 };
 use rcgen::{CertificateParams, KeyPair};
 use tokio::sync::mpsc;
@@ -125,6 +126,7 @@ impl Cluster {
             certificate: reply.certificate,
             facts: facts(),
             load: load(Bytes(8 << 30)),
+            migration_address: String::new(),
         }
     }
 
@@ -146,6 +148,7 @@ impl Cluster {
             load: encode(&host.load),
             vms,
             epoch: 0,
+            migration_address: host.migration_address.clone(),
         };
         sender.send(message(Body::Hello(hello))).await.expect("queue");
         let inbound = client.attend(ReceiverStream::new(receiver)).await.expect("attends").into_inner();
@@ -271,6 +274,11 @@ pub(crate) fn spec(memory: Bytes) -> VmSpec {
     VmSpec { nics: vec![NicSpec::new(name("default"))], ..VmSpec::new(2, memory, boot) }
 }
 
+/// Asks for an overlay.
+pub(super) fn network(text: &str) -> api::NetworkCreate {
+    api::NetworkCreate { name: name(text), kind: NetworkKind::default(), mtu: None }
+}
+
 pub(super) fn message(body: Body) -> v1::AgentMessage {
     v1::AgentMessage { body: Some(body) }
 }
@@ -289,6 +297,7 @@ pub(super) struct Host {
     pub(super) certificate: String,
     pub(super) facts: HostFacts,
     pub(super) load: HostLoad,
+    pub(super) migration_address: String,
 }
 
 /// An agent that does what a test says.

@@ -30,7 +30,7 @@ pub(super) async fn operations(client: &Client) -> (Value, Vec<Operation>) {
             });
         }
     }
-    assert!(operations.len() >= 28, "{} operations", operations.len());
+    assert!(operations.len() >= 32, "{} operations", operations.len());
     (description, operations)
 }
 
@@ -50,6 +50,7 @@ fn filled(path: &str, task: &str, token: &str) -> String {
         .replace("{image}", "linux")
         .replace("{host}", "h1")
         .replace("{pool}", "shared")
+        .replace("{network}", "lan")
         .replace("{task}", task)
         .replace("{token}", token)
 }
@@ -86,6 +87,7 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
     let task = admin.tasks().await.expect("tasks").first().expect("the start").id.to_string();
     let token = admin.tokens().await.expect("tokens").first().expect("admin").id.to_string();
     let before = admin.vm(&name("web1")).await.expect("vm");
+    let lan = admin.create_network(&network("lan")).await.expect("network");
     let (_, operations) = operations(&admin).await;
     for role in [Role::Viewer, Role::Operator] {
         let foreign = cluster.member("red", role).await;
@@ -103,7 +105,10 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
                 if response.status().is_success() {
                     let text = response.text().await.expect("text");
                     assert_eq!(operation.method, Method::GET, "{what} changed something");
-                    assert!(!text.contains("web1") && !text.contains("linux") && !text.contains(&token), "{what} shows {text}");
+                    assert!(
+                        !text.contains("web1") && !text.contains("linux") && !text.contains("\"lan\"") && !text.contains(&token),
+                        "{what} shows {text}"
+                    );
                 } else {
                     let (status, refusal) = refusal(response, &what).await;
                     // Hosts and the like have no team: asking for one is asking for what is not there.
@@ -118,12 +123,15 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
         assert_eq!(import.status(), 404);
     }
     assert_eq!(admin.vm(&name("web1")).await.expect("vm"), before);
+    assert_eq!(admin.network(&name("lan")).await.expect("network"), lan);
 }
 
 /// A body that would be accepted of somebody who may.
 fn body_for(operation: &str) -> Value {
     match operation {
         "vm_create" => json!({"name": "stolen", "spec": spec(Bytes::mib(64))}),
+        "network_create" => json!({"name": "stolen", "kind": {"type": "bridge", "bridge": "br0"}}),
+        "network_set" => json!({"mtu": 9000}),
         "vm_migrate" => json!({"host": "h1"}),
         "vm_set" => json!(spec(Bytes::mib(64))),
         "vm_exec" => json!({"program": "/bin/true"}),

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::nic::plugged;
 use crate::{
     Accelerator, Bytes, CacheMode, CloudInit, Discard, DiskBus, DiskFormat, ImageKind, ImageRef, IoLimits, MacAddress, Name,
-    NicModel, Platform, VmId, VolumeRef,
+    NetworkId, NicModel, Platform, VmId, VolumeRef,
 };
 
 /// What a VM was started with.
@@ -101,6 +101,12 @@ pub struct ResolvedNic {
     /// Its place; `None` in specs of schema 1: its index.
     #[serde(default)]
     pub slot: Option<u8>,
+    /// The identity of its network, whose name another team may use too; `None` in specs from before networks had one.
+    #[serde(default)]
+    pub network_id: Option<NetworkId>,
+    /// MTU that the guest is told, if its model can tell; it sees it, so it stays. `None` in specs from before: nothing is told.
+    #[serde(default)]
+    pub mtu: Option<u32>,
 }
 
 /// A CD-ROM drive of a [`ResolvedSpec`].
@@ -133,7 +139,16 @@ impl ResolvedNic {
     /// An interface as those of schema 1.
     #[must_use]
     pub const fn new(network: Name, mac: MacAddress) -> Self {
-        Self { network, mac, model: NicModel::Virtio, addresses: Vec::new(), link_up: true, slot: None }
+        Self {
+            network,
+            mac,
+            model: NicModel::Virtio,
+            addresses: Vec::new(),
+            link_up: true,
+            slot: None,
+            network_id: None,
+            mtu: None,
+        }
     }
 }
 

@@ -207,6 +207,11 @@ pub(crate) fn nic_device(slot: usize, nic: &ResolvedNic, machine: &str) -> Objec
         NicModel::E1000e => in_slot("e1000e", &id, INTERFACES, slot),
     };
     let device = device.with("netdev", format!("net{slot}-tap")).with("mac", nic.mac).with("romfile", "");
+    // The guest sees it: the same on every host of the network, for as long as the VM runs.
+    let device = match nic.mtu.filter(|_| nic.model == NicModel::Virtio) {
+        Some(mtu) => device.with("host_mtu", mtu),
+        None => device,
+    };
     match nic.model {
         NicModel::E1000e => device,
         // Offered only where the host's kernel can do it, so it would tie the VM to new kernels.

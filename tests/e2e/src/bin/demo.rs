@@ -50,6 +50,7 @@ fn run() -> Result<Report> {
         shapes: Vec::new(),
         knobs: ["touch_total=512M", "working_set=32M", "dirty=8M", "check=48M"].map(ToOwned::to_owned).to_vec(),
         cloud_init: None,
+        addressed: false,
     };
     let control = GuestSpec::small("control").memory(Bytes::mib(256)).knob("dirty=0").knob("check=8M");
     say("boots a VM of 1 GiB with two vCPUs on h1, and one on h2 that will not move");

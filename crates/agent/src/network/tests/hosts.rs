@@ -10,12 +10,12 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use godwit_model::{MacAddress, Name, VmId};
+use godwit_model::{MacAddress, Name, NetworkId, ResolvedNic, VmId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
-use super::super::{FleetNetworks, HostNetwork};
+use super::super::{FleetNetwork, FleetNetworks, HostNetwork, Kind};
 
 type Job = Box<dyn FnOnce(HostNetwork) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
 
@@ -30,24 +30,35 @@ impl Namespace {
         });
         let namespace = Self(made.join().expect("a namespace"));
         namespace.run("ip", &["link", "set", "lo", "up"]);
+        // The firewall of the host shall neither drop nor trim what tests send.
+        for filter in ["iptables", "ip6tables", "arptables"] {
+            let _ = namespace.inside(|| std::fs::write(format!("/proc/sys/net/bridge/bridge-nf-call-{filter}"), "0"));
+        }
         namespace
     }
 
     /// A path under which other programs find it.
-    fn path(&self) -> String {
+    pub(super) fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
     /// Runs a program in it and returns what it prints.
     pub(super) fn run(&self, program: &str, arguments: &[&str]) -> String {
+        self.inside(|| {
+            let output = Command::new(program).args(arguments).stdin(Stdio::null()).output().expect("run");
+            assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        })
+    }
+
+    /// Does something in it.
+    pub(super) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let running = scope.spawn(|| {
                 move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network)).expect("enter");
-                let output = Command::new(program).args(arguments).stdin(Stdio::null()).output().expect("run");
-                assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-                String::from_utf8_lossy(&output.stdout).into_owned()
+                work()
             });
-            running.join().expect("program")
+            running.join().expect("work")
         })
     }
 }
@@ -100,10 +111,28 @@ impl Host {
     }
 
     /// A tap on network `lan`.
-    pub(super) fn tap(&self) -> Guest {
-        let vm = VmId::new(uuid::Uuid::new_v4());
-        let tap = self.call(move |network| async move { network.create_tap(&lan(), vm, 0).await }).expect("tap");
+    pub(super) fn tap(&self, mac: MacAddress) -> Guest {
+        self.join(&nic(mac, &[]))
+    }
+
+    /// A tap for this interface of a new VM.
+    pub(super) fn join(&self, nic: &ResolvedNic) -> Guest {
+        self.join_as(VmId::new(uuid::Uuid::new_v4()), nic)
+    }
+
+    /// A tap for this interface.
+    pub(super) fn join_as(&self, vm: VmId, nic: &ResolvedNic) -> Guest {
+        let nic = nic.clone();
+        let tap = self.call(move |network| async move { network.create_tap(&nic, vm, 0).await }).expect("tap");
         Guest(File::from(tap))
+    }
+
+    /// What the host offers and has dropped, looked at now.
+    pub(super) fn look(&self) -> godwit_model::HostNetworks {
+        self.call(|network| async move {
+            network.tend().await;
+            network.offer()
+        })
     }
 
     /// A new agent on the same host.
@@ -112,8 +141,26 @@ impl Host {
     }
 }
 
-pub(super) fn lan() -> Name {
-    Name::new("lan").expect("name")
+/// The network of most tests.
+pub(super) fn lan() -> FleetNetwork {
+    network(7, Kind::Overlay { vni: 7 })
+}
+
+/// A network whose name and id follow from a number.
+pub(super) fn network(number: u128, kind: Kind) -> FleetNetwork {
+    let name = if number == 7 { "lan".to_owned() } else { format!("net{number}") };
+    FleetNetwork { id: NetworkId::new(uuid::Uuid::from_u128(number)), name: Name::new(name).expect("name"), mtu: 1_500, kind }
+}
+
+/// An interface on `lan` with these IP addresses.
+pub(super) fn nic(mac: MacAddress, addresses: &[&str]) -> ResolvedNic {
+    on(&lan(), mac, addresses)
+}
+
+/// An interface on a network.
+pub(super) fn on(network: &FleetNetwork, mac: MacAddress, addresses: &[&str]) -> ResolvedNic {
+    let addresses = addresses.iter().map(|address| address.parse().expect("address")).collect();
+    ResolvedNic { network_id: Some(network.id), addresses, ..ResolvedNic::new(network.name.clone(), mac) }
 }
 
 /// So many hosts behind one switch.
@@ -140,13 +187,23 @@ pub(super) struct Guest(File);
 impl Guest {
     /// Sends a frame of a protocol that nothing else speaks, with one byte of content.
     pub(super) fn send(&self, from: MacAddress, to: [u8; 6], content: u8) {
-        let head: [&[u8]; 4] = [&[0; 10], &to, &from.0, &[0x88, 0xb5]];
-        let frame = [head.concat(), vec![content; 64]].concat();
+        let head: [&[u8]; 3] = [&to, &from.0, &[0x88, 0xb5]];
+        self.send_frame(&[head.concat(), vec![content; 64]].concat());
+    }
+
+    /// Sends any frame.
+    pub(super) fn send_frame(&self, frame: &[u8]) {
+        let frame = [&[0; 10], frame].concat();
         assert_eq!((&self.0).write(&frame).expect("send"), frame.len());
     }
 
     /// Whether such a frame with this sender and content arrives within `patience`.
     pub(super) fn hears(&self, from: MacAddress, content: u8, patience: Duration) -> bool {
+        self.hears_frame(patience, |frame| frame[6..12] == from.0 && frame[12..14] == [0x88, 0xb5] && frame[14] == content)
+    }
+
+    /// Whether a frame for which `is_it` holds arrives within `patience`.
+    pub(super) fn hears_frame(&self, patience: Duration, is_it: impl Fn(&[u8]) -> bool) -> bool {
         let until = Instant::now() + patience;
         let mut buffer = [0; 2_048];
         loop {
@@ -156,7 +213,7 @@ impl Guest {
             }
             let length = rustix::io::read(&self.0, &mut buffer).expect("read");
             let frame = buffer.get(10..length).expect("a virtio header");
-            if frame[6..12] == from.0 && frame[12..14] == [0x88, 0xb5] && frame[14] == content {
+            if is_it(frame) {
                 return true;
             }
         }

@@ -9,6 +9,7 @@ mod network;
 mod power;
 mod seed;
 mod serve;
+mod spoof;
 mod witness;
 mod work;
 
@@ -66,6 +67,7 @@ fn run(console: &Console) -> Result<(), Box<dyn std::error::Error>> {
             network::default_route(gateway)?;
         }
         serve::start(&knobs, &counters)?;
+        spoof::start("eth0", address)?;
         if let Some(witness) = knobs.witness {
             witness::start(&knobs, witness, boot, &counters)?;
         }

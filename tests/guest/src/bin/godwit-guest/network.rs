@@ -45,7 +45,14 @@ pub(crate) fn default_route(gateway: Ipv4Addr) -> Result<(), NetworkError> {
         .map_err(|source| NetworkError::Refused { what: format!("default route by {gateway}"), source })
 }
 
-fn index_of(name: &str) -> Result<u32, NetworkError> {
+/// The interface's own Ethernet address.
+pub(crate) fn mac_of(name: &str) -> io::Result<[u8; 6]> {
+    let text = std::fs::read_to_string(format!("/sys/class/net/{name}/address"))?;
+    let octets = text.trim().split(':').map(|octet| u8::from_str_radix(octet, 16)).collect::<Result<Vec<u8>, _>>();
+    octets.map_err(io::Error::other)?.try_into().map_err(|_| io::Error::other("no Ethernet address"))
+}
+
+pub(crate) fn index_of(name: &str) -> Result<u32, NetworkError> {
     std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))
         .and_then(|text| text.trim().parse().map_err(io::Error::other))
         .map_err(|source| NetworkError::Missing { name: name.to_owned(), source })
