@@ -17,7 +17,7 @@ use godwit_link::v1::{self, AgentMessage};
 use godwit_link::{MAX_MESSAGE, Malformed, PROTOCOL, convert, decode, encode};
 use godwit_migration::Peer;
 use godwit_model::{
-    Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, Name, NetworkId, Refusal, Retry, VlanId, VolumeRef,
+    Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, NetworkId, Refusal, Retry, VlanId, VolumeRef,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;

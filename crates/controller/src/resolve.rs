@@ -140,6 +140,7 @@ pub(crate) fn resolve(
     host: Candidate<'_>,
     hosts: &[Candidate<'_>],
     images: FindImage<'_>,
+    networks: &[Stored<NetworkRow>],
 ) -> Result<ResolvedSpec, Refusal> {
     let machine = match spec.machine.as_deref() {
         Some(machine) if machine != "q35" => machine.to_owned(),

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use godwit_link::v1::ClockRequest;
 use godwit_link::v1::link_client::LinkClient;
-use godwit_model::{Name, VmId};
+use godwit_model::{MacAddress, Name, NetworkId, NicModel, ResolvedNic, VmId};
 
 use super::{Finding, Level};
 use crate::AgentOptions;
 use crate::dial;
 use crate::host::{of_storage, unix_now};
 use crate::identity::Identity;
-use crate::network::{FleetNetworks, HostNetwork};
+use crate::network::{FleetNetwork, FleetNetworks, HostNetwork, Kind};
 use crate::storage::{PoolConfig, Pools, locks_hold};
 
 /// Time for a program or a peer to answer.
@@ -26,6 +26,7 @@ const MAX_SKEW: Duration = Duration::from_secs(5);
 const LOW_SHARE: u64 = 20;
 /// No network of a cluster has it.
 const PROBE_VNI: u32 = 0x00ff_fffe;
+const PROBE_MTU: u32 = 1_450;
 
 /// Most of what a host does takes root.
 pub(super) fn root() -> Finding {
@@ -149,9 +150,20 @@ fn try_network() -> Result<(), String> {
     runtime.block_on(async {
         let network = HostNetwork::open(IpAddr::from(Ipv4Addr::LOCALHOST)).await.map_err(|error| told(&error))?;
         let name = Name::new("check").map_err(|error| error.to_string())?;
-        let fleet = FleetNetworks { networks: vec![(name.clone(), PROBE_VNI)], ..FleetNetworks::default() };
-        network.apply(&fleet).await.map_err(|error| told(&error))?;
-        network.create_tap(&name, VmId::new(uuid::Uuid::nil()), 0).await.map(|_| ()).map_err(|error| told(&error))
+        let id = NetworkId::new(uuid::Uuid::nil());
+        let probe = FleetNetwork { id, name: name.clone(), mtu: PROBE_MTU, kind: Kind::Overlay { vni: PROBE_VNI } };
+        network.apply(&FleetNetworks { networks: vec![probe], ..FleetNetworks::default() }).await.map_err(|error| told(&error))?;
+        let nic = ResolvedNic {
+            network: name,
+            mac: MacAddress([0x52, 0x54, 0, 0, 0, 1]),
+            model: NicModel::Virtio,
+            addresses: Vec::new(),
+            link_up: true,
+            slot: Some(0),
+            network_id: Some(id),
+            mtu: None,
+        };
+        network.create_tap(&nic, VmId::new(uuid::Uuid::nil()), 0).await.map(|_| ()).map_err(|error| told(&error))
     })
 }
 

@@ -59,6 +59,7 @@ fn options(controller: String, state_dir: &Path, token: &JoinToken) -> JoinOptio
         controller,
         name: Name::new("h1").expect("name"),
         address: [127, 0, 0, 1].into(),
+        migration_address: None,
         state_dir: state_dir.to_owned(),
         token: token.reveal(),
         rejoin: false,
@@ -99,7 +100,12 @@ async fn joining_again_needs_to_be_said_and_the_agent_to_stand_still() {
     let dir = tempfile::tempdir().expect("dir");
     let identity = dir.path().join("identity");
     fs::create_dir(&identity).expect("dir");
-    let host = HostFile { name: Name::new("h1").expect("name"), address: [127, 0, 0, 1].into(), controller: "x:1".into() };
+    let host = HostFile {
+        name: Name::new("h1").expect("name"),
+        address: [127, 0, 0, 1].into(),
+        migration_address: None,
+        controller: "x:1".into(),
+    };
     for (name, text) in
         [("host.json", serde_json::to_string(&host).expect("JSON")), ("pair.pem", "p".into()), ("ca.pem", "c".into())]
     {

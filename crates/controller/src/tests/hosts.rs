@@ -164,7 +164,14 @@ async fn a_host_joins_again_with_a_new_key_and_keeps_its_vms() {
     join(&again, &request).await.expect("the same key may ask again: the answer may have got lost");
     assert_eq!(join(&again, &signing_request().1).await, Err(ErrorCode::TokenUsed));
 
-    let fresh = Host { name: h1.name, key: key.serialize_pem(), certificate: reply.certificate, facts: h1.facts, load: h1.load };
+    let fresh = Host {
+        name: h1.name,
+        key: key.serialize_pem(),
+        certificate: reply.certificate,
+        migration_address: String::new(),
+        facts: h1.facts,
+        load: h1.load,
+    };
     let vm = cluster.vm("web1").await;
     let agent = cluster.connect(&fresh, vec![report(&vm, 1, RunState::Running, v1::Holding::Owner)]).await;
     let seen = cluster.vm("web1").await;

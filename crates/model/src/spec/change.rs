@@ -136,16 +136,15 @@ pub fn live_changes(running: &ResolvedSpec, wanted: &ResolvedSpec) -> Vec<LiveCh
         |slot: usize| slot >= usize::from(FIXED_SLOTS) && slot < usize::from(FIXED_SLOTS + running.platform.hotplug_ports);
     // Out before in: a place may pass from one to the other.
     for (slot, now) in running.nic_slots() {
-        match wanted.nic_slots().find(|(other, nic)| *other == slot && nic.mac == now.mac) {
-            Some((_, then)) if (then.model, &then.network) == (now.model, &now.network) => {
-                if (then.link_up, &then.addresses) != (now.link_up, &now.addresses) {
-                    let nic = ResolvedNic { slot: now.slot, ..then.clone() };
-                    changes.push(LiveChange::Nic { nic, slot });
-                }
+        // One of another kind or network is another one.
+        let same = |nic: &ResolvedNic| nic.mac == now.mac && nic.model == now.model && nic.network == now.network;
+        if let Some((_, then)) = wanted.nic_slots().find(|(other, nic)| *other == slot && same(nic)) {
+            if (then.link_up, &then.addresses) != (now.link_up, &now.addresses) {
+                let nic = ResolvedNic { slot: now.slot, ..then.clone() };
+                changes.push(LiveChange::Nic { nic, slot });
             }
-            // One of another kind or network is another one.
-            _ if in_port(slot) => changes.push(LiveChange::Unplug { slot }),
-            _ => {}
+        } else if in_port(slot) {
+            changes.push(LiveChange::Unplug { slot });
         }
     }
     for (slot, then) in wanted.nic_slots().filter(|(slot, _)| in_port(*slot)) {
