@@ -117,7 +117,7 @@ impl GuestSpec {
     }
 
     /// What the controller is asked for.
-    pub(crate) fn vm_spec(&self, address: Ipv4Addr, kernel: &Name, initrd: &Name) -> VmSpec {
+    pub fn vm_spec(&self, address: Ipv4Addr, kernel: &Name, initrd: &Name) -> VmSpec {
         let witness = SocketAddr::from((OUTSIDE_GUEST_ADDRESS, WITNESS_PORT));
         let own = [format!("id={}", self.name), format!("ip={address}/24"), format!("witness={witness}")];
         let words: Vec<String> = own.iter().chain(&self.knobs).map(|word| format!("guest.{word}")).collect();
