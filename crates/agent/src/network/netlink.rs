@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
@@ -21,6 +22,8 @@ const FLOOD: [u8; 6] = [0; 6];
 #[derive(Clone)]
 pub(super) struct Netlink {
     handle: Handle,
+    /// The kernel makes one list at a time for a socket, and refuses the next one as busy until the first has been read.
+    listing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// An interface.
@@ -98,11 +101,12 @@ impl Netlink {
     pub(super) fn open() -> io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         tokio::spawn(connection);
-        Ok(Self { handle })
+        Ok(Self { handle, listing: Arc::default() })
     }
 
     /// Every interface.
     pub(super) async fn links(&self) -> io::Result<Vec<Link>> {
+        let _one = self.listing.lock().await;
         let messages: Vec<LinkMessage> = self.handle.link().get().execute().try_collect().await.map_err(into_io)?;
         Ok(messages.into_iter().filter_map(read_link).collect())
     }
@@ -119,6 +123,7 @@ impl Netlink {
 
     /// The interface that carries an address of this host.
     pub(super) async fn index_of_address(&self, address: IpAddr) -> io::Result<Option<u32>> {
+        let _one = self.listing.lock().await;
         let mut addresses = std::pin::pin!(self.handle.address().get().execute());
         let mut found = None;
         // Read to the end: what is left of an answer would be taken for that to the next question.
@@ -191,6 +196,7 @@ impl Netlink {
 
     /// The forwarding entries of a VXLAN, learned ones included.
     pub(super) async fn forwards(&self, vxlan: u32) -> io::Result<Vec<Forward>> {
+        let _one = self.listing.lock().await;
         let request = self.handle.neighbours().get().set_address_family(AddressFamily::Bridge);
         let messages: Vec<NeighbourMessage> = request.execute().try_collect().await.map_err(into_io)?;
         Ok(messages.iter().filter(|message| message.header.ifindex == vxlan).filter_map(read_forward).collect())
