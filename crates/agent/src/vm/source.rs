@@ -31,6 +31,8 @@ const MIGRATION_FD: &str = "godwit-migration";
 const UNLIMITED: BytesPerSec = BytesPerSec(16 << 30);
 /// QEMU's own switch-over is to come as late as it lets us ask.
 const LATE: Millis = Millis(1);
+/// A sample takes a second; on a host without a free core, some.
+const SAMPLE_LIMIT: Duration = Duration::from_secs(10);
 const PROGRESS_EVERY: Duration = Duration::from_millis(300);
 
 /// The volatile half of a move away from here.
@@ -498,18 +500,6 @@ impl Actor {
     }
 }
 
-/// A QEMU that cannot be held back may be through with a quiet guest before the sample is there; without it the VM could not be stopped in time.
-async fn wait_for_sample(qmp: &Qmp) {
-    const LIMIT: Duration = Duration::from_secs(3);
-    let begun = Instant::now();
-    while begun.elapsed() < LIMIT {
-        match qmp.query_dirty_rate().await {
-            Ok(rate) if rate.status == "measuring" => tokio::time::sleep(Duration::from_millis(50)).await,
-            _ => return,
-        }
-    }
-}
-
 /// A failure together with what carry knows of it.
 fn with_cause(reason: &Refusal, broken: Option<&str>) -> Refusal {
     match broken {
@@ -545,7 +535,12 @@ async fn prepare_source(qmp: &Qmp) -> Result<bool, Refusal> {
     if let Err(error) = qmp.calc_dirty_rate(1).await {
         tracing::info!(%error, "no dirty rate can be sampled");
     } else if !held {
-        wait_for_sample(qmp).await;
+        // It may be through with a quiet guest before the sample is there, and then the VM could not be stopped in time.
+        match qmp.wait_for_dirty_rate(SAMPLE_LIMIT).await {
+            Ok(Some(_)) => {}
+            Ok(None) => tracing::warn!("no dirty rate after {SAMPLE_LIMIT:?}"),
+            Err(error) => tracing::warn!(%error, "no dirty rate was sampled"),
+        }
     }
     Ok(held)
 }

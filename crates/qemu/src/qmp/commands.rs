@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use godwit_model::{Bytes, BytesPerSec, Millis};
 use serde::de::DeserializeOwned;
@@ -299,7 +299,7 @@ impl Qmp {
         self.execute_with_fd("add-fd", json!({"fdset-id": set, "opaque": opaque}), fd).await.map(drop)
     }
 
-    /// `calc-dirty-rate` over whole seconds; read the result with [`Qmp::query_dirty_rate`].
+    /// `calc-dirty-rate` over whole seconds; read the result with [`Qmp::query_dirty_rate`] or [`Qmp::wait_for_dirty_rate`].
     ///
     /// # Errors
     /// See [`QmpError`].
@@ -313,6 +313,26 @@ impl Qmp {
     /// See [`QmpError`].
     pub async fn query_dirty_rate(&self) -> Result<DirtyRate, QmpError> {
         self.ask("query-dirty-rate").await
+    }
+
+    /// Waits until what [`Qmp::calc_dirty_rate`] began is measured, and answers its MiB per second; `None` if that takes longer than `limit`.
+    ///
+    /// A sample that was asked for is `unstarted` until QEMU's thread for it runs.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn wait_for_dirty_rate(&self, limit: Duration) -> Result<Option<i64>, QmpError> {
+        let begun = Instant::now();
+        loop {
+            let rate = self.query_dirty_rate().await?;
+            if rate.status == "measured" {
+                return Ok(rate.mib_per_sec);
+            }
+            if begun.elapsed() >= limit {
+                return Ok(None);
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// RAM of the VM, from `query-memory-size-summary`.

@@ -1,6 +1,7 @@
 //! Who switches over, QEMU or we, and who runs after a failure: the facts under "our stop, our release, our start".
 
 use std::path::Path;
+use std::time::Duration;
 
 use godwit_model::{BytesPerSec, DiskFormat};
 use godwit_qemu::qmp::commands::StoppedBy;
@@ -56,6 +57,21 @@ async fn with_switchover_ack_at_the_source_alone_qemu_waits_for_our_stop() {
         wait_migration(&mut notices, &MigrationStatus::Completed).await;
         destination.qmp.cont().await.expect("cont");
         assert_eq!(destination.run_status().await, RunStatus::Running);
+    }
+}
+
+#[tokio::test]
+async fn a_dirty_rate_that_was_asked_for_is_there_once_waited_for() {
+    for binary in qemus() {
+        let place = Place::new();
+        let (source, _destination) = idle(&place, &binary, &binary).await;
+        // Twice: the second is not answered with the first one's.
+        for _ in 0..2 {
+            source.qmp.calc_dirty_rate(1).await.expect("calc-dirty-rate");
+            assert_eq!(source.qmp.wait_for_dirty_rate(Duration::ZERO).await.expect("query"), None);
+            let rate = source.qmp.wait_for_dirty_rate(LIMIT).await.expect("wait").expect("a rate within the limit");
+            assert!(rate < 100, "{rate} MiB/s of a guest that does nothing");
+        }
     }
 }
 
