@@ -74,7 +74,8 @@ impl Finding {
 
 /// Looks at everything, with the options that the agent has or will have. No VM is touched; what is left behind is what the agent would make as
 /// well: the mark of a pool that was never seen before, and the parent of the VMs' cgroups.
-pub async fn check(options: &AgentOptions) -> Vec<Finding> {
+/// With `try_pools` the storage of every pool is tried, with small volumes that are removed again.
+pub async fn check(options: &AgentOptions, try_pools: bool) -> Vec<Finding> {
     let mut findings = vec![probes::root()];
     let (probe, qemu) = ask_qemu(options, &Launcher::godwit("/proc/self/exe".into())).await;
     findings.extend(of_qemu(&probe, &qemu));
@@ -83,6 +84,9 @@ pub async fn check(options: &AgentOptions) -> Vec<Finding> {
     findings.push(machine::clock_synchronised());
     findings.push(machine::space("state_space", "the agent's state", &options.state_dir));
     findings.extend(probes::pools(options).await);
+    if try_pools {
+        findings.extend(probes::try_pools(options).await);
+    }
     findings.extend(probes::networks().await);
     findings.push(probes::nftables().await);
     findings.extend(probes::identity(Identity::load(&options.state_dir).ok()).await);

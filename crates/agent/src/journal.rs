@@ -34,11 +34,14 @@ pub(crate) struct VmRecord {
     pub(crate) holding: Holding,
     /// Whether its end was asked for: what tells a crash from a stop.
     pub(crate) end_wanted: bool,
+    /// Whether it does not run because the host went down, and not because anybody wanted so.
+    #[serde(default)]
+    pub(crate) ended_with_host: bool,
 }
 
 impl VmRecord {
     pub(crate) fn new(spec: ResolvedSpec, generation: Generation, uid: u32, holding: Holding) -> Self {
-        Self { schema: SCHEMA, spec, generation, uid, process: None, holding, end_wanted: false }
+        Self { schema: SCHEMA, spec, generation, uid, process: None, holding, end_wanted: false, ended_with_host: false }
     }
 }
 

@@ -16,6 +16,7 @@ mod inventory;
 mod journal;
 mod network;
 mod peers;
+mod power_off;
 mod seed;
 mod session;
 mod storage;
@@ -68,6 +69,14 @@ pub struct AgentOptions {
     pub unprivileged_userfaultfd: bool,
 }
 
+impl AgentOptions {
+    fn pool_configs(&self) -> Vec<PoolConfig> {
+        let config =
+            |(name, path, shared): &(Name, PathBuf, bool)| PoolConfig { name: name.clone(), path: path.clone(), shared: *shared };
+        self.pools.iter().map(config).collect()
+    }
+}
+
 /// Why an agent did not begin. VMs run on.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
@@ -101,7 +110,7 @@ fn begin<E: std::error::Error + Send + Sync + 'static>(what: &'static str) -> im
     move |source| AgentError::Begin { what, source: Box::new(source) }
 }
 
-/// Runs the agent until it is told to end by SIGTERM or SIGINT. VMs run on.
+/// Runs the agent until it is told to end. By SIGTERM or SIGINT: VMs run on. By SIGPWR, since the host goes down: all guests are powered off first.
 ///
 /// # Errors
 /// [`AgentError`] if it could not begin.
@@ -123,10 +132,8 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     let journal = Journal::open(options.state_dir.join("journal")).map_err(begin("the journal cannot be opened"))?;
     let records = journal.vms().map_err(begin("the journal cannot be read"))?;
     let uids: BTreeMap<_, _> = records.iter().map(|(vm, record)| (*vm, record.uid)).collect();
-    let configs =
-        options.pools.iter().map(|(name, path, shared)| PoolConfig { name: name.clone(), path: path.clone(), shared: *shared });
     let launcher = Launcher::godwit("/proc/self/exe".into());
-    let pools = Pools::open(configs.collect()).map_err(begin("a pool cannot be used"))?;
+    let pools = Pools::open(options.pool_configs()).map_err(begin("a pool cannot be used"))?;
     let pools = Arc::new(pools.with_cage(&launcher));
     let images = ImageCache::open(options.state_dir.join("images")).map_err(begin("the image cache cannot be used"))?;
     let network = HostNetwork::open(identity.address).await.map_err(begin("the network cannot be used"))?;
@@ -171,15 +178,19 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     });
     let vms = Registry::begin(Arc::clone(&host), records.into_values());
     let (fleet, changes) = watch::channel(FleetNetworks::default());
-    let sessions = tokio::spawn(Sessions::new(Arc::clone(&host), vms, fleet).run());
+    let sessions = tokio::spawn(Sessions::new(Arc::clone(&host), Arc::clone(&vms), fleet).run());
     let networks = tokio::spawn(keep_networks(Arc::clone(&host), changes));
-    let filters = tokio::spawn(keep_filters(host));
+    let filters = tokio::spawn(keep_filters(Arc::clone(&host)));
     tracing::info!("the agent runs");
     let ended = ended().await;
     sessions.abort();
+    if let Ok(End::WithTheHost) = ended {
+        tracing::info!("the host goes down");
+        power_off::power_off(&host, &vms).await;
+    }
     networks.abort();
     filters.abort();
-    ended.map_err(begin("signals cannot be heard"))
+    ended.map(drop).map_err(begin("signals cannot be heard"))
 }
 
 /// Makes the networks what the controller says, and tries again while that fails.
@@ -218,13 +229,20 @@ fn lock(state_dir: &std::path::Path) -> Result<std::fs::File, AgentError> {
     }
 }
 
-async fn ended() -> std::io::Result<()> {
+/// Why the agent ends.
+enum End {
+    Alone,
+    WithTheHost,
+}
+
+async fn ended() -> std::io::Result<End> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
+    let mut power = signal(SignalKind::from_raw(libc::SIGPWR))?;
+    Ok(tokio::select! {
+        _ = terminate.recv() => End::Alone,
+        _ = interrupt.recv() => End::Alone,
+        _ = power.recv() => End::WithTheHost,
+    })
 }

@@ -1,21 +1,20 @@
 //! The host's storage: pools with volumes, and the cache of images.
 //!
-//! ```text
-//!  POOL/.godwit-pool     identity of the storage, the same on every host that sees it
-//!  POOL/volumes/NAME     a volume; its format is declared in the VM's spec and never probed
-//!  POOL/records/NAME     what a volume was created as; advisory, bound to the file by its inode
-//!  POOL/partial/UUID     a volume that is being made, locked by its maker
-//! ```
+//! A pool is made of what its driver ([`driver`]) says; so far, of a directory ([`directory`]). Every kind must pass one suite ([`suite`]), which
+//! administrators can run on their storage, too.
+//!
 //! Everything in a volume was written by a guest or a user. This process reads the header and the tables of a qcow2 file with a small
 //! reader of its own ([`qcow2`], [`tables`]). `qemu-img` creates empty volumes and copies images, never opens an existing volume, and
 //! reads an image only after that reader has passed it, as a user without rights and with two files in its hands.
 
 mod convert;
+mod directory;
+mod driver;
 mod image;
 mod locks;
-mod place;
 mod qcow2;
 mod refusal;
+pub(crate) mod suite;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -23,7 +22,7 @@ mod volume;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use godwit_model::spec::ResolvedDisk;
 use godwit_model::{Bytes, ErrorCode, HostCondition, Name, PoolFacts, Refusal, VolumeRef};
@@ -31,7 +30,9 @@ use godwit_qemu::Launcher;
 
 pub(crate) use image::{CachedImage, ImageCache};
 pub(crate) use locks::locks_hold;
-use place::Place;
+
+use directory::Directory;
+use driver::{Driver, Storage};
 
 /// A pool as the administrator declares it.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -64,9 +65,9 @@ pub(crate) struct Pools {
 }
 
 struct Pool {
-    config: PoolConfig,
-    /// Known from the first time that the storage was there: another one in its place is not this pool.
-    identity: OnceLock<String>,
+    name: Name,
+    shared: bool,
+    driver: Box<dyn Driver>,
 }
 
 impl Pools {
@@ -83,10 +84,14 @@ impl Pools {
                 return Err(StorageError::Relative(config.name.clone()));
             }
         }
-        let pools = configs.into_iter().map(|config| Pool { config, identity: OnceLock::new() });
+        let pools = configs.into_iter().map(|config| Pool {
+            name: config.name.clone(),
+            shared: config.shared,
+            driver: Box::new(Directory::new(config)),
+        });
         let pools = Self { pools: pools.collect(), cage: None };
-        for place in pools.pools.iter().filter_map(|pool| pool.place().ok()) {
-            place.remove_abandoned();
+        for storage in pools.pools.iter().filter_map(|pool| pool.driver.open().ok()) {
+            storage.remove_abandoned();
         }
         Ok(pools)
     }
@@ -100,17 +105,16 @@ impl Pools {
     /// The pools whose storage is there. Blocks on the file system.
     pub(crate) fn facts(&self) -> Vec<PoolFacts> {
         let facts = |pool: &Pool| {
-            let place = pool.place().ok()?;
-            let capacity = place.space().ok()?.capacity;
-            let PoolConfig { name, shared, .. } = pool.config.clone();
-            Some(PoolFacts { name, identity: pool.identity.get()?.clone(), shared, capacity })
+            let storage = pool.driver.open().ok()?;
+            let (identity, capacity) = (storage.identity().to_owned(), storage.space().ok()?.capacity);
+            Some(PoolFacts { name: pool.name.clone(), identity, shared: pool.shared, capacity })
         };
         self.pools.iter().filter_map(facts).collect()
     }
 
     /// Free space of the pools whose storage is there. Blocks on the file system.
     pub(crate) fn free(&self) -> Vec<(Name, Bytes)> {
-        let free = |pool: &Pool| Some((pool.config.name.clone(), pool.place().ok()?.space().ok()?.free));
+        let free = |pool: &Pool| Some((pool.name.clone(), pool.driver.open().ok()?.space().ok()?.free));
         self.pools.iter().filter_map(free).collect()
     }
 
@@ -121,7 +125,7 @@ impl Pools {
             message: refusal.message,
             fix: refusal.hint.unwrap_or_default(),
         };
-        self.pools.iter().filter_map(|pool| pool.place().err()).map(condition).collect()
+        self.pools.iter().filter_map(|pool| pool.driver.open().err()).map(condition).collect()
     }
 
     /// Checks a disk that must exist: there, whole, of the declared format, and sufficient to itself. The tables of a qcow2 volume that a
@@ -131,7 +135,7 @@ impl Pools {
     /// `volume_missing`, `volume_truncated`, `volume_format`; `pool_unavailable` and `host_failed` where that is the cause.
     pub(crate) async fn check(&self, disk: &ResolvedDisk) -> Result<(), Refusal> {
         let disk = disk.clone();
-        self.at(&disk.volume.pool.clone(), move |place| volume::check(&place, &disk)).await
+        self.at(&disk.volume.pool.clone(), move |storage| volume::check(storage, &disk)).await
     }
 
     /// Makes the volume if it is missing and the disk says how; one that exists is left alone, whatever it is. Nothing half made is ever
@@ -140,12 +144,12 @@ impl Pools {
     /// # Errors
     /// As [`Pools::check`]; `image_invalid`, `not_enough_space`, `spec_invalid` for a size smaller than the image.
     pub(crate) async fn prepare(&self, disk: &ResolvedDisk, image: Option<&Path>) -> Result<(), Refusal> {
-        let name = disk.volume.volume.clone();
-        if self.at(&disk.volume.pool, move |place| Ok((place.exists(&name)?, place))).await?.0 {
-            return Ok(());
-        }
         let (wanted, image) = (disk.clone(), image.map(Path::to_owned));
-        let draft = self.at(&disk.volume.pool, move |place| volume::draft(place, &wanted, image.as_deref())).await?;
+        let draft = self.at(&disk.volume.pool, move |storage| {
+            let there = volume::exists(storage, &wanted.volume)?;
+            if there { Ok(None) } else { volume::draft(storage, &wanted, image.as_deref()).map(Some) }
+        });
+        let Some(draft) = draft.await? else { return Ok(()) };
         let draft = convert::fill(draft, self.cage.as_deref()).await?;
         blocking(move || draft.publish()).await
     }
@@ -156,12 +160,9 @@ impl Pools {
     /// As [`Pools::check`]; `not_enough_space`.
     pub(crate) async fn prepare_copy(&self, volume: &VolumeRef, from: &Path) -> Result<(), Refusal> {
         let (volume, from) = (volume.clone(), from.to_owned());
-        self.at(
-            &volume.pool.clone(),
-            move |place| {
-                if place.exists(&volume.volume)? { Ok(()) } else { volume::copy(place, &volume, &from) }
-            },
-        )
+        self.at(&volume.pool.clone(), move |storage| {
+            if volume::exists(storage, &volume)? { Ok(()) } else { volume::copy(storage, &volume, &from) }
+        })
         .await
     }
 
@@ -173,7 +174,7 @@ impl Pools {
         let wanted = ResolvedDisk { create: Some(size), ..ResolvedDisk::new(volume.clone(), godwit_model::DiskFormat::Raw) };
         self.check(&wanted).await?;
         let volume = volume.clone();
-        self.at(&volume.pool.clone(), move |place| volume::open_exact(&place, &volume, size)).await
+        self.at(&volume.pool.clone(), move |storage| volume::open_exact(storage, &volume, size)).await
     }
 
     /// Opens a disk for QEMU: once read-only and once read-write, each a file description of its own.
@@ -181,7 +182,7 @@ impl Pools {
     /// # Errors
     /// As [`Pools::check`], without looking inside.
     pub(crate) fn open_disk(&self, disk: &ResolvedDisk) -> Result<(OwnedFd, OwnedFd), Refusal> {
-        volume::open(&self.find(&disk.volume.pool)?.place()?, &disk.volume, disk.cache)
+        volume::open(&*self.find(&disk.volume.pool)?.driver.open()?, &disk.volume, disk.cache)
     }
 
     /// Removes a volume; one that does not exist is removed already.
@@ -190,12 +191,12 @@ impl Pools {
     /// `in_use` while a QEMU on this or another host holds it.
     pub(crate) async fn delete(&self, volume: &VolumeRef) -> Result<(), Refusal> {
         let volume = volume.clone();
-        self.at(&volume.pool.clone(), move |place| volume::delete(&place, &volume)).await
+        self.at(&volume.pool.clone(), move |storage| volume::delete(storage, &volume)).await
     }
 
     fn find(&self, name: &Name) -> Result<&Pool, Refusal> {
-        self.pools.iter().find(|pool| pool.config.name == *name).ok_or_else(|| {
-            let known: Vec<&str> = self.pools.iter().map(|pool| pool.config.name.as_str()).collect();
+        self.pools.iter().find(|pool| pool.name == *name).ok_or_else(|| {
+            let known: Vec<&str> = self.pools.iter().map(|pool| pool.name.as_str()).collect();
             Refusal::new(ErrorCode::PoolUnavailable, format!("this host has no pool {name}, only: {}", known.join(", ")))
                 .hint("use a pool of this host, or declare it to the host's agent")
         })
@@ -205,17 +206,16 @@ impl Pools {
     async fn at<T: Send + 'static>(
         &self,
         name: &Name,
-        work: impl FnOnce(Place) -> Result<T, Refusal> + Send + 'static,
+        work: impl FnOnce(&dyn Storage) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Refusal> {
         let (pools, name) = (self.clone(), name.clone());
-        blocking(move || work(pools.find(&name)?.place()?)).await
+        blocking(move || work(&*pools.find(&name)?.driver.open()?)).await
     }
 }
 
-impl Pool {
-    fn place(&self) -> Result<Place, Refusal> {
-        Place::open(&self.config, &self.identity)
-    }
+/// Tries whether the storage of a pool does all that volumes need; see [`suite`]. Blocks for some seconds.
+pub(crate) fn try_pool(config: &PoolConfig) -> Vec<suite::Tried> {
+    suite::run(&config.name, &Directory::new(config.clone()), &Directory::new(config.clone()))
 }
 
 /// Runs what may block on a file system on a thread of its own.

@@ -340,6 +340,17 @@ impl Client {
         self.post(&format!("/vms/{}/unpause", segment(vm)), &()).await
     }
 
+    /// The generations of a VM.
+    pub async fn vm_history(&self, vm: &Name) -> Result<v1::VmHistory> {
+        self.get(&format!("/vms/{}/history", segment(vm))).await
+    }
+
+    /// Whether a running VM could move now, to each connected host or to one.
+    pub async fn check_vm(&self, vm: &Name, to: Option<&Name>) -> Result<v1::VmCheck> {
+        let query = to.map(|to| format!("?to={}", segment(to))).unwrap_or_default();
+        self.get(&format!("/vms/{}/check{query}", segment(vm))).await
+    }
+
     /// Moves a running VM. With `dry_run` the task is only described: it is `done` and was never recorded.
     pub async fn migrate_vm(&self, vm: &Name, request: &v1::VmMigrate) -> Result<v1::Task> {
         self.post(&format!("/vms/{}/migrate", segment(vm)), request).await

@@ -76,6 +76,9 @@ pub struct VmStatus {
     pub dropped: Vec<InterfaceDrops>,
     /// What is not as it should be.
     pub conditions: Vec<Condition>,
+    /// Whether it could move to any other host; looked at again whenever something changes. None while it does not run.
+    #[serde(default)]
+    pub migratable: Option<Migratable>,
     /// What its seed holds; the texts themselves are never shown, and `spec` leaves them out.
     #[serde(default)]
     pub cloud_init: Option<SeedFacts>,
@@ -84,6 +87,81 @@ pub struct VmStatus {
     pub guest: Option<GuestFacts>,
     /// When `state` last changed.
     pub since: UnixMillis,
+}
+
+/// Whether a running VM could move.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Migratable {
+    /// To at least one other host.
+    pub possible: bool,
+    /// Why not, if not: what is in the way at the host that comes nearest, as it was when this was last so.
+    pub reason: Option<Refusal>,
+    /// Since when.
+    pub since: UnixMillis,
+}
+
+/// One generation of a VM: a right to run it, and what became of that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Reign {
+    /// Its number.
+    pub generation: Generation,
+    /// The host that it was granted to.
+    pub host: Name,
+    /// When.
+    pub granted: UnixMillis,
+    /// When the VM began to run there, as far as the controller has heard; none if it never did.
+    pub began: Option<UnixMillis>,
+    /// When that ended.
+    pub ended: Option<UnixMillis>,
+    /// How it ended; none if it has not.
+    pub end: Option<ReignEnd>,
+    /// The task that it was granted for.
+    pub task: Option<TaskId>,
+    /// What kind of task that was, such as `vm.migrate`.
+    pub kind: String,
+    /// Who asked for that.
+    pub principal: String,
+    /// Why, in their words.
+    pub reason: Option<String>,
+}
+
+/// How a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ReignEnd {
+    /// The VM went on elsewhere, on a newer one.
+    Moved,
+    /// The VM was stopped, or its guest powered off.
+    Stopped,
+    /// QEMU ended without being asked to.
+    Crashed,
+    /// The VM never ran on it: the move was given up.
+    NotUsed,
+}
+
+/// The generations of a VM, the newest last; of very many the newest 200.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmHistory {
+    /// Each of them.
+    pub generations: Vec<Reign>,
+}
+
+/// Whether a running VM could move to each of some hosts now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmCheck {
+    /// Where it runs.
+    pub source: Name,
+    /// The hosts that were looked at, in the order of their names.
+    pub hosts: Vec<HostCheck>,
+}
+
+/// Whether a running VM could move to a host now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HostCheck {
+    /// The host.
+    pub host: Name,
+    /// Everything that is in the way, each with what to do; empty if it could move.
+    pub obstacles: Vec<Refusal>,
 }
 
 /// Sizes of what cloud-init tells a guest.
@@ -420,7 +498,7 @@ pub struct TaskNote {
 pub struct Event {
     /// Pass as `after` (or `Last-Event-ID`) to continue behind this event.
     pub cursor: u64,
-    /// Kind of the object: `vm`, `host`, `task`, `image`, `network`, `team`, `token`.
+    /// Kind of the object: `vm`, `host`, `task`, `image`, `network`, `team`, `token`; or `migratable`, of a VM.
     pub kind: String,
     /// Its name (tasks: its id).
     pub name: String,

@@ -25,30 +25,29 @@ fn incompatible(message: String, hint: String) -> Refusal {
 }
 
 /// Machine type, CPU model and accelerator.
-fn check_platform(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusal> {
+fn look_at_platform(spec: &ResolvedSpec, host: Candidate<'_>, found: &mut Vec<Refusal>) {
     let Candidate { name, facts, .. } = host;
     if facts.accelerator != spec.accelerator {
-        return Err(incompatible(
+        found.push(incompatible(
             format!("the VM runs on {}, host {name} has {}", known_word(spec.accelerator), known_word(facts.accelerator)),
             format!("choose a host with the same accelerator; {name} says: {}", facts.accelerator_reason),
         ));
     }
     if !facts.machines.contains(&spec.machine) {
-        return Err(incompatible(
+        found.push(incompatible(
             format!("QEMU {} on host {name} does not know the machine type {}", facts.qemu, spec.machine),
             format!("upgrade QEMU on {name}, or start the VM with a machine type that every host knows (leave `machine` out)"),
         ));
     }
-    check_features(spec, host)?;
+    found.extend(check_features(spec, host).err());
     // What ties a VM to equal hosts was asked for by name; it cannot be checked here.
     let tied = matches!(spec.cpu.as_str(), "host" | "max");
     if !tied && !facts.cpu_models.contains(&spec.cpu) {
-        return Err(incompatible(
+        found.push(incompatible(
             format!("host {name} cannot run the CPU model {}", spec.cpu),
             format!("choose another host, or start the VM with a CPU model that {name} has (leave `cpu` out for the baseline)"),
         ));
     }
-    Ok(())
 }
 
 /// What the spec asks of a host beyond a machine: firmware, huge pages, memory nodes, a hypervisor's enlightenments.
@@ -116,51 +115,67 @@ fn pool_missing(volume: &VolumeRef, host: &Name) -> Refusal {
         .hint(format!("start the agent of {host} with `--pool {}=DIRECTORY`, or choose another host", volume.pool))
 }
 
+fn first(found: Vec<Refusal>) -> Result<(), Refusal> {
+    found.into_iter().next().map_or(Ok(()), Err)
+}
+
 /// Whether `host` can start the VM.
 pub(crate) fn check_start(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusal> {
-    check_platform(spec, host)?;
+    let mut found = vec![];
+    look_at_platform(spec, host, &mut found);
     for volume in spec.volumes() {
         if !host.facts.pools.iter().any(|pool| pool.name == volume.pool) {
-            return Err(pool_missing(volume, host.name));
+            found.push(pool_missing(volume, host.name));
         }
     }
-    check_memory(spec.memory, host)
+    found.extend(check_memory(spec.memory, host).err());
+    first(found)
 }
 
 /// Whether the running VM can move from `source` to `destination`.
 pub(crate) fn check_move(spec: &ResolvedSpec, source: Candidate<'_>, destination: Candidate<'_>) -> Result<(), Refusal> {
-    check_platform(spec, destination)?;
+    first(obstacles(spec, source, destination))
+}
+
+/// Everything that keeps the running VM from moving from `source` to `destination`, networks aside.
+pub(crate) fn obstacles(spec: &ResolvedSpec, source: Candidate<'_>, destination: Candidate<'_>) -> Vec<Refusal> {
+    let mut found = vec![];
+    look_at_platform(spec, destination, &mut found);
     if source.facts.loses_writes_to(spec.memory) {
         let Candidate { name, facts, .. } = source;
-        return Err(incompatible(
+        found.push(incompatible(
             format!("QEMU {} on host {name}, emulating, loses memory writes during a warm-up of RAM of this VM's size", facts.qemu),
             format!(
                 "stop and start the VM (it then gets a size that moves safely), or install QEMU 9.0 or newer on {name} before that"
             ),
         ));
     }
-    for volume in spec.volumes() {
-        let pool = |host: Candidate<'_>| {
-            let found = host.facts.pools.iter().find(|pool| pool.name == volume.pool).cloned();
-            found.ok_or_else(|| pool_missing(volume, host.name))
-        };
-        let (here, there) = (pool(source)?, pool(destination)?);
-        if !here.shared || !there.shared || here.identity != there.identity {
-            let why = if here.shared && there.shared { "see different storage" } else { "do not both share" };
-            let (name, from, to) = (&here.name, source.name, destination.name);
-            return Err(Refusal::new(ErrorCode::PoolUnavailable, format!("hosts {from} and {to} {why} in pool {name} of volume {volume}"))
-                .hint(format!(
-                    "mount the same directory as pool {name} on both and declare it with `--shared-pool {name}`; moving disks is not there yet"
-                )));
-        }
-    }
+    found.extend(spec.volumes().filter_map(|volume| check_volume(volume, source, destination).err()));
     for disk in &spec.disks {
         if disk.cache != CacheMode::Direct {
-            return Err(Refusal::new(ErrorCode::HostIncompatible, format!("volume {} is cached by the host ({:?})", disk.volume, disk.cache))
+            found.push(Refusal::new(ErrorCode::HostIncompatible, format!("volume {} is cached by the host ({:?})", disk.volume, disk.cache))
                 .hint("stop the VM, set the disk's cache to `direct`, and start it again: two hosts' caches of shared storage are not coherent"));
         }
     }
-    check_memory(spec.memory, destination)
+    found.extend(check_memory(spec.memory, destination).err());
+    found
+}
+
+/// Whether both hosts see the same storage behind a volume.
+fn check_volume(volume: &VolumeRef, source: Candidate<'_>, destination: Candidate<'_>) -> Result<(), Refusal> {
+    let pool = |host: Candidate<'_>| {
+        let found = host.facts.pools.iter().find(|pool| pool.name == volume.pool).cloned();
+        found.ok_or_else(|| pool_missing(volume, host.name))
+    };
+    let (here, there) = (pool(source)?, pool(destination)?);
+    if here.shared && there.shared && here.identity == there.identity {
+        return Ok(());
+    }
+    let why = if here.shared && there.shared { "see different storage" } else { "do not both share" };
+    let (name, from, to) = (&here.name, source.name, destination.name);
+    Err(Refusal::new(ErrorCode::PoolUnavailable, format!("hosts {from} and {to} {why} in pool {name} of volume {volume}")).hint(format!(
+        "mount the same directory as pool {name} on both and declare it with `--shared-pool {name}`; moving disks is not there yet"
+    )))
 }
 
 #[cfg(test)]

@@ -75,6 +75,8 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(images::image_export))
         .routes(routes!(vms::vm_list, vms::vm_create))
         .routes(routes!(vms::vm_show, vms::vm_delete))
+        .routes(routes!(vms::vm_check))
+        .routes(routes!(vms::vm_history))
         .routes(routes!(vms::vm_start))
         .routes(routes!(vms::vm_stop))
         .routes(routes!(vms::vm_kill))

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
+use godwit_api::v1::Migratable;
 use godwit_link::v1;
 use godwit_model::{ErrorCode, GuestFacts, HostFacts, HostLoad, Name, Refusal, Retry, UnixMillis, VmId};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -73,6 +74,8 @@ struct Inner {
     consoles: HashMap<VmId, String>,
     /// What guests last said of themselves, and through which host.
     guests: HashMap<VmId, (Name, GuestFacts)>,
+    /// Whether each running VM could move, as it was last looked at.
+    migratable: HashMap<VmId, Migratable>,
 }
 
 /// The connected agents.
@@ -195,6 +198,16 @@ impl Hub {
             None if inner.guests.get(&vm).is_some_and(|(through, _)| through == host) => drop(inner.guests.remove(&vm)),
             None => {}
         }
+    }
+
+    /// Notes which VMs could move.
+    pub(crate) fn set_migratable(&self, known: HashMap<VmId, Migratable>) {
+        self.lock().migratable = known;
+    }
+
+    /// Whether a VM could move, if that was looked at.
+    pub(crate) fn migratable(&self, vm: VmId) -> Option<Migratable> {
+        self.lock().migratable.get(&vm).cloned()
     }
 
     /// What a guest last said of itself through `host`.

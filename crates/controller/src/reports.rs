@@ -10,6 +10,7 @@ use godwit_model::{Generation, GuestFacts, MigrationFigures, MigrationProgress, 
 
 use crate::clock;
 use crate::db::{Batch, Db, Fault, retry};
+use crate::history;
 use crate::hub::Hub;
 use crate::rows::{Ended, MigrateWork, TaskRow, VmRow, Work};
 use crate::tasks::Tasks;
@@ -83,11 +84,15 @@ impl Reports {
             take_over(&mut vm.row, host, generation);
             vm.row.set_state(state, clock::now());
             vm.row.reported = generation;
+            if report.ended_with_host && !vm.row.has_process() && before.has_process() {
+                vm.row.start_wanted = vm.row.spec.autostart.is_some();
+            }
             if state == RunState::Crashed {
                 vm.row.detail = plain(&report.detail);
             }
             if vm.row != before {
-                self.db.commit(Batch::default().update(&vm)).await?;
+                let batch = history::note(&self.db, Batch::default().update(&vm), &before, &vm.row, None).await?;
+                self.db.commit(batch).await?;
                 if vm.row.state != before.state || vm.row.host != before.host {
                     tracing::info!(%host, vm = %vm.row.name, ?state, %generation, detail = plain(&report.detail), "VM state");
                 }
@@ -103,6 +108,11 @@ impl Reports {
             self.tasks.decline_leftover(host, id, task, generation);
         }
         Ok(())
+    }
+
+    /// The host's VMs that ended when it went down are started again, as far as they shall.
+    pub(crate) fn autostart(&self, host: &Name) {
+        self.tasks.autostart(host);
     }
 
     /// VMs that run on a host as far as we know, and of which it has said nothing.
@@ -210,9 +220,10 @@ impl Reports {
                 if !may_claim(&vm.row, &destination, ended.generation) {
                     return Ok(Err("a generation whose move has ended without it"));
                 }
+                let before = vm.row.clone();
                 take_over(&mut vm.row, &destination, ended.generation);
                 vm.row.set_state(RunState::Running, clock::now());
-                batch = batch.update(&vm);
+                batch = history::note(&self.db, batch.update(&vm), &before, &vm.row, None).await?;
             }
         }
         self.db.commit(batch).await?;
@@ -280,37 +291,11 @@ fn take_over(vm: &mut VmRow, host: &Name, generation: Generation) {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
-    use godwit_model::{Bytes, UnixMillis};
     use proptest::prelude::*;
 
     use super::*;
     use crate::rows::PendingGrant;
-    use crate::tests::support::{name, spec};
-
-    fn vm() -> VmRow {
-        VmRow {
-            id: VmId::new(uuid::Uuid::nil()),
-            name: name("web1"),
-            team: name("default"),
-            created: UnixMillis(0),
-            spec: spec(Bytes::mib(64)),
-            state: RunState::Stopped,
-            since: UnixMillis(0),
-            detail: String::new(),
-            host: None,
-            generation: Generation(0),
-            reported: Generation(0),
-            issued: Generation(0),
-            pending: None,
-            granted: BTreeMap::new(),
-            activity: None,
-            resolved: None,
-            waiting: vec![],
-            released: false,
-        }
-    }
+    use crate::tests::support::{name, vm_row};
 
     fn invariant_one_owner_of_the_newest_generation(before: &VmRow, after: &VmRow) {
         assert!(after.generation >= before.generation, "an older generation was believed");
@@ -324,7 +309,7 @@ mod tests {
     proptest! {
         #[test]
         fn prop_ownership_moves_upwards_only(steps in prop::collection::vec((0..3_u8, 0..3_u8, 0..12_u64), 0..60)) {
-            let mut row = vm();
+            let mut row = vm_row();
             let task = TaskId::new(uuid::Uuid::nil());
             for (what, host, number) in steps {
                 let before = row.clone();

@@ -1,7 +1,7 @@
 //! From what was asked for to what a VM is started with: nothing stays a default or an alias. Images and networks are given.
 
 use godwit_model::{
-    Accelerator, Boot, Bytes, CdromSpec, ErrorCode, HostFacts, ImageKind, ImageRef, Name, NicModel, Platform, Refusal,
+    Accelerator, Boot, Bytes, CdromSpec, ErrorCode, HostFacts, ImageKind, ImageRef, Name, NicModel, Platform, PowerOff, Refusal,
     ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec, SPEC_SCHEMA, VmId, VmSpec,
 };
 
@@ -109,6 +109,10 @@ fn parts(spec: &VmSpec, images: FindImage<'_>, networks: &[Stored<NetworkRow>]) 
     Ok(Parts { kernel, initrd, cmdline, disks, nics, cdroms })
 }
 
+fn power_off(spec: &VmSpec) -> PowerOff {
+    PowerOff { order: spec.autostart.map(|autostart| autostart.order), deadline: spec.shutdown_deadline }
+}
+
 /// What a running VM would be if it were started anew on its host with `spec`.
 pub(crate) fn wanted_of(
     spec: &VmSpec,
@@ -130,6 +134,7 @@ pub(crate) fn wanted_of(
         cdroms,
         platform: platform(spec),
         cloud_init: spec.cloud_init.clone(),
+        power_off: power_off(spec),
         ..running.clone()
     })
 }
@@ -167,6 +172,7 @@ pub(crate) fn resolve(
         cdroms,
         platform: platform(spec),
         cloud_init: spec.cloud_init.clone(),
+        power_off: power_off(spec),
     })
 }
 

@@ -7,11 +7,13 @@
 //! | `network/<team>/<network>` | a network | `vni`: the last number given to an overlay |
 //! | `image/<team>/<image>` | an image; its content is the file `images/<id>` | |
 //! | `vm/<id>` | a VM | `vmname/<team>/<vm>`, `mac/<mac>`, `volume/<pool>/<volume>`: which VM has it |
+//! | `history/<id>` | what became of each generation of a VM | |
+//! | `migratable/<id>` | whether a running VM could move | |
 //! | `task/<id>` | a task | |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use godwit_api::v1::{Role, TaskNote, TaskState, Transfer};
+use godwit_api::v1::{ReignEnd, Role, TaskNote, TaskState, Transfer};
 use godwit_model::{
     Activity, Bytes, Epoch, Generation, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures, MigrationPolicy,
     MigrationProgress, Millis, Name, NetworkId, NetworkKind, Refusal, ResolvedSpec, RunState, TaskId, TokenId, UnixMillis, VmId,
@@ -20,7 +22,7 @@ use godwit_model::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::specs::Waiting;
+use crate::specs::{Waiting, claims};
 
 /// A stored value of one kind.
 pub(crate) trait Row: Serialize + DeserializeOwned + Clone + Send {
@@ -54,6 +56,8 @@ rows! {
     VniRow: "vni" => |_row| "";
     ImageRow: "image/" => |row| format!("{}/{}", row.team, row.name);
     VmRow: "vm/" => |row| row.id;
+    HistoryRow: "history/" => |row| row.vm;
+    MigratableRow: "migratable/" => |row| row.vm;
     TaskRow: "task/" => |row| row.id;
 }
 
@@ -176,6 +180,48 @@ pub(crate) struct VmRow {
     /// Whether the owner of `generation` said that it has released the VM.
     #[serde(default)]
     pub(crate) released: bool,
+    /// It ended because its host went down, and is to start again when the host is back.
+    #[serde(default)]
+    pub(crate) start_wanted: bool,
+    /// Why it was not started again when its host came back.
+    #[serde(default)]
+    pub(crate) not_started: Option<Refusal>,
+    /// Keys of disks that are being taken out of it while it runs: they stay its own until they are out.
+    #[serde(default)]
+    pub(crate) leaving: BTreeSet<String>,
+}
+
+/// What became of each generation of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HistoryRow {
+    pub(crate) vm: VmId,
+    pub(crate) reigns: Vec<Reign>,
+}
+
+/// One of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Reign {
+    pub(crate) generation: Generation,
+    pub(crate) host: Name,
+    pub(crate) granted: UnixMillis,
+    pub(crate) began: Option<UnixMillis>,
+    pub(crate) ended: Option<UnixMillis>,
+    pub(crate) end: Option<ReignEnd>,
+    pub(crate) task: Option<TaskId>,
+    pub(crate) kind: String,
+    pub(crate) principal: String,
+    pub(crate) reason: Option<String>,
+}
+
+/// Whether a running VM could move. Beside the VM and not in it: it changes without anybody changing the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MigratableRow {
+    pub(crate) vm: VmId,
+    pub(crate) name: Name,
+    pub(crate) team: Name,
+    pub(crate) possible: bool,
+    pub(crate) reason: Option<Refusal>,
+    pub(crate) since: UnixMillis,
 }
 
 /// A conditional grant that was not yet activated or declined.
@@ -216,6 +262,13 @@ impl VmRow {
     pub(crate) fn release(&mut self, task: TaskId) {
         self.activity.take_if(|activity| activity.task == task);
         self.pending.take_if(|pending| pending.task == task);
+    }
+
+    /// The keys that belong to it.
+    pub(crate) fn claims(&self) -> BTreeSet<String> {
+        let mut claims = claims(&self.spec);
+        claims.extend(self.leaving.iter().cloned());
+        claims
     }
 
     /// Whether QEMU is there.

@@ -27,6 +27,7 @@ use crate::http::{App, router};
 use crate::hub::Hub;
 use crate::images::{Images, source_of};
 use crate::link::{LinkServer, listen};
+use crate::migratable;
 use crate::networks::first_network;
 use crate::options::{LogFormat, ServeOptions};
 use crate::principals::new_token;
@@ -232,6 +233,13 @@ impl Controller {
         let api_handle = axum_server::Handle::new();
         serve_api(api_listener, &authority, options.insecure_loopback, app, api_handle.clone(), &tracker, failed)?;
         follow(&tracker, &stop, fleet, authority, tasks, db.clone(), options.log_kept);
+        let (until, known) = (stop.clone(), (db.clone(), hub.clone()));
+        tracker.spawn(async move {
+            tokio::select! {
+                () = until.cancelled() => {}
+                () = migratable::follow(known.0, known.1) => {}
+            }
+        });
         let scheme = if options.insecure_loopback { "http" } else { "https" };
         tracing::info!(api = format!("{scheme}://{api}"), %link, epoch = db.epoch().0, data_dir = %dir.display(), "ready");
         Ok(Self { api, link, stop, tracker, store, hub, api_handle, failures, _lock: lock })

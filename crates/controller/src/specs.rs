@@ -55,14 +55,19 @@ fn position(index: usize) -> Option<u8> {
     u8::try_from(index).ok()
 }
 
-/// What a running VM holds until it ends cannot be taken from it: another VM could get it meanwhile.
+/// What a running VM holds until it ends cannot be taken from it: another VM could get it meanwhile. What is in a root port can be taken out, and
+/// stays claimed until it is, see [`leaving`].
 fn keep_in_use(before: &VmSpec, wanted: &VmSpec) -> Result<(), Refusal> {
     let running = |what: String| {
         Refusal::new(ErrorCode::VmRunning, format!("{what} cannot be taken out while the VM runs"))
             .hint("stop the VM first, change it, and start it again")
     };
     let kept: Vec<&VolumeRef> = wanted.volumes().collect();
-    if let Some(gone) = before.volumes().find(|volume| !kept.contains(volume)) {
+    let hot = |volume: &VolumeRef| {
+        let disk = before.disks.iter().find(|disk| disk.volume == *volume);
+        disk.is_some_and(|disk| disk.bus == DiskBus::Virtio && disk.slot.is_some_and(|slot| slot >= FIXED_SLOTS))
+    };
+    if let Some(gone) = before.volumes().find(|volume| !kept.contains(volume) && !hot(volume)) {
         return Err(running(format!("volume {gone}")));
     }
     for (at, old) in before.nics.iter().enumerate() {
@@ -139,9 +144,6 @@ pub(crate) fn check_supported(spec: &VmSpec) -> Result<(), Refusal> {
     if spec.tpm.is_some() {
         return missing("a TPM is not offered yet: its state would not move with the VM", "leave `tpm` out");
     }
-    if spec.autostart.is_some() {
-        return missing("VMs are not started by themselves yet", "leave `autostart` out, and start the VM when its host is back");
-    }
     Ok(())
 }
 
@@ -149,6 +151,12 @@ pub(crate) fn check_supported(spec: &VmSpec) -> Result<(), Refusal> {
 pub(crate) fn claims(spec: &VmSpec) -> BTreeSet<String> {
     let macs = spec.nics.iter().filter_map(|nic| nic.mac).map(|mac| format!("mac/{mac}"));
     macs.chain(spec.volumes().map(|volume| format!("volume/{volume}"))).collect()
+}
+
+/// The keys of disks that a VM that runs as `running` still has, though its spec has them no more.
+pub(crate) fn leaving(running: &ResolvedSpec, spec: &VmSpec) -> BTreeSet<String> {
+    let gone = running.disks.iter().filter(|disk| spec.volumes().all(|volume| *volume != disk.volume));
+    gone.map(|disk| format!("volume/{}", disk.volume)).collect()
 }
 
 /// Something that waits for the next start.
@@ -322,10 +330,10 @@ mod tests {
     #[test]
     fn what_is_not_done_yet_is_refused_with_what_to_do() {
         let mut spec = created();
-        spec.autostart = Some(godwit_model::Autostart::default());
+        spec.tpm = Some(godwit_model::spec::Tpm { version: Default::default(), state: "p/tpm".parse().expect("volume") });
         let refusal = check_supported(&spec).expect_err("not yet");
         assert!(refusal.code == ErrorCode::Unsupported && refusal.hint.is_some());
-        spec.autostart = None;
+        spec.tpm = None;
         assert_eq!(check_supported(&spec), Ok(()));
     }
 }

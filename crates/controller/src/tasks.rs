@@ -15,18 +15,21 @@ use godwit_api::v1::{TaskNote, TaskState};
 use godwit_link::v1::{self, command::Action};
 use godwit_model::{ErrorCode, MigrationProgress, Name, Refusal, TaskId, VmId};
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::clock;
 use crate::db::{Batch, Db, Fault, Stored, retry};
+use crate::history;
 use crate::hub::{Answer, Hub};
 use crate::images::Images;
 use crate::principals::not_found;
 use crate::rows::{TaskRow, VmRow, Work};
 
 mod admit;
+mod autostart;
 mod cancel;
 mod change;
 mod exec;
@@ -34,7 +37,7 @@ mod import;
 mod migrate;
 mod power;
 
-pub(crate) use admit::{Ask, Asked};
+pub(crate) use admit::{Ask, Asked, host_down};
 pub(crate) use cancel::cancellable;
 pub(crate) use import::NewImport;
 
@@ -117,7 +120,7 @@ impl Tasks {
         Ok(())
     }
 
-    fn spawn(self: &Arc<Self>, id: TaskId) {
+    fn spawn(self: &Arc<Self>, id: TaskId) -> JoinHandle<()> {
         let tasks = self.clone();
         self.tracker.spawn(async move {
             let stop = tasks.stop.clone();
@@ -129,7 +132,7 @@ impl Tasks {
             }
             tasks.wakers.lock().expect("no holder panics").remove(&id);
             tasks.written.lock().expect("no holder panics").remove(&id);
-        });
+        })
     }
 
     async fn run(&self, id: TaskId) -> Result<(), Fault> {
@@ -182,6 +185,8 @@ impl Tasks {
             let (task_changed, vm_changed) = (task.row != before.0, vm.row != before.1);
             if task_changed || vm_changed {
                 let batch = if task_changed { Batch::default().update(&task) } else { Batch::default().unchanged(&task) };
+                let batch = change::reclaim(batch, &before.1.claims(), &vm.row);
+                let batch = history::note(&self.db, batch, &before.1, &vm.row, Some(&task.row)).await?;
                 self.db.commit(if vm_changed { batch.update(&vm) } else { batch.unchanged(&vm) }).await?;
             }
             Ok(task.row)

@@ -12,7 +12,7 @@ use crate::clock;
 use crate::db::Stored;
 use crate::hub::Hub;
 use crate::networks::lacks;
-use crate::rows::{HostRow, ImageRow, NetworkRow, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::rows::{HistoryRow, HostRow, ImageRow, MigratableRow, NetworkRow, Reign, TaskRow, TeamRow, TokenRow, VmRow};
 use crate::specs::Waiting;
 use crate::tasks::cancellable;
 
@@ -44,6 +44,10 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
             "check the state directory of that host's agent before starting the VM",
         ));
     }
+    if let Some(refusal) = &row.not_started {
+        let message = format!("it was not started again when its host came back: {}", refusal.message);
+        conditions.push(condition("not_started_again", message, refusal.hint.as_deref().unwrap_or("start it")));
+    }
     let started = row.resolved.as_ref().filter(|_| row.generation.0 > 0).map(|spec| v1::Started {
         machine: spec.machine.clone(),
         cpu: spec.cpu.clone(),
@@ -66,11 +70,26 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
             macs: row.spec.nics.iter().map(|nic| nic.mac.map(|mac| mac.to_string()).unwrap_or_default()).collect(),
             dropped: dropped(row, hub),
             conditions,
+            migratable: hub.migratable(row.id).filter(|_| row.has_process()),
             cloud_init: row.spec.cloud_init.as_ref().map(seed_facts),
             guest: row.host.as_ref().filter(|_| row.has_process()).and_then(|host| hub.guest(host, row.id)),
             since: row.since,
         },
     }
+}
+
+/// Whether a VM could move.
+pub(crate) fn migratable(row: &MigratableRow) -> v1::Migratable {
+    v1::Migratable { possible: row.possible, reason: row.reason.clone(), since: row.since }
+}
+
+/// What became of a VM's generations.
+pub(crate) fn history(row: HistoryRow) -> v1::VmHistory {
+    let generations = row.reigns.into_iter().map(|reign| {
+        let Reign { generation, host, granted, began, ended, end, task, kind, principal, reason } = reign;
+        v1::Reign { generation, host, granted, began, ended, end, task, kind, principal, reason }
+    });
+    v1::VmHistory { generations: generations.collect() }
 }
 
 fn waits(waiting: &Waiting) -> v1::Waiting {

@@ -32,7 +32,7 @@ pub use ownership::{Epoch, Generation, Grant};
 pub use spec::{
     Accelerator, Autostart, Boot, CacheMode, CdromSpec, CloudInit, Discard, DiskBus, DiskFormat, DiskSpec, FIXED_SLOTS, Firmware,
     HugePages, Hyperv, ImageKind, ImageRef, InvalidSpec, IoLimits, LiveChange, MacAddress, NicModel, NicSpec, Numa, Platform,
-    ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec, Rtc, RtcBase, RtcDrift, SPEC_SCHEMA, Smbios, Tpm, TpmVersion, Video,
-    VmSpec, VolumeRef, Watchdog, WatchdogAction, live_changes,
+    PowerOff, ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec, Rtc, RtcBase, RtcDrift, SPEC_SCHEMA, Smbios, Tpm, TpmVersion,
+    Video, VmSpec, VolumeRef, Watchdog, WatchdogAction, live_changes,
 };
 pub use units::{Bytes, BytesPerSec, Millis, Seconds, UnixMillis};

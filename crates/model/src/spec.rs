@@ -27,7 +27,7 @@ pub use nic::{NicModel, NicSpec};
 pub use platform::{
     Firmware, HugePages, Hyperv, Numa, Platform, Rtc, RtcBase, RtcDrift, Smbios, Tpm, TpmVersion, Video, Watchdog, WatchdogAction,
 };
-pub use resolved::{ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec};
+pub use resolved::{PowerOff, ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec};
 pub use validate::InvalidSpec;
 
 /// Schema version of [`VmSpec`] and [`ResolvedSpec`] in stores and on links. What was written as an older one is read with its meaning of

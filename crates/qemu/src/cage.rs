@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use godwit_model::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use enter::{CageError, run};
+pub use enter::{CageError, run, run_as_we_are, run_to_end};
 pub use launch::{Launcher, Output, SpawnError, spawn};
 
 /// What the hidden subcommand does, as JSON in the descriptor it is given. Everything in it comes from the agent.
@@ -146,6 +146,8 @@ pub enum LimitedResource {
     AddressSpace,
     /// Size of a file that it writes, in bytes. Not for who writes to disks.
     FileSize,
+    /// Time on a processor, in seconds.
+    ProcessorTime,
 }
 
 impl Limit {

@@ -1,20 +1,22 @@
-//! Changes to a VM that runs: media, limits, cables, sizes, interfaces. Each is done or refused as a whole; the caller writes down what the
+//! Changes to a VM that runs: media, limits, cables, sizes, disks, interfaces. Each is done or refused as a whole; the caller writes down what the
 //! VM is made of from then on, so that a later migration's destination starts as the same machine.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use godwit_model::{Bytes, BytesPerSec, IoLimits, ResolvedNic};
+use godwit_model::{Bytes, BytesPerSec, IoLimits, ResolvedDisk, ResolvedNic};
 use serde_json::{Value, json};
 
-use crate::command::devices::{drive_name, medium_name, medium_nodes, nic_backend, nic_device};
+use crate::command::devices::{
+    disk_device, disk_name, disk_nodes, disk_set, drive_name, medium_name, medium_nodes, nic_backend, nic_device,
+};
 use crate::qmp::views::BlockDevice;
 use crate::qmp::{Notice, Qmp, QmpError};
 
 /// How long a guest may take to let go of a device.
 const RELEASE: Duration = Duration::from_secs(20);
 
-/// Why an interface was not taken out.
+/// Why a device was not taken out.
 #[derive(Debug, thiserror::Error)]
 pub enum UnplugError {
     /// QEMU refused.
@@ -118,14 +120,25 @@ impl Qmp {
         Ok(answer.get("fdset-id").and_then(Value::as_u64).and_then(|set| usize::try_from(set).ok()).unwrap_or(usize::MAX))
     }
 
-    /// Whether a device of ours is there.
+    /// Whether the interface is there.
     ///
     /// # Errors
     /// See [`QmpError`].
     pub async fn has_nic(&self, slot: usize) -> Result<bool, QmpError> {
+        self.has_device(&format!("net{slot}")).await
+    }
+
+    /// Whether the disk is there.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn has_disk(&self, slot: usize) -> Result<bool, QmpError> {
+        self.has_device(&disk_name(slot)).await
+    }
+
+    async fn has_device(&self, id: &str) -> Result<bool, QmpError> {
         let devices = self.execute("qom-list", json!({"path": "/machine/peripheral"})).await?;
-        let name = format!("net{slot}");
-        Ok(devices.as_array().is_some_and(|all| all.iter().any(|one| one.get("name").and_then(Value::as_str) == Some(&name))))
+        Ok(devices.as_array().is_some_and(|all| all.iter().any(|one| one.get("name").and_then(Value::as_str) == Some(id))))
     }
 
     /// Size of a disk as the guest sees it.
@@ -154,19 +167,69 @@ impl Qmp {
         Ok(())
     }
 
+    /// Puts a disk into a root port; `volume` is its file, opened read-only and read-write as for the command line. On failure nothing is left
+    /// of it.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn plug_disk(&self, slot: usize, disk: &ResolvedDisk, vcpus: u16, volume: [OwnedFd; 2]) -> Result<(), QmpError> {
+        // What an attempt before this one has left.
+        self.drop_disk(slot).await;
+        let attempt = async {
+            for (fd, access) in volume.into_iter().zip(["read-only", "read-write"]) {
+                let set = json!({"fdset-id": disk_set(slot), "opaque": format!("disk{slot}-{access}")});
+                self.execute_with_fd("add-fd", set, fd).await?;
+            }
+            for node in disk_nodes(slot, disk) {
+                self.execute("blockdev-add", arguments(&node)).await?;
+            }
+            self.execute("device_add", arguments(&disk_device(slot, disk, vcpus))).await
+        };
+        let plugged = attempt.await.map(drop);
+        if plugged.is_err() {
+            self.drop_disk(slot).await;
+        }
+        plugged
+    }
+
+    /// Takes a disk out of its root port, and lets go of its volume. The guest must let go of it first, which takes it seconds.
+    ///
+    /// # Errors
+    /// [`UnplugError::Kept`] where the guest did not.
+    pub async fn unplug_disk(&self, slot: usize) -> Result<(), UnplugError> {
+        if self.has_disk(slot).await? {
+            self.unplug(&disk_name(slot)).await?;
+        }
+        self.drop_disk(slot).await;
+        Ok(())
+    }
+
+    /// Lets go of a volume that no device uses. What does not exist any more is let go of already.
+    async fn drop_disk(&self, slot: usize) {
+        for node in [format!("disk{slot}"), format!("disk{slot}-file")] {
+            let _ = self.execute("blockdev-del", json!({"node-name": node})).await;
+        }
+        let _ = self.execute("remove-fd", json!({"fdset-id": disk_set(slot)})).await;
+    }
+
     /// Takes an interface out of its root port. The guest must let go of it, which takes it seconds.
     ///
     /// # Errors
     /// [`UnplugError::Kept`] where the guest did not.
     pub async fn unplug_nic(&self, slot: usize) -> Result<(), UnplugError> {
-        let id = format!("net{slot}");
+        self.unplug(&format!("net{slot}")).await?;
+        self.execute("netdev_del", json!({"id": format!("net{slot}-tap")})).await?;
+        Ok(())
+    }
+
+    async fn unplug(&self, id: &str) -> Result<(), UnplugError> {
         let mut notices = self.listen();
         self.execute("device_del", json!({"id": id})).await?;
         let deleted = async {
             loop {
                 match notices.next().await {
                     Notice::Event(event)
-                        if event.name == "DEVICE_DELETED" && event.data.get("device").and_then(Value::as_str) == Some(&id) =>
+                        if event.name == "DEVICE_DELETED" && event.data.get("device").and_then(Value::as_str) == Some(id) =>
                     {
                         return true;
                     }
@@ -175,10 +238,6 @@ impl Qmp {
                 }
             }
         };
-        if !tokio::time::timeout(RELEASE, deleted).await.unwrap_or(false) {
-            return Err(UnplugError::Kept);
-        }
-        self.execute("netdev_del", json!({"id": format!("net{slot}-tap")})).await?;
-        Ok(())
+        if tokio::time::timeout(RELEASE, deleted).await.unwrap_or(false) { Ok(()) } else { Err(UnplugError::Kept) }
     }
 }

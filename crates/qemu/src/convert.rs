@@ -1,13 +1,10 @@
-//! Becomes `qemu-img convert`, with two open files and nothing else: no other file system rights than a stranger's, no network, bounded time,
-//! memory and size. What it reads was made by somebody who may want to own its reader.
+//! `qemu-img convert` in a cage, with two open files and nothing else: bounded time, memory and size. What it reads was made by somebody who may
+//! want to own its reader.
 
 use std::io;
 use std::os::fd::RawFd;
-use std::os::unix::process::CommandExt;
-use std::process::Command;
 
-use rustix::process::{Resource, Rlimit};
-use rustix::thread::{Gid, Uid};
+use crate::cage::{self, CageError, CagePlan, Limit, LimitedResource, Network, tool};
 
 /// The kernel's user for those who are nobody.
 const NOBODY: u32 = 65_534;
@@ -67,7 +64,7 @@ pub struct Conversion {
     pub limit: u64,
 }
 
-/// Why it did not become `qemu-img`.
+/// Why nothing was converted.
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
     /// The operating system refused a step.
@@ -78,66 +75,67 @@ pub enum ConvertError {
         /// Why.
         source: io::Error,
     },
-    /// `qemu-img` could not be executed.
-    #[error("cannot execute qemu-img: {0}")]
-    Exec(#[source] io::Error),
+    /// `qemu-img` is not there.
+    #[error("qemu-img is not in PATH")]
+    Missing,
+    /// The cage could not be made.
+    #[error(transparent)]
+    Cage(#[from] CageError),
 }
 
 fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> ConvertError {
     move |error| ConvertError::Step { step, source: error.into() }
 }
 
-/// Confines this process and executes `qemu-img`; returns only if that failed. Must be called before any thread or runtime is started.
-#[must_use]
-pub fn become_converter(conversion: Conversion) -> ConvertError {
-    match attempt(conversion) {
-        Ok(never) => match never {},
-        Err(error) => error,
-    }
-}
-
-fn attempt(conversion: Conversion) -> Result<std::convert::Infallible, ConvertError> {
-    let place = |fd: RawFd| format!("/proc/self/fd/{fd}");
-    let limits = [
-        (Resource::Core, 0),
-        (Resource::Nofile, 64),
-        (Resource::Cpu, CPU_SECONDS),
-        (Resource::As, ADDRESS_SPACE),
-        (Resource::Fsize, conversion.limit),
-    ];
-    for (resource, value) in limits {
-        let limit = Rlimit { current: Some(value), maximum: Some(value) };
-        rustix::process::setrlimit(resource, limit).map_err(step("set a limit"))?;
-    }
+/// Runs `qemu-img` in a cage to its end, and answers its code. Must be called before any thread or runtime is started.
+///
+/// Without root there is no cage: then it has the rights of the caller, within the same limits and without new privileges.
+///
+/// # Errors
+/// See [`ConvertError`]; what `qemu-img` says is on standard error.
+pub fn convert(conversion: Conversion) -> Result<u8, ConvertError> {
+    let plan = plan(conversion)?;
     if rustix::process::geteuid().is_root() {
         // The files are opened anew by their descriptors' names, with the rights that their owner has then.
         for fd in [conversion.input, conversion.output] {
             std::os::unix::fs::chown(place(fd), Some(NOBODY), Some(NOBODY)).map_err(step("give the files away"))?;
         }
-        leave_network()?;
-        let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
-        rustix::thread::set_thread_groups(&[]).map_err(step("drop the groups"))?;
-        rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(step("become nobody"))?;
-        rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(step("become nobody"))?;
+        return Ok(cage::run_to_end(&plan)?);
     }
-    rustix::thread::set_no_new_privs(true).map_err(step("renounce new privileges"))?;
-    let mut command = Command::new("qemu-img");
-    command.args(["convert", "-p", "-f", conversion.from.driver(), "-O", conversion.to.driver()]);
-    if conversion.to == ConvertFormat::Vmdk {
-        command.args(["-o", "subformat=streamOptimized"]);
-    }
-    command.args([place(conversion.input), place(conversion.output)]);
-    command.current_dir("/").env_clear().env("LC_ALL", "C").env("PATH", "/usr/local/bin:/usr/bin:/bin");
-    Err(ConvertError::Exec(command.exec()))
+    Ok(cage::run_as_we_are(&plan)?)
 }
 
-#[expect(
-    unsafe_code,
-    reason = "leaving namespaces is unsafe where threads share descriptors; there is one thread, and it shares none"
-)]
-fn leave_network() -> Result<(), ConvertError> {
-    use rustix::thread::UnshareFlags;
-    let flags = UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
-    // SAFETY: these namespaces are of the calling thread, the only one of this process; its descriptors stay as they are.
-    unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(step("leave the host's network"))
+fn place(fd: RawFd) -> String {
+    format!("/proc/self/fd/{fd}")
+}
+
+fn plan(conversion: Conversion) -> Result<CagePlan, ConvertError> {
+    let mut arguments: Vec<String> =
+        ["convert", "-p", "-f", conversion.from.driver(), "-O", conversion.to.driver()].map(str::to_owned).to_vec();
+    if conversion.to == ConvertFormat::Vmdk {
+        arguments.extend(["-o", "subformat=streamOptimized"].map(str::to_owned));
+    }
+    arguments.extend([place(conversion.input), place(conversion.output)]);
+    let limit = |resource, value| Limit { resource, value };
+    Ok(CagePlan {
+        uid: NOBODY,
+        gid: NOBODY,
+        binary: tool::find("qemu-img").ok_or(ConvertError::Missing)?,
+        arguments,
+        working_dir: "/".into(),
+        read_only: vec![],
+        writable: vec![],
+        network: Network::Empty,
+        nodes: vec![],
+        cgroup: None,
+        limits: vec![
+            limit(LimitedResource::Core, 0),
+            limit(LimitedResource::OpenFiles, 64),
+            limit(LimitedResource::ProcessorTime, CPU_SECONDS),
+            limit(LimitedResource::AddressSpace, ADDRESS_SPACE),
+            limit(LimitedResource::FileSize, conversion.limit),
+        ],
+        keep: vec![conversion.input, conversion.output],
+        log: None,
+    })
 }

@@ -22,6 +22,14 @@ pub struct ProcessIdentity {
     pub boot: String,
 }
 
+impl ProcessIdentity {
+    /// Whether it was started since the machine came up. Not to be told counts as yes.
+    #[must_use]
+    pub fn is_of_this_boot(&self) -> bool {
+        boot(self.pid).map_or(true, |boot| boot == self.boot)
+    }
+}
+
 /// Why a process cannot be watched.
 #[derive(Debug, thiserror::Error)]
 pub enum AdoptError {

@@ -52,10 +52,23 @@ pub fn guest_images() -> Result<GuestImages> {
 /// # Errors
 /// When it can be neither found nor made.
 pub fn guest_agent_layer() -> Result<PathBuf> {
-    if let Some(path) = env::var_os("GODWIT_GUEST_AGENT") {
+    given_or_made("GODWIT_GUEST_AGENT", "guest-agent-layer")
+}
+
+/// Schemathesis: `GODWIT_SCHEMATHESIS`, or installed by `scripts/schemathesis`.
+///
+/// # Errors
+/// When it can be neither found nor installed.
+pub fn schemathesis() -> Result<PathBuf> {
+    given_or_made("GODWIT_SCHEMATHESIS", "schemathesis")
+}
+
+/// The file that a variable names, or whose path a script of ours prints.
+fn given_or_made(variable: &str, script: &str) -> Result<PathBuf> {
+    if let Some(path) = env::var_os(variable) {
         return Ok(path.into());
     }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/guest-agent-layer");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts").join(script);
     let output = Command::new("bash").arg(&script).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.with_context(|| format!("run {}", script.display()))?;
     let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());

@@ -19,7 +19,7 @@ mod outside;
 mod report;
 
 pub use action::{Action, Ending, Party};
-pub use artefacts::{GuestImages, godwit_binary, guest_agent_layer, guest_images, other_qemu};
+pub use artefacts::{GuestImages, godwit_binary, guest_agent_layer, guest_images, other_qemu, schemathesis};
 pub use cluster::{Cluster, ClusterSpec};
 pub use guest::{Guest, GuestSpec};
 pub use outside::{Echo, Outside, StreamClient, StreamReport, Witness};

@@ -43,11 +43,16 @@ fn waiting(cluster: &Cluster) -> Result<Vec<String>> {
 /// Whether the VM's QEMU on `host` has the image of this name open.
 fn holds(cluster: &Cluster, host: &str, image: &str) -> Result<bool> {
     let digest = cluster.ask(cluster.client().image(&Name::new(image)?))?.digest;
+    has_open(cluster, host, &digest)
+}
+
+/// Whether the VM's QEMU on `host` has a file with this end of its path open.
+fn has_open(cluster: &Cluster, host: &str, end: &str) -> Result<bool> {
     let id = cluster.guest("web")?.id;
     let processes = cluster.processes(host)?;
     let qemu = processes.iter().find(|process| process.role == ProcessRole::Qemu(id)).context("no QEMU")?;
     let links = fs::read_dir(format!("/proc/{}/fd", qemu.pid))?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
-    Ok(links.map(|link| link.to_string_lossy().into_owned()).any(|link| link.ends_with(&digest)))
+    Ok(links.map(|link| link.to_string_lossy().into_owned()).any(|link| link.ends_with(end)))
 }
 
 fn volume(cluster: &Cluster, name: &str) -> Result<PathBuf> {
@@ -92,9 +97,14 @@ fn a_uefi_vm_moves_with_its_variables_and_changes_on_either_side_of_the_move() -
     ensure!(waiting(&cluster)? == ["memory"], "{:?}", waiting(&cluster)?);
     let vm = cluster.ask(cluster.client().vm(&web()?))?;
     ensure!(vm.spec.nics[1].slot == Some(8), "{:?}", vm.spec.nics);
+    let extra = disk("extra", DiskFormat::Raw)?;
+    set(&cluster, |spec| spec.disks.push(extra.clone()))?;
+    ensure!(has_open(&cluster, "h1", "/volumes/extra")?, "the disk was not put in");
+    ensure!(waiting(&cluster)? == ["memory"], "{:?}", waiting(&cluster)?);
     cluster.check()?;
 
     cluster.migrate("web", "h2")?;
+    ensure!(has_open(&cluster, "h2", "/volumes/extra")?, "the new disk did not come along");
     ensure!(holds(&cluster, "h2", "disc-b")?, "the disc did not come along");
     ensure!(fs::read(&variables)? == written, "the variables changed on the way");
 
@@ -102,7 +112,10 @@ fn a_uefi_vm_moves_with_its_variables_and_changes_on_either_side_of_the_move() -
     set(&cluster, |spec| {
         spec.cdroms[1].image = None;
         spec.nics.truncate(1);
+        spec.disks.truncate(2);
     })?;
+    ensure!(!has_open(&cluster, "h2", "/volumes/extra")?, "the disk was not taken out");
+    ensure!(volume(&cluster, "extra")?.exists(), "its volume went with it");
     ensure!(!holds(&cluster, "h2", "disc-b")?, "the disc is still there");
     let stale = cluster.ask(cluster.client().set_vm(&web()?, &vm.spec, Some(vm.revision)));
     ensure!(stale.is_err_and(|refusal: Refusal| refusal.code == ErrorCode::RevisionConflict), "a stale change was made");

@@ -1,4 +1,5 @@
-//! What end-to-end tests need from outside: the guest's kernel and initramfs, QEMU's guest agent for it, and a second version of QEMU.
+//! What end-to-end tests need from outside: the guest's kernel and initramfs, QEMU's guest agent for it, Schemathesis, and a second version of
+//! QEMU.
 //! Each script prints paths, one a line; making them, or finding them made, is its own business.
 
 use std::path::Path;
@@ -12,21 +13,22 @@ const NO_OTHER: i32 = 3;
 /// Variables for the tests.
 pub(super) fn environment(root: &Path) -> Result<Vec<(String, String)>> {
     let mut all = Vec::new();
-    let output = script(root, "scripts/guest-image")?;
-    if !output.status.success() {
-        bail!("scripts/guest-image: {}", output.status);
+    let image: &[&str] = &["GODWIT_GUEST_KERNEL", "GODWIT_GUEST_INITRD"];
+    for (path, names) in [
+        ("scripts/guest-image", image),
+        ("scripts/guest-agent-layer", &["GODWIT_GUEST_AGENT"]),
+        ("scripts/schemathesis", &["GODWIT_SCHEMATHESIS"]),
+    ] {
+        let output = script(root, path)?;
+        if !output.status.success() {
+            bail!("{path}: {}", output.status);
+        }
+        all.extend(named(&output, path, names)?);
     }
-    all.extend(named(&output, "scripts/guest-image", ["GODWIT_GUEST_KERNEL", "GODWIT_GUEST_INITRD"])?);
-
-    let output = script(root, "scripts/guest-agent-layer")?;
-    if !output.status.success() {
-        bail!("scripts/guest-agent-layer: {}", output.status);
-    }
-    all.extend(named(&output, "scripts/guest-agent-layer", ["GODWIT_GUEST_AGENT"])?);
 
     let output = script(root, "scripts/qemu-other")?;
     match output.status.code() {
-        Some(0) => all.extend(named(&output, "scripts/qemu-other", ["GODWIT_QEMU_OTHER"])?),
+        Some(0) => all.extend(named(&output, "scripts/qemu-other", &["GODWIT_QEMU_OTHER"])?),
         Some(NO_OTHER) => println!("images: one version of QEMU only: nothing is proven here about moves between versions"),
         _ => bail!("scripts/qemu-other: {}", output.status),
     }
@@ -40,11 +42,11 @@ fn script(root: &Path, script: &str) -> Result<Output> {
 }
 
 /// The lines of an output under the names of variables.
-fn named<const N: usize>(output: &Output, script: &str, names: [&str; N]) -> Result<Vec<(String, String)>> {
+fn named(output: &Output, script: &str, names: &[&str]) -> Result<Vec<(String, String)>> {
     let text = str::from_utf8(&output.stdout).with_context(|| format!("{script} printed no text"))?;
     let lines: Vec<&str> = text.lines().collect();
-    if lines.len() != N || lines.iter().any(|line| !line.starts_with('/')) {
-        bail!("{script} must print {N} absolute path(s), one a line, and printed: {lines:?}");
+    if lines.len() != names.len() || lines.iter().any(|line| !line.starts_with('/')) {
+        bail!("{script} must print {} absolute path(s), one a line, and printed: {lines:?}", names.len());
     }
     Ok(names.iter().zip(lines).map(|(name, line)| ((*name).to_owned(), line.to_owned())).collect())
 }
@@ -63,6 +65,7 @@ mod tests {
         fs::create_dir(&scripts).unwrap();
         fs::write(scripts.join("guest-image"), guest_image).unwrap();
         fs::write(scripts.join("guest-agent-layer"), "echo /c/agent").unwrap();
+        fs::write(scripts.join("schemathesis"), "echo /c/schemathesis").unwrap();
         fs::write(scripts.join("qemu-other"), qemu_other).unwrap();
         root
     }
@@ -80,6 +83,7 @@ mod tests {
             "GODWIT_GUEST_KERNEL=/c/vmlinuz",
             "GODWIT_GUEST_INITRD=/c/initramfs",
             "GODWIT_GUEST_AGENT=/c/agent",
+            "GODWIT_SCHEMATHESIS=/c/schemathesis",
             "GODWIT_QEMU_OTHER=/c/qemu",
         ];
         assert_eq!(set.unwrap(), expected);
@@ -87,7 +91,7 @@ mod tests {
 
     #[test]
     fn no_other_version_is_no_failure_and_no_variable() {
-        assert_eq!(variables("echo /k; echo /i", "exit 3").unwrap().len(), 3);
+        assert_eq!(variables("echo /k; echo /i", "exit 3").unwrap().len(), 4);
     }
 
     #[test]

@@ -48,8 +48,8 @@ impl Runner {
     /// True when every test of the suite passed.
     pub(super) fn run(&self, root: &Path, suite: Suite, environment: &[(String, String)], tally: &mut Tally) -> Result<bool> {
         match (self, suite) {
-            (Self::Nextest, Suite::Crates) => nextest(root, "ci", &["--workspace", "--exclude", "godwit-e2e"], environment, tally),
-            (Self::Nextest, Suite::EndToEnd) => nextest(root, "e2e", &["--package", "godwit-e2e"], environment, tally),
+            (Self::Nextest, Suite::Crates) => nextest(root, "ci", "not package(godwit-e2e)", environment, tally),
+            (Self::Nextest, Suite::EndToEnd) => nextest(root, "e2e", "package(godwit-e2e)", environment, tally),
             (Self::CargoTest, Suite::Crates) => {
                 let arguments = ["--workspace", "--exclude", "godwit-e2e", "--tests"];
                 cargo_test(root, &arguments, None, environment, tally)
@@ -80,8 +80,9 @@ pub(super) fn has_subcommand(root: &Path, name: &str) -> bool {
     cargo(root).args([name, "--version"]).output().is_ok_and(|output| output.status.success())
 }
 
-/// Profiles are in `.config/nextest.toml`; each writes a JUnit report.
-fn nextest(root: &Path, profile: &str, which: &[&str], environment: &[(String, String)], tally: &mut Tally) -> Result<bool> {
+/// Profiles are in `.config/nextest.toml`; each writes a JUnit report. All of the workspace is built whatever runs, so that all suites have the
+/// same features of what they depend on, and nothing is built twice.
+fn nextest(root: &Path, profile: &str, which: &str, environment: &[(String, String)], tally: &mut Tally) -> Result<bool> {
     let report = target(root).join("nextest").join(profile).join("junit.xml");
     match fs::remove_file(&report) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -90,8 +91,7 @@ fn nextest(root: &Path, profile: &str, which: &[&str], environment: &[(String, S
         _ => {}
     }
     let status = cargo(root)
-        .args(["nextest", "run", "--locked", "--profile", profile])
-        .args(which)
+        .args(["nextest", "run", "--locked", "--workspace", "--profile", profile, "--filterset", which])
         .envs(environment.iter().map(|(name, value)| (name, value)))
         .status()
         .context("run cargo nextest")?;

@@ -16,7 +16,8 @@ use crate::dial;
 use crate::host::{of_storage, unix_now};
 use crate::identity::Identity;
 use crate::network::{FleetNetwork, FleetNetworks, HostNetwork, Kind};
-use crate::storage::{PoolConfig, Pools, locks_hold};
+use crate::storage::suite::{Seen, Tried};
+use crate::storage::{Pools, locks_hold, try_pool};
 
 /// Time for a program or a peer to answer.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -42,9 +43,7 @@ pub(super) fn root() -> Finding {
 
 /// Pools: there, with space, and with locks that hold.
 pub(super) async fn pools(options: &AgentOptions) -> Vec<Finding> {
-    let configs =
-        options.pools.iter().map(|(name, path, shared)| PoolConfig { name: name.clone(), path: path.clone(), shared: *shared });
-    let pools = match Pools::open(configs.collect()) {
+    let pools = match Pools::open(options.pool_configs()) {
         Ok(pools) => pools,
         Err(error) => return vec![Finding::fail("pools", error.to_string(), "declare each pool once, with an absolute path")],
     };
@@ -76,6 +75,29 @@ pub(super) async fn pools(options: &AgentOptions) -> Vec<Finding> {
             "bring the storage back: look at its server and at `dmesg`",
         )]
     })
+}
+
+/// What volumes need of their storage, tried on each pool.
+pub(super) async fn try_pools(options: &AgentOptions) -> Vec<Finding> {
+    const NAME: &str = "pool_tried";
+    const FIX: &str = "keep no VMs on this storage as it is: mount it otherwise, or use another file system";
+    let mut findings = vec![];
+    for config in options.pool_configs() {
+        let pool = config.name.clone();
+        let finding = |tried: Tried| {
+            let about = format!("pool {pool}, {}", tried.what);
+            match tried.outcome {
+                Ok(Seen::Right) => Finding::ok(NAME, format!("{about}: as it must be")),
+                Ok(Seen::Restricted(how)) => Finding::warn(NAME, format!("{about}: {how}"), "nothing, if that is acceptable"),
+                Err(wrong) => Finding::fail(NAME, format!("{about}: {wrong}"), FIX),
+            }
+        };
+        match tokio::task::spawn_blocking(move || try_pool(&config)).await {
+            Ok(tried) => findings.extend(tried.into_iter().map(finding)),
+            Err(error) => findings.push(Finding::fail(NAME, format!("pool {pool}: {error}"), FIX)),
+        }
+    }
+    findings
 }
 
 /// Whether locks on the pool's file system hold, here and as far as a mount can promise, between hosts.

@@ -22,6 +22,7 @@ fn record() -> VmRecord {
         cdroms: vec![],
         platform: godwit_model::Platform::default(),
         cloud_init: None,
+        power_off: godwit_model::PowerOff::default(),
     };
     VmRecord::new(spec, Generation(1), 100_000, Holding::Owner)
 }

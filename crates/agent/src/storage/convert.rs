@@ -31,7 +31,7 @@ const TIME: Duration = Duration::from_secs(12 * 3_600);
 pub(super) async fn fill(draft: Draft, cage: Option<&Launcher>) -> Result<Draft, Refusal> {
     let draft = blocking(move || {
         if draft.format == DiskFormat::Raw {
-            let result = draft.partial.file.set_len(draft.size.get());
+            let result = draft.room.file().set_len(draft.size.get());
             result.map_err(|error| refusal::system(&format!("create volume {}", draft.volume), &error))?;
         }
         Ok(draft)
@@ -40,7 +40,7 @@ pub(super) async fn fill(draft: Draft, cage: Option<&Launcher>) -> Result<Draft,
     let drop_rights = rustix::process::geteuid().is_root();
     // The rights to a file are those of its owner when it is opened anew.
     let give = |uid: Uid, gid: Gid| {
-        let file = &draft.partial.file;
+        let file = draft.room.file();
         // A file server that takes root for nobody refuses, and has made the file nobody's already.
         let is_nobodys = || rustix::fs::fstat(file).is_ok_and(|data| data.st_uid == NOBODY);
         match rustix::fs::fchown(file, Some(uid), Some(gid)) {
@@ -79,7 +79,7 @@ async fn run(
 ) -> Result<(), Refusal> {
     let doing = format!("create volume {}", draft.volume);
     let system = |error: std::io::Error| refusal::system(&doing, &error);
-    let volume_place = place_of(&draft.partial.file).map_err(system)?;
+    let volume_place = place_of(draft.room.file()).map_err(system)?;
     let image_place = image.map(place_of).transpose().map_err(system)?;
     let not_started = |error: String| {
         Refusal::new(ErrorCode::HostFailed, format!("could not {doing}: qemu-img did not start: {error}"))

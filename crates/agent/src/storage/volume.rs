@@ -1,4 +1,4 @@
-//! One volume: checked, drafted, opened, removed.
+//! One volume: checked, drafted, opened, copied, made larger, removed.
 
 use std::fs::File;
 use std::io::Read;
@@ -6,32 +6,30 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use godwit_model::spec::ResolvedDisk;
-use godwit_model::{Bytes, CacheMode, DiskFormat, ErrorCode, ImageKind, Refusal, Retry, VolumeRef};
-use rustix::fs::OFlags;
-use rustix::io::Errno;
+use godwit_model::{Bytes, CacheMode, DiskFormat, ErrorCode, ImageKind, Name, Refusal, Retry, VolumeRef};
 
-use super::place::{Partial, Place};
+use super::driver::{Access, Hold, Item, OpenError, Record, Room, Storage};
 use super::qcow2::{Header, MAX_HEADER, Unusable};
+use super::refusal;
 use super::tables::{self, Unsound};
-use super::{locks, refusal};
 
 const REPLACE: &str = "declare the format that the volume has, or replace the volume by one of the declared format";
 const SUFFICIENT: &str = "replace the volume by one that is sufficient to itself (qemu-img convert makes one)";
 
-/// A volume on its way: a partial file, and what is to come into it.
+/// A volume on its way: room for it, and what is to come into it.
 pub(super) struct Draft {
     pub(super) volume: VolumeRef,
     pub(super) format: DiskFormat,
     pub(super) size: Bytes,
     pub(super) image: Option<(File, DiskFormat)>,
-    pub(super) partial: Partial,
+    pub(super) room: Box<dyn Room>,
 }
 
 impl Draft {
     /// Gives it its name. If another has that name by now, this one goes.
     pub(super) fn publish(self) -> Result<(), Refusal> {
-        let Self { volume, format, size, partial, .. } = self;
-        match partial.publish(&volume.volume, format, size) {
+        let Self { volume, format, size, room, .. } = self;
+        match room.publish(&Item::volume(&volume.volume), Record { format, size }) {
             Ok(won) => {
                 tracing::info!(%volume, %size, won, "volume created");
                 Ok(())
@@ -41,13 +39,19 @@ impl Draft {
     }
 }
 
+/// Whether anything has the volume's name.
+pub(super) fn exists(storage: &dyn Storage, volume: &VolumeRef) -> Result<bool, Refusal> {
+    storage.exists(&Item::volume(&volume.volume)).map_err(|error| refusal::system(&format!("look for volume {volume}"), &error))
+}
+
 /// See [`super::Pools::check`].
-pub(super) fn check(place: &Place, disk: &ResolvedDisk) -> Result<(), Refusal> {
+pub(super) fn check(storage: &dyn Storage, disk: &ResolvedDisk) -> Result<(), Refusal> {
     let volume = &disk.volume;
-    let file = open_file(place, volume, OFlags::RDONLY)?;
+    let item = Item::volume(&volume.volume);
+    let file = open_file(storage, volume, &item, Access::READ)?;
     let system = |error: &std::io::Error| refusal::system(&format!("read volume {volume}"), error);
     let length = file.metadata().map_err(|error| system(&error))?.len();
-    let record = place.record(&volume.volume, &file).map_err(|error| system(&error))?;
+    let record = storage.record(&item, &file).map_err(|error| system(&error))?;
     if let Some(record) = record.filter(|record| record.format != disk.format) {
         let facts = format!("was created as {}, but is declared {}", record.format.driver(), disk.format.driver());
         return Err(refusal::format(volume, &facts, REPLACE));
@@ -67,7 +71,7 @@ pub(super) fn check(place: &Place, disk: &ResolvedDisk) -> Result<(), Refusal> {
         DiskFormat::Qcow2 => {
             let header = header(&file).map_err(|error| system(&error))?.map_err(|unusable| unusable_volume(volume, unusable))?;
             short_of(volume, Bytes(header.size), promised)?;
-            if !locks::held_by_qemu(&file).map_err(|error| system(&error))? {
+            if !storage.in_use(&file).map_err(|error| system(&error))? {
                 tables::check(&file, &header).map_err(|unsound| match unsound {
                     Unsound::Truncated { .. } => refusal::truncated(volume, &unsound.to_string()),
                     Unsound::Damaged(_) => {
@@ -79,12 +83,9 @@ pub(super) fn check(place: &Place, disk: &ResolvedDisk) -> Result<(), Refusal> {
         }
     }
     if disk.cache == CacheMode::Direct
-        && place.open_volume(&volume.volume, OFlags::RDONLY | OFlags::DIRECT).err() == Some(Errno::INVAL)
+        && matches!(storage.open(&item, Access { direct: true, ..Access::READ }), Err(OpenError::NoDirect))
     {
-        let facts = format!("the file system of pool {} has no direct I/O, which volume {volume} needs", volume.pool);
-        return Err(
-            Refusal::new(ErrorCode::PoolUnavailable, facts).hint("use cache mode writeback, or a pool on another file system")
-        );
+        return Err(no_direct(volume));
     }
     Ok(())
 }
@@ -118,7 +119,7 @@ fn header(file: &File) -> std::io::Result<Result<Header, Unusable>> {
 }
 
 /// Decides how a missing volume is made, and begins with it.
-pub(super) fn draft(place: Place, disk: &ResolvedDisk, image: Option<&Path>) -> Result<Draft, Refusal> {
+pub(super) fn draft(storage: &dyn Storage, disk: &ResolvedDisk, image: Option<&Path>) -> Result<Draft, Refusal> {
     let volume = disk.volume.clone();
     let image = match (&disk.image, image) {
         (None, _) => None,
@@ -144,7 +145,7 @@ pub(super) fn draft(place: Place, disk: &ResolvedDisk, image: Option<&Path>) -> 
     if let Some((file, ..)) = &image {
         let system = |error| refusal::system(&doing, &error);
         let needed = Bytes(std::os::unix::fs::MetadataExt::blocks(&file.metadata().map_err(system)?).saturating_mul(512));
-        let free = place.space().map_err(system)?.free;
+        let free = storage.space().map_err(system)?.free;
         if free < needed {
             let facts = format!(
                 "the image takes {needed}, pool {} has {free} free, {} too little",
@@ -154,8 +155,8 @@ pub(super) fn draft(place: Place, disk: &ResolvedDisk, image: Option<&Path>) -> 
             return Err(refusal::no_space(&doing, &facts));
         }
     }
-    let partial = place.partial().map_err(|error| refusal::system(&doing, &error))?;
-    Ok(Draft { volume, format: disk.format, size, image: image.map(|(file, format, _)| (file, format)), partial })
+    let room = storage.begin().map_err(|error| refusal::system(&doing, &error))?;
+    Ok(Draft { volume, format: disk.format, size, image: image.map(|(file, format, _)| (file, format)), room })
 }
 
 /// Opens an image that `qemu-img` may read, with its format and the size of the disk in it.
@@ -181,17 +182,17 @@ fn open_image(path: &Path, kind: ImageKind) -> Result<(File, DiskFormat, Bytes),
 }
 
 /// See [`super::Pools::prepare_copy`].
-pub(super) fn copy(place: Place, volume: &VolumeRef, from: &Path) -> Result<(), Refusal> {
+pub(super) fn copy(storage: &dyn Storage, volume: &VolumeRef, from: &Path) -> Result<(), Refusal> {
     let system = |error| refusal::system(&format!("create volume {volume}"), &error);
     let mut from = File::open(from).map_err(system)?;
-    let mut partial = place.partial().map_err(system)?;
-    let size = Bytes(std::io::copy(&mut from, &mut partial.file).map_err(system)?);
-    Draft { volume: volume.clone(), format: DiskFormat::Raw, size, image: None, partial }.publish()
+    let room = storage.begin().map_err(system)?;
+    let size = Bytes(std::io::copy(&mut from, &mut room.file()).map_err(system)?);
+    Draft { volume: volume.clone(), format: DiskFormat::Raw, size, image: None, room }.publish()
 }
 
 /// See [`super::Pools::open_exact`].
-pub(super) fn open_exact(place: &Place, volume: &VolumeRef, size: Bytes) -> Result<(OwnedFd, OwnedFd), Refusal> {
-    let (read_only, read_write) = open(place, volume, CacheMode::Direct)?;
+pub(super) fn open_exact(storage: &dyn Storage, volume: &VolumeRef, size: Bytes) -> Result<(OwnedFd, OwnedFd), Refusal> {
+    let (read_only, read_write) = open(storage, volume, CacheMode::Direct)?;
     let file = File::from(read_only);
     let length = file.metadata().map_err(|error| refusal::system(&format!("read volume {volume}"), &error))?.len();
     if length != size.get() {
@@ -202,46 +203,123 @@ pub(super) fn open_exact(place: &Place, volume: &VolumeRef, size: Bytes) -> Resu
 }
 
 /// See [`super::Pools::open_disk`].
-pub(super) fn open(place: &Place, volume: &VolumeRef, cache: CacheMode) -> Result<(OwnedFd, OwnedFd), Refusal> {
-    // Exactly the flags that QEMU will look for among its descriptors, O_DIRECT included.
-    let direct = if cache == CacheMode::Direct { OFlags::DIRECT } else { OFlags::empty() };
-    let open = |access| open_file(place, volume, access | direct).map(OwnedFd::from);
-    Ok((open(OFlags::RDONLY)?, open(OFlags::RDWR)?))
+pub(super) fn open(storage: &dyn Storage, volume: &VolumeRef, cache: CacheMode) -> Result<(OwnedFd, OwnedFd), Refusal> {
+    // Exactly the flags that QEMU will look for among its descriptors, direct I/O included.
+    let item = Item::volume(&volume.volume);
+    let open = |write| {
+        let access = Access { write, direct: cache == CacheMode::Direct };
+        open_file(storage, volume, &item, access).map(OwnedFd::from)
+    };
+    Ok((open(false)?, open(true)?))
+}
+
+/// Keeps what is in a volume under a name of its own, see [`super::suite`].
+pub(super) fn snapshot(storage: &dyn Storage, volume: &VolumeRef, name: &Name, declared: DiskFormat) -> Result<(), Refusal> {
+    let doing = format!("make snapshot {name} of volume {volume}");
+    let (file, record) = hold(storage, volume, &Item::volume(&volume.volume), (Hold::Still, declared), &doing)?;
+    made(storage.snapshot(&file, &Item::snapshot(&volume.volume, name), record), &doing, &format!("{volume}@{name}"))
+}
+
+/// Makes volume `to` of the same pool from a volume, or from a snapshot of it.
+pub(super) fn clone(
+    storage: &dyn Storage,
+    from: &VolumeRef,
+    snapshot: Option<&Name>,
+    to: &Name,
+    declared: DiskFormat,
+) -> Result<(), Refusal> {
+    let doing = format!("clone volume {from} as {to}");
+    let item = snapshot.map_or_else(|| Item::volume(&from.volume), |snapshot| Item::snapshot(&from.volume, snapshot));
+    let (file, record) = hold(storage, from, &item, (Hold::Still, declared), &doing)?;
+    made(storage.clone_item(&file, &Item::volume(to), record), &doing, &format!("{}/{to}", from.pool))
+}
+
+/// Makes a raw volume larger while nobody uses it. One of another format grows by itself, when QEMU is told.
+pub(super) fn grow(storage: &dyn Storage, volume: &VolumeRef, size: Bytes) -> Result<(), Refusal> {
+    let doing = format!("make volume {volume} larger");
+    let item = Item::volume(&volume.volume);
+    let (file, record) = hold(storage, volume, &item, (Hold::Alone, DiskFormat::Raw), &doing)?;
+    if record.format != DiskFormat::Raw {
+        return Err(refusal::format(volume, "is not raw", "start the VM with the larger size: QEMU makes it larger"));
+    }
+    if size < record.size {
+        let facts = format!("volume {volume} has {}, {size} would cut its end off", record.size);
+        return Err(Refusal::new(ErrorCode::SpecInvalid, facts).hint("a volume can only become larger"));
+    }
+    storage.grow(&item, &file, Record { size, ..record }).map_err(|error| refusal::system(&doing, &error))
 }
 
 /// See [`super::Pools::delete`].
-pub(super) fn delete(place: &Place, volume: &VolumeRef) -> Result<(), Refusal> {
+pub(super) fn delete(storage: &dyn Storage, volume: &VolumeRef) -> Result<(), Refusal> {
     let doing = format!("delete volume {volume}");
-    match open_file(place, volume, OFlags::RDONLY) {
-        Ok(file) => {
-            if locks::held_by_qemu(&file).map_err(|error| refusal::system(&doing, &error))? {
-                let facts = format!("volume {volume} is in use by a QEMU, on this host or another");
-                return Err(Refusal::new(ErrorCode::InUse, facts)
-                    .hint("stop or delete the VM that uses it first")
-                    .retry(Retry::Safe));
-            }
-        }
-        Err(refusal) if refusal.code == ErrorCode::VolumeMissing => {}
-        Err(refusal) => return Err(refusal),
+    let system = |error| refusal::system(&doing, &error);
+    let item = Item::volume(&volume.volume);
+    match open_file(storage, volume, &item, Access::READ) {
+        Ok(file) if storage.in_use(&file).map_err(system)? => return Err(in_use(volume)),
+        Err(refusal) if refusal.code != ErrorCode::VolumeMissing => return Err(refusal),
+        _ => {}
     }
-    place.remove(&volume.volume).map_err(|error| refusal::system(&doing, &error))
+    let snapshots = storage.snapshots(&volume.volume).map_err(system)?;
+    if !snapshots.is_empty() {
+        let names: Vec<&str> = snapshots.iter().map(Name::as_str).collect();
+        let facts = format!("volume {volume} has snapshots: {}", names.join(", "));
+        return Err(Refusal::new(ErrorCode::InUse, facts).hint("delete them first"));
+    }
+    storage.remove(&item).map_err(system)
+}
+
+/// Opens an item and keeps others from changing it, as long as the file is open. What it was made as is what its record says, or what is
+/// declared of it.
+fn hold(
+    storage: &dyn Storage,
+    volume: &VolumeRef,
+    item: &Item,
+    (hold, declared): (Hold, DiskFormat),
+    doing: &str,
+) -> Result<(File, Record), Refusal> {
+    let system = |error| refusal::system(doing, &error);
+    let file = open_file(storage, volume, item, Access::WRITE)?;
+    if !storage.hold(&file, hold).map_err(system)? {
+        return Err(in_use(volume));
+    }
+    let record = match storage.record(item, &file).map_err(system)? {
+        Some(record) => record,
+        None => Record { format: declared, size: Bytes(file.metadata().map_err(system)?.len()) },
+    };
+    Ok((file, record))
+}
+
+/// What became of an item that was to be made.
+fn made(made: std::io::Result<bool>, doing: &str, name: &str) -> Result<(), Refusal> {
+    match made {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Refusal::new(ErrorCode::NameTaken, format!("could not {doing}: {name} exists"))
+            .hint("use another name, or delete what has it")),
+        Err(error) => Err(refusal::system(doing, &error)),
+    }
+}
+
+fn in_use(volume: &VolumeRef) -> Refusal {
+    Refusal::new(ErrorCode::InUse, format!("volume {volume} is in use by a QEMU, on this host or another"))
+        .hint("stop or delete the VM that uses it first")
+        .retry(Retry::Safe)
 }
 
 /// Opens a volume that is a file.
-fn open_file(place: &Place, volume: &VolumeRef, access: OFlags) -> Result<File, Refusal> {
-    let file = place.open_volume(&volume.volume, access).map_err(|error| match error {
-        Errno::NOENT => refusal::missing(volume),
-        Errno::LOOP | Errno::XDEV => {
+fn open_file(storage: &dyn Storage, volume: &VolumeRef, item: &Item, access: Access) -> Result<File, Refusal> {
+    storage.open(item, access).map_err(|error| match error {
+        OpenError::Missing => refusal::missing(volume),
+        OpenError::Link => {
             let facts = "is a link: a volume lies in its pool itself";
             refusal::format(volume, facts, "put the file itself into the pool's directory, or declare a pool where it is")
         }
-        Errno::NXIO | Errno::ISDIR => not_a_file(volume),
-        error => refusal::system(&format!("open volume {volume}"), &error.into()),
-    })?;
-    let facts = file.metadata().map_err(|error| refusal::system(&format!("open volume {volume}"), &error))?;
-    if facts.is_file() { Ok(file) } else { Err(not_a_file(volume)) }
+        OpenError::NotAVolume => refusal::format(volume, "is not a file", "put a disk file of the declared format in its place"),
+        OpenError::NoDirect => no_direct(volume),
+        OpenError::System(error) => refusal::system(&format!("open volume {volume}"), &error),
+    })
 }
 
-fn not_a_file(volume: &VolumeRef) -> Refusal {
-    refusal::format(volume, "is not a file", "put a disk file of the declared format in its place")
+fn no_direct(volume: &VolumeRef) -> Refusal {
+    let facts = format!("the file system of pool {} has no direct I/O, which volume {volume} needs", volume.pool);
+    Refusal::new(ErrorCode::PoolUnavailable, facts).hint("use cache mode writeback, or a pool on another file system")
 }

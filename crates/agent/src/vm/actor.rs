@@ -76,6 +76,12 @@ pub(crate) enum VmCommand {
     },
     /// Whether the guest runs here, so that it can be asked.
     MayAsk,
+    /// The host goes down: the guest is asked to power off, and the journal says why.
+    PowerOff,
+    /// It has had its time.
+    CutOff,
+    /// Whether its process has ended.
+    HasEnded,
 }
 
 impl VmCommand {
@@ -189,7 +195,12 @@ impl Actor {
                         tracing::info!(pid = identity.pid, "adopted");
                         break;
                     }
-                    Err(AdoptError::Gone(_)) => break self.on_exit(Exit::Unknown),
+                    Err(AdoptError::Gone(_)) => {
+                        if let Some(record) = &mut self.record {
+                            record.ended_with_host |= !record.end_wanted && !identity.is_of_this_boot();
+                        }
+                        break self.on_exit(Exit::Unknown);
+                    }
                     Err(error) => {
                         // Not known to be dead: nothing may be concluded from it.
                         tracing::error!(error = &error as &dyn std::error::Error, "the VM's QEMU cannot be watched yet");
@@ -396,6 +407,13 @@ impl Actor {
                 let open = self.monitor()?.query_channel_open(guest::CHANNEL).await.map_err(qemu_failed)?;
                 if open { Ok(Answer::default()) } else { Err(guest::no_agent()) }
             }
+            VmCommand::PowerOff => self.power_off().await,
+            VmCommand::CutOff => {
+                self.end_process().await;
+                Ok(Answer::default())
+            }
+            VmCommand::HasEnded if self.process.is_none() => Ok(Answer::default()),
+            VmCommand::HasEnded => Err(Refusal::new(ErrorCode::VmRunning, "the VM still runs")),
             VmCommand::MayAsk => self.runs_here().map(|()| Answer::default()),
             VmCommand::Stop { generation } => {
                 self.owned(generation)?;
@@ -427,6 +445,25 @@ impl Actor {
                 Ok(Answer::default())
             }
         }
+    }
+
+    /// The journal is written first: a host that goes down faster than its guests shall know afterwards what was meant.
+    async fn power_off(&mut self) -> Result<Answer, Refusal> {
+        if self.process.is_none() {
+            return Ok(Answer::default());
+        }
+        let generation = self.record.as_ref().map(|record| record.generation).unwrap_or_default();
+        self.owned(generation)?;
+        if let Some(record) = &mut self.record {
+            record.ended_with_host = true;
+        }
+        self.save_or_log();
+        let qmp = self.monitor()?;
+        if self.state != RunState::Running {
+            // A guest that stands still hears no button.
+            qmp.cont().await.map_err(qemu_failed)?;
+        }
+        self.ask(Qmp::system_powerdown).await
     }
 
     async fn ask<'a, F>(&'a mut self, command: impl FnOnce(&'a Qmp) -> F) -> Result<Answer, Refusal>
@@ -530,6 +567,7 @@ impl Actor {
             state: v1::RunState::from(self.state).into(),
             holding: holding.into(),
             detail: String::new(),
+            ended_with_host: record.ended_with_host && self.process.is_none(),
         };
         self.host.report(self.vm, Some(report));
     }

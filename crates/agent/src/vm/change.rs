@@ -1,7 +1,11 @@
 //! Changes to a VM that runs: each is carried out by QEMU first and journalled then. Said again after a crash in between, it does what is
 //! left of it: a medium, a limit, a cable or a size is set anew, an interface that is there or gone already is left alone.
 
-use godwit_model::{ErrorCode, Firmware, Generation, IoLimits, LiveChange, Refusal, ResolvedSpec, Retry, live_changes};
+use std::os::fd::OwnedFd;
+
+use godwit_model::{
+    ErrorCode, Firmware, Generation, IoLimits, LiveChange, Refusal, ResolvedDisk, ResolvedSpec, Retry, live_changes,
+};
 use godwit_qemu::change::UnplugError;
 use godwit_qemu::command::{DiskFds, FlashFds};
 use godwit_qemu::{PassedFds, Start};
@@ -50,6 +54,19 @@ impl Actor {
                 Some(now) if now >= *size => Ok(()),
                 _ => qmp.resize_disk(*slot, *size).await.map_err(qemu_failed),
             },
+            LiveChange::PlugDisk { disk, slot } => {
+                if qmp.has_disk(*slot).await.map_err(qemu_failed)? {
+                    return Ok(());
+                }
+                let (read_only, read_write) = open_disk(&self.host, disk, Start::Fresh).await?;
+                let vcpus = self.record.as_ref().map_or(1, |record| record.spec.vcpus);
+                qmp.plug_disk(*slot, disk, vcpus, [read_only, read_write]).await.map_err(qemu_failed)?;
+                if disk.io_limits == IoLimits::default() {
+                    return Ok(());
+                }
+                qmp.set_io_limits(*slot, disk.io_limits).await.map_err(qemu_failed)
+            }
+            LiveChange::UnplugDisk { slot } => qmp.unplug_disk(*slot).await.map_err(|error| not_unplugged("disk", *slot, error)),
             LiveChange::Nic { nic, slot } => {
                 self.host.network.limit(nic, self.vm, *slot).await.map_err(Refusal::from)?;
                 qmp.set_link(*slot, nic.link_up).await.map_err(qemu_failed)
@@ -68,14 +85,7 @@ impl Actor {
                 if !qmp.has_nic(*slot).await.map_err(qemu_failed)? {
                     return Ok(());
                 }
-                qmp.unplug_nic(*slot).await.map_err(|error| match error {
-                    UnplugError::Qmp(error) => qemu_failed(error),
-                    UnplugError::Kept => {
-                        Refusal::new(ErrorCode::QemuFailed, format!("the interface in slot {slot} stays: {error}"))
-                            .hint("the guest must run and know PCI hot-plug; try again, or stop the VM and start it again")
-                            .retry(Retry::Safe)
-                    }
-                })
+                qmp.unplug_nic(*slot).await.map_err(|error| not_unplugged("interface", *slot, error))
             }
         }
     }
@@ -101,6 +111,31 @@ impl Actor {
         }
         Ok(())
     }
+}
+
+fn not_unplugged(what: &str, slot: usize, error: UnplugError) -> Refusal {
+    match error {
+        UnplugError::Qmp(error) => qemu_failed(error),
+        UnplugError::Kept => Refusal::new(ErrorCode::QemuFailed, format!("the {what} in slot {slot} stays: {error}"))
+            .hint("the guest must run and know PCI hot-plug; try again, or stop the VM and start it again")
+            .retry(Retry::Safe),
+    }
+}
+
+/// Checks a disk's volume, makes it where that is wanted, and opens it both ways.
+pub(super) async fn open_disk(host: &SharedHost, disk: &ResolvedDisk, start: Start) -> Result<(OwnedFd, OwnedFd), Refusal> {
+    let mut checked = host.pools.check(disk).await;
+    let missing = checked.as_ref().is_err_and(|refusal| refusal.code == ErrorCode::VolumeMissing);
+    if start == Start::Fresh && missing && (disk.create.is_some() || disk.image.is_some()) {
+        let image = match &disk.image {
+            Some((image, _)) => Some(fetch_image(host, image).await?.path),
+            None => None,
+        };
+        host.pools.prepare(disk, image.as_deref()).await?;
+        checked = host.pools.check(disk).await;
+    }
+    checked?;
+    host.pools.open_disk(disk)
 }
 
 /// Opens firmware and the volume of its variables, which a VM that starts afresh gets from this host's template.

@@ -58,6 +58,11 @@ impl Registry {
         sender
     }
 
+    /// The VMs that have an actor.
+    pub(crate) fn vms(&self) -> Vec<VmId> {
+        self.locked().keys().copied().collect()
+    }
+
     /// Hands a command to the VM's actor. Only commands that bring a VM here make an actor.
     pub(crate) async fn command(self: &Arc<Self>, vm: VmId, command: VmCommand) -> Result<Answer, Refusal> {
         let known = self.locked().get(&vm).cloned();

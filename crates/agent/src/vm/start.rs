@@ -13,7 +13,7 @@ use godwit_qemu::command::{DiskFds, qemu_arguments};
 use godwit_qemu::{Qmp, Resources, Sockets, Start};
 
 use super::actor::{Actor, qemu_failed};
-use super::change::open_flash;
+use super::change::{open_disk, open_flash};
 use crate::guest;
 use crate::host::{SharedHost, host_failed, private_dir};
 use crate::journal::{Holding, VmRecord};
@@ -104,18 +104,7 @@ impl Actor {
         let initrd = boot_file(&spec.initrd).await?;
         let mut disks = Vec::new();
         for disk in &spec.disks {
-            let mut checked = host.pools.check(disk).await;
-            let missing = checked.as_ref().is_err_and(|refusal| refusal.code == ErrorCode::VolumeMissing);
-            if start == Start::Fresh && missing && (disk.create.is_some() || disk.image.is_some()) {
-                let image = match &disk.image {
-                    Some((image, _)) => Some(fetch_image(&host, image).await?.path),
-                    None => None,
-                };
-                host.pools.prepare(disk, image.as_deref()).await?;
-                checked = host.pools.check(disk).await;
-            }
-            checked?;
-            let (read_only, read_write) = host.pools.open_disk(disk)?;
+            let (read_only, read_write) = open_disk(&host, disk, start).await?;
             disks.push(DiskFds { read_only: fds.pass(read_only), read_write: fds.pass(read_write) });
         }
         let flash = open_flash(&host, spec, start, &mut fds).await?;

@@ -74,6 +74,11 @@ fn show(format: Format, event: &Event) -> Result<(), Failure> {
     let telling = match event.kind.as_str() {
         "vm" => format!("{} {}", at("/status/state"), at("/status/host")),
         "task" => format!("{} {} {} {}", at("/kind"), at("/subject"), at("/state"), at("/step")),
+        "migratable" => match object.and_then(|object| object.get("possible")?.as_bool()) {
+            Some(true) => "could move".to_owned(),
+            Some(false) => format!("cannot move: {}", at("/reason/message")),
+            None => String::new(),
+        },
         "host" => match object.and_then(|object| object.get("connected")?.as_bool()) {
             Some(true) => "connected".to_owned(),
             Some(false) => "not connected".to_owned(),

@@ -1,9 +1,11 @@
 //! `godwit vm`: virtual machines.
 
+mod check;
 mod console;
 mod create;
 mod delete;
 mod exec;
+mod history;
 mod migrate;
 mod power;
 mod set;
@@ -50,6 +52,13 @@ pub(crate) enum Verb {
     Unpause(power::PowerArgs),
     /// Delete VMs
     Delete(delete::DeleteArgs),
+    /// Say whether a running VM could move, and what is in the way
+    Check(check::CheckArgs),
+    /// Show every generation of a VM: where it ran, from when to when, and why
+    History {
+        /// Its name
+        name: Name,
+    },
     /// Move a running VM to another host
     Migrate(migrate::MigrateArgs),
     /// Open the serial console; Ctrl-] leaves it
@@ -74,6 +83,8 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
         Verb::Pause(args) => power::pause(&session, args).await,
         Verb::Unpause(args) => power::unpause(&session, args).await,
         Verb::Delete(args) => delete::run(&session, args).await,
+        Verb::Check(args) => check::run(&session, args).await,
+        Verb::History { name } => history::run(&session, &name).await,
         Verb::Migrate(args) => migrate::run(&session, args).await,
         Verb::Console(args) => console::run(&session, args).await,
         Verb::Exec(args) => exec::run(&session, args).await,
@@ -122,6 +133,11 @@ fn show(vm: &Vm) -> String {
     facts.fact("Host", or_nothing(status.host.as_ref())).fact("Generation", status.generation);
     if let Some(activity) = status.activity {
         facts.fact("Activity", format!("{}, task {}", word(&activity.request), activity.task));
+    }
+    if let Some(migratable) = &status.migratable {
+        let since = moment(migratable.since);
+        let reason = migratable.reason.as_ref().map(|reason| format!(": {}", visible(&reason.message))).unwrap_or_default();
+        facts.fact("Migratable", format!("{} since {since}{reason}", if migratable.possible { "yes" } else { "no" }));
     }
     facts.fact("vCPUs", vm.spec.vcpus).fact("Memory", vm.spec.memory);
     match &vm.spec.boot {

@@ -1,9 +1,9 @@
-//! `godwit convert --from F --to F --limit BYTES --input-fd N --output-fd N`: started by a controller, becomes `qemu-img`.
+//! `godwit convert --from F --to F --limit BYTES --input-fd N --output-fd N`: started by a controller, runs `qemu-img` in a cage.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use godwit_qemu::convert::{Conversion, ConvertFormat, become_converter};
+use godwit_qemu::convert::{Conversion, ConvertFormat, convert};
 
 use crate::error::Exit;
 use crate::output::note;
@@ -13,8 +13,13 @@ pub(super) fn run(arguments: Vec<OsString>) -> ExitCode {
         note("error: this is started by the controller, with --from, --to, --limit, --input-fd and --output-fd");
         return ExitCode::from(Exit::Usage as u8);
     };
-    note(&format!("error: {}", become_converter(conversion)));
-    ExitCode::FAILURE
+    match convert(conversion) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            note(&format!("error: {error}"));
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn read(arguments: &[OsString]) -> Option<Conversion> {

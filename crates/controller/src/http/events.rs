@@ -16,7 +16,7 @@ use super::extract::Query;
 use super::{Answer, App, Refusals};
 use crate::db::{Fault, Stored, unpack};
 use crate::principals::{Action, Principal, Target, authorize};
-use crate::rows::{HostRow, ImageRow, NetworkRow, Row, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::rows::{HostRow, ImageRow, MigratableRow, NetworkRow, Row, TaskRow, TeamRow, TokenRow, VmRow};
 use crate::store::{Change, StoreError};
 use crate::views;
 
@@ -132,6 +132,13 @@ fn told(app: &App, who: &Principal, change: &Change) -> Option<v1::Event> {
             team: Some(vm.row.team.clone()),
             administration: false,
             object: views::value(&views::vm(vm, &app.hub)).ok(),
+        }),
+        "migratable" => subject::<MigratableRow>(change, |known| Subject {
+            kind: "migratable",
+            name: known.row.name.to_string(),
+            team: Some(known.row.team.clone()),
+            administration: false,
+            object: views::value(&views::migratable(&known.row)).ok(),
         }),
         "task" => subject::<TaskRow>(change, |task| Subject {
             kind: "task",

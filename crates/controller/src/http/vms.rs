@@ -13,10 +13,11 @@ use utoipa::IntoParams;
 use super::extract::{Body, Condition, Listing, MaybeBody, Named, Query, Team, team_of};
 use super::{Answer, App, Refusals};
 use crate::db::{Batch, Fault};
+use crate::migratable::Look;
 use crate::principals::{Action, Principal, Target, authorize, not_found};
-use crate::rows::{ImageRow, NetworkRow, TeamRow, VmRow};
+use crate::rows::{HistoryRow, HostRow, ImageRow, NetworkRow, TeamRow, VmRow};
 use crate::specs::{check_supported, claims, complete_new};
-use crate::tasks::{Ask, Asked};
+use crate::tasks::{Ask, Asked, host_down};
 use crate::{clock, views};
 
 /// VMs
@@ -56,6 +57,65 @@ pub(super) async fn vm_show(
     Ok(Json(views::vm(&app.tasks.vm(team, &vm).await?, &app.hub)))
 }
 
+/// What became of each generation of a VM: where it ran, from when to when, and why
+#[utoipa::path(get, path = "/v1/vms/{vm}/history", tag = "vm", operation_id = "vm_history", params(("vm" = Name, Path), Team),
+    responses((status = 200, body = v1::VmHistory), Refusals))]
+pub(super) async fn vm_history(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(vm): Named,
+    Query(query): Query<Team>,
+) -> Answer<Json<v1::VmHistory>> {
+    let team = team_of(&who, query.team.as_ref());
+    authorize(&who, Action::Look, Target::Team(team))?;
+    let vm = app.tasks.vm(team, &vm).await?.row.id;
+    let found = app.db.find::<HistoryRow>(&vm.to_string()).await?;
+    Ok(Json(views::history(found.map_or_else(|| HistoryRow { vm, reigns: vec![] }, |found| found.row))))
+}
+
+/// Whether a running VM could move now, to each connected host or to one; nothing is changed
+#[utoipa::path(get, path = "/v1/vms/{vm}/check", tag = "vm", operation_id = "vm_check", params(("vm" = Name, Path), Checking),
+    responses((status = 200, body = v1::VmCheck), Refusals))]
+pub(super) async fn vm_check(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(vm): Named,
+    Query(Checking { team, to }): Query<Checking>,
+) -> Answer<Json<v1::VmCheck>> {
+    let team = team_of(&who, team.as_ref());
+    authorize(&who, Action::Look, Target::Team(team))?;
+    let vm = app.tasks.vm(team, &vm).await?.row;
+    if let Some(to) = &to {
+        app.db.find::<HostRow>(to.as_str()).await?.ok_or_else(|| not_found("host", to))?;
+    }
+    let (Some(spec), Some(source), true) = (&vm.resolved, &vm.host, vm.has_process()) else {
+        return Err(Refusal::new(ErrorCode::VmNotRunning, format!("VM {} does not run", vm.name))
+            .hint("start it first; a VM that does not run starts wherever it fits")
+            .into());
+    };
+    for host in [Some(source), to.as_ref()].into_iter().flatten() {
+        app.hub.presence(host).ok_or_else(|| host_down(host))?;
+    }
+    if to.as_ref() == Some(source) {
+        return Err(Refusal::new(ErrorCode::AlreadyOnHost, format!("VM {} runs on {source}", vm.name))
+            .hint("choose another host")
+            .into());
+    }
+    let hosts = Look::at(&app.db, &app.hub).await?.check(team, spec, source, to.as_ref());
+    Ok(Json(v1::VmCheck { source: source.clone(), hosts }))
+}
+
+/// Whose VM, and which host is asked about.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Checking {
+    /// The team; by default the principal's own (for an administrator `default`).
+    team: Option<Name>,
+    /// One host; all connected ones by default.
+    to: Option<Name>,
+}
+
 /// Creates a VM; it is not started
 #[utoipa::path(post, path = "/v1/vms", tag = "vm", operation_id = "vm_create", params(Team), request_body = v1::VmCreate,
     responses((status = 201, body = v1::Vm), Refusals))]
@@ -93,6 +153,9 @@ pub(super) async fn vm_create(
         resolved: None,
         waiting: vec![],
         released: false,
+        start_wanted: false,
+        not_started: None,
+        leaving: std::collections::BTreeSet::new(),
     };
     let mut batch = Batch::default().create(&row).claim(format!("vmname/{team}/{}", row.name), &row.id);
     for key in claims(&row.spec) {

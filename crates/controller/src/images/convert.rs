@@ -1,4 +1,4 @@
-//! Conversion between disk formats by a process of its own, which confines itself and becomes `qemu-img`: what it reads may attack its reader.
+//! Conversion between disk formats by a process of its own, which runs `qemu-img` in a cage: what it reads may attack its reader.
 
 use std::fs::File;
 use std::io;

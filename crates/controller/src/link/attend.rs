@@ -157,7 +157,10 @@ impl LinkServer {
                 () = tokio::time::sleep_until(stock.unwrap_or_else(Instant::now)), if stock.is_some() => {
                     stock = None;
                     match self.reports.missing(host, &told).await {
-                        Ok(()) => continue,
+                        Ok(()) => {
+                            self.reports.autostart(host);
+                            continue;
+                        }
                         Err(fault) => return format!("what is missing there cannot be stored: {fault}"),
                     }
                 }
@@ -174,8 +177,11 @@ impl LinkServer {
             if peer.ends < clock::now() {
                 return certificate_expired(peer.ends).message;
             }
+            let ended_with_host = matches!(&body, Some(Body::Vm(report)) if report.ended_with_host);
             match self.message(host, attendance, body).await {
                 Ok(Some(vm)) if stock.is_some() => drop(told.insert(vm)),
+                // One that was found late.
+                Ok(Some(_)) if ended_with_host => self.reports.autostart(host),
                 Ok(_) => {}
                 Err(fault) => return format!("what it said cannot be stored: {fault}"),
             }

@@ -8,12 +8,14 @@ use godwit_model::{
     Activity, Admission, ErrorCode, Generation, ImageKind, ImageRef, Millis, Name, Refusal, Retry, TaskId, UnixMillis, VmRequest,
     VmSpec,
 };
+use tokio::task::JoinHandle;
 
 use super::change::reclaim;
 use super::{Outcome, Tasks, conclude, note};
 use crate::checks::{Candidate, check_move};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
+use crate::history;
 use crate::hub::Presence;
 use crate::networks::check_networks;
 use crate::principals::not_found;
@@ -69,7 +71,8 @@ fn own_deadline(vm: &VmRow) -> Millis {
     vm.spec.shutdown_deadline.map_or(STOP_TIMEOUT, |deadline| Millis(deadline.get().saturating_mul(1_000)))
 }
 
-fn host_down(name: &Name) -> Refusal {
+/// The refusal for a host that is not connected.
+pub(crate) fn host_down(name: &Name) -> Refusal {
     Refusal::new(ErrorCode::HostDown, format!("host {name} is not connected"))
         .hint(format!("start the agent on {name} (`godwit agent`) or restore its link, or choose another host"))
         .retry(Retry::Safe)
@@ -92,19 +95,29 @@ impl Tasks {
 
     /// Records the task and starts it.
     pub(crate) async fn ask(self: &Arc<Self>, ask: &Ask, asked: &Asked) -> Result<Stored<TaskRow>, Fault> {
+        self.ask_and_follow(ask, asked).await.map(|(task, _)| task)
+    }
+
+    /// As [`Tasks::ask`], with what ends when the task does.
+    pub(super) async fn ask_and_follow(
+        self: &Arc<Self>,
+        ask: &Ask,
+        asked: &Asked,
+    ) -> Result<(Stored<TaskRow>, Option<JoinHandle<()>>), Fault> {
         let dry = matches!(asked, Asked::Migrate(request) if request.dry_run);
         let (task, replaced) = retry!({ self.admit(ask, asked, dry).await })?;
+        let mut executor = None;
         if !dry {
             tracing::info!(task = %task.id, kind = task.work.kind(), subject = %task.subject, principal = task.principal, "accepted");
             if !task.state.ended() {
-                self.spawn(task.id);
+                executor = Some(self.spawn(task.id));
             }
             if let Some(replaced) = replaced {
                 self.wake(replaced);
             }
         }
         let id = task.id;
-        Ok(if dry { Stored { row: task, revision: 0 } } else { self.task(id).await? })
+        Ok((if dry { Stored { row: task, revision: 0 } } else { self.task(id).await? }, executor))
     }
 
     async fn admit(&self, ask: &Ask, asked: &Asked, dry: bool) -> Result<(TaskRow, Option<TaskId>), Fault> {
@@ -125,7 +138,7 @@ impl Tasks {
         let id = TaskId::new(clock::fresh());
         let now = clock::now();
         let replaced = vm.row.activity.map(|activity| activity.task);
-        let before = vm.row.spec.clone();
+        let before = vm.row.clone();
         let work = self.work(&mut vm.row, id, asked, ignored, now).await?;
         let mut task = TaskRow {
             id,
@@ -158,17 +171,14 @@ impl Tasks {
             self.db.commit(Batch::default().unchanged(&vm).create(&task)).await?;
             return Ok((task, None));
         }
-        let batch = if let Asked::Set(_) = asked {
-            if !self.changes_live(&vm.row).await? {
-                note(&mut task, said_of(&vm.row));
-                conclude(&mut task, &Outcome::Done);
-                self.db.commit(reclaim(Batch::default(), &before, &vm.row).update(&vm).create(&task)).await?;
-                return Ok((task, None));
-            }
-            reclaim(Batch::default(), &before, &vm.row)
-        } else {
-            Batch::default()
-        };
+        let batch = reclaim(Batch::default(), &before.claims(), &vm.row);
+        let batch = history::note(&self.db, batch, &before, &vm.row, Some(&task)).await?;
+        if matches!(asked, Asked::Set(_)) && !self.changes_live(&vm.row).await? {
+            note(&mut task, said_of(&vm.row));
+            conclude(&mut task, &Outcome::Done);
+            self.db.commit(batch.update(&vm).create(&task)).await?;
+            return Ok((task, None));
+        }
         vm.row.activity = Some(Activity { task: id, request: asked.request() });
         self.db.commit(batch.update(&vm).create(&task)).await?;
         Ok((task, replaced))
@@ -232,6 +242,9 @@ impl Tasks {
         vm.host = Some(host.clone());
         vm.generation = generation;
         vm.released = false;
+        vm.start_wanted = false;
+        vm.not_started = None;
+        vm.leaving.clear();
         vm.resolved = Some(resolved);
         vm.waiting.clear();
         Ok(Work::Start { host, generation })

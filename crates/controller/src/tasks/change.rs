@@ -1,5 +1,7 @@
 //! A VM's spec is changed: what can change while it runs does so, one step after the other; the rest waits for its next start.
 
+use std::collections::BTreeSet;
+
 use godwit_link::encode;
 use godwit_link::v1::{self, command::Action};
 use godwit_model::{ErrorCode, ImageKind, ImageRef, Name, Refusal, TaskId, VmSpec, live_changes};
@@ -9,7 +11,7 @@ use super::{Outcome, Tasks, note};
 use crate::db::{Batch, Fault};
 use crate::resolve::wanted_of;
 use crate::rows::{VmRow, Work};
-use crate::specs::{claims, complete_change, waiting};
+use crate::specs::{claims, complete_change, leaving, waiting};
 
 /// The texts of a seed are never shown, so whoever sends back what was shown leaves them out: then they stay. An empty text takes one away, and
 /// a spec without `cloud_init` the whole seed.
@@ -32,13 +34,15 @@ impl Tasks {
         let mut wanted = wanted.clone();
         keep_seed(&vm.spec, &mut wanted);
         complete_change(&vm.spec, &mut wanted, vm.has_process())?;
-        let mine = claims(&vm.spec);
+        let mine = vm.claims();
         for key in claims(&wanted).difference(&mine) {
             if self.db.claimed(key).await?.is_some_and(|owner| owner != vm.id.to_string()) {
                 return Err(in_use(key).into());
             }
         }
         vm.spec = wanted;
+        vm.leaving =
+            vm.resolved.as_ref().filter(|_| vm.has_process()).map(|running| leaving(running, &vm.spec)).unwrap_or_default();
         self.note_waiting(vm).await?;
         Ok(Work::Change)
     }
@@ -89,6 +93,7 @@ impl Tasks {
                     self.edit(id, |task, vm| {
                         if vm.generation == generation {
                             vm.resolved = Some(next.clone());
+                            vm.leaving = leaving(&next, &vm.spec);
                             vm.waiting = waiting(&next, &wanted);
                         }
                         note(task, step.clone());
@@ -101,6 +106,7 @@ impl Tasks {
                         .finish(id, Outcome::Done, |task, vm| {
                             note(task, "the VM ended: the rest takes effect at its next start");
                             vm.waiting.clear();
+                            vm.leaving.clear();
                         })
                         .await;
                 }
@@ -111,9 +117,9 @@ impl Tasks {
 }
 
 /// Adds to `batch` what the VM claims now, and frees what it claims no more.
-pub(super) fn reclaim(mut batch: Batch, before: &VmSpec, vm: &VmRow) -> Batch {
-    let (before, after) = (claims(before), claims(&vm.spec));
-    for key in after.difference(&before) {
+pub(super) fn reclaim(mut batch: Batch, before: &BTreeSet<String>, vm: &VmRow) -> Batch {
+    let after = vm.claims();
+    for key in after.difference(before) {
         batch = batch.claim(key.clone(), &vm.id);
     }
     for key in before.difference(&after) {

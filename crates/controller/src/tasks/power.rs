@@ -8,8 +8,7 @@ use tokio::time::{Duration, Instant};
 use super::{Outcome, Tasks, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault};
-use crate::rows::{HostRow, VmRow, Work};
-use crate::specs::claims;
+use crate::rows::{HistoryRow, HostRow, VmRow, Work};
 
 /// How long an unconditional grant can wait for its host.
 const START_LIFETIME: u64 = 24 * 3_600_000;
@@ -210,7 +209,10 @@ impl Tasks {
             let (mut task, vm) = self.both(id).await?;
             super::conclude(&mut task.row, &Outcome::Done);
             let mut batch = Batch::default().update(&task).delete(&vm).free(format!("vmname/{}/{}", vm.row.team, vm.row.name));
-            for key in claims(&vm.row.spec) {
+            if let Some(history) = self.db.find::<HistoryRow>(&vm.row.id.to_string()).await? {
+                batch = batch.delete(&history);
+            }
+            for key in vm.row.claims() {
                 batch = batch.free(key);
             }
             self.db.commit(batch).await

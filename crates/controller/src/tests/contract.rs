@@ -83,6 +83,8 @@ async fn what_is_answered_fits_what_is_described() {
         ("image_show", "/images/linux"),
         ("vm_list", "/vms?limit=1"),
         ("vm_show", "/vms/web1"),
+        ("vm_check", "/vms/web1/check"),
+        ("vm_history", "/vms/web1/history"),
         ("task_list", "/tasks"),
         ("team_list", "/teams"),
         ("token_list", "/tokens"),

@@ -8,8 +8,8 @@ use godwit_link::certificate::CONTROLLER;
 use godwit_link::v1::{self, agent_message::Body, command::Action, controller_message, link_client::LinkClient};
 use godwit_link::{PROTOCOL, encode};
 use godwit_model::{
-    Boot, Bytes, ErrorCode, HostFacts, HostLoad, ImportFormat, MigrationPolicy, Name, NetworkKind, NicSpec, Refusal, RunState,
-    TaskId, VmSpec,
+    Boot, Bytes, ErrorCode, Generation, HostFacts, HostLoad, ImportFormat, MigrationPolicy, Name, NetworkKind, NicSpec, Refusal,
+    RunState, TaskId, UnixMillis, VmId, VmSpec,
 };
 use rcgen::{CertificateParams, KeyPair};
 use tokio::sync::mpsc;
@@ -17,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 
 use crate::checks::tests::{facts, load};
+use crate::rows::VmRow;
 use crate::{Controller, ServeOptions, clock};
 
 /// Nothing here takes this long.
@@ -397,6 +398,7 @@ pub(super) fn report(vm: &api::Vm, generation: u64, state: RunState, holding: v1
         state: v1::RunState::from(state).into(),
         holding: holding.into(),
         detail: String::new(),
+        ended_with_host: false,
     }
 }
 
@@ -420,5 +422,38 @@ pub(super) fn ended(
         } else {
             vec![]
         },
+    }
+}
+
+/// A VM without what changes though nobody changes it.
+pub(super) fn without_migratable(mut vm: api::Vm) -> api::Vm {
+    vm.status.migratable = None;
+    vm
+}
+
+/// A VM that was created and never started.
+pub(crate) fn vm_row() -> VmRow {
+    VmRow {
+        id: VmId::new(uuid::Uuid::nil()),
+        name: name("web1"),
+        team: name("default"),
+        created: UnixMillis(0),
+        spec: spec(Bytes::mib(64)),
+        state: RunState::Stopped,
+        since: UnixMillis(0),
+        detail: String::new(),
+        host: None,
+        generation: Generation(0),
+        reported: Generation(0),
+        issued: Generation(0),
+        pending: None,
+        granted: std::collections::BTreeMap::new(),
+        activity: None,
+        resolved: None,
+        waiting: vec![],
+        released: false,
+        start_wanted: false,
+        not_started: None,
+        leaving: std::collections::BTreeSet::new(),
     }
 }

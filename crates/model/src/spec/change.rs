@@ -3,7 +3,7 @@
 //! A running VM is its [`ResolvedSpec`]. Each [`LiveChange`] makes another one of it; whoever carried one out writes the new spec down, so
 //! that the destination of a later migration starts as the same machine.
 
-use crate::{Bytes, FIXED_SLOTS, ImageRef, IoLimits, ResolvedNic, ResolvedSpec};
+use crate::{Bytes, DiskBus, FIXED_SLOTS, ImageRef, IoLimits, ResolvedDisk, ResolvedNic, ResolvedSpec};
 
 /// One change to a running VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +29,18 @@ pub enum LiveChange {
         /// Afterwards.
         size: Bytes,
     },
+    /// A disk is taken out of its root port; its volume stays.
+    UnplugDisk {
+        /// Its place.
+        slot: usize,
+    },
+    /// A disk is put into a root port.
+    PlugDisk {
+        /// The disk.
+        disk: Box<ResolvedDisk>,
+        /// Its place.
+        slot: usize,
+    },
     /// An interface's cable, and the addresses that the guest may use on it.
     Nic {
         /// The interface afterwards.
@@ -53,8 +65,9 @@ pub enum LiveChange {
 impl LiveChange {
     /// What the VM is afterwards.
     pub fn apply(&self, spec: &mut ResolvedSpec) {
-        let disk = |spec: &mut ResolvedSpec, wanted: usize, change: &dyn Fn(&mut crate::ResolvedDisk)| {
-            let index = spec.disk_slots().position(|(slot, _)| slot == wanted);
+        let disk_index = |spec: &ResolvedSpec, wanted: usize| spec.disk_slots().position(|(slot, _)| slot == wanted);
+        let disk = |spec: &mut ResolvedSpec, wanted: usize, change: &dyn Fn(&mut ResolvedDisk)| {
+            let index = disk_index(spec, wanted);
             if let Some(disk) = index.and_then(|index| spec.disks.get_mut(index)) {
                 change(disk);
             }
@@ -68,6 +81,16 @@ impl LiveChange {
             }
             Self::Limits { slot, limits } => disk(spec, *slot, &|disk| disk.io_limits = *limits),
             Self::Grow { slot, size } => disk(spec, *slot, &|disk| disk.create = Some(*size)),
+            Self::UnplugDisk { slot } => {
+                if let Some(index) = disk_index(spec, *slot) {
+                    settle(spec.disks.iter_mut().map(|disk| &mut disk.slot));
+                    spec.disks.remove(index);
+                }
+            }
+            Self::PlugDisk { disk, .. } => {
+                settle(spec.disks.iter_mut().map(|disk| &mut disk.slot));
+                spec.disks.push((**disk).clone());
+            }
             Self::Nic { nic, slot } => {
                 if let Some(place) = nic_index(spec, *slot).and_then(|index| spec.nics.get_mut(index)) {
                     place.clone_from(nic);
@@ -76,12 +99,12 @@ impl LiveChange {
             Self::Unplug { slot } => {
                 if let Some(index) = nic_index(spec, *slot) {
                     // Those behind it keep their places, also where these were their positions.
-                    settle(spec);
+                    settle(spec.nics.iter_mut().map(|nic| &mut nic.slot));
                     spec.nics.remove(index);
                 }
             }
             Self::Plug { nic, .. } => {
-                settle(spec);
+                settle(spec.nics.iter_mut().map(|nic| &mut nic.slot));
                 spec.nics.push(nic.clone());
             }
         }
@@ -95,6 +118,8 @@ impl LiveChange {
             Self::Medium { drive, medium: None } => format!("empties CD-ROM drive {drive}"),
             Self::Limits { slot, .. } => format!("sets the I/O limits of the disk in slot {slot}"),
             Self::Grow { slot, size } => format!("makes the disk in slot {slot} {size} large"),
+            Self::UnplugDisk { slot } => format!("takes the disk out of slot {slot}"),
+            Self::PlugDisk { slot, .. } => format!("puts a disk into slot {slot}"),
             Self::Nic { slot, .. } => format!("changes the interface in slot {slot}"),
             Self::Unplug { slot } => format!("takes the interface out of slot {slot}"),
             Self::Plug { slot, .. } => format!("puts an interface into slot {slot}"),
@@ -103,9 +128,9 @@ impl LiveChange {
 }
 
 /// Positions of before become places.
-fn settle(spec: &mut ResolvedSpec) {
-    for (index, nic) in spec.nics.iter_mut().enumerate() {
-        nic.slot = nic.slot.or(u8::try_from(index).ok());
+fn settle<'a>(slots: impl Iterator<Item = &'a mut Option<u8>>) {
+    for (index, slot) in slots.enumerate() {
+        *slot = slot.or(u8::try_from(index).ok());
     }
 }
 
@@ -120,8 +145,14 @@ pub fn live_changes(running: &ResolvedSpec, wanted: &ResolvedSpec) -> Vec<LiveCh
             }
         }
     }
+    let in_port =
+        |slot: usize| slot >= usize::from(FIXED_SLOTS) && slot < usize::from(FIXED_SLOTS + running.platform.hotplug_ports);
+    let disk_in_port = |slot: usize, disk: &ResolvedDisk| in_port(slot) && disk.bus == DiskBus::Virtio;
     for (slot, now) in running.disk_slots() {
         let Some((_, then)) = wanted.disk_slots().find(|(other, disk)| *other == slot && disk.volume == now.volume) else {
+            if disk_in_port(slot, now) {
+                changes.push(LiveChange::UnplugDisk { slot });
+            }
             continue;
         };
         if now.io_limits != then.io_limits {
@@ -132,8 +163,6 @@ pub fn live_changes(running: &ResolvedSpec, wanted: &ResolvedSpec) -> Vec<LiveCh
             _ => {}
         }
     }
-    let in_port =
-        |slot: usize| slot >= usize::from(FIXED_SLOTS) && slot < usize::from(FIXED_SLOTS + running.platform.hotplug_ports);
     // Out before in: a place may pass from one to the other.
     for (slot, now) in running.nic_slots() {
         // One of another kind or network is another one.
@@ -150,9 +179,16 @@ pub fn live_changes(running: &ResolvedSpec, wanted: &ResolvedSpec) -> Vec<LiveCh
     for (slot, then) in wanted.nic_slots().filter(|(slot, _)| in_port(*slot)) {
         let now = running.nic_slots().find(|(other, _)| *other == slot);
         let stays = now.is_some_and(|(_, now)| (now.mac, now.model, &now.network) == (then.mac, then.model, &then.network));
-        let of_disk = running.disk_slots().any(|(other, _)| other == slot);
+        let of_disk = wanted.disk_slots().any(|(other, _)| other == slot);
         if !stays && !of_disk {
             changes.push(LiveChange::Plug { nic: then.clone(), slot });
+        }
+    }
+    for (slot, then) in wanted.disk_slots().filter(|(slot, disk)| disk_in_port(*slot, disk)) {
+        let stays = running.disk_slots().any(|(other, now)| other == slot && now.volume == then.volume);
+        let of_nic = wanted.nic_slots().any(|(other, _)| other == slot);
+        if !stays && !of_nic {
+            changes.push(LiveChange::PlugDisk { disk: Box::new(then.clone()), slot });
         }
     }
     changes
@@ -210,12 +246,45 @@ mod tests {
             |s| s.nics[0].model = crate::NicModel::E1000e,
             |s| s.disks[0].create = Some(Bytes::MIB),
             |s| s.disks.clear(),
+            |s| s.disks.push(s.disks[0].clone()),
             |s| s.cdroms.clear(),
         ] {
             let mut wanted = running();
             change(&mut wanted);
             assert_eq!(live_changes(&running(), &wanted), []);
         }
+    }
+
+    #[test]
+    fn disks_come_and_go_in_root_ports_and_take_over_places() {
+        let disk = |volume: &str, slot| {
+            let disk = ResolvedDisk::new(format!("a/{volume}").parse().expect("volume"), crate::DiskFormat::Raw);
+            ResolvedDisk { slot: Some(slot), ..disk }
+        };
+        let mut with_two = running();
+        with_two.disks.extend([disk("c", 8), disk("d", 10)]);
+        let mut wanted = running();
+        // One stays, one goes, its place goes to an interface, and the interface's to a disk.
+        wanted.disks.extend([disk("d", 10), disk("e", 9)]);
+        wanted.nics[1] = nic(8);
+        let changes = live_changes(&with_two, &wanted);
+        assert!(
+            matches!(
+                &changes[..],
+                [
+                    LiveChange::UnplugDisk { slot: 8 },
+                    LiveChange::Unplug { slot: 9 },
+                    LiveChange::Plug { slot: 8, .. },
+                    LiveChange::PlugDisk { slot: 9, .. },
+                ]
+            ),
+            "{changes:?}"
+        );
+        let mut after = with_two;
+        changes.iter().for_each(|change| change.apply(&mut after));
+        assert!(live_changes(&after, &wanted).is_empty(), "nothing is done twice");
+        assert_eq!(after.disks[0].slot, Some(0), "what had a position has a place");
+        assert_eq!((&after.disks[1..], &after.nics[1]), (&wanted.disks[1..], &wanted.nics[1]));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::nic::plugged;
 use crate::{
     Accelerator, Bytes, CacheMode, CloudInit, Discard, DiskBus, DiskFormat, ImageKind, ImageRef, IoLimits, MacAddress, Name,
-    NetworkId, NicModel, Platform, VmId, VolumeRef,
+    NetworkId, NicModel, Platform, Seconds, VmId, VolumeRef,
 };
 
 /// What a VM was started with.
@@ -50,6 +50,19 @@ pub struct ResolvedSpec {
     /// What the guest is told at its first boot.
     #[serde(default)]
     pub cloud_init: Option<CloudInit>,
+    /// How its guest is powered off when its host goes down.
+    #[serde(default)]
+    pub power_off: PowerOff,
+}
+
+/// How a guest is powered off when its host goes down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PowerOff {
+    /// Higher ones first: the reverse of the order in which VMs start by themselves. Those that do not start by themselves are first of all.
+    pub order: Option<u16>,
+    /// Time for the guest.
+    pub deadline: Option<Seconds>,
 }
 
 /// A disk of a [`ResolvedSpec`].

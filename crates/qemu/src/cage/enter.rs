@@ -13,7 +13,7 @@ use std::process::Command;
 
 use rustix::fs::Mode;
 use rustix::io::FdFlags;
-use rustix::process::{Resource, Rlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions};
 use rustix::thread::{Gid, Uid};
 
 use super::keeper::{self, Keeper};
@@ -96,13 +96,7 @@ pub fn run(plan_fd: RawFd, status_fd: Option<RawFd>) -> CageError {
 
 fn attempt(plan_fd: RawFd, status: &mut Option<fs::File>) -> Result<std::convert::Infallible, CageError> {
     let plan = read_plan(plan_fd)?;
-    if plan.uid == 0 || plan.gid == 0 {
-        return Err(CageError::AsRoot);
-    }
-    let threads = fs::read_dir("/proc/self/task").map_err(step("count the threads"))?.count();
-    if threads != 1 {
-        return Err(CageError::Threads(threads));
-    }
+    may_begin(&plan)?;
     close_others_on_exec(&plan.keep)?;
     let (log, said) = match &plan.log {
         Some(log) => {
@@ -111,7 +105,7 @@ fn attempt(plan_fd: RawFd, status: &mut Option<fs::File>) -> Result<std::convert
         None => (None, None),
     };
     let (go, ready) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(step("make a pipe"))?;
-    let Some(pid) = clone_into_namespaces(plan.network)? else {
+    let Some(pid) = clone_into_namespaces(plan.network, libc::CLONE_PARENT)? else {
         drop((log, ready));
         return become_program(&plan, said, go);
     };
@@ -136,10 +130,53 @@ fn take(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// A copy of this process in namespaces of its own, as a sibling; `None` in the copy.
-#[expect(unsafe_code, reason = "fork cannot make a sibling in new namespaces")]
-fn clone_into_namespaces(network: Network) -> Result<Option<i64>, CageError> {
-    let mut flags = libc::CLONE_PARENT | libc::SIGCHLD;
+/// Runs the plan's program to its end, beside this process, which waits for it and takes it along when it is killed. Answers the code with which
+/// it ended, or 128 and the signal. For callers that cannot spawn into a cage themselves; without a log and without a group. Must be called
+/// before any thread or runtime is started.
+///
+/// # Errors
+/// See [`CageError`]; the program's own words are on standard error.
+pub fn run_to_end(plan: &CagePlan) -> Result<u8, CageError> {
+    may_begin(plan)?;
+    close_others_on_exec(&plan.keep)?;
+    let Some(pid) = clone_into_namespaces(plan.network, 0)? else {
+        let error = match confine(plan, Tie::ToParent) {
+            Ok(never) => match never {},
+            Err(error) => error,
+        };
+        // This is the copy: it has nothing to return to.
+        eprintln!("{error}");
+        std::process::exit(1);
+    };
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let ended = rustix::process::waitpid(pid, WaitOptions::empty()).map_err(step("wait for the program"))?;
+    let code = ended.and_then(|(_, status)| status.exit_status().or_else(|| Some(128 + status.terminating_signal()?)));
+    Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX))
+}
+
+/// As [`run_to_end`], for who is not root and can make no cage: limits, no new privileges and refused calls, then the program in place of this
+/// process.
+///
+/// # Errors
+/// See [`CageError`].
+pub fn run_as_we_are(plan: &CagePlan) -> Result<u8, CageError> {
+    close_others_on_exec(&plan.keep)?;
+    set_limits(plan)?;
+    match renounce_and_execute(plan, Some(&plan.binary))? {}
+}
+
+fn may_begin(plan: &CagePlan) -> Result<(), CageError> {
+    if plan.uid == 0 || plan.gid == 0 {
+        return Err(CageError::AsRoot);
+    }
+    let threads = fs::read_dir("/proc/self/task").map_err(step("count the threads"))?.count();
+    if threads == 1 { Ok(()) } else { Err(CageError::Threads(threads)) }
+}
+
+/// A copy of this process in namespaces of its own; `None` in the copy.
+#[expect(unsafe_code, reason = "fork cannot make a process, or a sibling, in new namespaces")]
+fn clone_into_namespaces(network: Network, kinship: libc::c_int) -> Result<Option<i64>, CageError> {
+    let mut flags = kinship | libc::SIGCHLD;
     flags |= libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
     if network == Network::Empty {
         flags |= libc::CLONE_NEWNET;
@@ -163,6 +200,18 @@ fn become_program(plan: &CagePlan, said: Option<OwnedFd>, go: OwnedFd) -> Result
     if let Some(said) = said {
         rustix::stdio::dup2_stdout(&said).and_then(|()| rustix::stdio::dup2_stderr(&said)).map_err(step("speak to the log"))?;
     }
+    confine(plan, Tie::None)
+}
+
+/// Whether a program ends with who started it.
+#[derive(PartialEq, Eq)]
+enum Tie {
+    None,
+    ToParent,
+}
+
+/// Everything that it renounces, one step after the other, then the program.
+fn confine(plan: &CagePlan, tie: Tie) -> Result<std::convert::Infallible, CageError> {
     rustix::process::setsid().map_err(step("begin a session of its own"))?;
     rustix::system::sethostname(b"cage").map_err(step("take a host name of its own"))?;
     if let Some(cgroup) = &plan.cgroup {
@@ -176,15 +225,29 @@ fn become_program(plan: &CagePlan, said: Option<OwnedFd>, go: OwnedFd) -> Result
     root::enter(plan, file.as_deref()).map_err(|error| CageError::Root(error.to_string()))?;
     rustix::process::chdir(&plan.working_dir).map_err(step("enter the working directory"))?;
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    set_limits(plan)?;
+    become_vm(plan.uid, plan.gid)?;
+    if tie == Tie::ToParent {
+        // A change of user takes it away: not earlier.
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("end with the parent"))?;
+    }
+    renounce_and_execute(plan, file.as_deref())
+}
+
+fn set_limits(plan: &CagePlan) -> Result<(), CageError> {
     for limit in &plan.limits {
         let value = Rlimit { current: Some(limit.value), maximum: Some(limit.value) };
         rustix::process::setrlimit(resource(limit.resource), value).map_err(step("set a limit"))?;
     }
-    become_vm(plan.uid, plan.gid)?;
+    Ok(())
+}
+
+/// The last steps; `file` is the program, or this very one.
+fn renounce_and_execute(plan: &CagePlan, file: Option<&Path>) -> Result<std::convert::Infallible, CageError> {
     rustix::thread::set_no_new_privs(true).map_err(step("renounce new privileges"))?;
     calls::refuse_dangerous().map_err(|error| CageError::Calls(error.to_string()))?;
-    let mut command = Command::new(file.as_deref().unwrap_or(Path::new(OURSELVES)));
-    command.arg0(&plan.binary).args(&plan.arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    let mut command = Command::new(file.unwrap_or(Path::new(OURSELVES)));
+    command.arg0(&plan.binary).args(&plan.arguments).env_clear().env("LC_ALL", "C").env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     let source = command.exec();
     Err(CageError::Exec { binary: plan.binary.clone(), source })
 }
@@ -217,6 +280,7 @@ const fn resource(limited: LimitedResource) -> Resource {
         LimitedResource::Processes => Resource::Nproc,
         LimitedResource::AddressSpace => Resource::As,
         LimitedResource::FileSize => Resource::Fsize,
+        LimitedResource::ProcessorTime => Resource::Cpu,
     }
 }
 

@@ -98,8 +98,8 @@ pub(super) fn add_all(line: &mut Line, spec: &ResolvedSpec, resources: &Resource
         add_flash(line, flash);
     }
     for ((index, (slot, disk)), fds) in spec.disk_slots().enumerate().zip(&resources.disks) {
-        add_fds(line, slot + 1, &format!("disk{slot}"), *fds);
-        let [file, node] = disk_nodes(slot, disk, slot + 1);
+        add_fds(line, disk_set(slot), &format!("disk{slot}"), *fds);
+        let [file, node] = disk_nodes(slot, disk);
         line.json("-blockdev", file);
         line.json("-blockdev", node);
         let device = disk_device(slot, disk, spec.vcpus);
@@ -154,7 +154,7 @@ fn in_slot(driver: &str, id: &str, first: usize, slot: usize) -> Object {
 }
 
 /// A volume as QEMU's block layer sees it: its file, and the declared format in it.
-pub(crate) fn disk_nodes(slot: usize, disk: &ResolvedDisk, set: usize) -> [Object; 2] {
+pub(crate) fn disk_nodes(slot: usize, disk: &ResolvedDisk) -> [Object; 2] {
     let cache = || Object::new().with("direct", disk.cache == CacheMode::Direct).with("no-flush", false);
     let discard = match disk.discard {
         Discard::Unmap => "unmap",
@@ -163,7 +163,7 @@ pub(crate) fn disk_nodes(slot: usize, disk: &ResolvedDisk, set: usize) -> [Objec
     let file = Object::new()
         .with("driver", "file")
         .with("node-name", format!("disk{slot}-file"))
-        .with("filename", format!("/dev/fdset/{set}"))
+        .with("filename", format!("/dev/fdset/{}", disk_set(slot)))
         .with("aio", "threads")
         .with("locking", "on")
         .with("auto-read-only", false)
@@ -180,8 +180,18 @@ pub(crate) fn disk_nodes(slot: usize, disk: &ResolvedDisk, set: usize) -> [Objec
     [file, if disk.format == DiskFormat::Qcow2 { node.with_null("backing") } else { node }]
 }
 
-fn disk_device(slot: usize, disk: &ResolvedDisk, vcpus: u16) -> Object {
-    let id = format!("disk{slot}-device");
+/// Number of the descriptor set of a disk.
+pub(crate) fn disk_set(slot: usize) -> usize {
+    slot + 1
+}
+
+/// Id of a disk's device.
+pub(crate) fn disk_name(slot: usize) -> String {
+    format!("disk{slot}-device")
+}
+
+pub(crate) fn disk_device(slot: usize, disk: &ResolvedDisk, vcpus: u16) -> Object {
+    let id = disk_name(slot);
     let serial = disk.serial.clone().unwrap_or_else(|| format!("disk{slot}"));
     let device = match disk.bus {
         DiskBus::Virtio | DiskBus::Nvme => in_slot("virtio-blk-pci", &id, DISKS, slot).modern(),

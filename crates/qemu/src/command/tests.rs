@@ -40,6 +40,7 @@ fn spec() -> ResolvedSpec {
         cdroms: vec![],
         platform: Platform::default(),
         cloud_init: None,
+        power_off: godwit_model::PowerOff::default(),
     }
 }
 

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use godwit_model::spec::{ResolvedDisk, ResolvedNic, SPEC_SCHEMA};
-use godwit_model::{Accelerator, Bytes, CacheMode, DiskFormat, Firmware, ImageId, ImageRef, Name, Platform, ResolvedSpec, VmId};
+use godwit_model::{
+    Accelerator, Bytes, CacheMode, DiskFormat, Firmware, ImageId, ImageRef, Name, Platform, PowerOff, ResolvedSpec, VmId,
+};
 use godwit_qemu::cage::{DeviceNode, Limit, Network};
 use godwit_qemu::command::{DiskFds, FlashFds, default_cpu, qemu_arguments};
 use godwit_qemu::qmp::views::{Known, MigrationStatus, RunStatus};
@@ -128,6 +130,7 @@ pub(crate) fn spec(machine: &str, disks: &[DiskFormat]) -> ResolvedSpec {
         cdroms: vec![],
         platform: Platform::default(),
         cloud_init: None,
+        power_off: PowerOff::default(),
     }
 }
 

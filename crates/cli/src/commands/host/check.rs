@@ -15,18 +15,21 @@ use crate::text::visible;
 with 0 if nothing fails; what only warns is worth reading.
 
 Example:
-  godwit host check --pool nfs=/mnt/vms --shared-pool nfs"
+  godwit host check --pool nfs=/mnt/vms --shared-pool nfs --try-pools"
 )]
 pub(crate) struct CheckArgs {
     #[command(flatten)]
     agent: AgentArgs,
+    /// Try each pool's storage, too: makes, copies, locks and removes small volumes, and fills storage of less than 1 GiB for a moment
+    #[arg(long)]
+    try_pools: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
 
 pub(crate) fn run(args: CheckArgs) -> Result<(), Failure> {
     let options = args.agent.options_for_check()?;
-    let mut findings = crate::block_on(async { Ok(check(&options).await) })?;
+    let mut findings = crate::block_on(async { Ok(check(&options, args.try_pools).await) })?;
     // The worst last, where people look.
     findings.sort_by_key(|finding| finding.level);
     print_data(args.output.output, &findings, || show(&findings))?;

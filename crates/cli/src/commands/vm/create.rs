@@ -258,7 +258,7 @@ fn parsed<T: FromStr<Err: std::fmt::Display>>(pairs: &[(&str, &str)], key: &str)
     found.map(|(_, value)| value.parse().map_err(|error| format!("{key}: {error}"))).transpose()
 }
 
-fn parse_disk(text: &str) -> Result<DiskSpec, String> {
+pub(super) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
     let (volume, pairs) = parts(text, &["format", "size", "image", "cache"])?;
     let word = |key| pairs.iter().find(|(other, _)| *other == key).map(|(_, value)| *value);
     let format = match word("format") {

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use godwit_model::{Bytes, CdromSpec, MacAddress, Name, NicSpec, Refusal, VmSpec, VolumeRef};
+use godwit_model::{Autostart, Bytes, CdromSpec, DiskSpec, MacAddress, Name, NicSpec, Refusal, VmSpec, VolumeRef};
 
-use super::create::{parse_nic, read_file};
+use super::create::{parse_disk, parse_nic, read_file};
 use crate::error::Failure;
 use crate::session::{Session, WaitArgs};
 
@@ -23,6 +23,7 @@ revision in it.
 Examples:
   godwit vm set web1 --memory 4GiB --vcpus 4
   godwit vm set web1 --cdrom 0=debian-12 && godwit vm set web1 --cdrom 0=
+  godwit vm set web1 --autostart 10
   godwit vm set web1 --grow shared/web1=20GiB --add-nic default
   godwit vm show web1 -o yaml > web1.yaml && editor web1.yaml && godwit vm set web1 --file web1.yaml"
 )]
@@ -30,7 +31,7 @@ pub(crate) struct SetArgs {
     /// Its name
     name: Name,
     /// Take the whole spec from this file, JSON or YAML; `-` for standard input
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "vcpus", "cdroms", "grow", "labels", "add_nics", "remove_nics", "plug", "unplug"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "vcpus", "cdroms", "grow", "labels", "add_nics", "remove_nics", "plug", "unplug", "autostart", "add_disks", "remove_disks"])]
     file: Option<PathBuf>,
     /// RAM, such as 1GiB
     #[arg(long, value_name = "SIZE")]
@@ -44,6 +45,12 @@ pub(crate) struct SetArgs {
     /// Make a disk larger: POOL/VOLUME=SIZE; can be repeated
     #[arg(long, value_name = "VOLUME=SIZE", value_parser = parse_grow)]
     grow: Vec<(VolumeRef, Bytes)>,
+    /// Add a disk, as in `godwit vm create --disk`; can be repeated
+    #[arg(long = "add-disk", value_name = "DISK", value_parser = parse_disk)]
+    add_disks: Vec<DiskSpec>,
+    /// Take out the disk with this volume, which stays in its pool; can be repeated
+    #[arg(long = "remove-disk", value_name = "VOLUME")]
+    remove_disks: Vec<VolumeRef>,
     /// Set a label, or remove it: KEY=TEXT or KEY=; can be repeated
     #[arg(long = "label", value_name = "KEY=TEXT", value_parser = parse_label)]
     labels: Vec<(Name, String)>,
@@ -59,9 +66,16 @@ pub(crate) struct SetArgs {
     /// Unplug the cable of the interface with this address; can be repeated
     #[arg(long, value_name = "MAC")]
     unplug: Vec<MacAddress>,
+    /// Start it again when its host went down and is back, lower ones first; `none` for not
+    #[arg(long, value_name = "ORDER", value_parser = parse_autostart)]
+    autostart: Option<AutostartArg>,
     #[command(flatten)]
     wait: WaitArgs,
 }
+
+/// What `--autostart` says.
+#[derive(Clone, Copy)]
+struct AutostartArg(Option<Autostart>);
 
 pub(super) async fn run(session: &Session, args: SetArgs) -> Result<(), Failure> {
     let (spec, revision) = match &args.file {
@@ -107,6 +121,14 @@ fn edit(spec: &mut VmSpec, args: &SetArgs) -> Result<(), String> {
         }
         disk.size = Some(*size);
     }
+    for volume in &args.remove_disks {
+        let index = spec.disks.iter().position(|disk| disk.volume == *volume);
+        spec.disks.remove(index.ok_or_else(|| format!("the VM has no disk {volume}"))?);
+    }
+    spec.disks.extend(args.add_disks.iter().cloned());
+    if let Some(AutostartArg(autostart)) = args.autostart {
+        spec.autostart = autostart;
+    }
     for (key, text) in &args.labels {
         if text.is_empty() {
             spec.labels.remove(key);
@@ -145,6 +167,14 @@ fn parse_grow(text: &str) -> Result<(VolumeRef, Bytes), String> {
     Ok((volume.parse().map_err(|error| format!("{error}"))?, size.parse().map_err(|error| format!("{error}"))?))
 }
 
+fn parse_autostart(text: &str) -> Result<AutostartArg, String> {
+    if text == "none" {
+        return Ok(AutostartArg(None));
+    }
+    let order = text.parse().map_err(|_| format!("{text:?} is neither `none` nor a number from 0 to 65535"))?;
+    Ok(AutostartArg(Some(Autostart { order })))
+}
+
 fn parse_label(text: &str) -> Result<(Name, String), String> {
     let (key, value) = pair(text)?;
     Ok((key.parse().map_err(|error| format!("{error}"))?, value.to_owned()))
@@ -152,7 +182,7 @@ fn parse_label(text: &str) -> Result<(Name, String), String> {
 
 #[cfg(test)]
 mod tests {
-    use godwit_model::{Boot, DiskFormat, DiskSpec};
+    use godwit_model::{Boot, DiskFormat};
 
     use super::*;
 
@@ -183,12 +213,17 @@ mod tests {
             "--label=tier=web",
             "--unplug=52:54:00:00:00:01",
             "--add-nic=default",
+            "--autostart=7",
+            "--add-disk=a/c,format=raw,size=1GiB",
         ])
         .expect("changed");
         assert_eq!((after.memory, after.vcpus, after.disks[0].size), (Bytes(2 << 30), before.vcpus, Some(Bytes(2 << 30))));
         assert_eq!(after.cdroms[0].image, Some(Name::new("debian").expect("name")));
         assert_eq!(after.labels.values().collect::<Vec<_>>(), ["web"]);
         assert_eq!((after.nics.len(), after.nics[0].link_up), (2, false));
+        assert_eq!((after.disks.len(), after.autostart), (2, Some(Autostart { order: 7 })));
+        let without = edited(&["--autostart=none", "--remove-disk=a/b"]).expect("changed");
+        assert_eq!((without.disks.len(), without.autostart), (0, None));
         assert_eq!(edited(&["--cdrom=0=", "--remove-nic=52:54:00:00:00:01"]).expect("changed").nics, []);
     }
 
@@ -201,6 +236,8 @@ mod tests {
             &["--grow=a/c=2GiB"],
             &["--grow=a/b=1MiB"],
             &["--remove-nic=52:54:00:00:00:02"],
+            &["--remove-disk=a/c"],
+            &["--autostart=first"],
             &["--file=x", "--memory=1GiB"],
         ] {
             assert!(edited(flags).is_err(), "{flags:?} was accepted");

@@ -1,0 +1,170 @@
+//! The interface of pool drivers: what a kind of storage must do to hold volumes. A directory does it ([`super::directory`]); what every kind
+//! must keep to, whatever it is made of, is written down as checks that run on real storage ([`super::suite`]).
+//!
+//! A driver knows nothing of what is in a volume. Formats, images and sizes that a spec wants are [`super::volume`]'s.
+
+use std::fs::File;
+use std::io;
+
+use godwit_model::{Bytes, DiskFormat, Name, Refusal};
+
+/// One pool as one host reaches it. Cheap to keep, whether the storage is there or not.
+pub(super) trait Driver: Send + Sync {
+    /// Looks at the storage anew: it is there, and it is the one that was there before. It is made a pool when it is seen for the first time.
+    ///
+    /// # Errors
+    /// `pool_unavailable`. Storage that was there and is not, or is another one, is never taken for the pool.
+    fn open(&self) -> Result<Box<dyn Storage>, Refusal>;
+}
+
+/// Storage that is there. Everything blocks, is whole or not done at all, and may be done by several hosts at once.
+pub(super) trait Storage: Send + Sync {
+    /// The same on every host that sees this storage, and on no other storage.
+    fn identity(&self) -> &str;
+
+    /// Size and what is free.
+    fn space(&self) -> io::Result<Space>;
+
+    /// Whether anything has this name, fit or unfit.
+    fn exists(&self, item: &Item) -> io::Result<bool>;
+
+    /// Room for a new volume, which nobody sees until it is published.
+    fn begin(&self) -> io::Result<Box<dyn Room>>;
+
+    /// Opens a volume or a snapshot. Locks that QEMU takes on the file are seen by every host.
+    fn open(&self, item: &Item, access: Access) -> Result<File, OpenError>;
+
+    /// What the opened item was made as, where that is known.
+    fn record(&self, item: &Item, file: &File) -> io::Result<Option<Record>>;
+
+    /// Whether a QEMU of any host has this open.
+    fn in_use(&self, file: &File) -> io::Result<bool>;
+
+    /// Keeps QEMUs of all hosts out until `file` is closed; `false` if one is in already that may not be.
+    fn hold(&self, file: &File, hold: Hold) -> io::Result<bool>;
+
+    /// Makes an opened raw volume larger. What was in it stays; what is new reads as zeros.
+    fn grow(&self, item: &Item, file: &File, record: Record) -> io::Result<()>;
+
+    /// Keeps the content of an opened volume under a name of its own. `false`: there is such a snapshot, which stays.
+    fn snapshot(&self, volume: &File, as_item: &Item, record: Record) -> io::Result<bool>;
+
+    /// Makes a volume with the content of an opened volume or snapshot, independent of it from then on. `false`: there is such a volume, which
+    /// stays.
+    fn clone_item(&self, from: &File, as_item: &Item, record: Record) -> io::Result<bool>;
+
+    /// The snapshots of a volume, sorted by name.
+    fn snapshots(&self, volume: &Name) -> io::Result<Vec<Name>>;
+
+    /// Removes a volume or a snapshot; one that is not there is removed already.
+    fn remove(&self, item: &Item) -> io::Result<()>;
+
+    /// Removes what makers that died have left.
+    fn remove_abandoned(&self);
+}
+
+/// Room for a volume to be. Given back when it is dropped.
+pub(super) trait Room: Send + Sync {
+    /// Where its content goes; open for reading and writing.
+    fn file(&self) -> &File;
+
+    /// Gives it a name, durably. `false`: something has that name, and stays.
+    fn publish(self: Box<Self>, item: &Item, record: Record) -> io::Result<bool>;
+}
+
+/// Something with a name in a pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Item {
+    volume: Name,
+    snapshot: Option<Name>,
+}
+
+impl Item {
+    /// A volume.
+    pub(super) fn volume(name: &Name) -> Self {
+        Self { volume: name.clone(), snapshot: None }
+    }
+
+    /// A snapshot of a volume.
+    pub(super) fn snapshot(volume: &Name, name: &Name) -> Self {
+        Self { volume: volume.clone(), snapshot: Some(name.clone()) }
+    }
+
+    /// Whether this is a snapshot.
+    pub(super) fn is_snapshot(&self) -> bool {
+        self.snapshot.is_some()
+    }
+}
+
+impl std::fmt::Display for Item {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.snapshot {
+            // No name has this sign in it.
+            Some(snapshot) => write!(f, "{}@{snapshot}", self.volume),
+            None => write!(f, "{}", self.volume),
+        }
+    }
+}
+
+/// What an item was made as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Record {
+    /// Declared format.
+    pub(super) format: DiskFormat,
+    /// Size that the guest was promised.
+    pub(super) size: Bytes,
+}
+
+/// Size of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Space {
+    /// All of it.
+    pub(super) capacity: Bytes,
+    /// What is free.
+    pub(super) free: Bytes,
+}
+
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Access {
+    /// Writing, too.
+    pub(super) write: bool,
+    /// Past the kernel's cache, as QEMU with cache mode `direct`.
+    pub(super) direct: bool,
+}
+
+impl Access {
+    /// Reading alone.
+    pub(super) const READ: Self = Self { write: false, direct: false };
+    /// Reading and writing.
+    pub(super) const WRITE: Self = Self { write: true, direct: false };
+}
+
+/// Whom a hold keeps out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// Writers: what is read stays as it is.
+    Still,
+    /// Everybody.
+    Alone,
+}
+
+/// Why an item was not opened.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OpenError {
+    /// Nothing has the name.
+    #[error("it does not exist")]
+    Missing,
+    /// What has the name leads elsewhere.
+    #[error("it is a link")]
+    Link,
+    /// What has the name is nothing that can be a disk.
+    #[error("it is no file")]
+    NotAVolume,
+    /// The storage cannot be used past the kernel's cache.
+    #[error("there is no direct I/O")]
+    NoDirect,
+    /// Another reason.
+    #[error(transparent)]
+    System(#[from] io::Error),
+}
