@@ -1,4 +1,4 @@
-//! The source of a move: owns the VM until it has released it.
+//! The source of a move: owns the VM until it has released it. Every record and restart is in `docs/spec/handover.md`.
 //!
 //! ```text
 //!              completed, or QEMU proven dead            Running
@@ -18,7 +18,7 @@ use crate::message::PeerMessage;
 use crate::view::{CarryView, Outcome, QemuMigration, QemuView, Vcpus};
 
 /// What the source's journal says. Durable before it is acted on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SourceRecord {
     /// This host owns the VM and tries to move it.
@@ -75,7 +75,7 @@ pub enum SourceAction {
 }
 
 /// The volatile half of the source: all of it can be lost at any moment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
     policy: MigrationPolicy,
     expires: UnixMillis,
