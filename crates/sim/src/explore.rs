@@ -4,7 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Debug;
-use std::hash::{BuildHasherDefault, DefaultHasher, Hash, Hasher};
+use std::hash::{BuildHasherDefault, Hash, Hasher};
 
 /// What can be explored.
 pub trait Model {
@@ -74,9 +74,53 @@ impl Hasher for Same {
     }
 }
 
-/// The same for the same state on every machine and in every run.
+/// Folds words into 128 bits by multiplication: several times as fast as the standard library's, which defends against attackers.
+struct Folding(u64, u64);
+
+impl Folding {
+    fn fold(&mut self, word: u64) {
+        let wide = u128::from(self.0 ^ word) * u128::from(0x9e37_79b9_7f4a_7c15_u64 ^ self.1.rotate_left(23));
+        self.0 = (wide >> 64) as u64 ^ self.1;
+        self.1 = (wide as u64).wrapping_add(word ^ 0xd1b5_4a32_d192_ed03);
+    }
+}
+
+impl Hasher for Folding {
+    fn finish(&self) -> u64 {
+        let mut end = Self(self.0, self.1);
+        end.fold(0x2545_f491_4f6c_dd1d);
+        end.fold(0x9e6c_63d0_876a_68ee);
+        end.0 ^ end.1
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.fold(u64::from_le_bytes(word));
+        }
+    }
+
+    fn write_u8(&mut self, value: u8) {
+        self.fold(value.into());
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.fold(value);
+    }
+
+    fn write_usize(&mut self, value: usize) {
+        self.fold(value as u64);
+    }
+
+    fn write_isize(&mut self, value: isize) {
+        self.fold(value as u64);
+    }
+}
+
+/// The same for the same state in every run.
 fn fingerprint<S: Hash>(state: &S) -> u64 {
-    let mut hasher = DefaultHasher::new();
+    let mut hasher = Folding(0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344);
     state.hash(&mut hasher);
     hasher.finish()
 }

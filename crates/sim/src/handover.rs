@@ -184,6 +184,7 @@ enum Doing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Ending {
     Keep,
+    RaiseFloor,
     Tell,
     EndQemu,
     Forget,
@@ -405,6 +406,48 @@ impl World {
         self.broken.get_or_insert(rule);
     }
 
+    /// States that differ only in what nobody will ever look at again count as one. A machine that is past the record for which it remembers
+    /// something is replaced by a fresh one: as it is after a crash, which its contract allows at any moment.
+    fn forget_what_no_longer_matters(&mut self) {
+        for here in &mut self.hosts {
+            let Some(record) = here.memory else { continue };
+            match (&mut here.moving, record.holding) {
+                (Some(Moving::Source(_, moving)), Holding::Source(_, SourceRecord::Offered)) => {
+                    if moving.machine.giving_up().is_some() {
+                        moving.clock = 0;
+                        moving.cancel = false;
+                    }
+                }
+                (Some(Moving::Source(number, moving)), Holding::Source(..)) => {
+                    let (declined, running) = (moving.declined, moving.running);
+                    let fresh = agent::source_move();
+                    here.moving = Some(Moving::Source(*number, SourceMove { declined, running, ..fresh }));
+                }
+                (Some(Moving::Destination(_, moving)), Holding::Destination(_, Taken::Prepared)) if !moving.released => {
+                    moving.clock = 0
+                }
+                (Some(Moving::Destination(_, moving)), Holding::Destination(_, Taken::Activated)) => {
+                    (moving.clock, moving.released) = (0, false);
+                }
+                (Some(Moving::Destination(number, moving)), Holding::Destination(_, Taken::Running | Taken::Declined)) => {
+                    let DestinationMove { aborted, settled, announced, .. } = *moving;
+                    let fresh = agent::destination_move();
+                    here.moving = Some(Moving::Destination(*number, DestinationMove { aborted, settled, announced, ..fresh }));
+                }
+                _ => {}
+            }
+        }
+        for number in 0..self.current {
+            let going = &mut self.moves[usize::from(number)];
+            if going.past.source.is_some() && going.past.destination.is_some() {
+                let Move { source, destination, stage, said, .. } = *going;
+                let past = Past { ran: going.past.ran, ..Past::default() };
+                let wire = if going.wire == Wire::None { Wire::None } else { Wire::Cut };
+                *going = Move { source, destination, stage, said, wire, past, ..Move::default() };
+            }
+        }
+    }
+
     fn cut(&mut self, number: u8) {
         let wire = &mut self.moves[usize::from(number)].wire;
         if *wire != Wire::None {
@@ -428,6 +471,7 @@ impl Steps<'_> {
         let mut after = self.world.clone();
         change(&mut after);
         rules::look(&mut after);
+        after.forget_what_no_longer_matters();
         self.next.push((step, after));
     }
 

@@ -21,24 +21,30 @@ fn reason() -> Refusal {
     Refusal::new(ErrorCode::MigrationFailed, "because")
 }
 
-pub(super) fn new_source(number: u8) -> Moving {
+pub(super) fn source_move() -> SourceMove {
     // The wall clock never passes it: that would end the warm-up just as its own limit does.
     let machine = Source::new(MigrationPolicy::default(), EXPIRES, Millis(0));
-    Moving::Source(number, SourceMove { machine, clock: 0, declined: false, running: false, cancel: false })
+    SourceMove { machine, clock: 0, declined: false, running: false, cancel: false }
 }
 
-pub(super) fn new_destination(number: u8) -> Moving {
-    let machine = Destination::new(EXPIRES);
-    let moving = DestinationMove {
-        machine,
+pub(super) fn destination_move() -> DestinationMove {
+    DestinationMove {
+        machine: Destination::new(EXPIRES),
         clock: 0,
         released: false,
         aborted: false,
         settled: false,
         cont_refused: false,
         announced: false,
-    };
-    Moving::Destination(number, moving)
+    }
+}
+
+pub(super) fn new_source(number: u8) -> Moving {
+    Moving::Source(number, source_move())
+}
+
+pub(super) fn new_destination(number: u8) -> Moving {
+    Moving::Destination(number, destination_move())
 }
 
 pub(super) fn steps(model: &HandOver, steps: &mut Steps<'_>, host: u8) {
@@ -471,6 +477,10 @@ fn end(world: &mut World, host: u8, moved: bool, ending: Ending) {
     world.hosts[place].doing = match ending {
         Ending::Keep => {
             keep_end(world, host, moved);
+            Doing::Ends(moved, Ending::RaiseFloor)
+        }
+        Ending::RaiseFloor => {
+            raise_floor(world, host, moved);
             Doing::Ends(moved, Ending::Tell)
         }
         Ending::Tell => {
@@ -486,7 +496,7 @@ fn end(world: &mut World, host: u8, moved: bool, ending: Ending) {
             Doing::Ends(moved, Ending::Forget)
         }
         Ending::Forget => {
-            forget(world, host, moved, (true, true));
+            forget(world, host, moved, true);
             Doing::Idle
         }
     };
@@ -501,22 +511,27 @@ pub(super) fn keep_end(world: &mut World, host: u8, moved: bool) {
     rules::on_end_kept(world, host, number, moved);
 }
 
-/// The last part of an end: raises the floor and forgets the VM, or owns it. Either write may fail, which is only logged.
-pub(super) fn forget(world: &mut World, host: u8, moved: bool, (floor, record): (bool, bool)) {
-    let place = usize::from(host);
-    let here = &mut world.hosts[place];
-    let (number, is_source) = match here.moving.take() {
-        Some(Moving::Source(number, _)) => (number, true),
-        Some(Moving::Destination(number, _)) => (number, false),
+/// A generation that leaves this host, or was declined here, is not taken up again.
+pub(super) fn raise_floor(world: &mut World, host: u8, moved: bool) {
+    let here = &mut world.hosts[usize::from(host)];
+    match here.moving {
+        Some(Moving::Source(number, _)) if moved => here.floor = here.floor.max(generation(number)),
+        Some(Moving::Destination(number, _)) if !moved => here.floor = here.floor.max(generation(number)),
+        _ => {}
+    }
+}
+
+/// The last part of an end: forgets the VM, or owns it. A write that fails is only logged.
+pub(super) fn forget(world: &mut World, host: u8, moved: bool, written: bool) {
+    let here = &mut world.hosts[usize::from(host)];
+    let goes = match here.moving.take() {
+        Some(Moving::Source(..)) => moved,
+        Some(Moving::Destination(..)) => !moved,
         None => return,
     };
-    let goes = is_source == moved;
-    if goes && floor {
-        here.floor = here.floor.max(generation(number));
-    }
     let after = if goes { None } else { here.memory.map(|record| Record { holding: Holding::Owner, ..record }) };
     here.memory = after;
-    if record {
+    if written {
         write(world, host, after);
     }
 }

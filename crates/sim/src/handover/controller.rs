@@ -104,7 +104,7 @@ fn prepare(world: &mut World, number: u8) -> bool {
         Some(_) => return false,
         None => {}
     }
-    if here.floor >= generation(number) {
+    if here.floor >= generation(number) || world.moves[usize::from(number)].expired {
         return false;
     }
     let record = Some(Record { generation: 0, holding: Holding::Destination(number, Taken::Prepared) });

@@ -2,7 +2,7 @@
 
 use godwit_migration::SourceRecord;
 
-use super::agent::{forget, keep_end, with_destination, with_source, write};
+use super::agent::{forget, keep_end, raise_floor, with_destination, with_source, write};
 use super::{Doing, EVERY_FACT, Ending, Fault, HOSTS, Holding, Record, Steps, Taken, Wire, World};
 
 pub(super) fn steps(steps: &mut Steps<'_>) {
@@ -151,14 +151,18 @@ fn journal(steps: &mut Steps<'_>, host: u8) {
                 after.hosts[place].doing = Doing::Idle;
             });
         }
-        Doing::Ends(moved, Ending::Forget) => {
-            let fail = |after: &mut World, written: (bool, bool)| {
+        Doing::Ends(moved, Ending::RaiseFloor) => {
+            steps.fault(Fault::WriteFails(host), |after| after.hosts[place].doing = Doing::Idle);
+            steps.fault(Fault::WriteHolds(host), |after| {
+                raise_floor(after, host, moved);
                 after.hosts[place].doing = Doing::Idle;
-                forget(after, host, moved, written);
-            };
-            // The floor, or the record.
-            steps.fault(Fault::WriteFails(host), |after| fail(after, (false, true)));
-            steps.fault(Fault::WriteHolds(host), |after| fail(after, (true, false)));
+            });
+        }
+        Doing::Ends(moved, Ending::Forget) => {
+            steps.fault(Fault::WriteFails(host), |after| {
+                after.hosts[place].doing = Doing::Idle;
+                forget(after, host, moved, false);
+            });
         }
         _ => {}
     }
