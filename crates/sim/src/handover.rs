@@ -9,7 +9,7 @@ mod agent;
 mod controller;
 mod fault;
 mod qemu;
-mod rules;
+pub mod rules;
 
 use godwit_migration::{Destination, QemuMigration, Source, SourceRecord, Vcpus};
 
@@ -50,8 +50,12 @@ pub enum Wrong {
     ReleasesWithoutProvenStop,
     /// The source is removed as soon as it has released.
     RemovesAfterRelease,
-    /// A destination that has declined goes on when the release comes after all.
-    ForgetsThatItDeclined,
+    /// A destination says that it declines before that is durable.
+    SaysDeclinedEarly,
+    /// A host forgets a move and does not keep that its generation is not to be taken up again.
+    KeepsNoFloor,
+    /// A destination takes the death of a QEMU that nobody has told to run the VM for a crash of the VM.
+    TakesDeathForCrash,
     /// The last fact of a source is said once and never asked for again: who has forgotten a move answers nothing.
     AnswersNothingOfThePast,
 }
@@ -84,7 +88,7 @@ pub struct World {
     current: u8,
     controller_up: bool,
     faults_left: u8,
-    /// A QEMU that may have been the VM's only one has died: then nobody may be left running.
+    /// The QEMU that owned the VM has died, or one of which nobody knows whether it had been told to run: then nobody may be left running.
     vm_crashed: bool,
     broken: Option<&'static str>,
 }
@@ -259,6 +263,8 @@ struct Move {
 #[derive(Clone, Copy, Debug, Default, Hash)]
 struct Past {
     released: bool,
+    /// The destination's agent has decided to run it, or one before it may have.
+    told: bool,
     ran: bool,
     /// The source ran on after the destination had loaded everything: what is loaded is older than the disks.
     outdated: bool,

@@ -203,10 +203,11 @@ fn restart(world: &mut World, host: u8) {
     if here.disk.is_none() {
         here.qemu = None;
     }
-    // Nobody is left who knows whether a dead QEMU had been told to run.
-    let in_doubt =
-        here.qemu.is_none() && matches!(here.disk, Some(Record { holding: Holding::Destination(_, Taken::Activated), .. }));
-    world.vm_crashed |= in_doubt;
+    // Nobody is left who knows whether QEMU had been told to run.
+    if let Some(Record { holding: Holding::Destination(number, Taken::Activated), .. }) = here.disk {
+        world.vm_crashed |= here.qemu.is_none();
+        world.moves[usize::from(number)].past.told = true;
+    }
 }
 
 /// Looks at the rest and decides. `status` is what `query-status` said, if it was asked and answered.
@@ -344,7 +345,10 @@ fn decide_destination(
         DestinationAction::Wait(_) => {}
         DestinationAction::Tell(message, _) => world.say(number, fact(&message)),
         DestinationAction::Announce => moving.announced = true,
-        DestinationAction::ContinueVm => doing = Doing::Told(Command::Cont),
+        DestinationAction::ContinueVm => {
+            world.moves[usize::from(number)].past.told = true;
+            doing = Doing::Told(Command::Cont);
+        }
         DestinationAction::EndQemu => doing = Doing::EndsQemu,
         DestinationAction::Record(next) => {
             doing = Doing::WritesDestination(match next {
@@ -359,8 +363,13 @@ fn decide_destination(
         }
         DestinationAction::End(outcome) => doing = Doing::Ends(outcome == Outcome::Moved, Ending::Keep),
     }
-    if model.wrong == Wrong::ForgetsThatItDeclined && taken == Taken::Declined && moving.released && loaded {
-        doing = Doing::WritesDestination(Taken::Activated);
+    if doing == Doing::WritesDestination(Taken::Declined) {
+        if model.wrong == Wrong::SaysDeclinedEarly {
+            world.say(number, Fact::Declined);
+        }
+        if model.wrong == Wrong::TakesDeathForCrash && taken == Taken::Activated && !moving.cont_refused {
+            doing = Doing::WritesDestination(Taken::Running);
+        }
     }
     let here = &mut world.hosts[usize::from(host)];
     here.moving = Some(Moving::Destination(number, moving));
@@ -409,7 +418,7 @@ fn act(model: &HandOver, world: &mut World, host: u8) {
             write(world, host, after);
         }
         Doing::EndsQemu => end_qemu(world, host),
-        Doing::Ends(moved, ending) => end(world, host, moved, ending),
+        Doing::Ends(moved, ending) => end(model, world, host, moved, ending),
     }
 }
 
@@ -467,7 +476,7 @@ fn end_qemu(world: &mut World, host: u8) {
 }
 
 /// The next part of an end.
-fn end(world: &mut World, host: u8, moved: bool, ending: Ending) {
+fn end(model: &HandOver, world: &mut World, host: u8, moved: bool, ending: Ending) {
     let place = usize::from(host);
     let (number, is_source) = match &world.hosts[place].moving {
         Some(Moving::Source(number, _)) => (*number, true),
@@ -480,7 +489,9 @@ fn end(world: &mut World, host: u8, moved: bool, ending: Ending) {
             Doing::Ends(moved, Ending::RaiseFloor)
         }
         Ending::RaiseFloor => {
-            raise_floor(world, host, moved);
+            if model.wrong != Wrong::KeepsNoFloor {
+                raise_floor(world, host, moved);
+            }
             Doing::Ends(moved, Ending::Tell)
         }
         Ending::Tell => {

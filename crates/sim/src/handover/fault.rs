@@ -103,11 +103,14 @@ fn qemu_dies(world: &mut World, host: u8) {
     let here = &mut world.hosts[usize::from(host)];
     here.stale = None;
     let Some(qemu) = here.qemu.take() else { return };
-    // What a destination that does not own the VM has loaded is a copy.
-    let copy = |record: Option<Record>| {
-        record.is_some_and(|record| matches!(record.holding, Holding::Destination(_, Taken::Prepared | Taken::Declined)))
+    // What a destination has loaded and not been told to run is a copy. A source that has not returned may still hand its VM over: see the rules.
+    let told = world.moves[usize::from(qemu.of)].past.told;
+    let owned = |record: Option<Record>| match record.map(|record| record.holding) {
+        Some(Holding::Owner | Holding::Destination(_, Taken::Running)) => true,
+        Some(Holding::Destination(_, Taken::Activated)) => told,
+        Some(Holding::Source(..) | Holding::Destination(..)) | None => false,
     };
-    world.vm_crashed |= !(copy(here.disk) && (here.memory.is_none() || copy(here.memory)));
+    world.vm_crashed |= owned(here.disk) || owned(here.memory);
     world.cut(qemu.of);
 }
 

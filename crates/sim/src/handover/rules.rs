@@ -4,13 +4,20 @@ use godwit_migration::{QemuMigration, SourceRecord, Vcpus};
 
 use super::{Doing, HandOver, Holding, Moving, Record, Stage, Taken, World, controller};
 
-const ONE_RUNNER: &str = "at most one QEMU runs the VM";
-const ONE_OWNER: &str = "at most one journal allows to run the VM";
-const NOT_OUTDATED: &str = "memory that is older than the disks never runs";
-const NOT_AFTER_RELEASE: &str = "a released VM is continued at the source only if the destination can never run it";
-const NOTHING_REMOVED: &str = "nothing is removed before the other side is proven to run";
-const NOT_ENDED_WHILE_RUN: &str = "a destination that has run the VM does not decline it";
-const ONE_OUTCOME: &str = "both sides agree about the outcome";
+/// Counting every QEMU, whoever let it run.
+pub const ONE_RUNNER: &str = "at most one QEMU runs the VM";
+/// Counting what is on disk, and what an agent goes by that could not write it.
+pub const ONE_OWNER: &str = "at most one journal allows to run the VM";
+/// A source that runs on after the destination has loaded makes what is loaded worthless.
+pub const NOT_OUTDATED: &str = "memory that is older than the disks never runs";
+/// Neither journal nor memory of the destination leads to its running the VM.
+pub const NOT_AFTER_RELEASE: &str = "a released VM is continued at the source only if the destination can never run it";
+/// The source's QEMU is ended only then.
+pub const NOTHING_REMOVED: &str = "nothing is removed before the other side is proven to run";
+/// Nor does it end its QEMU.
+pub const NOT_DECLINED_AFTER_RUN: &str = "a destination that has run the VM does not decline it";
+/// As they keep it for the controller.
+pub const ONE_OUTCOME: &str = "both sides agree about the outcome";
 
 fn runs(world: &World, host: usize) -> bool {
     world.hosts[host].qemu.is_some_and(|qemu| qemu.vcpus == Vcpus::Running)
@@ -36,6 +43,10 @@ pub(super) fn look(world: &mut World) {
     if world.hosts.iter().filter(|here| allows(here.disk) || allows(here.memory)).count() > 1 {
         world.breaks(ONE_OWNER);
     }
+    // What has returned to a QEMU that is dead has crashed.
+    let returned =
+        |record: Option<Record>| record.is_some_and(|record| matches!(record.holding, Holding::Source(_, SourceRecord::Returned)));
+    world.vm_crashed |= world.hosts.iter().any(|here| here.qemu.is_none() && returned(here.memory));
     for number in 0..=world.current {
         let going = world.moves[usize::from(number)];
         let loaded = world.hosts[usize::from(going.destination)].qemu;
@@ -91,7 +102,7 @@ pub(super) fn on_written(world: &mut World, host: u8) {
     match record.holding {
         Holding::Source(number, SourceRecord::Released) => world.moves[usize::from(number)].past.released = true,
         Holding::Destination(number, Taken::Declined) if world.moves[usize::from(number)].past.ran => {
-            world.breaks(NOT_ENDED_WHILE_RUN)
+            world.breaks(NOT_DECLINED_AFTER_RUN)
         }
         _ => {}
     }
@@ -108,7 +119,7 @@ pub(super) fn on_qemu_ended(world: &mut World, host: u8) {
                 world.breaks(NOTHING_REMOVED);
             }
         }
-        Some(Moving::Destination(number, _)) if world.moves[usize::from(*number)].past.ran => world.breaks(NOT_ENDED_WHILE_RUN),
+        Some(Moving::Destination(number, _)) if world.moves[usize::from(*number)].past.ran => world.breaks(NOT_DECLINED_AFTER_RUN),
         _ => {}
     }
 }
