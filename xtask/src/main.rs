@@ -5,7 +5,7 @@ mod ci;
 mod tidy;
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 
@@ -15,6 +15,8 @@ Usage: cargo xtask <command>
 Commands:
   ci [--skip STEP]...  every check and test, as CI runs them
   tidy                 house rules: crate edges, file heads and lengths, links, names
+  model [ROUTE FAULTS QEMU]...
+                       explores the hand-over further than CI does: many minutes, many GiB
   help                 this text
 
 Steps of ci, in order: images, fmt, clippy, test, doctest, e2e, tidy, deny";
@@ -48,6 +50,11 @@ fn run(arguments: &[String]) -> Result<bool> {
                 n => println!("tidy: {n} to mend"),
             }
             Ok(complaints.is_empty())
+        }
+        ("model", rest) => {
+            let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+            cargo.current_dir(repository()?).args(["run", "--locked", "--release", "--package", "godwit-sim", "--"]).args(rest);
+            Ok(cargo.status().context("start cargo")?.success())
         }
         ("help" | "--help" | "-h", _) => {
             println!("{USAGE}");

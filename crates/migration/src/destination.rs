@@ -1,9 +1,9 @@
-//! The destination of a move: runs the VM only on the source's release.
+//! The destination of a move: runs the VM only on the source's release. Every record and restart is in `docs/spec/handover.md`.
 //!
 //! ```text
 //!               released and loaded                 vCPUs run
 //!   Prepared ─────────────────────────▶ Activated ─────────────▶ Running ──▶ announced, told, ended: moved
-//!      │                                   │ `cont` refused by QEMU
+//!      │                                   │ `cont` refused by QEMU, or QEMU dead before it was told
 //!      │ aborted, failed, expired          ▼
 //!      └────────────────────────────▶ Declined ──▶ cleared, told until settled, ended: stayed
 //! ```
@@ -73,11 +73,13 @@ pub enum DestinationAction {
 }
 
 /// The volatile half of the destination: all of it can be lost at any moment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Destination {
     expires: UnixMillis,
     released_seen: Option<Millis>,
     resumed: Option<Millis>,
+    /// This process has looked since before `Activated` and has not told QEMU to run the VM: then nobody has.
+    never_told: bool,
 }
 
 /// How long QEMU may take to load what was released to it.
@@ -90,7 +92,7 @@ impl Destination {
     /// A destination that begins, or begins again after a restart, to look.
     #[must_use]
     pub fn new(expires: UnixMillis) -> Self {
-        Self { expires, released_seen: None, resumed: None }
+        Self { expires, released_seen: None, resumed: None, never_told: false }
     }
 
     /// The vCPUs were told to run at `now`: what `Running` counts from.
@@ -102,8 +104,11 @@ impl Destination {
     #[must_use]
     pub fn decide(&mut self, record: &DestinationRecord, view: &DestinationView) -> DestinationAction {
         match record {
-            DestinationRecord::Prepared => self.decide_prepared(view),
-            DestinationRecord::Activated => decide_activated(view),
+            DestinationRecord::Prepared => {
+                self.never_told = true;
+                self.decide_prepared(view)
+            }
+            DestinationRecord::Activated => self.decide_activated(view),
             DestinationRecord::Running => self.decide_running(view),
             DestinationRecord::Declined { reason } => decide_declined(reason, view),
         }
@@ -133,6 +138,27 @@ impl Destination {
         }
     }
 
+    fn decide_activated(&mut self, view: &DestinationView) -> DestinationAction {
+        match (&view.qemu, &view.cont_refused) {
+            // QEMU itself said no and nothing runs: recorded before QEMU is ended, so that its death is not taken for a crash afterwards.
+            (_, Some(reason)) if view.qemu.as_ref().is_none_or(|qemu| !may_run(qemu.vcpus)) => {
+                DestinationAction::Record(DestinationRecord::Declined { reason: reason.clone() })
+            }
+            // The source still holds all of the VM, standing still as it was.
+            (None, _) if self.never_told => {
+                let reason = failed("the destination's QEMU ended before it was told to run the VM");
+                DestinationAction::Record(DestinationRecord::Declined { reason })
+            }
+            // It may have run: from here on its death is a crash of the VM on this host, not a reason to return it.
+            (None, _) => DestinationAction::Record(DestinationRecord::Running),
+            (Some(qemu), _) if may_run(qemu.vcpus) => DestinationAction::Record(DestinationRecord::Running),
+            (Some(_), _) => {
+                self.never_told = false;
+                DestinationAction::ContinueVm
+            }
+        }
+    }
+
     fn decide_running(&mut self, view: &DestinationView) -> DestinationAction {
         if !view.announced && view.qemu.is_some() {
             return DestinationAction::Announce;
@@ -143,19 +169,6 @@ impl Destination {
         let resumed = *self.resumed.get_or_insert(view.now);
         let since = Millis(view.now.get().saturating_sub(resumed.get()));
         DestinationAction::Tell(PeerMessage::Running { since }, REPEAT)
-    }
-}
-
-fn decide_activated(view: &DestinationView) -> DestinationAction {
-    match (&view.qemu, &view.cont_refused) {
-        // QEMU itself said no and nothing runs: recorded before QEMU is ended, so that its death is not taken for a crash afterwards.
-        (_, Some(reason)) if view.qemu.as_ref().is_none_or(|qemu| !may_run(qemu.vcpus)) => {
-            DestinationAction::Record(DestinationRecord::Declined { reason: reason.clone() })
-        }
-        // It may have run: from here on its death is a crash of the VM on this host, not a reason to return it.
-        (None, _) => DestinationAction::Record(DestinationRecord::Running),
-        (Some(qemu), _) if may_run(qemu.vcpus) => DestinationAction::Record(DestinationRecord::Running),
-        (Some(_), _) => DestinationAction::ContinueVm,
     }
 }
 
@@ -176,3 +189,6 @@ fn decide_declined(reason: &Refusal, view: &DestinationView) -> DestinationActio
 fn failed(message: &str) -> Refusal {
     Refusal::new(ErrorCode::MigrationFailed, message).hint("look at the destination's log of this VM").retry(Retry::Safe)
 }
+
+#[cfg(test)]
+mod tests;

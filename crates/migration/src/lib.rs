@@ -3,7 +3,9 @@
 //! Each side has a durable [`source::SourceRecord`] or [`destination::DestinationRecord`] and looks at the world again and again; `decide`
 //! answers with the one next action. Nothing is remembered that cannot be read again from the journal, from QEMU or from the peer, so a side that
 //! crashed or was frozen at any line goes on by looking. Agents run these functions; the tests run them against a model of two QEMUs
-//! with crashes, cut links and freezes.
+//! with crashes, cut links and freezes, and `crates/sim` tries every order of them.
+//!
+//! The protocol is in `docs/spec/handover.md`: parties, sequence, records, messages, and what each party does after whose death.
 //!
 //! Invariants kept here, each with a test named after it: one runner; our stop, our start; nothing is destroyed before the other side is proven.
 //!

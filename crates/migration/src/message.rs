@@ -1,5 +1,5 @@
 //! What the two agents of a move tell each other, over the carrier and, for when that is gone, through the controller. Every message
-//! is a standing fact: repeating, delaying or reordering it does no harm.
+//! is a standing fact: repeating, delaying or reordering it does no harm; `docs/spec/handover.md` says what each means to whom.
 
 use godwit_model::{Generation, Millis, Refusal, VmId};
 use serde::{Deserialize, Serialize};

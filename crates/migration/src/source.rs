@@ -1,4 +1,4 @@
-//! The source of a move: owns the VM until it has released it.
+//! The source of a move: owns the VM until it has released it. Every record and restart is in `docs/spec/handover.md`.
 //!
 //! ```text
 //!              completed, or QEMU proven dead            Running
@@ -10,6 +10,8 @@
 //! *Our stop*: the VM is stopped by us, proven by `paused` while QEMU still copies. If QEMU reaches its own switch-over first, the move is
 //! cancelled and tried again. A destination is told `Released` only after the record is durable, and only then can it run.
 
+use std::hash::{Hash, Hasher};
+
 use godwit_model::{ErrorCode, MigrationPolicy, Millis, Refusal, Retry, UnixMillis};
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +20,7 @@ use crate::message::PeerMessage;
 use crate::view::{CarryView, Outcome, QemuMigration, QemuView, Vcpus};
 
 /// What the source's journal says. Durable before it is acted on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SourceRecord {
     /// This host owns the VM and tries to move it.
@@ -75,7 +77,7 @@ pub enum SourceAction {
 }
 
 /// The volatile half of the source: all of it can be lost at any moment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
     policy: MigrationPolicy,
     expires: UnixMillis,
@@ -83,6 +85,14 @@ pub struct Source {
     asked: bool,
     stopped: Option<Millis>,
     giving_up: Option<Refusal>,
+}
+
+/// Of all that decisions depend on: why a move is given up is told, and decides nothing.
+impl Hash for Source {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { policy, expires, began, asked, stopped, giving_up } = self;
+        (policy, expires, began, asked, stopped, giving_up.is_some()).hash(state);
+    }
 }
 
 /// How often to look when nothing is expected soon.

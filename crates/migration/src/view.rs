@@ -3,7 +3,7 @@
 use godwit_model::{Bytes, BytesPerSec, Millis, Refusal};
 
 /// Whether a QEMU's vCPUs run, as `query-status` says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Vcpus {
     /// `running`.
     Running,
@@ -20,7 +20,7 @@ pub enum Vcpus {
 }
 
 /// `query-migrate`'s status.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum QemuMigration {
     /// No migration was asked for.
     None,

@@ -49,10 +49,13 @@ struct World {
     source: Source,
     source_record: SourceRecord,
     source_away: u64,
+    /// Decided before a freeze, carried out after it.
+    source_decided: Option<SourceAction>,
     source_ended: Option<Outcome>,
     destination: Destination,
     destination_record: DestinationRecord,
     destination_away: u64,
+    destination_decided: Option<DestinationAction>,
     destination_ended: Option<Outcome>,
     cont_refused: Option<Refusal>,
     announced: bool,
@@ -103,10 +106,12 @@ impl World {
             source: Source::new(MigrationPolicy::default(), UnixMillis(EXPIRES), Millis(0)),
             source_record: SourceRecord::Offered,
             source_away: 0,
+            source_decided: None,
             source_ended: None,
             destination: Destination::new(UnixMillis(EXPIRES)),
             destination_record: DestinationRecord::Prepared,
             destination_away: 0,
+            destination_decided: None,
             destination_ended: None,
             cont_refused: None,
             announced: false,
@@ -224,6 +229,7 @@ impl World {
                 // The agent dies: all it did not journal is gone, messages it had received included.
                 self.source_away = self.now + self.random.next() % 60_000;
                 self.source = Source::new(MigrationPolicy::default(), UnixMillis(EXPIRES), Millis(self.source_away));
+                self.source_decided = None;
                 (self.declined, self.running, self.cancel) = (None, false, false);
                 if let Some(qemu) = &mut self.source_qemu {
                     qemu.descriptor = false;
@@ -232,6 +238,7 @@ impl World {
             4..=6 => {
                 self.destination_away = self.now + self.random.next() % 60_000;
                 self.destination = Destination::new(UnixMillis(EXPIRES));
+                self.destination_decided = None;
                 (self.released, self.aborted, self.settled, self.cont_refused, self.announced) = (false, None, false, None, false);
             }
             7..=9 => self.source_away = self.now + self.random.next() % 60_000,
@@ -263,9 +270,18 @@ impl World {
         self.now < self.faults.stopped_at && self.random.one_in(5)
     }
 
+    /// Whether an agent is stopped right after it has decided, for longer than any limit, and how long.
+    fn freeze(&mut self) -> Option<u64> {
+        let frozen = self.now < self.faults.stopped_at && self.random.one_in(200);
+        frozen.then(|| self.now + self.random.next() % 90_000)
+    }
+
     fn source_step(&mut self) {
         if self.source_ended.is_some() || self.now < self.source_away {
             return;
+        }
+        if let Some(action) = self.source_decided.take() {
+            return self.carry_out_source(action);
         }
         let view = SourceView {
             now: Millis(self.now),
@@ -283,6 +299,13 @@ impl World {
             cancel: self.cancel,
         };
         let action = self.source.decide(self.source_record, &view);
+        match self.freeze() {
+            Some(until) => (self.source_away, self.source_decided) = (until, Some(action)),
+            None => self.carry_out_source(action),
+        }
+    }
+
+    fn carry_out_source(&mut self, action: SourceAction) {
         let faulty = self.now < self.faults.stopped_at;
         match action {
             SourceAction::Wait(_) => {}
@@ -331,6 +354,9 @@ impl World {
         if self.destination_ended.is_some() || self.now < self.destination_away {
             return;
         }
+        if let Some(action) = self.destination_decided.take() {
+            return self.carry_out_destination(action);
+        }
         if self.eager && self.destination_qemu.as_ref().is_some_and(|qemu| qemu.vcpus == Vcpus::Paused) {
             self.run_destination();
         }
@@ -344,8 +370,16 @@ impl World {
             cont_refused: self.cont_refused.clone(),
             announced: self.announced,
         };
+        let action = self.destination.decide(&self.destination_record, &view);
+        match self.freeze() {
+            Some(until) => (self.destination_away, self.destination_decided) = (until, Some(action)),
+            None => self.carry_out_destination(action),
+        }
+    }
+
+    fn carry_out_destination(&mut self, action: DestinationAction) {
         let faulty = self.now < self.faults.stopped_at;
-        match self.destination.decide(&self.destination_record, &view) {
+        match action {
             DestinationAction::Wait(_) => {}
             DestinationAction::Record(record) => {
                 if !self.journal_fails() {

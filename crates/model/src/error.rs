@@ -157,7 +157,7 @@ impl ErrorCode {
 }
 
 /// Whether the same request may be sent again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Retry {
     /// It will be refused again until something else changes.
@@ -173,7 +173,7 @@ const LINE: usize = 4_000;
 
 /// Why something was refused or failed, and what to do about it. Its texts may quote guests, QEMU and other hosts: they are made harmless
 /// when it is made and when it is read, so that whoever shows or logs a refusal need not think of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema, thiserror::Error)]
 #[error("{message}")]
 pub struct Refusal {
     /// Stable code.

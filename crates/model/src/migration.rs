@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Bytes, BytesPerSec, Millis};
 
 /// Limits that a migration keeps; none of them is ever raised by itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default)]
 pub struct MigrationPolicy {
     /// Longest predicted blackout at which the VM is stopped.

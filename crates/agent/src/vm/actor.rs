@@ -530,11 +530,15 @@ impl Actor {
         Err(Refusal::new(ErrorCode::GenerationStale, format!("generation {generation} has been dealt with on this host")))
     }
 
-    /// See [`Actor::above_floor`].
-    pub(super) fn raise_floor(&self, generation: Generation) {
-        if let Err(error) = self.host.journal.write_floor(self.vm, generation) {
-            tracing::error!(error = &error as &dyn std::error::Error, "the floor of generations could not be raised");
+    /// See [`Actor::above_floor`]. Whether it is raised, durably: if not, nothing of the generation may be forgotten yet. Taken up once more, it
+    /// would be subject to what was said about it before.
+    #[must_use]
+    pub(super) fn raise_floor(&self, generation: Generation) -> bool {
+        let raised = self.host.journal.write_floor(self.vm, generation);
+        if let Err(error) = &raised {
+            tracing::error!(error = error as &dyn std::error::Error, "the floor of generations could not be raised");
         }
+        raised.is_ok()
     }
 
     fn forget(&mut self) -> Result<(), Refusal> {

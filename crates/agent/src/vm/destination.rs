@@ -333,6 +333,9 @@ impl Actor {
             tracing::error!(error = &error as &dyn std::error::Error, "the end of the move could not be kept");
             return Some(RETRY);
         }
+        if outcome != Outcome::Moved && !self.raise_floor(ended.generation) {
+            return Some(RETRY);
+        }
         tracing::info!(?outcome, "the move has ended here");
         let Some(Moving::Destination(moving)) = self.moving.take() else { return None };
         if let Some(carry) = moving.carry {
@@ -346,10 +349,7 @@ impl Actor {
                 self.save_or_log();
                 self.refresh().await;
             }
-            Outcome::Stayed(_) => {
-                self.raise_floor(ended.generation);
-                self.drop_record();
-            }
+            Outcome::Stayed(_) => self.drop_record(),
         }
         None
     }

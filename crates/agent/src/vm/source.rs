@@ -417,6 +417,9 @@ impl Actor {
             tracing::error!(error = &error as &dyn std::error::Error, "the end of the move could not be kept");
             return Some(RETRY);
         }
+        if outcome == Outcome::Moved && !self.raise_floor(ended.generation) {
+            return Some(RETRY);
+        }
         let last = match &outcome {
             Outcome::Moved => PeerMessage::Settled,
             Outcome::Stayed(reason) => PeerMessage::Aborted { reason: reason.clone() },
@@ -436,7 +439,6 @@ impl Actor {
                     record.end_wanted = true;
                 }
                 self.end_process().await;
-                self.raise_floor(ended.generation);
                 self.drop_record();
             }
             Outcome::Stayed(_) => {

@@ -1,0 +1,66 @@
+//! Tables for single decisions; whole runs are in `tests/simulation.rs`.
+
+use godwit_model::Bytes;
+
+use super::*;
+
+fn view(qemu: Option<(Vcpus, QemuMigration)>) -> DestinationView {
+    DestinationView {
+        now: Millis(0),
+        unix_now: UnixMillis(0),
+        qemu: qemu.map(|(vcpus, migration)| QemuView {
+            vcpus,
+            migration,
+            remaining: Bytes(0),
+            dirty_rate: None,
+            since_sync: Millis(0),
+        }),
+        released: true,
+        aborted: None,
+        settled: false,
+        cont_refused: None,
+        announced: false,
+    }
+}
+
+const LOADED: Option<(Vcpus, QemuMigration)> = Some((Vcpus::Paused, QemuMigration::Completed));
+
+/// A destination that has just decided to take the VM over.
+fn taken_over() -> Destination {
+    let mut destination = Destination::new(UnixMillis(1_000));
+    let action = destination.decide(&DestinationRecord::Prepared, &view(LOADED));
+    assert_eq!(action, DestinationAction::Record(DestinationRecord::Activated));
+    destination
+}
+
+fn declines(action: &DestinationAction) -> bool {
+    matches!(action, DestinationAction::Record(DestinationRecord::Declined { .. }))
+}
+
+#[test]
+fn a_qemu_that_died_before_it_was_told_to_run_gives_the_vm_back() {
+    assert!(declines(&taken_over().decide(&DestinationRecord::Activated, &view(None))));
+}
+
+#[test]
+fn a_qemu_that_died_after_it_was_told_to_run_may_have_run() {
+    let mut destination = taken_over();
+    assert_eq!(destination.decide(&DestinationRecord::Activated, &view(LOADED)), DestinationAction::ContinueVm);
+    let action = destination.decide(&DestinationRecord::Activated, &view(None));
+    assert_eq!(action, DestinationAction::Record(DestinationRecord::Running));
+}
+
+#[test]
+fn after_a_restart_nobody_knows_whether_a_dead_qemu_has_run() {
+    let action = Destination::new(UnixMillis(1_000)).decide(&DestinationRecord::Activated, &view(None));
+    assert_eq!(action, DestinationAction::Record(DestinationRecord::Running));
+}
+
+#[test]
+fn qemus_own_refusal_gives_the_vm_back() {
+    let mut destination = taken_over();
+    let _ = destination.decide(&DestinationRecord::Activated, &view(LOADED));
+    let refused = Some(Refusal::new(ErrorCode::QemuFailed, "no lock"));
+    let refused = DestinationView { cont_refused: refused, ..view(LOADED) };
+    assert!(declines(&destination.decide(&DestinationRecord::Activated, &refused)));
+}
