@@ -4,7 +4,7 @@
 //!  POOL/.godwit-pool     identity of the storage, the same on every host that sees it
 //!  POOL/volumes/NAME     a volume; its format is declared in the VM's spec and never probed
 //!  POOL/records/NAME     what a volume was created as; advisory, bound to the file by its inode
-//!  POOL/partial/UUID     a volume that is being made, locked by its maker
+//!  POOL/partial/UUID     a volume that is being made, locked by its maker; or state of a TPM on its way, see [`tpm`]
 //! ```
 //! Everything in a volume was written by a guest or a user. This process reads the header and the tables of a qcow2 file with a small
 //! reader of its own ([`qcow2`], [`tables`]). `qemu-img` creates empty volumes and copies images, never opens an existing volume, and
@@ -19,6 +19,7 @@ mod refusal;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod tpm;
 mod volume;
 
 use std::os::fd::OwnedFd;
@@ -32,6 +33,7 @@ use godwit_qemu::Launcher;
 pub(crate) use image::{CachedImage, ImageCache};
 pub(crate) use locks::locks_hold;
 use place::Place;
+pub(crate) use tpm::ArrivingState;
 
 /// A pool as the administrator declares it.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

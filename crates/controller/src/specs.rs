@@ -135,12 +135,9 @@ fn reach(disk: &DiskSpec, first: u8, ends: u8) -> (u8, u8) {
 
 /// What the schema has a place for and this version does not do.
 pub(crate) fn check_supported(spec: &VmSpec) -> Result<(), Refusal> {
-    let missing = |what: &str, hint: &str| Err(Refusal::new(ErrorCode::Unsupported, what).hint(hint));
-    if spec.tpm.is_some() {
-        return missing("a TPM is not offered yet: its state would not move with the VM", "leave `tpm` out");
-    }
     if spec.autostart.is_some() {
-        return missing("VMs are not started by themselves yet", "leave `autostart` out, and start the VM when its host is back");
+        return Err(Refusal::new(ErrorCode::Unsupported, "VMs are not started by themselves yet")
+            .hint("leave `autostart` out, and start the VM when its host is back"));
     }
     Ok(())
 }

@@ -17,10 +17,20 @@ pub(super) fn held_by_qemu(file: impl AsFd) -> io::Result<bool> {
 
 /// Marks a partial file as being made, until the descriptor is closed. `false`: somebody else makes it.
 pub(super) fn try_make(file: impl AsFd) -> io::Result<bool> {
-    match fcntl(file, libc::F_OFD_SETLK, &mut region(libc::F_WRLCK, MAKER)) {
+    try_lock(file, MAKER)
+}
+
+fn try_lock(file: impl AsFd, bytes: (i64, i64)) -> io::Result<bool> {
+    match fcntl(file, libc::F_OFD_SETLK, &mut region(libc::F_WRLCK, bytes)) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
         other => other.map(|()| true),
     }
+}
+
+/// Holds a file, as its maker does and as QEMU does, for a process that takes no locks itself: until the last copy of the descriptor is
+/// closed. `false`: somebody else holds it.
+pub(super) fn try_use(file: impl AsFd) -> io::Result<bool> {
+    try_lock(file, (MAKER.0, QEMU.0 + QEMU.1))
 }
 
 /// Whether a lock in `dir` keeps another one of the same host out, as QEMU's must. Nothing is left behind.

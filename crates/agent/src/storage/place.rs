@@ -16,9 +16,9 @@ use uuid::Uuid;
 use super::{PoolConfig, locks, refusal};
 
 const IDENTITY: &str = ".godwit-pool";
-const VOLUMES: &str = "volumes";
+pub(super) const VOLUMES: &str = "volumes";
 const RECORDS: &str = "records";
-const PARTIAL: &str = "partial";
+pub(super) const PARTIAL: &str = "partial";
 /// Limit of the small files that this module reads.
 const SMALL: u64 = 4_096;
 /// A partial file is abandoned if nobody holds it and it is older than this: between making and locking it passes a moment.
@@ -27,7 +27,7 @@ const ABANDONED: Duration = Duration::from_secs(3_600);
 /// An opened pool.
 pub(super) struct Place {
     pool: Name,
-    root: OwnedFd,
+    pub(super) root: OwnedFd,
 }
 
 /// Size of the file system of a pool.
@@ -58,6 +58,7 @@ pub(super) struct Partial {
     name: String,
     /// Open for reading and writing.
     pub(super) file: File,
+    kept: bool,
 }
 
 impl Place {
@@ -170,7 +171,7 @@ impl Place {
         let path = format!("{PARTIAL}/{name}");
         let file = File::from(rustix::fs::openat(&self.root, path, flags, Mode::RUSR | Mode::WUSR)?);
         let place = Self { pool: self.pool.clone(), root: self.root.try_clone()? };
-        let partial = Partial { place, name, file };
+        let partial = Partial { place, name, file, kept: false };
         locks::try_make(&partial.file)?;
         Ok(partial)
     }
@@ -219,7 +220,7 @@ impl Place {
         Ok(partial)
     }
 
-    fn sync(&self, directory: &str) -> io::Result<()> {
+    pub(super) fn sync(&self, directory: &str) -> io::Result<()> {
         self.open_beneath(directory, OFlags::RDONLY | OFlags::DIRECTORY)?.sync_all()
     }
 }
@@ -227,6 +228,13 @@ impl Place {
 impl Partial {
     fn path(&self) -> String {
         format!("{PARTIAL}/{}", self.name)
+    }
+
+    /// Leaves it where it is, for a later life of this process to find by its name: abandoned once nobody holds its lock any more.
+    pub(super) fn keep(mut self) -> io::Result<(String, File)> {
+        let file = self.file.try_clone()?;
+        self.kept = true;
+        Ok((self.name.clone(), file))
     }
 
     /// Gives the file the volume's name, and writes down what it is. `false`: there is a volume already, which stays.
@@ -246,6 +254,9 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
         // Gone already if it was renamed.
         let _ = rustix::fs::unlinkat(&self.place.root, self.path(), AtFlags::empty());
     }
@@ -271,7 +282,7 @@ fn publish(root: impl AsFd, from: &str, to: &str) -> io::Result<bool> {
     }
 }
 
-fn volume_path(volume: &Name) -> String {
+pub(super) fn volume_path(volume: &Name) -> String {
     format!("{VOLUMES}/{volume}")
 }
 

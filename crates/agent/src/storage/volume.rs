@@ -228,7 +228,7 @@ pub(super) fn delete(place: &Place, volume: &VolumeRef) -> Result<(), Refusal> {
 }
 
 /// Opens a volume that is a file.
-fn open_file(place: &Place, volume: &VolumeRef, access: OFlags) -> Result<File, Refusal> {
+pub(super) fn open_file(place: &Place, volume: &VolumeRef, access: OFlags) -> Result<File, Refusal> {
     let file = place.open_volume(&volume.volume, access).map_err(|error| match error {
         Errno::NOENT => refusal::missing(volume),
         Errno::LOOP | Errno::XDEV => {
