@@ -20,6 +20,7 @@ use tokio::runtime::Runtime;
 use crate::artefacts::{GuestImages, godwit_binary, guest_agent_layer, guest_images};
 use crate::guest::{Guest, GuestSpec};
 use crate::outside::{Outside, Witness};
+use crate::processes::ProcessRole;
 use crate::{checks, logs, processes};
 
 /// How long an answer of the controller is waited for while it may be away.
@@ -378,10 +379,12 @@ impl Cluster {
     /// # Errors
     /// When it does not stop, or does not come up.
     pub fn stop_and_start(&mut self, vm: &str, host: &str) -> Result<()> {
-        let stop = VmStop::default();
-        let task = self.ask(self.client.stop_vm(&name(vm), &stop)).with_context(|| format!("stop {vm}"))?.id;
+        let (from, id) = (self.host_of(vm)?, self.guest(vm)?.id);
+        let task = self.ask(self.client.stop_vm(&name(vm), &VmStop::default())).with_context(|| format!("stop {vm}"))?.id;
         self.done(task, BOOT)?;
-        self.check()?;
+        let of_vm = |role: &ProcessRole| matches!(role, ProcessRole::Qemu(of) | ProcessRole::Tpm(of) if *of == id);
+        let left: Vec<_> = self.processes(&from)?.into_iter().filter(|process| of_vm(&process.role)).collect();
+        ensure!(left.is_empty(), "left of {vm} that has stopped: {left:?}");
         *self.reboots.entry(vm.to_owned()).or_default() += 1;
         let task = self.begin_start(vm, host).with_context(|| format!("start {vm} on {host}"))?;
         self.done(task, BOOT)?;
