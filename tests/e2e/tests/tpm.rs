@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use godwit_api::v1::VmExec;
+use godwit_api::v1::{VmDelete, VmExec};
 use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, ProcessRole, other_qemu, tpm};
 use godwit_model::{Bytes, DiskFormat, DiskSpec, ExecOutcome, Firmware, Name, Octets, Retry, Tpm, TpmVersion};
 
@@ -118,6 +118,18 @@ fn state_is_secret(cluster: &Cluster, host: &str) -> Result<u64> {
     }
 }
 
+/// Switches the VM off and deletes it with its volumes: the TPM is gone and its state with it.
+fn delete(cluster: &Cluster) -> Result<()> {
+    let vm = Name::new("web")?;
+    let soon = Duration::from_secs(60);
+    let task = cluster.ask(cluster.client().kill_vm(&vm))?;
+    cluster.done(task.id, soon)?;
+    let task = cluster.ask(cluster.client().delete_vm(&vm, &VmDelete { volumes: true }))?;
+    cluster.done(task.id, soon)?;
+    ensure!(!pool(cluster)?.join("volumes/web-tpm").exists(), "the state is still there");
+    Ok(())
+}
+
 #[test]
 fn a_tpm_moves_there_and_back_with_variables_and_disks_and_is_there_after_a_start_elsewhere() -> Result<()> {
     let cluster = ClusterSpec::new(2)?;
@@ -143,6 +155,7 @@ fn a_tpm_moves_there_and_back_with_variables_and_disks_and_is_there_after_a_star
     is_kept(&cluster).context("after a start on h2")?;
     ensure!(register(&cluster)? == [0; 32], "a start clears registers");
     state_is_secret(&cluster, "h2")?;
+    delete(&cluster)?;
     cluster.finish()
 }
 
