@@ -12,9 +12,11 @@ use godwit_qemu::Launcher;
 use godwit_qemu::accel::{self, AccelReport, ProbeCommand};
 use godwit_qemu::capabilities::{self, HostCapabilities, Interview, InterviewError, Support};
 use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
+use godwit_qemu::tpm::{self, NoTpm};
 use serde::Serialize;
 
 use crate::AgentOptions;
+use crate::host::with_causes;
 use crate::identity::Identity;
 
 pub(crate) use machine::Machine;
@@ -77,8 +79,10 @@ impl Finding {
 /// With `try_pools` the storage of every pool is tried, with small volumes that are removed again.
 pub async fn check(options: &AgentOptions, try_pools: bool) -> Vec<Finding> {
     let mut findings = vec![probes::root()];
-    let (probe, qemu) = ask_qemu(options, &Launcher::godwit("/proc/self/exe".into())).await;
+    let launcher = Launcher::godwit("/proc/self/exe".into());
+    let (probe, qemu) = ask_qemu(options, &launcher).await;
     findings.extend(of_qemu(&probe, &qemu));
+    findings.push(ask_tpm(options, &launcher).await);
     findings.extend(of_cgroups(options));
     findings.extend(Machine::real().findings());
     findings.push(machine::clock_synchronised());
@@ -120,6 +124,23 @@ pub(crate) async fn ask_qemu(
     (probe, qemu)
 }
 
+/// Whether VMs can have a TPM here.
+pub(crate) async fn ask_tpm(options: &AgentOptions, launcher: &Launcher) -> Finding {
+    of_tpm(tpm::find(launcher, options.uid_base).await.err())
+}
+
+fn of_tpm(none: Option<NoTpm>) -> Finding {
+    const NAME: &str = "tpm";
+    match none {
+        None => Finding::ok(NAME, "VMs can have a TPM: swtpm with all that it needs"),
+        Some(why) => Finding::warn(
+            NAME,
+            format!("VMs with a TPM are refused: {}", with_causes(&why)),
+            "install the package swtpm of Debian 12 or 13 (0.7), and restart the agent",
+        ),
+    }
+}
+
 /// The accelerator, QEMU, and what QEMU may do here.
 pub(crate) fn of_qemu(probe: &AccelReport, qemu: &Result<HostCapabilities, InterviewError>) -> Vec<Finding> {
     let accelerator = match probe.accelerator {
@@ -134,15 +155,9 @@ pub(crate) fn of_qemu(probe: &AccelReport, qemu: &Result<HostCapabilities, Inter
     let known = match qemu {
         Ok(known) => known,
         Err(error) => {
-            let mut message = error.to_string();
-            let mut cause = std::error::Error::source(error);
-            while let Some(deeper) = cause {
-                message.push_str(&format!(": {deeper}"));
-                cause = deeper.source();
-            }
             findings.push(Finding::fail(
                 "qemu",
-                message,
+                with_causes(error),
                 "install QEMU 7.2 or newer (Debian: qemu-system-x86), or name it with --qemu",
             ));
             return findings;
@@ -204,6 +219,14 @@ mod tests {
         assert_eq!(Finding::ok("clock", "it is in step").condition(), None);
         let condition = Finding::fail("seccomp", "the kernel has none", "boot another").condition().expect("a condition");
         assert_eq!((condition.name.as_str(), condition.fix.as_str()), ("seccomp", "boot another"));
+    }
+
+    #[test]
+    fn a_host_without_swtpm_is_one_for_vms_without_a_tpm() {
+        let finding = of_tpm(Some(NoTpm::Missing));
+        assert_eq!((finding.level, finding.message.as_str()), (Level::Warn, "VMs with a TPM are refused: swtpm is not in PATH"));
+        assert!(finding.fix.is_some_and(|fix| fix.contains("swtpm")));
+        assert_eq!(of_tpm(None).level, Level::Ok);
     }
 
     #[test]

@@ -264,15 +264,20 @@ impl Ledger {
     }
 }
 
-/// A failure of the host itself, with its cause.
-pub(crate) fn host_failed(what: &str, error: &dyn std::error::Error) -> Refusal {
-    let mut message = format!("{what}: {error}");
+/// An error with its causes, which `Display` leaves out.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut message = error.to_string();
     let mut cause = error.source();
     while let Some(deeper) = cause {
         message.push_str(&format!(": {deeper}"));
         cause = deeper.source();
     }
-    Refusal::new(ErrorCode::HostFailed, message).hint("look at the host's log").retry(Retry::Safe)
+    message
+}
+
+/// A failure of the host itself, with its cause.
+pub(crate) fn host_failed(what: &str, error: &dyn std::error::Error) -> Refusal {
+    Refusal::new(ErrorCode::HostFailed, format!("{what}: {}", with_causes(error))).hint("look at the host's log").retry(Retry::Safe)
 }
 
 /// Makes a directory that only root and, if given, one uid can use.

@@ -7,7 +7,7 @@ use godwit_qemu::Launcher;
 use godwit_qemu::capabilities::InterviewError;
 
 use crate::AgentOptions;
-use crate::check::{self, Finding};
+use crate::check::{self, Finding, Level};
 use crate::firmware::Flash;
 use crate::journal::{Holding, VmRecord};
 
@@ -25,6 +25,9 @@ pub(crate) async fn take(
     }
     let (probe, qemu) = check::ask_qemu(options, launcher).await;
     conditions.extend(check::of_qemu(&probe, &qemu).into_iter().filter_map(Finding::condition));
+    let tpm = check::ask_tpm(options, launcher).await;
+    let has_tpm = tpm.level == Level::Ok;
+    conditions.extend(tpm.condition());
     let qemu = qemu?;
     let machines = qemu.machines.iter().map(|machine| machine.name.clone()).collect();
     Ok(HostFacts {
@@ -40,6 +43,7 @@ pub(crate) async fn take(
         pools,
         uefi: Flash::find(false).is_some(),
         secure_boot: Flash::find(true).is_some(),
+        tpm: has_tpm,
         hugepages: hugepages(),
         numa_nodes: numa_nodes(),
         conditions,
@@ -73,16 +77,16 @@ fn memory_for_vms() -> Bytes {
     Bytes(total.saturating_sub((total / 8).max(1 << 30)))
 }
 
-/// Ends processes under our uids that no record names: a QEMU is journalled before it is continued, so such a one never ran a vCPU,
-/// and a carry is journalled before it is used.
+/// Ends processes under our uids that no record names: a QEMU and its TPM are journalled before it is continued, so such a one never ran a
+/// vCPU, and a carry is journalled before it is used.
 pub(crate) fn end_orphans(records: &BTreeMap<VmId, VmRecord>, uid_base: u32) {
     let carries = records.values().filter_map(|record| match &record.holding {
         Holding::Owner => None,
         Holding::Source(outgoing) => outgoing.carry.as_ref(),
         Holding::Destination(incoming) => incoming.carry.as_ref(),
     });
-    let known: BTreeSet<u32> =
-        records.values().filter_map(|record| record.process.as_ref()).chain(carries).map(|process| process.pid).collect();
+    let of_vms = records.values().flat_map(|record| record.process.iter().chain(&record.tpm.process));
+    let known: BTreeSet<u32> = of_vms.chain(carries).map(|process| process.pid).collect();
     let Ok(entries) = std::fs::read_dir("/proc") else { return };
     for entry in entries.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };

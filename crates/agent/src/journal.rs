@@ -15,6 +15,8 @@ use godwit_qemu::process::ProcessIdentity;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::storage::Successor;
+
 const SCHEMA: u32 = 1;
 
 /// What this host holds of one VM.
@@ -30,6 +32,9 @@ pub(crate) struct VmRecord {
     pub(crate) uid: u32,
     /// Its QEMU.
     pub(crate) process: Option<ProcessIdentity>,
+    /// Its TPM, if it has one.
+    #[serde(default)]
+    pub(crate) tpm: TpmRecord,
     /// How this host holds it.
     pub(crate) holding: Holding,
     /// Whether its end was asked for: what tells a crash from a stop.
@@ -41,8 +46,18 @@ pub(crate) struct VmRecord {
 
 impl VmRecord {
     pub(crate) fn new(spec: ResolvedSpec, generation: Generation, uid: u32, holding: Holding) -> Self {
-        Self { schema: SCHEMA, spec, generation, uid, process: None, holding, end_wanted: false, ended_with_host: false }
+        let tpm = TpmRecord::default();
+        Self { schema: SCHEMA, spec, generation, uid, process: None, tpm, holding, end_wanted: false, ended_with_host: false }
     }
+}
+
+/// A VM's TPM here.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TpmRecord {
+    /// Its swtpm.
+    pub(crate) process: Option<ProcessIdentity>,
+    /// The file that it writes, of a move to here: that of the volume once the VM runs here.
+    pub(crate) arriving: Option<Successor>,
 }
 
 /// How a host holds a VM.

@@ -18,6 +18,7 @@ pub(crate) mod suite;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod tpm;
 mod volume;
 
 use std::os::fd::OwnedFd;
@@ -28,6 +29,7 @@ use godwit_model::spec::ResolvedDisk;
 use godwit_model::{Bytes, ErrorCode, HostCondition, Name, PoolFacts, Refusal, VolumeRef};
 use godwit_qemu::Launcher;
 
+pub(crate) use driver::Successor;
 pub(crate) use image::{CachedImage, ImageCache};
 pub(crate) use locks::locks_hold;
 

@@ -15,6 +15,7 @@ mod moving;
 mod registry;
 mod source;
 mod start;
+mod tpm;
 
 pub(crate) use actor::{Answer, VmCommand};
 pub(crate) use registry::Registry;

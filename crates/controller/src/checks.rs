@@ -53,7 +53,7 @@ fn look_at_platform(spec: &ResolvedSpec, host: Candidate<'_>, found: &mut Vec<Re
 /// What the spec asks of a host beyond a machine: firmware, huge pages, memory nodes, a hypervisor's enlightenments.
 fn check_features(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusal> {
     let Candidate { name, facts, .. } = host;
-    let Platform { firmware, hyperv, hugepages, numa, .. } = &spec.platform;
+    let Platform { firmware, hyperv, tpm, hugepages, numa, .. } = &spec.platform;
     if let Firmware::Uefi { secure_boot, .. } = firmware
         && !(if *secure_boot { facts.secure_boot } else { facts.uefi })
     {
@@ -61,6 +61,12 @@ fn check_features(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusa
         return Err(incompatible(
             format!("host {name} has no UEFI firmware{with}"),
             format!("install the package ovmf on {name} and restart its agent, or choose another host"),
+        ));
+    }
+    if tpm.is_some() && !facts.tpm {
+        return Err(incompatible(
+            format!("host {name} has no TPMs for VMs"),
+            format!("install the package swtpm on {name} and restart its agent, or choose another host"),
         ));
     }
     if *hyperv != Hyperv::Off && spec.accelerator != Accelerator::Kvm {

@@ -138,15 +138,6 @@ fn reach(disk: &DiskSpec, first: u8, ends: u8) -> (u8, u8) {
     }
 }
 
-/// What the schema has a place for and this version does not do.
-pub(crate) fn check_supported(spec: &VmSpec) -> Result<(), Refusal> {
-    let missing = |what: &str, hint: &str| Err(Refusal::new(ErrorCode::Unsupported, what).hint(hint));
-    if spec.tpm.is_some() {
-        return missing("a TPM is not offered yet: its state would not move with the VM", "leave `tpm` out");
-    }
-    Ok(())
-}
-
 /// The keys that belong to the VM of a spec.
 pub(crate) fn claims(spec: &VmSpec) -> BTreeSet<String> {
     let macs = spec.nics.iter().filter_map(|nic| nic.mac).map(|mac| format!("mac/{mac}"));
@@ -325,15 +316,5 @@ mod tests {
         spec.nics[1].mac = spec.nics[0].mac;
         let before = created();
         assert_eq!(complete_change(&before, &mut spec, false).expect_err("twice").code, ErrorCode::SpecInvalid);
-    }
-
-    #[test]
-    fn what_is_not_done_yet_is_refused_with_what_to_do() {
-        let mut spec = created();
-        spec.tpm = Some(godwit_model::spec::Tpm { version: Default::default(), state: "p/tpm".parse().expect("volume") });
-        let refusal = check_supported(&spec).expect_err("not yet");
-        assert!(refusal.code == ErrorCode::Unsupported && refusal.hint.is_some());
-        spec.tpm = None;
-        assert_eq!(check_supported(&spec), Ok(()));
     }
 }

@@ -33,6 +33,9 @@ pub struct HostFacts {
     /// Whether UEFI firmware that enforces Secure Boot is installed.
     #[serde(default)]
     pub secure_boot: bool,
+    /// Whether VMs can have a TPM here.
+    #[serde(default)]
+    pub tpm: bool,
     /// Sizes of huge pages that it has set aside.
     #[serde(default)]
     pub hugepages: Vec<HugePages>,

@@ -9,6 +9,7 @@ pub(crate) mod devices;
 mod options;
 mod platform;
 mod seed;
+mod tpm;
 
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
@@ -42,6 +43,8 @@ pub struct Resources {
     pub taps: Vec<RawFd>,
     /// Descriptor of the seed, if the spec has cloud-init; opened read-only.
     pub seed: Option<RawFd>,
+    /// QEMU's end of its TPM's control socket, if the spec has a TPM; see [`crate::tpm::start`].
+    pub tpm: Option<RawFd>,
     /// Fresh, or waiting for a migration.
     pub start: Start,
 }
@@ -232,6 +235,9 @@ pub fn qemu_arguments(spec: &ResolvedSpec, resources: &Resources) -> Result<Vec<
     if let Some(fd) = resources.seed {
         seed::add(&mut line, fd);
     }
+    if let Some(control) = resources.tpm {
+        tpm::add(&mut line, control);
+    }
     if resources.start == Start::Incoming {
         line.option("-incoming", "defer");
     }
@@ -282,6 +288,7 @@ fn check(spec: &ResolvedSpec, resources: &Resources) -> Result<(), CommandError>
         ("kernels", usize::from(spec.kernel.is_some()), usize::from(resources.kernel.is_some())),
         ("initrds", usize::from(spec.initrd.is_some()), usize::from(resources.initrd.is_some())),
         ("seeds", usize::from(spec.cloud_init.is_some()), usize::from(resources.seed.is_some())),
+        ("TPMs", usize::from(spec.platform.tpm.is_some()), usize::from(resources.tpm.is_some())),
         ("disks", spec.disks.len(), resources.disks.len()),
         ("interfaces", spec.nics.len(), resources.taps.len()),
         ("CD-ROM drives", spec.cdroms.len(), resources.media.len()),

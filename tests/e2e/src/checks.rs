@@ -23,7 +23,7 @@ pub(crate) fn no_second_runner(cluster: &Cluster) -> Result<()> {
     let log = cluster.witness().log();
     for (id, vm) in log.vms() {
         ensure!(vm.interleaved == 0, "{id} ran twice: {} of {} records interleave", vm.interleaved, vm.records);
-        ensure!(vm.reboots == 0, "{id} was booted again");
+        ensure!(vm.reboots == cluster.reboots(id), "{id} was booted again: {} times", vm.reboots);
     }
     Ok(())
 }
@@ -77,14 +77,20 @@ fn differences(cluster: &Cluster, host: &HostStatus, vms: &[Vm]) -> Result<Vec<S
     };
     let mut found = Vec::new();
     let mut missing: BTreeMap<_, _> = vms.iter().filter(here).map(|vm| (vm.id, vm)).collect();
+    let mut tpms: BTreeMap<_, _> = vms.iter().filter(here).filter(|vm| vm.spec.tpm.is_some()).map(|vm| (vm.id, vm)).collect();
     let expected_taps: usize = missing.values().map(|vm| vm.spec.nics.len()).sum();
     for process in processes::of_host(host)? {
-        let known = matches!(&process.role, ProcessRole::Qemu(vm) if missing.remove(vm).is_some());
+        let known = match &process.role {
+            ProcessRole::Qemu(vm) => missing.remove(vm).is_some(),
+            ProcessRole::Tpm(vm) => tpms.remove(vm).is_some(),
+            ProcessRole::Carry(_) | ProcessRole::Other(_) => false,
+        };
         if !known {
             found.push(format!("{}: process {process:?} belongs to nothing", host.name));
         }
     }
     found.extend(missing.values().map(|vm| format!("{}: no QEMU of {}", host.name, vm.name)));
+    found.extend(tpms.values().map(|vm| format!("{}: no TPM of {}", host.name, vm.name)));
     let taps = processes::taps(host)?;
     if taps.len() != expected_taps {
         found.push(format!("{}: taps {taps:?}, expected {expected_taps}", host.name));

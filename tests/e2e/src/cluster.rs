@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes as Chunk;
 use godwit_api::client::{Client, ClientError};
-use godwit_api::v1::{Task, TaskState, VmCreate, VmMigrate, VmStart};
+use godwit_api::v1::{Task, TaskState, VmCreate, VmMigrate, VmStart, VmStop};
 use godwit_guest::Status;
 use godwit_lab::{HostOverride, Lab, LabSpec, LabStatus, LinkRate};
 use godwit_model::{ImportFormat, MigrationPolicy, MigrationProgress, Name, Refusal, TaskId};
@@ -20,6 +20,7 @@ use tokio::runtime::Runtime;
 use crate::artefacts::{GuestImages, godwit_binary, guest_agent_layer, guest_images};
 use crate::guest::{Guest, GuestSpec};
 use crate::outside::{Outside, Witness};
+use crate::processes::ProcessRole;
 use crate::{checks, logs, processes};
 
 /// How long an answer of the controller is waited for while it may be away.
@@ -45,6 +46,7 @@ pub struct Cluster {
     guests: BTreeMap<String, Guest>,
     images: Option<(Name, Name)>,
     expected: Vec<String>,
+    reboots: BTreeMap<String, u64>,
     finished: bool,
     pub(crate) moves: BTreeMap<String, TaskId>,
 }
@@ -128,6 +130,7 @@ impl ClusterSpec {
                 guests: BTreeMap::new(),
                 images: None,
                 expected: Vec::new(),
+                reboots: BTreeMap::new(),
                 finished: false,
                 moves: BTreeMap::new(),
             }),
@@ -369,6 +372,28 @@ impl Cluster {
         let host = self.host_of(vm)?;
         ensure!(host == to, "{vm} was moved to {to} but is on {host}");
         Ok(done)
+    }
+
+    /// Has a VM powered off by its guest, and starts it on a host: a machine that was switched off, and is on again.
+    ///
+    /// # Errors
+    /// When it does not stop, or does not come up.
+    pub fn stop_and_start(&mut self, vm: &str, host: &str) -> Result<()> {
+        let (from, id) = (self.host_of(vm)?, self.guest(vm)?.id);
+        let task = self.ask(self.client.stop_vm(&name(vm), &VmStop::default())).with_context(|| format!("stop {vm}"))?.id;
+        self.done(task, BOOT)?;
+        let of_vm = |role: &ProcessRole| matches!(role, ProcessRole::Qemu(of) | ProcessRole::Tpm(of) if *of == id);
+        let left: Vec<_> = self.processes(&from)?.into_iter().filter(|process| of_vm(&process.role)).collect();
+        ensure!(left.is_empty(), "left of {vm} that has stopped: {left:?}");
+        *self.reboots.entry(vm.to_owned()).or_default() += 1;
+        let task = self.begin_start(vm, host).with_context(|| format!("start {vm} on {host}"))?;
+        self.done(task, BOOT)?;
+        self.status_within(vm, BOOT).map(drop)
+    }
+
+    /// How often a guest was booted again on purpose.
+    pub(crate) fn reboots(&self, vm: &str) -> u64 {
+        self.reboots.get(vm).copied().unwrap_or_default()
     }
 
     /// A task as it is now.

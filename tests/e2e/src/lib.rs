@@ -17,6 +17,8 @@ mod processes;
 
 mod outside;
 mod report;
+/// What a guest's TPM is asked.
+pub mod tpm;
 
 pub use action::{Action, Ending, Party};
 pub use artefacts::{GuestImages, godwit_binary, guest_agent_layer, guest_images, other_qemu, schemathesis};

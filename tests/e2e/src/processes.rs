@@ -1,5 +1,7 @@
-//! What runs on a lab host for its VMs, as the kernel tells it: QEMU by its user id and command line, carry by the socket it listens on.
+//! What runs on a lab host for its VMs, as the kernel tells it: QEMU by its user id and command line, a TPM by the same user id, carry by the
+//! socket it listens on.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -26,6 +28,8 @@ pub struct HostProcess {
 pub enum ProcessRole {
     /// The QEMU of a VM.
     Qemu(VmId),
+    /// The TPM of a VM, told by the user that it shares with the VM's QEMU.
+    Tpm(VmId),
     /// The carry of a VM's move; the first digits of the VM's id, which name its socket.
     Carry(String),
     /// Something else, such as a probe of the agent.
@@ -51,7 +55,7 @@ pub(crate) fn names(name: &str, vm: VmId) -> bool {
 /// Everything that runs under a host's user ids now.
 pub(crate) fn of_host(host: &HostStatus) -> Result<Vec<HostProcess>> {
     let sockets = carry_sockets(&host.namespace)?;
-    let mut found = Vec::new();
+    let (mut commands, mut qemus) = (Vec::new(), BTreeMap::new());
     for entry in fs::read_dir("/proc").context("read /proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         // A process that ends meanwhile is no process of the host.
@@ -65,16 +69,25 @@ pub(crate) fn of_host(host: &HostStatus) -> Result<Vec<HostProcess>> {
             // Ended, and not yet waited for.
             continue;
         }
-        let role = if let Some(vm) = vm_of(&command) {
+        qemus.extend(vm_of(&command).map(|vm| (uid, vm)));
+        commands.push((pid, uid, command));
+    }
+    let role = |pid: u32, uid: u32, command: String| {
+        if let Some(vm) = vm_of(&command) {
             ProcessRole::Qemu(vm)
-        } else if let Some(vm) = listens_on(&entry.path(), &sockets) {
+        } else if let Some(vm) = qemus.get(&uid).filter(|_| is_tpm(&command)) {
+            ProcessRole::Tpm(*vm)
+        } else if let Some(vm) = listens_on(&Path::new("/proc").join(pid.to_string()), &sockets) {
             ProcessRole::Carry(vm)
         } else {
             ProcessRole::Other(command)
-        };
-        found.push(HostProcess { pid, role });
-    }
-    Ok(found)
+        }
+    };
+    Ok(commands.into_iter().map(|(pid, uid, command)| HostProcess { pid, role: role(pid, uid, command) }).collect())
+}
+
+fn is_tpm(command: &str) -> bool {
+    command.split(' ').next().is_some_and(|program| program.ends_with("/swtpm"))
 }
 
 /// Taps of VMs in a host's namespace.

@@ -5,9 +5,11 @@
 //!  POOL/volumes/NAME          a volume; its format is declared in the VM's spec and never probed
 //!  POOL/snapshots/NAME@SNAP   a snapshot of it: a file of its own, which shares its blocks where the file system can
 //!  POOL/records/NAME[@SNAP]   what it was made as; advisory, bound to the file by its inode
-//!  POOL/partial/UUID          something that is being made, locked by its maker
+//!  POOL/partial/UUID          something that is being made, locked by its maker; or a successor, see [`successor`]
 //! ```
 //! Its identity is checked whenever it is opened, and nothing below is reached through a link.
+
+mod successor;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -22,7 +24,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::driver::{Access, Driver, Hold, Item, OpenError, Record, Room, Space, Storage};
+use super::driver::{Access, Driver, Hold, Item, OpenError, Record, Room, Space, Storage, Successor};
 use super::{PoolConfig, locks};
 
 const IDENTITY: &str = ".godwit-pool";
@@ -67,6 +69,7 @@ struct Partial {
     place: Place,
     name: String,
     file: File,
+    kept: bool,
 }
 
 impl Directory {
@@ -147,7 +150,7 @@ impl Place {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let path = format!("{PARTIAL}/{name}");
         let file = File::from(rustix::fs::openat(&self.root, path, flags, Mode::RUSR | Mode::WUSR)?);
-        let partial = Partial { place: self.again()?, name, file };
+        let partial = Partial { place: self.again()?, name, file, kept: false };
         locks::try_make(&partial.file)?;
         Ok(partial)
     }
@@ -286,6 +289,22 @@ impl Storage for Place {
         Ok(names)
     }
 
+    fn begin_successor(&self) -> io::Result<(Successor, File)> {
+        Self::begin_successor(self)
+    }
+
+    fn succeed(&self, item: &Item, successor: &Successor) -> io::Result<()> {
+        Self::succeed(self, item, successor)
+    }
+
+    fn withdraw(&self, item: &Item, successor: &Successor) -> io::Result<()> {
+        Self::withdraw(self, item, successor)
+    }
+
+    fn settle(&self, item: &Item, successor: &Successor) -> io::Result<()> {
+        Self::settle(self, item, successor)
+    }
+
     fn remove(&self, item: &Item) -> io::Result<()> {
         for path in [record_path(item), path_of(item)] {
             match rustix::fs::unlinkat(&self.root, path, AtFlags::empty()) {
@@ -322,6 +341,13 @@ impl Partial {
     fn path(&self) -> String {
         format!("{PARTIAL}/{}", self.name)
     }
+
+    /// Leaves it where it is, for a later life of this process to find by its name: abandoned once nobody holds its lock any more.
+    fn keep(mut self) -> io::Result<(String, File)> {
+        let file = self.file.try_clone()?;
+        self.kept = true;
+        Ok((self.name.clone(), file))
+    }
 }
 
 impl Room for Partial {
@@ -342,6 +368,9 @@ impl Room for Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
         // Gone already if it was renamed.
         let _ = rustix::fs::unlinkat(&self.place.root, self.path(), AtFlags::empty());
     }

@@ -7,6 +7,8 @@ use std::fs::File;
 use std::io;
 
 use godwit_model::{Bytes, DiskFormat, Name, Refusal};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 /// One pool as one host reaches it. Cheap to keep, whether the storage is there or not.
 pub(super) trait Driver: Send + Sync {
@@ -56,6 +58,18 @@ pub(super) trait Storage: Send + Sync {
     /// The snapshots of a volume, sorted by name.
     fn snapshots(&self, volume: &Name) -> io::Result<Vec<Name>>;
 
+    /// Room that stays when this process ends, taken as by [`Hold::Taken`]: a successor, which can take a volume's name from what has it.
+    fn begin_successor(&self) -> io::Result<(Successor, File)>;
+
+    /// Gives the successor the volume's name, and keeps what had it. Again: nothing happens.
+    fn succeed(&self, item: &Item, successor: &Successor) -> io::Result<()>;
+
+    /// Gives the name back to what had it, if the successor has it, and removes the successor. Again: nothing happens.
+    fn withdraw(&self, item: &Item, successor: &Successor) -> io::Result<()>;
+
+    /// As [`Storage::succeed`]; and removes what had the name. Again: nothing happens.
+    fn settle(&self, item: &Item, successor: &Successor) -> io::Result<()>;
+
     /// Removes a volume or a snapshot; one that is not there is removed already.
     fn remove(&self, item: &Item) -> io::Result<()>;
 
@@ -70,6 +84,15 @@ pub(super) trait Room: Send + Sync {
 
     /// Gives it a name, durably. `false`: something has that name, and stays.
     fn publish(self: Box<Self>, item: &Item, record: Record) -> io::Result<bool>;
+}
+
+/// What is to take a volume's name from what has it, as a journal keeps it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Successor {
+    /// Its own name in the pool.
+    pub(super) id: Uuid,
+    /// What tells it from whatever else may have a name.
+    pub(super) mark: u64,
 }
 
 /// Something with a name in a pool.
@@ -147,6 +170,8 @@ pub(super) enum Hold {
     Still,
     /// Everybody.
     Alone,
+    /// Everybody, for as long as any copy of the file is open, as a user itself: for programs that take no locks.
+    Taken,
 }
 
 /// Why an item was not opened.

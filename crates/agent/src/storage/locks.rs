@@ -26,6 +26,7 @@ pub(super) fn hold(file: impl AsFd, hold: Hold) -> io::Result<bool> {
     let (forbidden, done): (_, &[(i64, i64)]) = match hold {
         Hold::Still => ((FORBIDS + WRITE, KINDS - WRITE), &[(DOES + WRITE, 1), (DOES + RESIZE, 1)]),
         Hold::Alone => ((FORBIDS, KINDS), &[(DOES, KINDS), (FORBIDS, KINDS)]),
+        Hold::Taken => return try_lock(file, (MAKER.0, QEMU.0 + QEMU.1)),
     };
     // First forbidden, then looked at, as QEMU does it the other way round: of two, at least one sees the other.
     match fcntl(&file, libc::F_OFD_SETLK, &mut region(libc::F_RDLCK, forbidden)) {
@@ -42,7 +43,11 @@ pub(super) fn hold(file: impl AsFd, hold: Hold) -> io::Result<bool> {
 
 /// Marks a partial file as being made, until the descriptor is closed. `false`: somebody else makes it.
 pub(super) fn try_make(file: impl AsFd) -> io::Result<bool> {
-    match fcntl(file, libc::F_OFD_SETLK, &mut region(libc::F_WRLCK, MAKER)) {
+    try_lock(file, MAKER)
+}
+
+fn try_lock(file: impl AsFd, bytes: (i64, i64)) -> io::Result<bool> {
+    match fcntl(file, libc::F_OFD_SETLK, &mut region(libc::F_WRLCK, bytes)) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
         other => other.map(|()| true),
     }

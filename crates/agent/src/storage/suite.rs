@@ -70,13 +70,14 @@ pub(super) fn run(pool: &Name, first: &dyn Driver, second: &dyn Driver) -> Vec<T
         (Ok(here), Ok(there)) => (here, there),
         (Err(refusal), _) | (_, Err(refusal)) => return vec![Tried { what: "open", outcome: Err(refusal.message) }],
     };
-    let tries: [(&'static str, Try); 10] = [
+    let tries: [(&'static str, Try); 11] = [
         ("identity", identity),
         ("create", create),
         ("create at once", create_at_once),
         ("clone", clone),
         ("grow", grow),
         ("snapshot", snapshot),
+        ("succeed", succeed),
         ("use by QEMU", use_by_qemu),
         ("hold against QEMU", hold_against_qemu),
         ("direct I/O", direct),
@@ -301,6 +302,38 @@ fn snapshot(views: &Views<'_>) -> Result<Seen, Wrong> {
     views.delete_snapshot(&volume, &name)?;
     ensure(views.there.snapshots(&volume.volume)?.is_empty(), "a snapshot that was deleted is still there")?;
     views.must_have(&Item::volume(&views.name("two")), 1, SIZE)?;
+    Ok(Seen::Right)
+}
+
+fn succeed(views: &Views<'_>) -> Result<Seen, Wrong> {
+    let volume = views.make("one", 1)?;
+    let item = Item::volume(&volume.volume);
+    let begin = |fill| -> Result<_, Wrong> {
+        let (successor, file) = views.there.begin_successor()?;
+        file.set_len(SIZE.get())?;
+        write(&file, fill)?;
+        views.must_have(&item, 1, SIZE)?;
+        Ok(successor)
+    };
+    // Given up before and after it had the name, each step from both sides and again.
+    for taken in [false, true] {
+        let successor = begin(2)?;
+        for storage in views.both().into_iter().filter(|_| taken) {
+            storage.succeed(&item, &successor)?;
+            views.must_have(&item, 2, SIZE)?;
+        }
+        for storage in views.both() {
+            storage.withdraw(&item, &successor)?;
+            views.must_have(&item, 1, SIZE)?;
+        }
+    }
+    let successor = begin(3)?;
+    for storage in views.both() {
+        storage.settle(&item, &successor)?;
+        views.must_have(&item, 3, SIZE)?;
+    }
+    views.here.withdraw(&item, &successor)?;
+    views.must_have(&item, 3, SIZE)?;
     Ok(Seen::Right)
 }
 

@@ -306,7 +306,7 @@ fn in_use(volume: &VolumeRef) -> Refusal {
 }
 
 /// Opens a volume that is a file.
-fn open_file(storage: &dyn Storage, volume: &VolumeRef, item: &Item, access: Access) -> Result<File, Refusal> {
+pub(super) fn open_file(storage: &dyn Storage, volume: &VolumeRef, item: &Item, access: Access) -> Result<File, Refusal> {
     storage.open(item, access).map_err(|error| match error {
         OpenError::Missing => refusal::missing(volume),
         OpenError::Link => {

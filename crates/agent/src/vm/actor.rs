@@ -17,6 +17,7 @@ use super::destination::DestinationMove;
 use super::moving::{fact, tell_through_controller, vcpus};
 use super::registry::answer_for_nobody;
 use super::source::SourceMove;
+use super::tpm::TPM_GRACE;
 use crate::carry::CarryNotice;
 use crate::guest;
 use crate::host::{SharedHost, host_failed};
@@ -117,6 +118,8 @@ pub(super) struct Actor {
     pub(super) record: Option<VmRecord>,
     pub(super) state: RunState,
     pub(super) process: Option<Arc<QemuProcess>>,
+    /// Its TPM, which ends with QEMU.
+    pub(super) tpm: Option<Arc<QemuProcess>>,
     pub(super) qmp: Option<Qmp>,
     pub(super) notices: Option<Notices>,
     pub(super) moving: Option<Moving>,
@@ -142,6 +145,7 @@ impl Actor {
             state: record.as_ref().map_or(RunState::Stopped, last_known),
             record,
             process: None,
+            tpm: None,
             qmp: None,
             notices: None,
             moving: None,
@@ -160,15 +164,16 @@ impl Actor {
         loop {
             self.look_at_move().await;
             self.publish();
-            let Self { events, notices, process, carry_notices, wake, .. } = &mut self;
-            let process = process.clone();
+            let Self { events, notices, process, tpm, carry_notices, wake, .. } = &mut self;
+            let (process, tpm) = (process.clone(), tpm.clone());
             tokio::select! {
                 biased;
                 event = events.recv() => match event {
                     Some(event) => self.on_event(event).await,
                     None => return,
                 },
-                exit = async { process.expect("guarded").exited().await }, if process.is_some() => self.on_exit(exit),
+                exit = async { process.expect("guarded").exited().await }, if process.is_some() => self.on_exit(exit).await,
+                exit = async { tpm.expect("guarded").exited().await }, if tpm.is_some() => self.on_tpm_exit(exit).await,
                 notice = async { notices.as_mut().expect("guarded").next().await }, if notices.is_some() => self.on_notice(notice),
                 Some(notice) = carry_notices.1.recv() => self.on_carry(notice),
                 () = tokio::time::sleep_until(*wake) => self.on_wake().await,
@@ -182,6 +187,7 @@ impl Actor {
     /// Finds again what an earlier life of the agent left running.
     async fn adopt(&mut self) {
         let Some(record) = self.record.clone() else { return };
+        self.adopt_tpm(&record);
         if let Some(identity) = &record.process {
             loop {
                 match QemuProcess::adopt(identity) {
@@ -199,7 +205,7 @@ impl Actor {
                         if let Some(record) = &mut self.record {
                             record.ended_with_host |= !record.end_wanted && !identity.is_of_this_boot();
                         }
-                        break self.on_exit(Exit::Unknown);
+                        break self.on_exit(Exit::Unknown).await;
                     }
                     Err(error) => {
                         // Not known to be dead: nothing may be concluded from it.
@@ -210,7 +216,7 @@ impl Actor {
             }
         }
         match &record.holding {
-            Holding::Owner => {}
+            Holding::Owner => self.settle_tpm().await,
             Holding::Source(outgoing) => {
                 self.moving =
                     Some(Moving::Source(Box::new(SourceMove::resume(&self.host, self.vm, outgoing, &self.carry_notices.0))));
@@ -298,8 +304,9 @@ impl Actor {
     }
 
     /// The process is proven dead.
-    fn on_exit(&mut self, exit: Exit) {
+    async fn on_exit(&mut self, exit: Exit) {
         self.process = None;
+        self.end_tpm(TPM_GRACE).await;
         self.qmp = None;
         self.notices = None;
         self.host.memory.release(self.vm);
@@ -314,6 +321,7 @@ impl Actor {
         self.guest_shut_down = false;
         tracing::info!(?exit, state = ?self.state, "QEMU has ended");
         record.process = None;
+        record.tpm.process = None;
         record.end_wanted = expected;
         self.save_or_log();
     }
@@ -502,7 +510,7 @@ impl Actor {
         if let Some(process) = self.process.clone() {
             process.kill();
             let exit = process.exited().await;
-            self.on_exit(exit);
+            self.on_exit(exit).await;
         }
     }
 

@@ -117,6 +117,7 @@ impl Actor {
             }
             Err(refusal) => {
                 self.end_process().await;
+                self.forsake_tpm().await;
                 self.drop_record();
                 Err(refusal)
             }
@@ -243,7 +244,11 @@ impl Actor {
                 }
                 Some(Duration::from_millis(wait.get()))
             }
-            DestinationAction::Record(next) => self.record_destination(next).then_some(()).map_or(Some(RETRY), |()| None),
+            DestinationAction::Record(next) => {
+                let declines = matches!(next, DestinationRecord::Declined { .. });
+                let done = (!declines || self.decline_tpm().await) && self.record_destination(next);
+                (!done).then_some(RETRY)
+            }
             DestinationAction::EndQemu => {
                 self.end_process().await;
                 None
@@ -258,7 +263,11 @@ impl Actor {
     }
 
     async fn continue_destination(&mut self) -> Option<Duration> {
-        let continued = self.command(godwit_qemu::Qmp::cont).await;
+        let continued = match self.publish_tpm().await {
+            Ok(()) => self.command(godwit_qemu::Qmp::cont).await,
+            // Nothing has run.
+            Err(refusal) => Err(refusal.retry(Retry::Safe)),
+        };
         let Some(Moving::Destination(moving)) = &mut self.moving else { return None };
         match continued {
             Ok(()) => {
@@ -266,9 +275,9 @@ impl Actor {
                 self.state = RunState::Running;
                 None
             }
-            // Only QEMU's own refusal proves that nothing ran.
+            // Only QEMU's own refusal, or not having asked it, proves that nothing ran.
             Err(refusal) if refusal.retry == Retry::Safe => {
-                tracing::error!(message = refusal.message, "the destination's QEMU refused to run the VM");
+                tracing::error!(message = refusal.message, "the VM was not let run here");
                 moving.cont_refused = Some(refusal);
                 None
             }
@@ -347,6 +356,7 @@ impl Actor {
                     record.holding = Holding::Owner;
                 }
                 self.save_or_log();
+                self.settle_tpm().await;
                 self.refresh().await;
             }
             Outcome::Stayed(_) => self.drop_record(),

@@ -1,4 +1,4 @@
-//! Brings a QEMU into being: memory promised, images fetched, disks checked and opened, taps made, then the cage. Whatever fails, nothing is
+//! Brings a QEMU into being: memory promised, images fetched, disks checked and opened, taps made, its TPM started, then the cage. Whatever fails, nothing is
 //! left; and no vCPU runs before the journal knows the process.
 
 use std::collections::BTreeMap;
@@ -76,6 +76,7 @@ impl Actor {
         .await;
         if let Err(refusal) = begun {
             self.end_process().await;
+            self.forsake_tpm().await;
             self.host.remove_cgroup(self.vm);
             match before {
                 Some(before) => {
@@ -123,6 +124,8 @@ impl Actor {
         let seed = spec.cloud_init.as_ref().map(|cloud_init| seed::descriptor(&seed::image(spec.vm, &spec.name, cloud_init)));
         let seed =
             seed.transpose().map_err(|error| host_failed("the VM's seed could not be made", &error))?.map(|seed| fds.pass(seed));
+        let cgroup = host.make_cgroup(self.vm, spec.memory);
+        let tpm = self.start_tpm(&record, start, cgroup.clone()).await?.map(|control| fds.pass(control));
         let runtime_dir = host.vm_dir(self.vm);
         let failed = |error: std::io::Error| host_failed("the VM's runtime directory cannot be used", &error);
         let _ = std::fs::remove_dir_all(&runtime_dir);
@@ -133,10 +136,9 @@ impl Actor {
         private_dir(&Sockets::own_dir(&runtime_dir), Some(uid)).map_err(failed)?;
         let channels = Sockets::in_dir(&runtime_dir).listen(&mut fds).map_err(failed)?;
         let resources =
-            Resources { runtime_dir: runtime_dir.clone(), channels, kernel, initrd, flash, disks, media, taps, seed, start };
+            Resources { runtime_dir: runtime_dir.clone(), channels, kernel, initrd, flash, disks, media, taps, seed, tpm, start };
         let arguments =
             qemu_arguments(spec, &resources).map_err(|error| Refusal::new(ErrorCode::SpecInvalid, error.to_string()))?;
-        let cgroup = host.make_cgroup(self.vm, spec.memory);
         let mut nodes = vec![DeviceNode::userfaultfd()];
         if spec.accelerator == Accelerator::Kvm {
             nodes.push(DeviceNode::kvm());

@@ -164,6 +164,9 @@ fn show(vm: &Vm) -> String {
         let with = if *secure_boot { ", Secure Boot" } else { "" };
         facts.fact("Firmware", format!("UEFI{with}, variables in {variables}"));
     }
+    if let Some(tpm) = &vm.spec.tpm {
+        facts.fact("TPM", format!("{}, state in {}", word(&tpm.version), tpm.state));
+    }
     if !vm.spec.labels.is_empty() {
         let labels: Vec<String> = vm.spec.labels.iter().map(|(key, text)| format!("{key}={text}")).collect();
         facts.fact("Labels", visible(&labels.join(", ")));

@@ -1,6 +1,6 @@
 //! Each rule broken alone, and what is said of it.
 
-use godwit_model::{Boot, DiskFormat, HostNetworks, PoolFacts, ResolvedDisk, VmId, VmSpec};
+use godwit_model::{Boot, DiskFormat, HostNetworks, PoolFacts, ResolvedDisk, Tpm, TpmVersion, VmId, VmSpec};
 
 use super::*;
 use crate::resolve::decide_start;
@@ -20,6 +20,7 @@ pub(crate) fn facts() -> HostFacts {
         pools: vec![PoolFacts { name: name("shared"), identity: "one".into(), shared: true, capacity: Bytes::GIB }],
         uefi: true,
         secure_boot: true,
+        tpm: true,
         hugepages: vec![],
         numa_nodes: 1,
         conditions: vec![],
@@ -45,16 +46,18 @@ fn spec() -> ResolvedSpec {
     let candidate = Candidate { name: &name("h1"), facts: &h, load: &load };
     let (_, mut spec) = decide_start((id, &name("web1"), &vm()), None, &[candidate], &|_| None, &[]).expect("a host");
     spec.disks.push(ResolvedDisk::new("shared/root".parse().expect("volume"), DiskFormat::Raw));
+    spec.platform.tpm = Some(Tpm { version: TpmVersion::V2, state: "shared/tpm".parse().expect("volume") });
     spec
 }
 
 #[test]
 fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
     type Break = fn(&mut ResolvedSpec, &mut HostFacts, &mut HostFacts, &mut HostLoad);
-    let cases: [(ErrorCode, Break); 10] = [
+    let cases: [(ErrorCode, Break); 11] = [
         (ErrorCode::HostIncompatible, |_, _, to, _| to.accelerator = Accelerator::Kvm),
         (ErrorCode::HostIncompatible, |_, _, to, _| to.machines.retain(|machine| machine != "pc-q35-10.0")),
         (ErrorCode::HostIncompatible, |_, _, to, _| to.cpu_models.clear()),
+        (ErrorCode::HostIncompatible, |_, _, to, _| to.tpm = false),
         (ErrorCode::HostIncompatible, |_, from, _, _| from.migration_capabilities.clear()),
         (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools.clear()),
         (ErrorCode::PoolUnavailable, |_, from, _, _| from.pools[0].shared = false),

@@ -16,7 +16,7 @@ use crate::db::{Batch, Fault};
 use crate::migratable::Look;
 use crate::principals::{Action, Principal, Target, authorize, not_found};
 use crate::rows::{HistoryRow, HostRow, ImageRow, NetworkRow, TeamRow, VmRow};
-use crate::specs::{check_supported, claims, complete_new};
+use crate::specs::{claims, complete_new};
 use crate::tasks::{Ask, Asked, host_down};
 use crate::{clock, views};
 
@@ -129,7 +129,6 @@ pub(super) async fn vm_create(
     authorize(&who, Action::Change, Target::Team(team))?;
     let v1::VmCreate { name, mut spec } = request;
     spec.validate().map_err(Refusal::from)?;
-    check_supported(&spec)?;
     app.db.find::<TeamRow>(team.as_str()).await?.ok_or_else(|| not_found("team", team))?;
     check_references(&app, team, &spec).await?;
     complete_new(&mut spec)?;
@@ -318,7 +317,6 @@ pub(super) async fn vm_set(
     let team = team_of(&who, query.team.as_ref()).clone();
     authorize(&who, Action::Change, Target::Team(&team))?;
     spec.validate().map_err(Refusal::from)?;
-    check_supported(&spec)?;
     // Before its images are looked at: of a VM that is not there nothing shall be learned.
     app.tasks.vm(&team, &vm).await?;
     check_references(&app, &team, &spec).await?;

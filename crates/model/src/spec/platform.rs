@@ -97,14 +97,14 @@ pub struct Smbios {
     pub oem_strings: Vec<String>,
 }
 
-/// A trusted platform module.
+/// A trusted platform module: a command response buffer (CRB), emulated by a process of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Tpm {
     /// Version of the specification that it follows.
     #[serde(default)]
     pub version: TpmVersion,
-    /// The volume of its state.
+    /// The volume of its state, created at the first start: what the guest keeps in it, keys above all.
     pub state: VolumeRef,
 }
 

@@ -76,6 +76,14 @@ pub enum ToolError {
 /// # Errors
 /// See [`ToolError`].
 pub async fn run(launcher: &Launcher, tool: &Tool, fds: PassedFds) -> Result<(), ToolError> {
+    ask(launcher, tool, fds).await.map(drop)
+}
+
+/// As [`run`]; answers what it wrote, as it is, but no more than the beginning.
+///
+/// # Errors
+/// See [`ToolError`].
+pub async fn ask(launcher: &Launcher, tool: &Tool, fds: PassedFds) -> Result<String, ToolError> {
     let program = || tool.program.clone();
     let running = async {
         let (said, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| SpawnError::Start(errno.into()))?;
@@ -86,8 +94,10 @@ pub async fn run(launcher: &Launcher, tool: &Tool, fds: PassedFds) -> Result<(),
     match tokio::time::timeout(tool.time, running).await {
         Err(_) => Err(ToolError::TimedOut { program: program(), limit: tool.time }),
         Ok(Err(source)) => Err(ToolError::Start { program: program(), source }),
-        Ok(Ok((Exit::Status(status), _))) if status.success() => Ok(()),
-        Ok(Ok((Exit::Status(status), said))) => Err(ToolError::Failed { program: program(), status, said }),
+        Ok(Ok((Exit::Status(status), said))) if status.success() => Ok(said),
+        Ok(Ok((Exit::Status(status), said))) => {
+            Err(ToolError::Failed { program: program(), status, said: hostile::bounded(&said, hostile::SENTENCE) })
+        }
         Ok(Ok((Exit::Unknown, _))) => Err(ToolError::Unknown { program: program() }),
     }
 }
@@ -124,7 +134,7 @@ async fn read(said: OwnedFd) -> String {
         let room = MAX_SAID - kept.len();
         kept.extend_from_slice(piece.get(..count.min(room)).unwrap_or_default());
     }
-    hostile::bounded(String::from_utf8_lossy(&kept).trim(), hostile::SENTENCE)
+    String::from_utf8_lossy(&kept).trim().to_owned()
 }
 
 /// Where `PATH` has a program.

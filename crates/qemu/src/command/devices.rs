@@ -6,6 +6,8 @@
 //!  03 serial      06 AHCI for disks: port = slot     19    watchdog                      1a-1d     free, 1e seed
 //!                 07 USB, port 1: tablet             1f    chipset: its AHCI (1f.2) has CD-ROM drives 0-3 on ports 0-3
 //! ```
+//! Beside it, on no bus: the TPM (`super::tpm`).
+//!
 //! Controllers (05, 06, 07) and root ports are there only if the spec has what needs them; a VM with fewer root ports has the first ones.
 //! Interfaces have no option ROM (network boot is not offered), the ROM of graphics is fixed at 64 KiB: a ROM is a RAM block, and its size
 //! would otherwise differ between versions and end a migration. The serial console has no log file, since a guest could fill the host's

@@ -34,9 +34,6 @@ pub(super) fn check(spec: &ResolvedSpec) -> Result<(), CommandError> {
     if !oem_strings.iter().all(|text| printable(text, 255)) {
         return Err(CommandError::Text("an OEM string"));
     }
-    if spec.platform.tpm.is_some() {
-        return Err(CommandError::Unsupported("a TPM"));
-    }
     if spec.platform.hyperv != Hyperv::Off && spec.accelerator != Accelerator::Kvm {
         return Err(CommandError::Unsupported("a Hyper-V enlightenment without KVM"));
     }

@@ -3,7 +3,7 @@
 use godwit_model::spec::{ResolvedDisk, ResolvedNic};
 use godwit_model::{
     Bytes, Discard, DiskBus, DiskFormat, Firmware, HugePages, Hyperv, ImageId, ImageRef, Name, NicModel, Numa, Platform,
-    ResolvedCdrom, Rtc, RtcBase, RtcDrift, Smbios, Video, VmId, Vmgenid, Watchdog, WatchdogAction,
+    ResolvedCdrom, Rtc, RtcBase, RtcDrift, Smbios, Tpm, TpmVersion, Video, VmId, Vmgenid, Watchdog, WatchdogAction,
 };
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -55,6 +55,7 @@ fn resources() -> Resources {
         media: vec![],
         taps: vec![16],
         seed: None,
+        tpm: None,
         start: Start::Incoming,
     }
 }
@@ -103,7 +104,7 @@ fn full() -> (ResolvedSpec, Resources) {
         hyperv: Hyperv::WindowsV1,
         smbios,
         vmgenid: Some(Vmgenid::new(Uuid::from_u128(0x9999))),
-        tpm: None,
+        tpm: Some(Tpm { version: TpmVersion::V2, state: volume("a/tpm") }),
         hugepages: Some(HugePages::Mib2),
         numa: Numa::Any,
         hotplug_ports: 2,
@@ -133,6 +134,7 @@ fn full() -> (ResolvedSpec, Resources) {
         disks: vec![fds(40), fds(42), fds(44), fds(46)],
         media: vec![Some(50), None],
         taps: vec![51, 52],
+        tpm: Some(60),
         start: Start::Fresh,
         ..resources()
     };
@@ -182,6 +184,7 @@ fn the_guest_sees_the_same_on_every_host() {
         media: vec![],
         taps: vec![50],
         seed: None,
+        tpm: None,
         start: Start::Fresh,
     };
     let there = qemu_arguments(&spec(), &elsewhere).expect("arguments");
@@ -243,6 +246,8 @@ fn what_does_not_fit_together_is_refused() {
     }
     let error = qemu_arguments(&spec(), &Resources { taps: vec![], ..resources() }).expect_err("a tap is missing");
     assert!(count("interfaces")(error));
+    let error = qemu_arguments(&spec(), &Resources { tpm: Some(60), ..resources() }).expect_err("a TPM that nobody wants");
+    assert!(count("TPMs")(error));
 }
 
 /// Splits like QEMU: at commas that are not doubled.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use godwit_model::spec::{ResolvedDisk, ResolvedNic};
 use godwit_model::{
     Bytes, DiskBus, DiskFormat, Firmware, ImageId, ImageRef, IoLimits, Name, NicModel, Platform, ResolvedCdrom, ResolvedSpec,
-    Smbios, Video, Vmgenid, Watchdog, WatchdogAction,
+    Smbios, Tpm, TpmVersion, Video, Vmgenid, Watchdog, WatchdogAction,
 };
 use godwit_qemu::qmp::commands::StoppedBy;
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
@@ -44,6 +44,7 @@ fn full(place: &Place) -> (ResolvedSpec, Vec<PathBuf>) {
             tablet: true,
             smbios: Smbios { product: Some("One, and two".into()), oem_strings: vec!["a,b=c".into()], ..Smbios::default() },
             vmgenid: Some(Vmgenid::new(Uuid::from_u128(9))),
+            tpm: Some(Tpm { version: TpmVersion::V2, state: "shared/tpm".parse().expect("volume") }),
             hotplug_ports: 4,
             watchdog: Some(Watchdog { action: WatchdogAction::Pause }),
             ..Platform::default()
@@ -111,12 +112,15 @@ async fn every_device_is_accepted_by_every_version_and_is_at_the_same_place_in_e
             let bus = vm.qmp.execute("qom-get", of).await.expect("its bus");
             assert_eq!(bus, json!(format!("/machine/peripheral/{port}/{port}")), "{}", binary.display());
         }
+        let mapped = vm.qmp.execute("human-monitor-command", json!({"command-line": "info mtree"})).await.expect("memory");
+        let tpm = mapped.as_str().unwrap_or_default().lines().find(|line| line.contains("tpm-crb-mmio")).unwrap_or_default();
+        assert!(tpm.contains("00000000fed40000-"), "{}: the TPM is at {tpm:?}", binary.display());
         assert_eq!(seen.get_or_insert_with(|| found.clone()), &found, "{}", binary.display());
         assert!(vm.log().is_empty(), "{}: QEMU complained: {}", binary.display(), vm.log());
     }
 }
 
-async fn complete(source: &Vm, destination: &Vm, way: &str) {
+pub(crate) async fn complete(source: &Vm, destination: &Vm, way: &str) {
     let blocked = source.qmp.query_migrate().await.expect("migration").blocked_reasons;
     assert!(blocked.is_empty(), "{way}: {blocked:?}");
     let mut notices = source.qmp.listen();

@@ -7,4 +7,5 @@ mod migrate;
 mod place;
 mod start;
 mod switchover;
+mod tpm;
 mod wire;

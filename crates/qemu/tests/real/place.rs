@@ -15,6 +15,7 @@ use godwit_model::{
 use godwit_qemu::cage::{DeviceNode, Limit, Network};
 use godwit_qemu::command::{DiskFds, FlashFds, default_cpu, qemu_arguments};
 use godwit_qemu::qmp::views::{Known, MigrationStatus, RunStatus};
+use godwit_qemu::tpm::TpmStart;
 use godwit_qemu::{CagePlan, Launcher, Notice, Notices, PassedFds, QemuProcess, Qmp, Resources, Sockets, Start};
 use uuid::Uuid;
 
@@ -147,9 +148,39 @@ fn flash(place: &Place, spec: &ResolvedSpec, fds: &mut PassedFds) -> Option<Flas
     Some(FlashFds { code, variables: DiskFds::open(&variables, CacheMode::Direct, fds).expect("variables") })
 }
 
+/// A VM's TPM.
+pub(crate) struct Tpm {
+    pub(crate) process: QemuProcess,
+    pub(crate) state: PathBuf,
+    pub(crate) log: PathBuf,
+}
+
+/// Starts the TPM of a VM that has one, with a state that nobody has used, and passes QEMU its socket.
+async fn tpm(dir: &Path, uid: u32, spec: &ResolvedSpec, fds: &mut PassedFds) -> Option<(Tpm, i32)> {
+    spec.platform.tpm.as_ref()?;
+    let state = dir.join("tpm");
+    File::create_new(&state).expect("state");
+    fs::set_permissions(&state, Permissions::from_mode(0o600)).expect("closed");
+    chown(&state, Some(uid), Some(uid)).expect("given");
+    let (tpm, control) = start_tpm(&state, uid).await;
+    Some((tpm, fds.pass(control)))
+}
+
+/// Starts a TPM on the file of `uid` at `state`.
+pub(crate) async fn start_tpm(state: &Path, uid: u32) -> (Tpm, OwnedFd) {
+    let program = godwit_qemu::tpm::find(&launcher(), uid).await.expect("swtpm is installed: run scripts/setup");
+    let log = state.with_extension("log");
+    let said = OwnedFd::from(File::create(&log).expect("log"));
+    let opened = OpenOptions::new().read(true).write(true).open(state).expect("state");
+    let start = TpmStart { program: &program, uid, cgroup: None, state: opened.into(), log: said.into() };
+    let (process, control) = godwit_qemu::tpm::start(&launcher(), start).await.expect("swtpm was executed");
+    (Tpm { process, state: state.to_owned(), log }, control)
+}
+
 /// A VM of a test; killed when dropped.
 pub(crate) struct Vm {
     pub(crate) process: QemuProcess,
+    pub(crate) tpm: Option<Tpm>,
     pub(crate) qmp: Qmp,
     pub(crate) sockets: Sockets,
     pub(crate) uid: u32,
@@ -159,8 +190,13 @@ pub(crate) struct Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.process.kill();
+        if let Some(tpm) = &self.tpm {
+            tpm.process.kill();
+        }
         if std::thread::panicking() {
             eprintln!("log of QEMU:\n{}", self.log());
+            let of_tpm = self.tpm.as_ref().and_then(|tpm| fs::read_to_string(&tpm.log).ok());
+            eprintln!("log of swtpm:\n{}", of_tpm.unwrap_or_default());
         }
     }
 }
@@ -200,7 +236,9 @@ pub(crate) async fn launch_with(
     });
     let media = media.collect();
     let flash = flash(place, spec, &mut fds);
-    let resources = Resources { runtime_dir: dir.clone(), channels, kernel, initrd, flash, disks, media, taps, seed: None, start };
+    let (tpm, control) = tpm(&dir, uid, spec, &mut fds).await.unzip();
+    let (runtime_dir, seed) = (dir.clone(), None);
+    let resources = Resources { runtime_dir, channels, kernel, initrd, flash, disks, media, taps, seed, tpm: control, start };
     let plan = CagePlan {
         uid,
         gid: uid,
@@ -223,7 +261,7 @@ pub(crate) async fn launch_with(
         Ok(qmp) => qmp,
         Err(error) => panic!("{error:?}: {}", fs::read_to_string(&log).unwrap_or_default()),
     };
-    Vm { process, qmp, sockets, uid, log }
+    Vm { process, tpm, qmp, sockets, uid, log }
 }
 
 impl Vm {

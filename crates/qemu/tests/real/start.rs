@@ -17,7 +17,7 @@ use godwit_qemu::{CagePlan, Notice, PassedFds, QemuProcess, Qmp, Start};
 use crate::place::{LIMIT, Place, launch, launcher, qemus, spec};
 
 /// Field of `/proc/PID/status`.
-fn status_field(pid: u32, field: &str) -> String {
+pub(crate) fn status_field(pid: u32, field: &str) -> String {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
     let line = text.lines().find_map(|line| line.strip_prefix(field)).expect("field");
     line.trim_start_matches(':').split_whitespace().collect::<Vec<_>>().join(" ")

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use super::super::PoolConfig;
 use super::super::directory::Directory;
-use super::super::driver::{Room, Space};
+use super::super::driver::{Room, Space, Successor};
 use super::*;
 
 fn directory(path: &Path) -> Directory {
@@ -34,7 +34,7 @@ fn assert_clean(path: &Path) {
 fn a_directory_passes() {
     let place = beside_the_program();
     let tried = run(&name(), &directory(place.path()), &directory(place.path()));
-    assert_eq!(tried.len(), 10);
+    assert_eq!(tried.len(), 11);
     for Tried { what, outcome } in tried {
         match what {
             // There is more space than may be filled, or there is not: both are tried below.
@@ -88,6 +88,7 @@ enum Fault {
     ForgetsToGrow,
     SharesSnapshots,
     ForgetsSnapshots,
+    NeverGivesBack,
     IgnoresQemu,
     LocksNothing,
 }
@@ -175,6 +176,18 @@ impl Storage for FaultyStorage {
     fn snapshots(&self, volume: &Name) -> io::Result<Vec<Name>> {
         if self.fault == Fault::ForgetsSnapshots { Ok(vec![]) } else { self.inner.snapshots(volume) }
     }
+    fn begin_successor(&self) -> io::Result<(Successor, File)> {
+        self.inner.begin_successor()
+    }
+    fn succeed(&self, item: &Item, successor: &Successor) -> io::Result<()> {
+        self.inner.succeed(item, successor)
+    }
+    fn withdraw(&self, item: &Item, successor: &Successor) -> io::Result<()> {
+        if self.fault == Fault::NeverGivesBack { Ok(()) } else { self.inner.withdraw(item, successor) }
+    }
+    fn settle(&self, item: &Item, successor: &Successor) -> io::Result<()> {
+        self.inner.settle(item, successor)
+    }
     fn remove(&self, item: &Item) -> io::Result<()> {
         self.inner.remove(item)
     }
@@ -208,6 +221,7 @@ fn each_fault_of_storage_is_found() {
         (Fault::ForgetsToGrow, "grow"),
         (Fault::SharesSnapshots, "snapshot"),
         (Fault::ForgetsSnapshots, "snapshot"),
+        (Fault::NeverGivesBack, "succeed"),
         (Fault::IgnoresQemu, "use by QEMU"),
         (Fault::LocksNothing, "hold against QEMU"),
     ];
