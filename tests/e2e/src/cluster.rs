@@ -381,7 +381,10 @@ impl Cluster {
     pub fn stop_and_start(&mut self, vm: &str, host: &str) -> Result<()> {
         let (from, id) = (self.host_of(vm)?, self.guest(vm)?.id);
         let task = self.ask(self.client.stop_vm(&name(vm), &VmStop::default())).with_context(|| format!("stop {vm}"))?.id;
-        self.done(task, BOOT)?;
+        self.done(task, BOOT).with_context(|| {
+            let answers = self.status_within(vm, Duration::from_secs(5)).is_ok();
+            format!("{vm}, asked to power off, {}", if answers { "works on" } else { "answers no more" })
+        })?;
         let of_vm = |role: &ProcessRole| matches!(role, ProcessRole::Qemu(of) | ProcessRole::Tpm(of) if *of == id);
         let left: Vec<_> = self.processes(&from)?.into_iter().filter(|process| of_vm(&process.role)).collect();
         ensure!(left.is_empty(), "left of {vm} that has stopped: {left:?}");

@@ -44,7 +44,6 @@ fn full(place: &Place) -> (ResolvedSpec, Vec<PathBuf>) {
             tablet: true,
             smbios: Smbios { product: Some("One, and two".into()), oem_strings: vec!["a,b=c".into()], ..Smbios::default() },
             vmgenid: Some(Vmgenid::new(Uuid::from_u128(9))),
-            tpm: Some(Tpm { version: TpmVersion::V2, state: "shared/tpm".parse().expect("volume") }),
             hotplug_ports: 4,
             watchdog: Some(Watchdog { action: WatchdogAction::Pause }),
             ..Platform::default()
@@ -85,7 +84,9 @@ async fn every_device_is_accepted_by_every_version_and_is_at_the_same_place_in_e
     let mut seen: Option<Vec<String>> = None;
     for binary in qemus() {
         let place = Place::new();
-        let (spec, disks) = full(&place);
+        let (mut spec, disks) = full(&place);
+        // Not where firmware runs: it measures all that it boots, slowly where it is emulated.
+        spec.platform.tpm = Some(Tpm { version: TpmVersion::V2, state: "shared/tpm".parse().expect("volume") });
         let vm = launch(&place, &binary, &spec, &disks, Start::Fresh).await;
         let found = topology(&ask(&vm.qmp, "query-pci").await);
         let at = |place: &str, name: &str| found.iter().any(|line| line.starts_with(&format!("{place} ")) && line.contains(name));
