@@ -16,7 +16,7 @@ Commands:
   ci [--skip STEP]...  every check and test, as CI runs them
   tidy                 house rules: crate edges, file heads and lengths, links, names
   model [ROUTE FAULTS QEMU]...
-                       explores the hand-over further than CI does: many minutes, many GiB
+                       explores the hand-over further than CI does: half an hour
   help                 this text
 
 Steps of ci, in order: images, fmt, clippy, test, doctest, e2e, tidy, deny";
@@ -53,7 +53,7 @@ fn run(arguments: &[String]) -> Result<bool> {
         }
         ("model", rest) => {
             let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-            cargo.current_dir(repository()?).args(["run", "--locked", "--release", "--package", "godwit-sim", "--"]).args(rest);
+            cargo.current_dir(repository()?).args(["run", "--locked", "--package", "godwit-sim", "--"]).args(rest);
             Ok(cargo.status().context("start cargo")?.success())
         }
         ("help" | "--help" | "-h", _) => {

@@ -152,6 +152,14 @@ struct SourceMove {
     cancel: bool,
 }
 
+impl SourceMove {
+    fn forget_what_made_it_give_up(&mut self) {
+        if self.machine.giving_up().is_some() {
+            (self.clock, self.cancel) = (0, false);
+        }
+    }
+}
+
 #[derive(Clone, Debug, Hash)]
 struct DestinationMove {
     machine: Destination,
@@ -419,10 +427,7 @@ impl World {
             let Some(record) = here.memory else { continue };
             match (&mut here.moving, record.holding) {
                 (Some(Moving::Source(_, moving)), Holding::Source(_, SourceRecord::Offered)) => {
-                    if moving.machine.giving_up().is_some() {
-                        moving.clock = 0;
-                        moving.cancel = false;
-                    }
+                    moving.forget_what_made_it_give_up()
                 }
                 (Some(Moving::Source(number, moving)), Holding::Source(..)) => {
                     let (declined, running) = (moving.declined, moving.running);

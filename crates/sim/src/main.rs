@@ -12,7 +12,7 @@ const USAGE: &str = "Usage: godwit-sim [ROUTE FAULTS QEMU]...   where ROUTE is o
 
 /// What is explored if nothing else is said.
 const ALL: &[&str] = &[
-    "once", "3", "7.2", "once", "3", "10.0", "back", "2", "7.2", "back", "2", "10.0", "onward", "2", "7.2", "onward", "2", "10.0",
+    "once", "3", "7.2", "once", "3", "10.0", "back", "1", "7.2", "back", "1", "10.0", "onward", "0", "7.2", "onward", "0", "10.0",
 ];
 
 fn main() -> ExitCode {

@@ -1,5 +1,5 @@
 //! The hand-over, explored as far as CI has time for; and protocols that are wrong on purpose, each of which must be found out.
-//! `cargo run --release -p godwit-sim` goes further.
+//! `cargo xtask model` goes further.
 
 use std::time::Instant;
 
