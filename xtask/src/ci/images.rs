@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 const NO_OTHER: i32 = 3;
 
 /// Variables for the tests.
-pub(super) fn environment(root: &Path) -> Result<Vec<(String, String)>> {
+pub(crate) fn environment(root: &Path) -> Result<Vec<(String, String)>> {
     let mut all = Vec::new();
     let output = script(root, "scripts/guest-image")?;
     if !output.status.success() {
