@@ -31,17 +31,22 @@ pub use report::{DiskCompare, FaultReport, Outcome, Run};
 /// Runs that one ground serves: each leaves an address and a record of the witness behind.
 const SERVES: u8 = 60;
 
-/// Does one run for each plan, and hands each to `tell` when it is judged. Logs of runs that broke a promise are kept below `logs`.
+/// Does one run for each plan, and hands all that there are to `tell` whenever one is judged, which is the last. Logs of runs that broke a
+/// promise are kept below `logs`.
 ///
 /// # Errors
-/// When a run cannot be done even on new ground.
-pub fn run_all(plans: impl Iterator<Item = Plan>, logs: &Path, mut tell: impl FnMut(&Run)) -> Result<FaultReport> {
+/// When a run cannot be done even on new ground, or what `tell` says.
+pub fn run_all(
+    plans: impl Iterator<Item = Plan>,
+    logs: &Path,
+    mut tell: impl FnMut(&FaultReport) -> Result<()>,
+) -> Result<FaultReport> {
     let mut report = FaultReport::default();
     let mut ground: Option<Ground> = None;
     for plan in plans {
         let (run, next) = one(&plan, ground.take(), logs).with_context(|| format!("seed {}", plan.seed))?;
-        tell(&run);
         report.runs.push(run);
+        tell(&report)?;
         ground = next;
     }
     if let Some(ground) = ground {

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use godwit_e2e::faults::{FaultReport, Plan, run_all};
+use godwit_e2e::faults::{FaultReport, Plan, Run, run_all};
 
 const USAGE: &str = "\
 Usage: cargo xtask faults [--count N] [--seed S] [--out FILE]
@@ -58,12 +58,12 @@ fn run(arguments: &Arguments) -> Result<FaultReport> {
     let Arguments { count, seed, out } = arguments;
     println!("faults: {count} runs from seed {seed}");
     let plans = (0..*count).map(|number| Plan::of(seed.wrapping_add(number)));
-    let mut number = 0;
-    let report = run_all(plans, &out.with_extension("logs"), |run| {
-        number += 1;
-        println!("faults: {number} of {count}: {}", run.line());
+    let report = run_all(plans, &out.with_extension("logs"), |report| {
+        let line = report.runs.last().map(Run::line).unwrap_or_default();
+        println!("faults: {} of {count}: {line}", report.runs.len());
+        // After each: a long series may be ended early.
+        write(report, out)
     })?;
-    write(&report, out)?;
     print!("\n{}", report.summary());
     println!("faults: wrote {}", out.display());
     Ok(report)

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use godwit_lab::{Daemon, Lab, LinkChange, LinkRate, LinkState, Signal};
+use rustix::process::Pid;
 
 use super::disk;
 use super::fault::{FaultKind, FullDisk, Party, Side};
@@ -130,22 +131,26 @@ impl<'a> Scene<'a> {
     pub(super) fn undo(&self, injected: Injected) -> Result<()> {
         let cluster = &self.ground.cluster;
         match injected {
-            Injected::Killed { daemon: Some(Party::Controller), .. } => Ok(drop(self.lab().controller().spawn()?)),
-            Injected::Killed { daemon: Some(Party::Agent(side)), .. } => {
-                Ok(drop(self.lab().agent(self.host(side))?.spawn()?))
+            Injected::Killed { daemon: Some(Party::Controller), .. } => {
+                self.lab().controller().spawn()?;
             }
-            Injected::Killed { .. } => Ok(()),
-            Injected::StoppedDaemon(party) => cluster.signal(self.party(party), Signal::CONT),
-            Injected::StoppedProcess(process) => process.signal(Signal::CONT),
-            Injected::Link(host) => Ok(drop(self.lab().restore_link(host)?)),
-            Injected::Full(full) => disk::unfill(&self.ground.full_disk(self.plan, full)?),
+            Injected::Killed { daemon: Some(Party::Agent(side)), .. } => {
+                self.lab().agent(self.host(side))?.spawn()?;
+            }
+            Injected::Killed { .. } => {}
+            Injected::StoppedDaemon(party) => cluster.signal(self.party(party), Signal::CONT)?,
+            Injected::StoppedProcess(process) => process.signal(Signal::CONT)?,
+            Injected::Link(host) => {
+                self.lab().restore_link(host)?;
+            }
+            Injected::Full(full) => disk::unfill(&self.ground.full_disk(self.plan, full)?)?,
             Injected::FailedSync(mut strace) => {
-                // It lets go of the process when it is told to end, and the kernel does so otherwise.
-                let pid = rustix::process::Pid::from_child(&strace);
-                rustix::process::kill_process(pid, Signal::TERM)?;
-                Ok(drop(strace.wait()?))
+                // Told to end it lets go of the process.
+                rustix::process::kill_process(Pid::from_child(&strace), Signal::TERM)?;
+                strace.wait()?;
             }
         }
+        Ok(())
     }
 }
 
