@@ -129,10 +129,10 @@ impl FaultReport {
         }
         let count = |bad: fn(&Run) -> bool| self.runs.iter().filter(|run| bad(run)).count();
         let [moved, stayed, lost] = outcomes;
-        let _ = write!(
+        let _ = writeln!(
             text,
             "{} runs: {moved} moved, {stayed} stayed, {lost} lost ({} of them without the end of the VM's own process); \
-             two runners {}, page errors {}, disks that differ {}, runs with a broken promise {}\n",
+             two runners {}, page errors {}, disks that differ {}, runs with a broken promise {}",
             self.runs.len(),
             count(|run| run.broken.iter().any(|promise| promise == "the VM is lost")),
             count(|run| run.max_runners > 1),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use godwit_api::v1::{TaskState, VmDelete};
-use godwit_guest::Status;
+use godwit_guest::{Status, WitnessLog};
 use godwit_model::{RunState, TaskId, VmId};
 
 use super::fault::{Planned, Side};
@@ -48,6 +48,9 @@ pub(super) fn run(ground: &mut Ground, plan: &Plan, logs: &Path) -> Result<Run> 
     let spec = ground.guest(plan, &vm)?;
     let guest = ground.cluster.boot(&spec, source)?;
     let before = ground.cluster.status(&vm)?;
+    // What is heard outside was heard inside its host before: a witness with deaf ears would prove nothing.
+    let heard_twice = |heard: &WitnessLog| heard.vm(&vm).is_some_and(|vm| vm.duplicates > 0);
+    ensure!(heard_twice(&ground.cluster.witness().log()), "the witness does not hear what is sent inside the hosts");
     let log = ground.cluster.lab().agent(source)?.log()?;
     let tracks = Tracks::new(guest.id, &ground.state(source)?, &ground.state(destination)?, log);
     let task = ground.cluster.begin_move(&vm, destination, plan.policy)?;
