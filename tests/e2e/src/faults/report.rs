@@ -39,7 +39,7 @@ pub struct Run {
     pub disk: String,
     /// How the task ended, by its own word.
     pub ended: String,
-    /// What is counted together.
+    /// Faults that found something to be done to, without their figures: what is counted together.
     pub faults: Vec<String>,
     /// Promises that were not kept.
     pub broken: Vec<String>,

@@ -34,6 +34,8 @@ struct Done {
     fault: String,
     moment: String,
     held: bool,
+    /// Without its figures, if there was anything to do it to.
+    counted: Option<String>,
 }
 
 /// Does and judges one run.
@@ -87,7 +89,7 @@ pub(super) fn run(ground: &mut Ground, plan: &Plan, logs: &Path) -> Result<Run> 
         guest: plan.load.as_str().to_owned(),
         disk: plan.disk.as_str().to_owned(),
         ended: settled.unwrap_or_else(|error| format!("{error:#}")),
-        faults: plan.faults.iter().map(|planned| planned.fault.kind.summary()).collect(),
+        faults: done.iter().filter_map(|done| done.counted.clone()).collect(),
         broken,
     };
     run.broken.extend(judged.broken);
@@ -122,7 +124,7 @@ pub(super) fn clear(ground: &mut Ground, plan: &Plan) -> Result<()> {
 fn disturb(scene: Scene<'_>, planned: &Planned) -> Done {
     let Planned { fault, moment } = planned;
     let Some(reached) = scene.tracks.wait(*moment) else {
-        return Done { fault: format!("{fault} (not done)"), moment: format!("{moment} (never came)"), held: false };
+        return Done { fault: format!("{fault} (not done)"), moment: format!("{moment} (never came)"), held: false, counted: None };
     };
     let moment = format!("{moment} (at {} ms)", reached.as_millis());
     match scene.inject(&fault.kind) {
@@ -136,11 +138,11 @@ fn disturb(scene: Scene<'_>, planned: &Planned) -> Done {
                 eprintln!("   {fault}: not undone by itself: {error:#}");
             }
             let held_text = if held { HELD } else { "" };
-            Done { fault: format!("{fault}{held_text}"), moment, held }
+            Done { fault: format!("{fault}{held_text}"), moment, held, counted: Some(fault.kind.summary()) }
         }
         Err(error) => {
             eprintln!("   {fault}: {error:#}");
-            Done { fault: format!("{fault} (nothing there)"), moment, held: false }
+            Done { fault: format!("{fault} (nothing there)"), moment, held: false, counted: None }
         }
     }
 }
