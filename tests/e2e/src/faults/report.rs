@@ -169,7 +169,8 @@ mod tests {
 
     #[test]
     fn each_broken_promise_is_found() {
-        let table: [(fn(&mut Run), bool, usize); 6] = [
+        type Spoil = fn(&mut Run);
+        let table: [(Spoil, bool, usize); 6] = [
             (|_| (), false, 0),
             (|run| run.max_runners = 2, false, 1),
             (|run| run.page_errors = 1, false, 1),
