@@ -1,9 +1,9 @@
 //! Everything that CI runs, one step after the other. A step that fails does not hide the next one: all of them run, then
 //! the wall times, the tests counted by kind, and `N passed, N failed` are printed.
 
-mod images;
+pub(crate) mod images;
 mod outcomes;
-mod runner;
+pub(crate) mod runner;
 
 use std::path::Path;
 use std::process::Command;
@@ -177,7 +177,7 @@ impl Ci<'_> {
 }
 
 /// By `id`, because the standard library does not tell.
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0")
 }
 

@@ -1,7 +1,8 @@
 //! Chores of this repository: `cargo xtask ci` runs everything that CI runs, `cargo xtask tidy` checks the house rules
-//! that a machine can check. Depends on little, so that it is built in seconds.
+//! that a machine can check, `cargo xtask faults` does real harm to moves. Depends on little, so that it is built in seconds.
 
 mod ci;
+mod faults;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,8 @@ Commands:
   tidy                 house rules: crate edges, file heads and lengths, links, names
   model [ROUTE FAULTS QEMU]...
                        explores the hand-over further than CI does: half an hour
+  faults [--count N] [--seed S] [--out FILE]
+                       real faults at random moments of real moves, judged from outside: docs/reliability.md
   help                 this text
 
 Steps of ci, in order: images, fmt, clippy, test, doctest, e2e, tidy, deny";
@@ -40,6 +43,7 @@ fn run(arguments: &[String]) -> Result<bool> {
     };
     match (command.as_str(), rest) {
         ("ci", rest) => ci::run(&repository()?, &ci::Skipped::parse(rest)?),
+        ("faults", rest) => faults::run(&repository()?, rest),
         ("tidy", []) => {
             let complaints = tidy::check(&repository()?)?;
             for complaint in &complaints {

@@ -288,6 +288,10 @@ impl Source {
     }
 
     fn end_stayed(&mut self, view: &SourceView) -> SourceAction {
+        if view.qemu.is_none() {
+            // Whatever else went wrong: every other reason says that the VM runs on.
+            return SourceAction::End(Outcome::Stayed(qemu_ended()));
+        }
         let reason = self.giving_up.clone().or_else(|| view.declined.clone()).unwrap_or_else(|| {
             Refusal::new(ErrorCode::MigrationFailed, "QEMU gave the migration up; the VM runs where it was")
                 .hint(RUNS_ON)
@@ -298,6 +302,11 @@ impl Source {
 }
 
 const RUNS_ON: &str = "the VM runs on its old host; look at both hosts' logs and try again";
+
+fn qemu_ended() -> Refusal {
+    Refusal::new(ErrorCode::QemuFailed, "the VM's QEMU ended on the source during the move: the VM runs nowhere")
+        .hint("start the VM again; its log on the source may say why QEMU ended")
+}
 
 fn qemu_first() -> Refusal {
     Refusal::new(ErrorCode::QemuFirst, "QEMU reached its own switch-over before our stop; cancelled")

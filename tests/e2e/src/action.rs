@@ -106,7 +106,8 @@ impl Cluster {
         Ok(())
     }
 
-    fn kill(&self, party: Party<'_>) -> Result<()> {
+    /// Ends a process as a crash would.
+    pub(crate) fn kill(&self, party: Party<'_>) -> Result<()> {
         match party {
             Party::Controller => Ok(self.lab().controller().crash()?),
             Party::Agent(host) => Ok(self.lab().agent(host)?.crash()?),
@@ -114,7 +115,8 @@ impl Cluster {
         }
     }
 
-    fn signal(&self, party: Party<'_>, signal: Signal) -> Result<()> {
+    /// Sends a process a signal.
+    pub(crate) fn signal(&self, party: Party<'_>, signal: Signal) -> Result<()> {
         match party {
             Party::Controller => Ok(self.lab().controller().signal(signal)?),
             Party::Agent(host) => Ok(self.lab().agent(host)?.signal(signal)?),
@@ -139,7 +141,8 @@ impl Cluster {
         }
     }
 
-    fn process(&self, party: Party<'_>) -> Result<HostProcess> {
+    /// The carry or QEMU that a party is.
+    pub(crate) fn process(&self, party: Party<'_>) -> Result<HostProcess> {
         let (vm, host) = match party {
             Party::Carry(vm, host) | Party::Qemu(vm, host) => (self.guest(vm)?.id, host),
             Party::Controller | Party::Agent(_) => bail!("{party:?} is a daemon of the lab"),

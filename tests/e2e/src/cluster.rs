@@ -170,6 +170,17 @@ impl Cluster {
         self.witness.as_ref().expect("until the end")
     }
 
+    /// Lets the witness also hear what guests send inside their hosts, so that a runner on a host whose link is cut is heard, too.
+    ///
+    /// # Errors
+    /// When there is no socket.
+    pub fn listen_in_hosts(&mut self) -> Result<()> {
+        let hosts = self.lab.hosts()?;
+        let namespaces = hosts.iter().map(|host| Ok(self.lab.namespace(host)?)).collect::<Result<Vec<_>>>()?;
+        let witness = self.witness.as_mut().context("until the end")?;
+        namespaces.iter().try_for_each(|namespace| witness.listen_in(namespace))
+    }
+
     /// The guests that were created.
     pub fn guests(&self) -> impl Iterator<Item = &Guest> {
         self.guests.values()

@@ -4,7 +4,7 @@
 //! It must never touch a process, namespace or directory that is not its own lab's, and never trust the system under test about itself:
 //! what a guest suffered is measured from outside, and what is left behind is looked for in `/proc` and in the namespaces.
 //!
-//! Start at [`Cluster`], then [`Action`] for what a test is made of.
+//! Start at [`Cluster`], then [`Action`] for what a test is made of, and [`faults`] for runs that are drawn from seeds.
 
 mod artefacts;
 mod cluster;
@@ -19,6 +19,9 @@ mod outside;
 mod report;
 /// What a guest's TPM is asked.
 pub mod tpm;
+
+pub mod command;
+pub mod faults;
 
 pub use action::{Action, Ending, Party};
 pub use artefacts::{GuestImages, godwit_binary, guest_agent_layer, guest_images, other_qemu, schemathesis};

@@ -1,5 +1,6 @@
 //! The outside client: sockets in the lab's outside namespace, from which guests are watched as their users see them.
 
+mod ear;
 mod echo;
 mod stream;
 mod witness;

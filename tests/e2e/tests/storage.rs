@@ -1,26 +1,16 @@
 //! Disks that are not what they should be, and a store without space.
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use godwit_api::v1::{TaskState, TeamCreate, VmDelete};
+use godwit_e2e::command::{self, text};
+use godwit_e2e::faults::disk;
 use godwit_e2e::{Cluster, ClusterSpec, GuestSpec};
 use godwit_model::{Bytes, DiskFormat, DiskSpec, ErrorCode, Name};
 
 fn disk(volume: &str, format: DiskFormat, size: Option<Bytes>) -> Result<DiskSpec> {
     Ok(DiskSpec { size, ..DiskSpec::new(format!("shared/{volume}").parse()?, format) })
-}
-
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
-    let output = Command::new(program).args(arguments).output().with_context(|| format!("run {program}"))?;
-    ensure!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
-fn path_of(path: &Path) -> Result<&str> {
-    path.to_str().context("a path of text")
 }
 
 /// Tries to start a VM with the disk; it must be refused, and the VM must be gone without a trace afterwards.
@@ -59,17 +49,17 @@ fn a_disk_that_is_missing_truncated_no_image_or_of_another_format_keeps_its_vm_f
     fs::write(at("short"), vec![0; 1 << 20])?;
     refused(&mut cluster, "a disk shorter than declared", disk("short", DiskFormat::Raw, Some(Bytes::mib(2)))?, VolumeTruncated)?;
 
-    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path_of(&at("cut"))?, "64M"])?;
+    command::run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", text(&at("cut"))?, "64M"])?;
     fs::OpenOptions::new().write(true).open(at("cut"))?.set_len(70_000)?;
     refused(&mut cluster, "a truncated qcow2", disk("cut", DiskFormat::Qcow2, None)?, VolumeTruncated)?;
 
     fs::write(at("text"), "this is no disk\n".repeat(64))?;
     refused(&mut cluster, "a text declared qcow2", disk("text", DiskFormat::Qcow2, None)?, VolumeFormat)?;
 
-    run("qemu-img", &["create", "-q", "-f", "qcow2", path_of(&at("other"))?, "64M"])?;
+    command::run("qemu-img", &["create", "-q", "-f", "qcow2", text(&at("other"))?, "64M"])?;
     refused(&mut cluster, "a qcow2 declared raw", disk("other", DiskFormat::Raw, None)?, VolumeFormat)?;
 
-    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", path_of(&at("other"))?, "-F", "qcow2", path_of(&at("overlay"))?])?;
+    command::run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", text(&at("other"))?, "-F", "qcow2", text(&at("overlay"))?])?;
     refused(&mut cluster, "a qcow2 that refers to another file", disk("overlay", DiskFormat::Qcow2, None)?, VolumeFormat)?;
 
     // The same VM with a good disk starts.
@@ -81,14 +71,8 @@ fn a_disk_that_is_missing_truncated_no_image_or_of_another_format_keeps_its_vm_f
 fn a_controller_whose_disk_is_full_refuses_changes_loses_nothing_and_goes_on_when_there_is_space() -> Result<()> {
     let mut cluster = ClusterSpec::new(2)?.up()?;
     let data = cluster.lab().api()?.token_file.parent().context("the token is in the controller's data")?.to_owned();
-    // The controller's data moves to a small file system of its own, which `lab down` unmounts.
     cluster.lab().controller().crash()?;
-    let aside = data.with_extension("aside");
-    fs::rename(&data, &aside)?;
-    fs::create_dir(&data)?;
-    run("mount", &["-t", "tmpfs", "-o", "size=96m,mode=0700", "tmpfs", path_of(&data)?])?;
-    run("cp", &["-a", &format!("{}/.", path_of(&aside)?), path_of(&data)?])?;
-    fs::remove_dir_all(&aside)?;
+    disk::make_small(&data)?;
     cluster.lab().controller().spawn()?;
     for host in ["h1", "h2"] {
         cluster.wait_connected(host, true)?;
@@ -97,7 +81,7 @@ fn a_controller_whose_disk_is_full_refuses_changes_loses_nothing_and_goes_on_whe
     cluster.expect_log("store");
     cluster.expect_log("full");
 
-    fill(&data.join("filler"))?;
+    disk::fill(&data)?;
     let mut acknowledged = Vec::new();
     let refusal = loop {
         let name = Name::new(format!("team{}", acknowledged.len()))?;
@@ -112,7 +96,7 @@ fn a_controller_whose_disk_is_full_refuses_changes_loses_nothing_and_goes_on_whe
     ensure!(move_refused.code == ErrorCode::StoreFull, "{move_refused:?}");
     cluster.check()?;
 
-    fs::remove_file(data.join("filler"))?;
+    disk::unfill(&data)?;
     let teams = cluster.ask(cluster.client().teams())?;
     for name in &acknowledged {
         ensure!(teams.iter().any(|team| team.name == *name), "{name} was acknowledged and is lost");
@@ -121,14 +105,4 @@ fn a_controller_whose_disk_is_full_refuses_changes_loses_nothing_and_goes_on_whe
     cluster.ask(cluster.client().create_team(&TeamCreate { name: Name::new("after")? }))?;
     cluster.migrate("web", "h2")?;
     cluster.finish()
-}
-
-/// Writes until nothing more goes in.
-fn fill(path: &Path) -> Result<()> {
-    use std::io::Write;
-    let mut file = fs::File::create(path)?;
-    for size in [1 << 20, 4096, 1] {
-        while file.write_all(&vec![7; size]).is_ok() {}
-    }
-    Ok(())
 }

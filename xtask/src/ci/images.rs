@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 const NO_OTHER: i32 = 3;
 
 /// Variables for the tests.
-pub(super) fn environment(root: &Path) -> Result<Vec<(String, String)>> {
+pub(crate) fn environment(root: &Path) -> Result<Vec<(String, String)>> {
     let mut all = Vec::new();
     let image: &[&str] = &["GODWIT_GUEST_KERNEL", "GODWIT_GUEST_INITRD"];
     for (path, names) in [

@@ -48,6 +48,20 @@ fn a_switch_over_that_qemu_reached_first_is_cancelled() {
 }
 
 #[test]
+fn a_vm_whose_qemu_ended_before_the_stop_is_not_said_to_run_on() {
+    for (broken, cancel) in [(false, false), (true, false), (false, true)] {
+        let mut source = source();
+        let _ = source.decide(SourceRecord::Offered, &view(Vcpus::Running, QemuMigration::Active));
+        let mut dead = SourceView { qemu: None, cancel, ..view(Vcpus::Running, QemuMigration::Active) };
+        dead.carry.usable = !broken;
+        assert_eq!(source.decide(SourceRecord::Offered, &dead), SourceAction::Record(SourceRecord::Returned));
+        let SourceAction::End(Outcome::Stayed(reason)) = source.decide(SourceRecord::Returned, &dead) else { panic!("not ended") };
+        assert_eq!(reason.code, ErrorCode::QemuFailed);
+        assert!(reason.message.contains("runs nowhere"), "{reason}");
+    }
+}
+
+#[test]
 fn our_stop_is_proven_before_the_switch_over_goes_on() {
     let mut source = source();
     let _ = source.decide(SourceRecord::Offered, &view(Vcpus::Paused, QemuMigration::Active));

@@ -1,0 +1,85 @@
+//! Real faults at random moments of real moves, judged from outside.
+//!
+//! ```text
+//!  seed ─▶ Plan ─▶ boot ─▶ move ──────────────▶ mend ─▶ settle ─▶ judge ─▶ clear
+//!                            └─ faults, each at its moment
+//! ```
+//! A run is a function of its seed as far as the machine lets it be: versions of QEMU, guest, disk, limits, faults and moments are. Several
+//! runs share a [ground](ground::Ground); one on which something is left or does not work any more is built anew.
+//!
+//! Nothing here may ask Godwit how a run went: runners are counted by the witness, processes by `/proc`, pages by the guest.
+
+pub mod disk;
+mod fault;
+mod ground;
+mod inject;
+mod moment;
+mod plan;
+mod report;
+mod run;
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+pub use fault::{Fault, FaultKind, FullDisk, Party, Planned, Side};
+use ground::Ground;
+pub use moment::{Mark, Moment};
+pub use plan::{Disk, Emulator, Load, Plan};
+pub use report::{DiskCompare, FaultReport, Outcome, Run};
+
+/// Runs that one ground serves: each leaves an address and a record of the witness behind.
+const SERVES: u8 = 60;
+
+/// Does one run for each plan, and hands all that there are to `tell` whenever one is judged, which is the last. Logs of runs that broke a
+/// promise are kept below `logs`.
+///
+/// # Errors
+/// When a run cannot be done even on new ground, or what `tell` says.
+pub fn run_all(
+    plans: impl Iterator<Item = Plan>,
+    logs: &Path,
+    mut tell: impl FnMut(&FaultReport) -> Result<()>,
+) -> Result<FaultReport> {
+    let mut report = FaultReport::default();
+    let mut ground: Option<Ground> = None;
+    for plan in plans {
+        let (run, next) = one(&plan, ground.take(), logs).with_context(|| format!("seed {}", plan.seed))?;
+        report.runs.push(run);
+        tell(&report)?;
+        ground = next;
+    }
+    if let Some(ground) = ground {
+        ground.cluster.take_down()?;
+    }
+    Ok(report)
+}
+
+/// One run, and the ground for the next where it is good for another.
+fn one(plan: &Plan, old: Option<Ground>, logs: &Path) -> Result<(Run, Option<Ground>)> {
+    if let Some(mut ground) = old {
+        match run::run(&mut ground, plan, logs) {
+            Ok(run) => return Ok((run, cleared(ground, plan)?)),
+            Err(error) => {
+                eprintln!("   builds new ground, because on the old one: {error:#}");
+                ground.cluster.take_down()?;
+            }
+        }
+    }
+    let mut ground = Ground::build()?;
+    let run = run::run(&mut ground, plan, logs)?;
+    Ok((run, cleared(ground, plan)?))
+}
+
+/// The ground without the VM of the last run, if it is good for another.
+fn cleared(mut ground: Ground, plan: &Plan) -> Result<Option<Ground>> {
+    let result = run::clear(&mut ground, plan);
+    if let Err(error) = &result {
+        eprintln!("   left of run {}: {error:#}", plan.seed);
+    }
+    if result.is_err() || ground.served >= SERVES {
+        ground.cluster.take_down()?;
+        return Ok(None);
+    }
+    Ok(Some(ground))
+}
