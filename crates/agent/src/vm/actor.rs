@@ -9,7 +9,7 @@ use godwit_model::{
     ErrorCode, Generation, Grant, MigrationPolicy, Millis, Name, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId,
 };
 use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
-use godwit_qemu::qmp::{ConnectError, Notice, Notices, Qmp, QmpError};
+use godwit_qemu::qmp::{ConnectError, Ending, Notice, Notices, Qmp, QmpError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -239,9 +239,13 @@ impl Actor {
                 self.refresh().await;
             }
             Err(error) => {
-                // Its sockets close some moments before its end is heard, while the kernel takes its namespaces down.
-                let ending =
-                    matches!(&error, ConnectError::Connect(source) if source.kind() == std::io::ErrorKind::ConnectionRefused);
+                // Its sockets close some moments before its end is heard, while the kernel takes its namespaces down; who is connected by
+                // then is not greeted.
+                let ending = match &error {
+                    ConnectError::Connect(source) => source.kind() == std::io::ErrorKind::ConnectionRefused,
+                    ConnectError::Ended(ending) => matches!(**ending, Ending::Closed),
+                    _ => false,
+                };
                 if ending {
                     tracing::info!("QEMU listens no more");
                 } else {
