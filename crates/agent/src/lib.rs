@@ -186,6 +186,9 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     sessions.abort();
     if let Ok(End::WithTheHost) = ended {
         tracing::info!("the host goes down");
+        // What happens from now on is said when the host is back: the controller would start again what ends.
+        let _ = sessions.await;
+        host.controller.set(None);
         power_off::power_off(&host, &vms).await;
     }
     networks.abort();

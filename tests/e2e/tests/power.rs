@@ -16,10 +16,10 @@ fn state(cluster: &Cluster, vm: &str) -> Result<RunState> {
     Ok(cluster.ask(cluster.client().vm(&Name::new(vm)?))?.status.state)
 }
 
-fn wait_running(cluster: &Cluster, vm: &str) -> Result<()> {
+fn wait_for(cluster: &Cluster, vm: &str, wanted: RunState) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    while state(cluster, vm)? != RunState::Running {
-        ensure!(Instant::now() < deadline, "{vm} does not start again");
+    while state(cluster, vm)? != wanted {
+        ensure!(Instant::now() < deadline, "{vm} does not become {wanted:?}");
         thread::sleep(Duration::from_millis(100));
     }
     Ok(())
@@ -43,8 +43,12 @@ fn guests_are_powered_off_with_their_host_and_started_again_in_order() -> Result
     ensure!(state(&cluster, "web")? == RunState::Running, "nobody has told the controller, and it guesses nothing");
 
     agent.spawn()?;
-    wait_running(&cluster, "database")?;
-    wait_running(&cluster, "web")?;
+    for guest in ["job", "database", "web"] {
+        wait_for(&cluster, guest, RunState::Stopped).context("the host tells what became of its guests")?;
+    }
+    for guest in ["database", "web"] {
+        wait_for(&cluster, guest, RunState::Running)?;
+    }
     ensure!(state(&cluster, "job")? == RunState::Stopped, "what does not start by itself was started");
     for guest in ["database", "web"] {
         cluster.status(guest)?;
