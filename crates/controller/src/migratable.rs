@@ -73,7 +73,10 @@ impl Look {
 pub(crate) async fn follow(db: Db, hub: Arc<Hub>) {
     let mut hosts = hub.watch();
     loop {
-        if let Err(fault) = look(&db, &hub).await {
+        // A store without space has been complained about by whoever needed some; it is looked at again anyhow.
+        if let Err(fault) = look(&db, &hub).await
+            && !fault.is_full()
+        {
             tracing::warn!(error = &fault as &dyn std::error::Error, "which VMs could move cannot be stored");
         }
         let _ = tokio::time::timeout(PERIOD, hosts.changed()).await;

@@ -240,6 +240,33 @@ pub(crate) struct GrantedTo {
 }
 
 impl VmRow {
+    /// A VM that was just created.
+    pub(crate) fn new(id: VmId, name: Name, team: Name, spec: VmSpec, now: UnixMillis) -> Self {
+        Self {
+            id,
+            name,
+            team,
+            created: now,
+            spec,
+            state: RunState::Stopped,
+            since: now,
+            detail: String::new(),
+            host: None,
+            generation: Generation(0),
+            reported: Generation(0),
+            issued: Generation(0),
+            pending: None,
+            granted: BTreeMap::new(),
+            activity: None,
+            resolved: None,
+            waiting: vec![],
+            released: false,
+            start_wanted: false,
+            not_started: None,
+            leaving: BTreeSet::new(),
+        }
+    }
+
     /// Issues the next generation to `host`.
     pub(crate) fn issue(&mut self, host: &Name, task: TaskId) -> Generation {
         self.issued = self.issued.next();

@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use crate::cage::{self, CageError, CagePlan, Limit, LimitedResource, Network, tool};
+use crate::cage::{self, CageError, CagePlan, LimitedResource, tool};
 
 /// The kernel's user for those who are nobody.
 const NOBODY: u32 = 65_534;
@@ -116,26 +116,12 @@ fn plan(conversion: Conversion) -> Result<CagePlan, ConvertError> {
         arguments.extend(["-o", "subformat=streamOptimized"].map(str::to_owned));
     }
     arguments.extend([place(conversion.input), place(conversion.output)]);
-    let limit = |resource, value| Limit { resource, value };
-    Ok(CagePlan {
-        uid: NOBODY,
-        gid: NOBODY,
-        binary: tool::find("qemu-img").ok_or(ConvertError::Missing)?,
-        arguments,
-        working_dir: "/".into(),
-        read_only: vec![],
-        writable: vec![],
-        network: Network::Empty,
-        nodes: vec![],
-        cgroup: None,
-        limits: vec![
-            limit(LimitedResource::Core, 0),
-            limit(LimitedResource::OpenFiles, 64),
-            limit(LimitedResource::ProcessorTime, CPU_SECONDS),
-            limit(LimitedResource::AddressSpace, ADDRESS_SPACE),
-            limit(LimitedResource::FileSize, conversion.limit),
-        ],
-        keep: vec![conversion.input, conversion.output],
-        log: None,
-    })
+    let limits = [
+        (LimitedResource::ProcessorTime, CPU_SECONDS),
+        (LimitedResource::AddressSpace, ADDRESS_SPACE),
+        (LimitedResource::FileSize, conversion.limit),
+    ];
+    let program = tool::find("qemu-img").ok_or(ConvertError::Missing)?;
+    let plan = tool::bare_plan(program, arguments, (NOBODY, NOBODY), &limits);
+    Ok(CagePlan { keep: vec![conversion.input, conversion.output], ..plan })
 }

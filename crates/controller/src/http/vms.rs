@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use godwit_api::v1;
-use godwit_model::{Boot, ErrorCode, Generation, ImageKind, Name, Refusal, RunState, VmId, VmSpec};
+use godwit_model::{Boot, ErrorCode, ImageKind, Name, Refusal, VmId, VmSpec};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -132,30 +132,7 @@ pub(super) async fn vm_create(
     app.db.find::<TeamRow>(team.as_str()).await?.ok_or_else(|| not_found("team", team))?;
     check_references(&app, team, &spec).await?;
     complete_new(&mut spec)?;
-    let now = clock::now();
-    let row = VmRow {
-        id: VmId::new(clock::fresh()),
-        name,
-        team: team.clone(),
-        created: now,
-        spec,
-        state: RunState::Stopped,
-        since: now,
-        detail: String::new(),
-        host: None,
-        generation: Generation(0),
-        reported: Generation(0),
-        issued: Generation(0),
-        pending: None,
-        granted: std::collections::BTreeMap::new(),
-        activity: None,
-        resolved: None,
-        waiting: vec![],
-        released: false,
-        start_wanted: false,
-        not_started: None,
-        leaving: std::collections::BTreeSet::new(),
-    };
+    let row = VmRow::new(VmId::new(clock::fresh()), name, team.clone(), spec, clock::now());
     let mut batch = Batch::default().create(&row).claim(format!("vmname/{team}/{}", row.name), &row.id);
     for key in claims(&row.spec) {
         batch = batch.claim(key, &row.id);

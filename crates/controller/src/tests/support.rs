@@ -8,8 +8,8 @@ use godwit_link::certificate::CONTROLLER;
 use godwit_link::v1::{self, agent_message::Body, command::Action, controller_message, link_client::LinkClient};
 use godwit_link::{PROTOCOL, encode};
 use godwit_model::{
-    Boot, Bytes, ErrorCode, Generation, HostFacts, HostLoad, ImportFormat, MigrationPolicy, Name, NetworkKind, NicSpec, Refusal,
-    RunState, TaskId, UnixMillis, VmId, VmSpec,
+    Boot, Bytes, ErrorCode, HostFacts, HostLoad, ImportFormat, MigrationPolicy, Name, NetworkKind, NicSpec, Refusal, RunState,
+    TaskId, UnixMillis, VmId, VmSpec,
 };
 use rcgen::{CertificateParams, KeyPair};
 use tokio::sync::mpsc;
@@ -433,27 +433,5 @@ pub(super) fn without_migratable(mut vm: api::Vm) -> api::Vm {
 
 /// A VM that was created and never started.
 pub(crate) fn vm_row() -> VmRow {
-    VmRow {
-        id: VmId::new(uuid::Uuid::nil()),
-        name: name("web1"),
-        team: name("default"),
-        created: UnixMillis(0),
-        spec: spec(Bytes::mib(64)),
-        state: RunState::Stopped,
-        since: UnixMillis(0),
-        detail: String::new(),
-        host: None,
-        generation: Generation(0),
-        reported: Generation(0),
-        issued: Generation(0),
-        pending: None,
-        granted: std::collections::BTreeMap::new(),
-        activity: None,
-        resolved: None,
-        waiting: vec![],
-        released: false,
-        start_wanted: false,
-        not_started: None,
-        leaving: std::collections::BTreeSet::new(),
-    }
+    VmRow::new(VmId::new(uuid::Uuid::nil()), name("web1"), name("default"), spec(Bytes::mib(64)), UnixMillis(0))
 }

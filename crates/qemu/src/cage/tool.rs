@@ -103,24 +103,30 @@ pub async fn ask(launcher: &Launcher, tool: &Tool, fds: PassedFds) -> Result<Str
 }
 
 fn plan(tool: &Tool) -> CagePlan {
-    let limit = |resource, value| Limit { resource, value };
+    let limits = [(LimitedResource::LockedMemory, 0), (LimitedResource::AddressSpace, tool.memory.get())];
+    bare_plan(tool.program.clone(), tool.arguments.clone(), (tool.uid, tool.gid), &limits)
+}
+
+/// A program with nothing of the host but the system's own files, no network, no core, a few descriptors, and within `limits`.
+pub(crate) fn bare_plan(
+    binary: PathBuf,
+    arguments: Vec<String>,
+    (uid, gid): (u32, u32),
+    limits: &[(LimitedResource, u64)],
+) -> CagePlan {
+    let standing = [(LimitedResource::Core, 0), (LimitedResource::OpenFiles, 64)];
     CagePlan {
-        uid: tool.uid,
-        gid: tool.gid,
-        binary: tool.program.clone(),
-        arguments: tool.arguments.clone(),
+        uid,
+        gid,
+        binary,
+        arguments,
         working_dir: "/".into(),
         read_only: vec![],
         writable: vec![],
         network: Network::Empty,
         nodes: vec![],
         cgroup: None,
-        limits: vec![
-            limit(LimitedResource::Core, 0),
-            limit(LimitedResource::OpenFiles, 64),
-            limit(LimitedResource::LockedMemory, 0),
-            limit(LimitedResource::AddressSpace, tool.memory.get()),
-        ],
+        limits: standing.iter().chain(limits).map(|(resource, value)| Limit { resource: *resource, value: *value }).collect(),
         keep: vec![],
         log: None,
     }
