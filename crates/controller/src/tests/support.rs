@@ -224,16 +224,17 @@ impl Cluster {
         self.task_when(task, |task| task.state.ended()).await
     }
 
+    /// A VM, without what changes though nobody changes it.
     pub(super) async fn vm(&self, vm: &str) -> api::Vm {
-        self.admin().vm(&name(vm)).await.expect("vm")
+        without_migratable(self.admin().vm(&name(vm)).await.expect("vm"))
     }
 
     pub(super) async fn vm_when(&self, vm: &str, until: impl Fn(&api::Vm) -> bool) -> api::Vm {
         soon(async {
             loop {
-                let now = self.vm(vm).await;
+                let now = self.admin().vm(&name(vm)).await.expect("vm");
                 if until(&now) {
-                    return now;
+                    return without_migratable(now);
                 }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
