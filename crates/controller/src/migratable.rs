@@ -23,28 +23,39 @@ const CALM: Duration = Duration::from_millis(500);
 /// What a check of a VM is made from.
 pub(crate) struct Look {
     present: Vec<(Name, Presence)>,
-    networks: Vec<Stored<NetworkRow>>,
+    networks: HashMap<Name, Vec<Stored<NetworkRow>>>,
 }
 
 impl Look {
     /// What is there now.
     pub(crate) async fn at(db: &Db, hub: &Hub) -> Result<Self, Fault> {
-        Ok(Self { present: hub.present(), networks: db.all::<NetworkRow>().await? })
+        let mut networks: HashMap<Name, Vec<Stored<NetworkRow>>> = HashMap::new();
+        for network in db.all::<NetworkRow>().await? {
+            networks.entry(network.row.team.clone()).or_default().push(network);
+        }
+        Ok(Self { present: hub.present(), networks })
     }
 
-    /// What is in the way to each connected host but its own, or to `to` alone.
-    pub(crate) fn check(&self, team: &Name, spec: &ResolvedSpec, source: &Name, to: Option<&Name>) -> Vec<HostCheck> {
-        let Some((here, presence)) = self.present.iter().find(|(name, _)| name == source) else { return vec![] };
-        let source = Candidate { name: here, facts: &presence.facts, load: &presence.load };
-        let networks: Vec<_> = self.networks.iter().filter(|network| network.row.team == *team).cloned().collect();
-        let wanted = |name: &Name| name != here && to.is_none_or(|to| to == name);
-        let hosts = self.present.iter().filter(|(name, _)| wanted(name)).map(|(name, presence)| {
-            let there = Candidate { name, facts: &presence.facts, load: &presence.load };
-            let mut found = obstacles(spec, source, there);
-            found.extend(check_networks(spec, &networks, there).err());
-            HostCheck { host: name.clone(), obstacles: found }
-        });
-        hosts.collect()
+    /// What is in the way to each connected host but its own, or to `to` alone; looked at one host after the other, as they are asked for.
+    pub(crate) fn check<'a>(
+        &'a self,
+        team: &Name,
+        spec: &'a ResolvedSpec,
+        source: &'a Name,
+        to: Option<&'a Name>,
+    ) -> impl Iterator<Item = HostCheck> + 'a {
+        let networks = self.networks.get(team).map_or(&[][..], Vec::as_slice);
+        let here = self.present.iter().find(|(name, _)| name == source);
+        here.into_iter().flat_map(move |(here, presence)| {
+            let source = Candidate { name: here, facts: &presence.facts, load: &presence.load };
+            let others = self.present.iter().filter(move |(name, _)| name != here && to.is_none_or(|to| to == name));
+            others.map(move |(name, presence)| {
+                let there = Candidate { name, facts: &presence.facts, load: &presence.load };
+                let mut found = obstacles(spec, source, there);
+                found.extend(check_networks(spec, networks, there).err());
+                HostCheck { host: name.clone(), obstacles: found }
+            })
+        })
     }
 
     /// The verdict on a VM; none while it does not run, or is on its way.
@@ -57,15 +68,21 @@ impl Look {
             let why = Refusal::new(ErrorCode::HostDown, format!("its host {source} is not connected"));
             return Some((false, Some(why.hint("restore the host's agent or link; the VM keeps running without it"))));
         }
-        let nearest = self.check(&vm.team, spec, source, None).into_iter().min_by_key(|check| check.obstacles.len());
-        match nearest.map(|check| check.obstacles.into_iter().next()) {
-            Some(None) => Some((true, None)),
-            Some(obstacle) => Some((false, obstacle)),
-            None => {
-                let why = Refusal::new(ErrorCode::NoHost, "no other host is connected");
-                Some((false, Some(why.hint("start the agent of another host (`godwit agent`), or let one join"))))
+        let mut nearest: Option<HostCheck> = None;
+        for check in self.check(&vm.team, spec, source, None) {
+            // One host is enough: the others need no look.
+            if check.obstacles.is_empty() {
+                return Some((true, None));
+            }
+            if nearest.as_ref().is_none_or(|nearest| check.obstacles.len() < nearest.obstacles.len()) {
+                nearest = Some(check);
             }
         }
+        let reason = nearest.and_then(|check| check.obstacles.into_iter().next()).unwrap_or_else(|| {
+            Refusal::new(ErrorCode::NoHost, "no other host is connected")
+                .hint("start the agent of another host (`godwit agent`), or let one join")
+        });
+        Some((false, Some(reason)))
     }
 }
 

@@ -101,7 +101,8 @@ pub(super) async fn vm_check(
             .hint("choose another host")
             .into());
     }
-    let hosts = Look::at(&app.db, &app.hub).await?.check(team, spec, source, to.as_ref());
+    let look = Look::at(&app.db, &app.hub).await?;
+    let hosts = look.check(team, spec, source, to.as_ref()).collect();
     Ok(Json(v1::VmCheck { source: source.clone(), hosts }))
 }
 
