@@ -9,13 +9,13 @@ help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
 demo: setup
-	cargo build --locked --release --package godwit </dev/null
+	cargo build --locked --release --package godwit --package godwit-e2e --bins </dev/null
 	images=$$(scripts/guest-image </dev/null) && \
 	GODWIT_GUEST_KERNEL=$$(printf '%s\n' "$$images" | sed -n 1p) \
 	GODWIT_GUEST_INITRD=$$(printf '%s\n' "$$images" | sed -n 2p) \
 	GODWIT_QEMU_OTHER=$$(scripts/qemu-other </dev/null || true) \
 	GODWIT_BIN=$${CARGO_TARGET_DIR:-$$PWD/target}/release/godwit \
-	cargo run --locked --release --package godwit-e2e --bin demo </dev/null
+	$${CARGO_TARGET_DIR:-$$PWD/target}/release/demo </dev/null
 
 test: setup
 	cargo xtask ci </dev/null

@@ -18,7 +18,10 @@ mod plan;
 mod report;
 mod run;
 
+use std::num::NonZero;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::thread;
 
 use anyhow::{Context, Result};
 
@@ -31,28 +34,52 @@ pub use report::{DiskCompare, FaultReport, Outcome, Run};
 /// Runs that one ground serves: each leaves an address and a record of the witness behind.
 const SERVES: u8 = 60;
 
-/// Does one run for each plan, and hands all that there are to `tell` whenever one is judged, which is the last. Logs of runs that broke a
-/// promise are kept below `logs`.
+/// Does one run for each plan, as many at a time as there are lanes, each lane on ground of its own; hands all that there are to `tell`
+/// whenever one is judged, which is the last. A run mostly waits, so that two lanes per core disturb each other little. Logs of runs that
+/// broke a promise are kept below `logs`.
 ///
 /// # Errors
-/// When a run cannot be done even on new ground, or what `tell` says.
+/// When a run cannot be done even on new ground, or what `tell` says: the runs under way end, and no other begins.
 pub fn run_all(
-    plans: impl Iterator<Item = Plan>,
+    plans: impl Iterator<Item = Plan> + Send,
+    lanes: NonZero<usize>,
     logs: &Path,
     mut tell: impl FnMut(&FaultReport) -> Result<()>,
 ) -> Result<FaultReport> {
+    let plans = Mutex::new(plans.fuse());
     let mut report = FaultReport::default();
-    let mut ground: Option<Ground> = None;
-    for plan in plans {
-        let (run, next) = one(&plan, ground.take(), logs).with_context(|| format!("seed {}", plan.seed))?;
-        report.runs.push(run);
-        tell(&report)?;
-        ground = next;
-    }
-    if let Some(ground) = ground {
-        ground.cluster.take_down()?;
-    }
+    thread::scope(|scope| {
+        let (judged, runs) = mpsc::channel();
+        let lanes: Vec<_> = (0..lanes.get())
+            .map(|_| {
+                let (plans, judged) = (&plans, judged.clone());
+                scope.spawn(move || lane(plans, logs, &judged))
+            })
+            .collect();
+        drop(judged);
+        // Nobody to hear of the next run any more is what ends the lanes early.
+        let told = runs.into_iter().try_for_each(|run| {
+            report.runs.push(run);
+            tell(&report)
+        });
+        lanes.into_iter().map(|lane| lane.join().expect("a lane does not panic")).fold(told, Result::and)
+    })?;
+    report.runs.sort_by_key(|run| run.seed);
     Ok(report)
+}
+
+/// Does one run after the other until there is no plan left or nobody hears of them.
+fn lane(plans: &Mutex<impl Iterator<Item = Plan>>, logs: &Path, judged: &mpsc::Sender<Run>) -> Result<()> {
+    let mut ground: Option<Ground> = None;
+    let next = || plans.lock().unwrap_or_else(PoisonError::into_inner).next();
+    while let Some(plan) = next() {
+        let (run, after) = one(&plan, ground.take(), logs).with_context(|| format!("seed {}", plan.seed))?;
+        ground = after;
+        if judged.send(run).is_err() {
+            break;
+        }
+    }
+    ground.map_or(Ok(()), |ground| ground.cluster.take_down())
 }
 
 /// One run, and the ground for the next where it is good for another.

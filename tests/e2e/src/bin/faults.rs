@@ -3,6 +3,7 @@
 //! Writes what every run came to into a file, prints a summary, and fails when a promise was broken.
 
 use std::fs;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,10 +12,11 @@ use anyhow::{Context, Result, bail};
 use godwit_e2e::faults::{FaultReport, Plan, Run, run_all};
 
 const USAGE: &str = "\
-Usage: cargo xtask faults [--count N] [--seed S] [--out FILE]
+Usage: cargo xtask faults [--count N] [--seed S] [--lanes L] [--out FILE]
 
   --count N   how many runs [default: 20]
   --seed S    seed of the first run; each further run takes the next number [default: from the clock]
+  --lanes L   runs at a time, each on hosts of its own [default: 1]
   --out FILE  where the results go [default: target/faults.json]
 
 One run is repeated by its seed: --count 1 --seed S";
@@ -23,6 +25,7 @@ One run is repeated by its seed: --count 1 --seed S";
 struct Arguments {
     count: u64,
     seed: u64,
+    lanes: NonZero<usize>,
     out: PathBuf,
 }
 
@@ -41,11 +44,12 @@ fn main() -> ExitCode {
 impl Arguments {
     fn parse(words: &[String]) -> Result<Self> {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?;
-        let mut arguments = Self { count: 20, seed: clock.as_secs(), out: PathBuf::from("target/faults.json") };
+        let mut arguments = Self { count: 20, seed: clock.as_secs(), lanes: NonZero::<usize>::MIN, out: PathBuf::from("target/faults.json") };
         for pair in words.chunks(2) {
             match pair {
                 [key, value] if key == "--count" => arguments.count = value.parse().with_context(|| format!("--count {value}"))?,
                 [key, value] if key == "--seed" => arguments.seed = value.parse().with_context(|| format!("--seed {value}"))?,
+                [key, value] if key == "--lanes" => arguments.lanes = value.parse().with_context(|| format!("--lanes {value}"))?,
                 [key, value] if key == "--out" => arguments.out = value.into(),
                 _ => bail!("not understood: {}\n\n{USAGE}", pair.join(" ")),
             }
@@ -55,10 +59,10 @@ impl Arguments {
 }
 
 fn run(arguments: &Arguments) -> Result<FaultReport> {
-    let Arguments { count, seed, out } = arguments;
+    let Arguments { count, seed, lanes, out } = arguments;
     println!("faults: {count} runs from seed {seed}");
     let plans = (0..*count).map(|number| Plan::of(seed.wrapping_add(number)));
-    let report = run_all(plans, &out.with_extension("logs"), |report| {
+    let report = run_all(plans, *lanes, &out.with_extension("logs"), |report| {
         let line = report.runs.last().map(Run::line).unwrap_or_default();
         println!("faults: {} of {count}: {line}", report.runs.len());
         // After each: a long series may be ended early.
