@@ -17,6 +17,7 @@ use tokio::sync::{Notify, mpsc};
 use tonic::transport::Channel;
 
 use crate::AgentOptions;
+use crate::facts::{self, FactError, Said};
 use crate::guest::Guests;
 use crate::identity::Identity;
 use crate::journal::{EndedMove, Journal, JournalError};
@@ -51,6 +52,11 @@ impl Host {
     /// Where carry listens.
     pub(crate) fn migration_address(&self) -> IpAddr {
         self.options.migration_address.unwrap_or(self.identity.migration_address)
+    }
+
+    /// What another host's agent has said, if it is to be believed.
+    pub(crate) fn open_fact(&self, text: &str) -> Result<Said, FactError> {
+        facts::open(&self.identity.material(), &self.peers, text, unix_now())
     }
 
     /// The directory of a VM's sockets: short, since socket paths are limited.

@@ -30,6 +30,16 @@ impl Peers {
                 .retry(Retry::Safe)
         })
     }
+
+    /// Whether a key speaks for `host`. An agent that was just started, and has heard of nobody yet, must go by the certificate alone.
+    pub(crate) fn may_speak(&self, host: &Name, key: &str) -> Result<(), Refusal> {
+        let nobody = self.keys.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+        if nobody || self.keys_of(host)?.iter().any(|known| known == key) {
+            return Ok(());
+        }
+        Err(Refusal::new(ErrorCode::CertificateRefused, format!("a key that may not, or no longer, speak for {host} was shown"))
+            .retry(Retry::Safe))
+    }
 }
 
 #[cfg(test)]

@@ -15,9 +15,8 @@ use godwit_link::v1::controller_message::Body as FromController;
 use godwit_link::v1::link_client::LinkClient;
 use godwit_link::v1::{self, AgentMessage};
 use godwit_link::{MAX_MESSAGE, Malformed, PROTOCOL, convert, decode, encode};
-use godwit_migration::Peer;
 use godwit_model::{
-    Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, NetworkId, Refusal, Retry, VlanId, VolumeRef,
+    Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, NetworkId, Refusal, VlanId, VmId, VolumeRef,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -30,7 +29,7 @@ use crate::identity::RenewError;
 use crate::network::{FleetNetwork, FleetNetworks, Kind};
 use crate::tls::TlsError;
 use crate::vm::{Answer, Registry, VmCommand};
-use crate::{console, guest};
+use crate::{console, grants, guest};
 
 /// Wait between two attempts to reach the controller, growing from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
@@ -195,7 +194,7 @@ impl Sessions {
                 let this = Arc::clone(self);
                 tokio::spawn(async move {
                     if let Err(error) = this.on_peer(peer).await {
-                        tracing::warn!(error = &error as &dyn std::error::Error, "a peer's message is malformed");
+                        tracing::warn!(error = &*error, "what another agent said is not believed");
                     }
                 });
             }
@@ -210,9 +209,9 @@ impl Sessions {
         }
     }
 
-    async fn on_peer(&self, peer: v1::Peer) -> Result<(), Malformed> {
-        let message: Peer = decode("message", &peer.message)?;
-        self.vms.peer(convert::task_id(&peer.task)?, &convert::name("host", &peer.host)?, message).await;
+    async fn on_peer(&self, peer: v1::Peer) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let said = self.host.open_fact(std::str::from_utf8(&peer.message)?)?;
+        self.vms.peer(convert::task_id(&peer.task)?, said).await;
         Ok(())
     }
 
@@ -267,56 +266,34 @@ impl Sessions {
     }
 
     async fn carry_out(&self, command: v1::Command) -> Result<Answer, Refusal> {
-        let malformed = |error: Malformed| Refusal::new(ErrorCode::BadRequest, error.to_string());
         let action = command.action.ok_or_else(|| Refusal::new(ErrorCode::BadRequest, "this agent does not know the command"))?;
         if let Action::DeleteVolume(volume) = &action {
-            let volume = volume_ref(volume).map_err(malformed)?;
+            let volume = volume_ref(volume)?;
             return self.host.pools.delete(&volume).await.map(|()| Answer::default());
         }
         if let Action::Console(console) = &action {
-            let vm = convert::vm_id(&console.vm).map_err(malformed)?;
+            let vm = convert::vm_id(&console.vm)?;
             return console::open(&self.host, vm, console.session.clone()).await.map(|()| Answer::default());
         }
         if let Action::Exec(exec) = &action {
-            let vm = convert::vm_id(&exec.vm).map_err(malformed)?;
-            let request: ExecRequest = decode("request", &exec.request).map_err(malformed)?;
+            let vm = convert::vm_id(&exec.vm)?;
+            let request: ExecRequest = decode("request", &exec.request)?;
             request.validate()?;
             self.vms.command(vm, VmCommand::MayBegin { generation: Generation(exec.generation) }).await?;
             let pid = guest::exec(&self.host, vm, &request).await?;
             return Ok(Answer { result: encode(&pid), ..Answer::default() });
         }
         if let Action::ExecStatus(status) = &action {
-            let vm = convert::vm_id(&status.vm).map_err(malformed)?;
+            let vm = convert::vm_id(&status.vm)?;
             self.vms.command(vm, VmCommand::MayAsk).await?;
             let wait = Duration::from_millis(u64::from(status.wait_ms));
             let outcome = guest::exec_status(&self.host, vm, status.pid, wait).await?;
             return Ok(Answer { result: encode(&outcome), ..Answer::default() });
         }
-        let (vm, command) = vm_command(&command.task, action).map_err(malformed)?;
-        self.check_grant(&command)?;
+        let (vm, command) =
+            vm_command(&command.task, action, |grant| grants::open(&self.host.identity.material(), grant, unix_now()))?;
+        grants::check(&command, &self.host.identity.name, unix_now())?;
         self.vms.command(vm, command).await
-    }
-
-    /// A grant counts only for the host that it names, and only in its time.
-    fn check_grant(&self, command: &VmCommand) -> Result<(), Refusal> {
-        let me = &self.host.identity.name;
-        let (grant, mine): (&Grant, bool) = match command {
-            VmCommand::Start { grant, spec } => (grant, grant.destination == *me && grant.source.is_none() && spec.vm == grant.vm),
-            VmCommand::Prepare { grant, spec, .. } => {
-                (grant, grant.destination == *me && grant.source.as_ref().is_some_and(|source| source != me) && spec.vm == grant.vm)
-            }
-            VmCommand::Migrate { grant, .. } => (grant, grant.source.as_ref() == Some(me) && grant.destination != *me),
-            _ => return Ok(()),
-        };
-        if !mine {
-            return Err(Refusal::new(ErrorCode::NotGranted, "the grant is not for this host"));
-        }
-        if unix_now() >= grant.expires {
-            return Err(Refusal::new(ErrorCode::GrantExpired, "the grant has expired")
-                .hint("compare the clocks of host and controller")
-                .retry(Retry::Never));
-        }
-        Ok(())
     }
 }
 
@@ -331,15 +308,15 @@ fn volume_ref(volume: &v1::DeleteVolume) -> Result<VolumeRef, Malformed> {
     Ok(VolumeRef { pool: convert::name("pool", &volume.pool)?, volume: convert::name("volume", &volume.volume)? })
 }
 
-fn grant(grant: Option<v1::Grant>) -> Result<Grant, Malformed> {
-    grant.ok_or(Malformed::Field { field: "grant" })?.try_into()
-}
-
-fn vm_command(task: &str, action: Action) -> Result<(godwit_model::VmId, VmCommand), Malformed> {
+fn vm_command(
+    task: &str,
+    action: Action,
+    granted: impl Fn(Option<v1::Signed>) -> Result<Grant, Refusal>,
+) -> Result<(VmId, VmCommand), Refusal> {
     let owned = |vm: &str, generation: u64| Ok::<_, Malformed>((convert::vm_id(vm)?, Generation(generation)));
     Ok(match action {
         Action::Start(start) => {
-            let grant = grant(start.grant)?;
+            let grant = granted(start.grant)?;
             (grant.vm, VmCommand::Start { spec: decode("spec", &start.spec)?, grant })
         }
         Action::Stop(stop) => {
@@ -364,12 +341,12 @@ fn vm_command(task: &str, action: Action) -> Result<(godwit_model::VmId, VmComma
         }
         Action::Forget(forget) => (convert::vm_id(&forget.vm)?, VmCommand::Forget),
         Action::Prepare(prepare) => {
-            let grant = grant(prepare.grant)?;
+            let grant = granted(prepare.grant)?;
             let policy: MigrationPolicy = decode("policy", &prepare.policy)?;
             (grant.vm, VmCommand::Prepare { spec: decode("spec", &prepare.spec)?, grant, policy })
         }
         Action::Migrate(migrate) => {
-            let grant = grant(migrate.grant)?;
+            let grant = granted(migrate.grant)?;
             let malformed = |field| Malformed::Field { field };
             let ip: IpAddr = migrate.address.parse().map_err(|_| malformed("address"))?;
             let port = u16::try_from(migrate.carry_port).map_err(|_| malformed("carry_port"))?;
@@ -382,7 +359,7 @@ fn vm_command(task: &str, action: Action) -> Result<(godwit_model::VmId, VmComma
             VmCommand::Settle { task: convert::task_id(task)?, generation: Generation(settle.generation) },
         ),
         Action::DeleteVolume(_) | Action::Console(_) | Action::Exec(_) | Action::ExecStatus(_) => {
-            return Err(Malformed::Field { field: "action" });
+            return Err(Malformed::Field { field: "action" }.into());
         }
     })
 }

@@ -130,3 +130,37 @@ impl ServerCertVerifier for ByFingerprint {
         self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use godwit_link::certificate::host_dns_name;
+    use godwit_model::Name;
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+
+    use super::Material;
+
+    /// Certificates for hosts of one cluster.
+    pub(crate) fn cluster(hosts: &[&str]) -> Vec<Material> {
+        let names: Vec<String> = hosts.iter().map(|host| host_dns_name(&Name::new(*host).expect("name"))).collect();
+        certified(&names)
+    }
+
+    /// Certificates of one authority, each with one DNS name.
+    pub(crate) fn certified(names: &[String]) -> Vec<Material> {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let authority_key = KeyPair::generate().expect("key");
+        let mut params = CertificateParams::new(vec![]).expect("params");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let authority = params.self_signed(&authority_key).expect("authority");
+        let issuer = rcgen::Issuer::new(params, authority_key);
+        names
+            .iter()
+            .map(|name| {
+                let key = KeyPair::generate().expect("key");
+                let params = CertificateParams::new(vec![name.clone()]).expect("params");
+                let certificate = params.signed_by(&key, &issuer).expect("signed");
+                Material { certificate: certificate.pem(), key: key.serialize_pem(), authority: authority.pem() }
+            })
+            .collect()
+    }
+}

@@ -14,7 +14,9 @@ use std::time::Duration;
 
 use ::aws_lc_rs::digest as aws_lc_rs_digest;
 use godwit_link::certificate::{CONTROLLER, host_dns_name, host_of_dns_name};
-use godwit_model::{ErrorCode, Name, Refusal, UnixMillis};
+use godwit_link::statement::{self, Purpose};
+use godwit_link::{encode, v1};
+use godwit_model::{ErrorCode, Grant, Name, Refusal, UnixMillis};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PublicKeyData, SanType,
@@ -198,6 +200,14 @@ impl Authority {
         // The intermediate goes along: peers know the root only.
         let chain = format!("{}{}", certificate.pem(), self.intermediate_pem);
         Ok(Issued { certificate: chain, key: key_hash(&request.public_key.subject_public_key_info()) })
+    }
+
+    /// Signs a grant, so that it counts wherever it is shown.
+    pub(crate) fn grant(&self, grant: &Grant) -> Result<v1::Signed, Refusal> {
+        let serving = self.serving.read().expect("no holder panics").clone();
+        let chain = [serving.cert.first(), Some(&self.intermediate)].into_iter().flatten().cloned().collect::<Vec<_>>();
+        statement::sign(Purpose::Grant, encode(grant), serving.key.as_ref(), &chain)
+            .map_err(|error| Refusal::new(ErrorCode::Internal, format!("the grant cannot be signed: {error}")))
     }
 
     /// Makes the controller a new certificate; connections from now on see it.

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::authority::Authority;
 use crate::clock;
 use crate::db::{Batch, Db, Fault, Stored, retry};
 use crate::history;
@@ -74,6 +75,7 @@ pub(crate) struct Tasks {
     db: Db,
     hub: Arc<Hub>,
     images: Arc<Images>,
+    authority: Arc<Authority>,
     wakers: Mutex<HashMap<TaskId, Arc<Notify>>>,
     written: Mutex<HashMap<TaskId, Instant>>,
     execs: Mutex<HashMap<VmId, usize>>,
@@ -94,8 +96,25 @@ pub(crate) enum Outcome {
 
 impl Tasks {
     /// An executor; nothing runs yet.
-    pub(crate) fn new(db: Db, hub: Arc<Hub>, images: Arc<Images>, tracker: TaskTracker, stop: CancellationToken) -> Self {
-        Self { db, hub, images, wakers: Mutex::default(), written: Mutex::default(), execs: Mutex::default(), tracker, stop }
+    pub(crate) fn new(
+        db: Db,
+        hub: Arc<Hub>,
+        images: Arc<Images>,
+        authority: Arc<Authority>,
+        tracker: TaskTracker,
+        stop: CancellationToken,
+    ) -> Self {
+        Self {
+            db,
+            hub,
+            images,
+            authority,
+            wakers: Mutex::default(),
+            written: Mutex::default(),
+            execs: Mutex::default(),
+            tracker,
+            stop,
+        }
     }
 
     /// Goes on with every task that had not ended.

@@ -1,6 +1,6 @@
 //! Wire values to model values and back. Everything that arrives is checked here, once.
 
-use godwit_model::{ErrorCode, Generation, Grant, Name, Refusal, Retry, RunState, TaskId, UnixMillis, VmId};
+use godwit_model::{ErrorCode, Name, Refusal, Retry, RunState, TaskId, VmId};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -64,31 +64,9 @@ pub fn name(field: &'static str, text: &str) -> Result<Name, Malformed> {
     Name::new(text).map_err(|_| Malformed::Field { field })
 }
 
-impl From<&Grant> for v1::Grant {
-    fn from(grant: &Grant) -> Self {
-        Self {
-            vm: grant.vm.to_string(),
-            generation: grant.generation.0,
-            source: grant.source.as_ref().map(ToString::to_string).unwrap_or_default(),
-            destination: grant.destination.to_string(),
-            task: grant.task.to_string(),
-            expires_unix_ms: grant.expires.0,
-        }
-    }
-}
-
-impl TryFrom<v1::Grant> for Grant {
-    type Error = Malformed;
-
-    fn try_from(grant: v1::Grant) -> Result<Self, Malformed> {
-        Ok(Self {
-            vm: vm_id(&grant.vm)?,
-            generation: Generation(grant.generation),
-            source: if grant.source.is_empty() { None } else { Some(name("source", &grant.source)?) },
-            destination: name("destination", &grant.destination)?,
-            task: task_id(&grant.task)?,
-            expires: UnixMillis(grant.expires_unix_ms),
-        })
+impl From<Malformed> for Refusal {
+    fn from(malformed: Malformed) -> Self {
+        Self::new(ErrorCode::BadRequest, malformed.to_string())
     }
 }
 
@@ -151,19 +129,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn grants_and_refusals_survive_the_wire() {
-        let grant = Grant {
-            vm: VmId::new(uuid::Uuid::from_u128(7)),
-            generation: Generation(3),
-            source: Some(Name::new("h1").expect("name")),
-            destination: Name::new("h2").expect("name"),
-            task: TaskId::new(uuid::Uuid::from_u128(9)),
-            expires: UnixMillis(5),
-        };
-        assert_eq!(Grant::try_from(v1::Grant::from(&grant)).expect("well formed"), grant);
+    fn refusals_survive_the_wire() {
         let refusal = Refusal::new(ErrorCode::VmBusy, "busy").hint("wait").retry(Retry::Safe);
         assert_eq!(Refusal::from(v1::Refusal::from(&refusal)), refusal);
-        let bad = v1::Grant { destination: "../x".into(), ..v1::Grant::from(&grant) };
-        assert!(Grant::try_from(bad).is_err());
     }
 }

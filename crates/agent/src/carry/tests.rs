@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::{Decoder, Frame, Identity};
-use godwit_link::certificate::host_dns_name;
 use godwit_model::Name;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::mpsc;
@@ -19,31 +17,13 @@ use tokio::task::LocalSet;
 use super::connect::{Expected, accept, dial};
 use super::pump::{Ends, KeepAlive, Pump, PumpError, Side};
 use crate::tls::Material;
+use crate::tls::tests::cluster;
 
 const IDENTITY: Identity = Identity { vm: [1; 16], task: [2; 16], generation: 3 };
 const PATIENT: KeepAlive = KeepAlive { every: Duration::from_secs(1), silence: Duration::from_secs(60) };
 
 fn name(text: &str) -> Name {
     Name::new(text).expect("name")
-}
-
-/// Certificates for hosts of one cluster.
-fn cluster(hosts: &[&str]) -> Vec<Material> {
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let authority_key = KeyPair::generate().expect("key");
-    let mut params = CertificateParams::new(vec![]).expect("params");
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let authority = params.self_signed(&authority_key).expect("authority");
-    let issuer = rcgen::Issuer::new(params, authority_key);
-    hosts
-        .iter()
-        .map(|host| {
-            let key = KeyPair::generate().expect("key");
-            let params = CertificateParams::new(vec![host_dns_name(&name(host))]).expect("params");
-            let certificate = params.signed_by(&key, &issuer).expect("signed");
-            Material { certificate: certificate.pem(), key: key.serialize_pem(), authority: authority.pem() }
-        })
-        .collect()
 }
 
 /// The host as the controller names it: with the key of this certificate.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use godwit_link::statement::grant_digest;
 use godwit_link::v1;
 use godwit_migration::{DestinationRecord, Peer, PeerMessage, SourceRecord};
 use godwit_model::{
@@ -14,11 +15,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::destination::DestinationMove;
-use super::moving::{fact, tell_through_controller, vcpus};
+use super::moving::{answer, vcpus};
 use super::registry::answer_for_nobody;
 use super::source::SourceMove;
 use super::tpm::TPM_GRACE;
 use crate::carry::CarryNotice;
+use crate::facts::Said;
 use crate::guest;
 use crate::host::{SharedHost, host_failed};
 use crate::journal::{Holding, VmRecord};
@@ -28,7 +30,7 @@ pub(crate) enum VmEvent {
     /// The controller wants something.
     Command { command: Box<VmCommand>, reply: oneshot::Sender<Result<Answer, Refusal>> },
     /// The other agent of a move said something.
-    Peer { task: TaskId, from: Name, peer: Peer },
+    Peer { task: TaskId, said: Said },
 }
 
 /// What the controller can want.
@@ -280,9 +282,10 @@ impl Actor {
     fn on_carry(&mut self, notice: CarryNotice) {
         self.wake = Instant::now();
         let CarryNotice::Peer(text) = notice else { return };
-        match serde_json::from_str::<Peer>(text.get()) {
-            Ok(peer) if peer.vm == self.vm => self.on_peer_message(&peer),
-            _ => tracing::warn!("the other agent said something that is not about this move"),
+        match self.host.open_fact(text.get()) {
+            Ok(said) if self.is_of_move(&said) => self.on_peer_message(&said.peer),
+            Ok(said) => tracing::warn!(from = %said.from, "the other agent said something that is not about this move"),
+            Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "what the other agent said is not believed"),
         }
     }
 
@@ -365,12 +368,11 @@ impl Actor {
                 self.publish();
                 let _ = reply.send(answer);
             }
-            VmEvent::Peer { task, from, peer } => {
-                let mine = self.moving.as_ref().is_some_and(|moving| moving.is(task, peer.generation));
-                if mine {
-                    self.on_peer_message(&peer);
+            VmEvent::Peer { task, said } => {
+                if self.is_of_move(&said) {
+                    self.on_peer_message(&said.peer);
                 } else {
-                    self.answer_of_past(task, &from, &peer);
+                    self.answer_of_past(task, &said);
                 }
             }
         }
@@ -378,14 +380,18 @@ impl Actor {
     }
 
     /// A message about a move that this host carries out no more, or never did.
-    fn answer_of_past(&self, task: TaskId, from: &Name, peer: &Peer) {
-        let ran = self.record.as_ref().is_some_and(|record| record.generation >= peer.generation);
-        if ran && peer.message == PeerMessage::Released {
+    fn answer_of_past(&self, task: TaskId, said: &Said) {
+        let ran = self.record.as_ref().is_some_and(|record| record.generation >= said.peer.generation);
+        if ran && said.peer.message == PeerMessage::Released {
             // It was activated here, and may have gone on from here since.
-            let running = fact(self.vm, peer.generation, PeerMessage::Running { since: Millis(0) });
-            return tell_through_controller(&self.host, task, from, &running);
+            return answer(&self.host, task, said, PeerMessage::Running { since: Millis(0) });
         }
-        answer_for_nobody(&self.host, task, from, peer);
+        answer_for_nobody(&self.host, task, said);
+    }
+
+    /// Whether the other side of the move under way has said it, about this very move.
+    fn is_of_move(&self, said: &Said) -> bool {
+        self.moving.as_ref().is_some_and(|moving| moving.peer() == Some(&said.from) && grant_digest(moving.grant()) == said.grant)
     }
 
     fn on_peer_message(&mut self, peer: &Peer) {
@@ -590,12 +596,19 @@ impl Actor {
 }
 
 impl Moving {
-    fn is(&self, task: TaskId, generation: Generation) -> bool {
-        let grant = match self {
+    fn grant(&self) -> &Grant {
+        match self {
             Self::Source(moving) => &moving.grant,
             Self::Destination(moving) => &moving.grant,
-        };
-        grant.task == task && grant.generation == generation
+        }
+    }
+
+    /// The host of the other side.
+    fn peer(&self) -> Option<&Name> {
+        match self {
+            Self::Source(moving) => Some(&moving.grant.destination),
+            Self::Destination(moving) => moving.grant.source.as_ref(),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use godwit_qemu::{PassedFds, Start};
 use tokio::sync::mpsc;
 
 use super::actor::{Actor, Answer, Moving, RETRY, qemu_failed};
-use super::moving::{Watch, fact, millis, tell};
+use super::moving::{Watch, millis, tell};
 use crate::carry::{CarryClient, CarryNotice, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Incoming, VmRecord};
@@ -237,9 +237,8 @@ impl Actor {
             DestinationAction::Wait(wait) => Some(Duration::from_millis(wait.get())),
             DestinationAction::Tell(message, wait) => {
                 if let Some(Moving::Destination(moving)) = &self.moving {
-                    let peer = fact(self.vm, moving.grant.generation, message);
                     if let Some(source) = &moving.grant.source {
-                        tell(&self.host, moving.carry.as_ref(), moving.grant.task, source, &peer);
+                        tell(&self.host, moving.carry.as_ref(), &moving.grant, source, message);
                     }
                 }
                 Some(Duration::from_millis(wait.get()))

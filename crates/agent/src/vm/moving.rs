@@ -2,14 +2,16 @@
 
 use std::time::{Duration, Instant};
 
+use godwit_link::statement::grant_digest;
 use godwit_link::v1;
 use godwit_link::v1::agent_message::Body;
 use godwit_migration::{CarryView, Peer, PeerMessage, QemuMigration, QemuView, Vcpus};
-use godwit_model::{Bytes, BytesPerSec, Generation, Millis, Name, TaskId, VmId};
+use godwit_model::{Bytes, BytesPerSec, Grant, Millis, Name, TaskId};
 use godwit_qemu::qmp::views::{Migration, MigrationStatus, RunStatus};
 use godwit_qemu::qmp::{Qmp, QmpError};
 
 use crate::carry::{CarryClient, CarryStatus};
+use crate::facts::{self, Said};
 use crate::host::SharedHost;
 
 /// Milliseconds of a duration.
@@ -17,22 +19,30 @@ pub(super) fn millis(duration: Duration) -> Millis {
     Millis(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// Tells the peer a fact, over the carrier and through the controller.
-pub(super) fn tell(host: &SharedHost, carry: Option<&CarryClient>, task: TaskId, to: &Name, peer: &Peer) {
-    if let (Some(carry), Ok(text)) = (carry, serde_json::value::to_raw_value(peer)) {
-        carry.tell_peer(text);
+/// Tells the peer a fact about the move of this grant, over the carrier and through the controller.
+pub(super) fn tell(host: &SharedHost, carry: Option<&CarryClient>, grant: &Grant, to: &Name, message: PeerMessage) {
+    let peer = Peer { vm: grant.vm, generation: grant.generation, message };
+    say(host, carry, grant.task, to, Said { from: host.identity.name.clone(), grant: grant_digest(grant), peer });
+}
+
+/// Answers about a move that is in no journal here any more: in the terms of who asks, through the controller.
+pub(super) fn answer(host: &SharedHost, task: TaskId, asked: &Said, message: PeerMessage) {
+    let peer = Peer { message, ..asked.peer.clone() };
+    let said = Said { from: host.identity.name.clone(), grant: asked.grant.clone(), peer };
+    say(host, None, task, &asked.from, said);
+}
+
+fn say(host: &SharedHost, carry: Option<&CarryClient>, task: TaskId, to: &Name, said: Said) {
+    match facts::seal(&host.identity.material(), &said) {
+        Ok(text) => {
+            let message = text.get().as_bytes().to_vec();
+            if let Some(carry) = carry {
+                carry.tell_peer(text);
+            }
+            host.controller.send(Body::Peer(v1::Peer { task: task.to_string(), host: to.to_string(), message }));
+        }
+        Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "the other agent cannot be told"),
     }
-    tell_through_controller(host, task, to, peer);
-}
-
-pub(super) fn tell_through_controller(host: &SharedHost, task: TaskId, to: &Name, peer: &Peer) {
-    let message = godwit_link::encode(peer);
-    host.controller.send(Body::Peer(v1::Peer { task: task.to_string(), host: to.to_string(), message }));
-}
-
-/// A fact about this very move.
-pub(super) fn fact(vm: VmId, generation: Generation, message: PeerMessage) -> Peer {
-    Peer { vm, generation, message }
 }
 
 /// Follows what QEMU says between two looks.

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use godwit_migration::{Peer, PeerMessage};
-use godwit_model::{ErrorCode, Name, Refusal, Retry, TaskId, VmId};
+use godwit_migration::PeerMessage;
+use godwit_model::{ErrorCode, Refusal, Retry, TaskId, VmId};
 use tokio::sync::{mpsc, oneshot};
 
 use super::actor::{Actor, Answer, VmCommand, VmEvent};
-use super::moving::tell_through_controller;
+use super::moving::answer;
+use crate::facts::Said;
 use crate::host::SharedHost;
 use crate::journal::VmRecord;
 
@@ -80,21 +81,21 @@ impl Registry {
     }
 
     /// Hands a message of the other agent, however it came, to the VM's actor. Without one the move is over here.
-    pub(crate) async fn peer(&self, task: TaskId, from: &Name, peer: Peer) {
-        let sender = self.locked().get(&peer.vm).cloned();
+    pub(crate) async fn peer(&self, task: TaskId, said: Said) {
+        let sender = self.locked().get(&said.peer.vm).cloned();
         let over = match sender {
-            Some(sender) => sender.send(VmEvent::Peer { task, from: from.clone(), peer: peer.clone() }).await.is_err(),
+            Some(sender) => sender.send(VmEvent::Peer { task, said: said.clone() }).await.is_err(),
             None => true,
         };
         if over {
-            answer_for_nobody(&self.host, task, from, &peer);
+            answer_for_nobody(&self.host, task, &said);
         }
     }
 }
 
 /// What is said of a move that this host no longer, or never, took part in.
-pub(super) fn answer_for_nobody(host: &SharedHost, task: TaskId, to: &Name, peer: &Peer) {
-    let message = match &peer.message {
+pub(super) fn answer_for_nobody(host: &SharedHost, task: TaskId, said: &Said) {
+    let message = match &said.peer.message {
         PeerMessage::Running { .. } | PeerMessage::Declined { .. } => PeerMessage::Settled,
         // A move that is not in the journal was never activated here, and its generation will not be prepared again.
         PeerMessage::Released => PeerMessage::Declined {
@@ -102,7 +103,7 @@ pub(super) fn answer_for_nobody(host: &SharedHost, task: TaskId, to: &Name, peer
         },
         PeerMessage::Aborted { .. } | PeerMessage::Settled => return,
     };
-    tell_through_controller(host, task, to, &Peer { message, ..peer.clone() });
+    answer(host, task, said, message);
 }
 
 fn unknown(vm: VmId) -> Refusal {

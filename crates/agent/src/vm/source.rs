@@ -20,7 +20,7 @@ use godwit_qemu::qmp::commands::{MigrationParameters, StoppedBy};
 use tokio::sync::mpsc;
 
 use super::actor::{Actor, Moving, RETRY, qemu_failed};
-use super::moving::{Watch, carry_view, fact, millis, tell};
+use super::moving::{Watch, carry_view, millis, tell};
 use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Outgoing};
@@ -311,8 +311,7 @@ impl Actor {
             SourceAction::End(outcome) => return self.end_source(outcome).await,
             SourceAction::Tell(message, wait) => {
                 if let Some(Moving::Source(moving)) = &self.moving {
-                    let peer = fact(self.vm, moving.grant.generation, message);
-                    tell(&self.host, moving.carry.as_ref(), moving.grant.task, &moving.grant.destination, &peer);
+                    tell(&self.host, moving.carry.as_ref(), &moving.grant, &moving.grant.destination, message);
                 }
                 return Some(Duration::from_millis(wait.get()));
             }
@@ -424,8 +423,7 @@ impl Actor {
             Outcome::Moved => PeerMessage::Settled,
             Outcome::Stayed(reason) => PeerMessage::Aborted { reason: reason.clone() },
         };
-        let peer = fact(self.vm, moving.grant.generation, last);
-        tell(&self.host, moving.carry.as_ref(), moving.grant.task, &moving.grant.destination, &peer);
+        tell(&self.host, moving.carry.as_ref(), &moving.grant, &moving.grant.destination, last);
         tracing::info!(?outcome, figures = ?ended.figures, "the move has ended here");
         let Some(Moving::Source(moving)) = self.moving.take() else { return None };
         if let Some(carry) = moving.carry {

@@ -268,3 +268,30 @@ fn the_controllers_certificate_is_replaced_without_a_restart() {
     assert_ne!(before, leaf(&authority));
     assert_eq!(host_of(&before), None, "the controller must not pass for a host");
 }
+
+#[test]
+fn a_grant_counts_by_the_root_alone_after_a_renewal_too() {
+    let place = Place::new();
+    let authority = place.open();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(authority.pem().as_bytes()).expect("root")).expect("root");
+    let roots = Arc::new(roots);
+    let grant = Grant {
+        vm: godwit_model::VmId::new(uuid::Uuid::from_u128(7)),
+        generation: godwit_model::Generation(3),
+        source: None,
+        destination: Name::new("h1").expect("name"),
+        task: godwit_model::TaskId::new(uuid::Uuid::from_u128(9)),
+        expires: later(now(), 1),
+    };
+    let read = |signed: &v1::Signed| {
+        let validity = statement::Validity::At(now());
+        let (statement, _) = statement::open(Purpose::Grant, signed, CONTROLLER, &roots, validity).expect("it counts");
+        serde_json::from_slice::<Grant>(statement).expect("a grant")
+    };
+    let before = authority.grant(&grant).expect("signed");
+    authority.renew(now()).expect("renewed");
+    let after = authority.grant(&grant).expect("signed");
+    assert_ne!(before.chain, after.chain);
+    assert_eq!((read(&before), read(&after)), (grant.clone(), grant));
+}

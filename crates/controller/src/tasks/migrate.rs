@@ -35,16 +35,15 @@ fn cancelled() -> Refusal {
     Refusal::new(ErrorCode::Cancelled, "cancelled by request; the VM runs where it was")
 }
 
-fn grant_of(id: TaskId, vm: &VmRow, work: &MigrateWork) -> v1::Grant {
-    (&Grant {
+fn grant_of(id: TaskId, vm: &VmRow, work: &MigrateWork) -> Grant {
+    Grant {
         vm: vm.id,
         generation: work.generation,
         source: Some(work.source.clone()),
         destination: work.destination.clone(),
         task: id,
         expires: work.expires,
-    })
-        .into()
+    }
 }
 
 impl Tasks {
@@ -94,7 +93,10 @@ impl Tasks {
         let Some(spec) = &vm.resolved else {
             return self.give_up(id, Some(&Refusal::new(ErrorCode::Internal, "the VM has no resolved spec"))).await;
         };
-        let grant = Some(grant_of(id, vm, work));
+        let grant = match self.authority.grant(&grant_of(id, vm, work)) {
+            Ok(grant) => Some(grant),
+            Err(refusal) => return self.give_up(id, Some(&refusal)).await,
+        };
         let action = Action::Prepare(v1::PrepareIncoming { grant, spec: encode(spec), policy: encode(&work.policy) });
         let answer = self.command_until(id, destination, &format!("prepare {}", work.attempt), action, self.cancelled(id)).await?;
         let port = match answer {
@@ -136,7 +138,10 @@ impl Tasks {
                 host.map(|host| host.migration_address.unwrap_or(host.address)).unwrap_or_default()
             }
         };
-        let grant = Some(grant_of(id, vm, work));
+        let grant = match self.authority.grant(&grant_of(id, vm, work)) {
+            Ok(grant) => Some(grant),
+            Err(refusal) => return self.give_up(id, Some(&refusal)).await,
+        };
         let action = Action::Migrate(v1::MigrateOut { grant, address, carry_port: port.into(), policy: encode(&work.policy) });
         match self.command(id, source, &format!("move {}", work.attempt), action).await? {
             Ok(_) => self.set_stage(id, Stage::Moving).await,

@@ -39,7 +39,11 @@ impl Tasks {
             task: id,
             expires: UnixMillis(task.row.created.0 + START_LIFETIME),
         };
-        let action = Action::Start(v1::StartVm { grant: Some((&grant).into()), spec: encode(spec) });
+        let grant = match self.authority.grant(&grant) {
+            Ok(grant) => Some(grant),
+            Err(refusal) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+        };
+        let action = Action::Start(v1::StartVm { grant, spec: encode(spec) });
         match self.command(id, host, "start", action).await? {
             Ok(_) => {
                 let now = clock::now();

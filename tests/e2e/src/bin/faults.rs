@@ -44,7 +44,8 @@ fn main() -> ExitCode {
 impl Arguments {
     fn parse(words: &[String]) -> Result<Self> {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?;
-        let mut arguments = Self { count: 20, seed: clock.as_secs(), lanes: NonZero::<usize>::MIN, out: PathBuf::from("target/faults.json") };
+        let mut arguments =
+            Self { count: 20, seed: clock.as_secs(), lanes: NonZero::<usize>::MIN, out: PathBuf::from("target/faults.json") };
         for pair in words.chunks(2) {
             match pair {
                 [key, value] if key == "--count" => arguments.count = value.parse().with_context(|| format!("--count {value}"))?,
