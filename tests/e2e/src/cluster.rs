@@ -72,6 +72,13 @@ impl ClusterSpec {
         self
     }
 
+    /// Another program to start the daemons with.
+    #[must_use]
+    pub fn godwit(mut self, program: &Path) -> Self {
+        self.lab.godwit = program.to_owned();
+        self
+    }
+
     /// Another QEMU on one host.
     #[must_use]
     pub fn qemu(mut self, host: &str, qemu: &Path) -> Self {

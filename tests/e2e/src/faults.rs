@@ -9,6 +9,7 @@
 //!
 //! Nothing here may ask Godwit how a run went: runners are counted by the witness, processes by `/proc`, pages by the guest.
 
+mod clock;
 pub mod disk;
 mod fault;
 mod ground;
@@ -27,7 +28,7 @@ use anyhow::{Context, Result};
 
 pub use fault::{Fault, FaultKind, FullDisk, Party, Planned, Side};
 use ground::Ground;
-pub use moment::{Mark, Moment};
+pub use moment::{Mark, Moment, Tracks};
 pub use plan::{Disk, Emulator, Load, Plan};
 pub use report::{DiskCompare, FaultReport, Outcome, Run};
 

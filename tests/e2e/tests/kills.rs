@@ -1,12 +1,15 @@
 //! `kill -9` of every party in the middle of a migration: nothing is lost, nothing runs twice, nothing is left, and the next one works.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use godwit_e2e::Action::{Ends, IntoTheMiddle, Kill, Migrate, Pass, Restart};
 use godwit_e2e::Party::{Agent, Carry, Controller, Qemu};
+use godwit_e2e::faults::{Mark, Moment, Tracks};
 use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec};
-use godwit_model::ErrorCode;
+use godwit_lab::Signal;
+use godwit_model::{ErrorCode, MigrationPolicy};
 
 /// A guest on h1 that is about to move to h2.
 fn cluster(expected: &[&str]) -> Result<Cluster> {
@@ -115,4 +118,55 @@ fn a_destination_qemu_killed_in_the_middle_of_a_migration_leaves_the_vm_where_it
             Migrate("web", "h2"),
         ],
     )
+}
+
+/// What a VM's users may notice more than without the kill.
+const A_SECOND: Duration = Duration::from_secs(1);
+/// The window is some milliseconds long.
+const TRIES: usize = 6;
+
+#[test]
+fn a_controller_killed_between_release_and_cont_delays_nothing() -> Result<()> {
+    let mut cluster = cluster(&[])?;
+    let (id, address) = (cluster.guest("web")?.id, cluster.guest("web")?.address);
+    let echo = cluster.outside().echo(address)?;
+    let mut hosts = ["h1", "h2"];
+    let mut undisturbed = Duration::ZERO;
+    for attempt in 0..TRIES {
+        let [from, to] = hosts;
+        let state = |host: &str| anyhow::Ok(cluster.lab_status()?.dir.join(host).join("state"));
+        let log = cluster.lab().agent(from)?.log()?;
+        let tracks = Tracks::new(id, &state(from)?, &state(to)?, log);
+        let began = Instant::now();
+        let task = cluster.begin_move("web", to, MigrationPolicy::default())?;
+        let mut hit = false;
+        // The first shows what it would have been.
+        if attempt > 0 {
+            let moment = Moment { mark: Mark::Released, after: Duration::ZERO };
+            ensure!(tracks.wait(moment).is_some(), "the move was not released");
+            cluster.lab().controller().signal(Signal::KILL)?;
+            hit = !tracks.destination_activated();
+            cluster.lab().controller().wait_exit(A_SECOND * 10)?;
+            // It would answer; what counts is that it is not there.
+            thread::sleep(A_SECOND * 2);
+            ensure!(tracks.destination_activated(), "the destination waits for the controller");
+            cluster.lab().controller().spawn()?;
+        }
+        cluster.done(task, A_SECOND * 60)?;
+        let gap = echo.longest_gap(began, Instant::now());
+        println!(
+            "{from} to {to}, controller killed {}: silent for {gap:?}",
+            if hit { "between release and cont" } else { "later, or not" }
+        );
+        if attempt == 0 {
+            undisturbed = gap;
+        }
+        ensure!(gap < undisturbed + A_SECOND, "without the kill it was silent for {undisturbed:?}");
+        hosts.reverse();
+        if hit {
+            drop(echo);
+            return cluster.finish();
+        }
+    }
+    anyhow::bail!("in {TRIES} moves the controller was never killed between release and cont")
 }

@@ -34,6 +34,7 @@ pub(crate) enum VmEvent {
 }
 
 /// What the controller can want.
+#[derive(Clone)]
 pub(crate) enum VmCommand {
     Start {
         grant: Grant,
@@ -284,7 +285,8 @@ impl Actor {
         let CarryNotice::Peer(text) = notice else { return };
         match self.host.open_fact(text.get()) {
             Ok(said) if self.is_of_move(&said) => self.on_peer_message(&said.peer),
-            Ok(said) => tracing::warn!(from = %said.from, "the other agent said something that is not about this move"),
+            // Mostly the other side's last words.
+            Ok(said) => tracing::debug!(from = %said.from, "the other agent said something that is not about a move under way"),
             Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "what the other agent said is not believed"),
         }
     }

@@ -14,6 +14,8 @@ use crate::host::SharedHost;
 use crate::journal::VmRecord;
 
 const BACKLOG: usize = 64;
+/// An actor that ends as a command comes is followed by another at once.
+const ATTEMPTS: u32 = 3;
 
 /// All actors of this host.
 pub(crate) struct Registry {
@@ -66,18 +68,26 @@ impl Registry {
 
     /// Hands a command to the VM's actor. Only commands that bring a VM here make an actor.
     pub(crate) async fn command(self: &Arc<Self>, vm: VmId, command: VmCommand) -> Result<Answer, Refusal> {
-        let known = self.locked().get(&vm).cloned();
-        let sender = match known {
-            Some(sender) => sender,
-            None if command.brings_vm() => self.spawn(vm, None),
-            None if command.is_done_without_vm() => return Ok(Answer::default()),
-            None => return Err(unknown(vm)),
-        };
-        let (reply, answer) = oneshot::channel();
-        if sender.send(VmEvent::Command { command: Box::new(command), reply }).await.is_err() {
-            return Err(unknown(vm).retry(Retry::Safe));
+        for _ in 0..ATTEMPTS {
+            let known = self.locked().get(&vm).cloned();
+            let sender = match known {
+                Some(sender) => sender,
+                None if command.brings_vm() => self.spawn(vm, None),
+                None if command.is_done_without_vm() => return Ok(Answer::default()),
+                None => return Err(unknown(vm)),
+            };
+            let (reply, answer) = oneshot::channel();
+            let event = VmEvent::Command { command: Box::new(command.clone()), reply };
+            if sender.send(event).await.is_ok()
+                && let Ok(answer) = answer.await
+            {
+                return answer;
+            }
+            // The VM has just left, and its actor ended without having come to the command. It is out of the way in a moment.
+            tokio::task::yield_now().await;
+            self.locked().retain(|_, sender| !sender.is_closed());
         }
-        answer.await.unwrap_or_else(|_| Err(unknown(vm).retry(Retry::Unknown)))
+        Err(unknown(vm).retry(Retry::Unknown))
     }
 
     /// Hands a message of the other agent, however it came, to the VM's actor. Without one the move is over here.

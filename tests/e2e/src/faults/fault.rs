@@ -47,6 +47,13 @@ pub enum FaultKind {
     Full(FullDisk),
     /// Every fsync and fdatasync of a process fails with EIO.
     FailedSync(Party),
+    /// The wall clock of a daemon is put forward or back.
+    Jump {
+        /// The controller or an agent.
+        party: Party,
+        /// By how many seconds.
+        seconds: i64,
+    },
 }
 
 /// A process that takes part in the move.
@@ -121,6 +128,7 @@ impl FaultKind {
             Self::Slow { side, .. } => format!("slow {side}'s link"),
             Self::Full(disk) => format!("fill {disk}"),
             Self::FailedSync(party) => format!("fail the syncs of {party}"),
+            Self::Jump { party, .. } => format!("put {party}'s clock off"),
         }
     }
 }
@@ -135,6 +143,7 @@ impl fmt::Display for Fault {
             FaultKind::Slow { megabits, delay, .. } => {
                 write!(f, " to {megabits} Mbit/s and {} ms for {lasts} ms", delay.as_millis())
             }
+            FaultKind::Jump { seconds, .. } => write!(f, " by {seconds:+} s for {lasts} ms"),
             _ => write!(f, " for {lasts} ms"),
         }
     }
@@ -153,6 +162,10 @@ mod tests {
             (FaultKind::Stop(Party::Carry(Side::Destination)), "stop the destination's carry for 1500 ms"),
             (FaultKind::CutOneWay(Side::Source), "cut what the source sends for 1500 ms"),
             (FaultKind::Full(FullDisk::Host(Side::Source)), "fill the source's state for 1500 ms"),
+            (
+                FaultKind::Jump { party: Party::Agent(Side::Source), seconds: -90 },
+                "put the source's agent's clock off by -90 s for 1500 ms",
+            ),
             (
                 FaultKind::Slow { side: Side::Source, megabits: 4, delay: Duration::from_millis(20) },
                 "slow the source's link to 4 Mbit/s and 20 ms for 1500 ms",

@@ -7,10 +7,11 @@ use anyhow::{Context, Result};
 use godwit_lab::layout::STATE_ROOT;
 use godwit_model::{Bytes, DiskFormat, DiskSpec};
 
+use super::clock::Clocks;
 use super::disk;
 use super::fault::{FullDisk, Side};
 use super::plan::{Disk, Emulator, Load, Plan};
-use crate::{Cluster, ClusterSpec, GuestSpec, other_qemu};
+use crate::{Cluster, ClusterSpec, GuestSpec, godwit_binary, other_qemu};
 
 /// Hosts with the QEMU on PATH, then those with the other one.
 const HOSTS: [[&str; 2]; 2] = [["h1", "h2"], ["h3", "h4"]];
@@ -23,6 +24,7 @@ const VOLUME: usize = 4 << 20;
 /// A cluster for runs, one after the other.
 pub(super) struct Ground {
     pub(super) cluster: Cluster,
+    pub(super) clocks: Clocks,
     /// How many runs it has served.
     pub(super) served: u8,
 }
@@ -32,6 +34,9 @@ impl Ground {
     pub(super) fn build() -> Result<Self> {
         let mut spec = ClusterSpec::new(4)?;
         let home = Path::new(STATE_ROOT).join(spec.name());
+        let hosts = HOSTS.concat();
+        let clocks = Clocks::new(&godwit_binary()?, &home, &hosts)?;
+        spec = spec.godwit(clocks.program());
         if let Some(other) = other_qemu() {
             spec = HOSTS[1].into_iter().fold(spec, |spec, host| spec.qemu(host, &other));
         }
@@ -41,7 +46,7 @@ impl Ground {
         }
         let mut cluster = spec.up()?;
         cluster.listen_in_hosts()?;
-        let ground = Self { cluster, served: 0 };
+        let ground = Self { cluster, clocks, served: 0 };
         ground.prepare_disks()?;
         Ok(ground)
     }
@@ -102,6 +107,11 @@ impl Ground {
     pub(super) fn unfill(&self) -> Result<()> {
         disk::unfill(&self.controller_data()?)?;
         HOSTS.into_iter().flatten().try_for_each(|host| disk::unfill(&self.state(host)?))
+    }
+
+    /// Every clock is right again.
+    pub(super) fn right_clocks(&self) -> Result<()> {
+        self.clocks.right(&HOSTS.concat())
     }
 
     fn copies(&self, host: &str) -> Result<PathBuf> {

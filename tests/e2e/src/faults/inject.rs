@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use godwit_lab::{Daemon, Lab, LinkChange, LinkRate, LinkState, Signal};
 use rustix::process::Pid;
 
+use super::clock;
 use super::disk;
 use super::fault::{FaultKind, FullDisk, Party, Side};
 use super::ground::Ground;
@@ -44,6 +45,8 @@ pub(super) enum Injected {
     Full(FullDisk),
     /// strace makes the syncs of a process fail.
     FailedSync(Child),
+    /// A clock is off.
+    Clock(&'static str),
 }
 
 impl<'a> Scene<'a> {
@@ -107,6 +110,15 @@ impl<'a> Scene<'a> {
                 };
                 fail_syncs(daemon.pid()?.context("it is down")?).map(Injected::FailedSync)
             }
+            FaultKind::Jump { party, seconds } => {
+                let daemon = match party {
+                    Party::Controller => clock::CONTROLLER,
+                    Party::Agent(side) => self.host(*side),
+                    Party::Carry(_) | Party::Qemu(_) => bail!("{party} has the clock of its host"),
+                };
+                self.ground.clocks.set(daemon, *seconds)?;
+                Ok(Injected::Clock(daemon))
+            }
         }
     }
 
@@ -143,6 +155,7 @@ impl<'a> Scene<'a> {
             Injected::Link(host) => {
                 self.lab().restore_link(host)?;
             }
+            Injected::Clock(daemon) => self.ground.clocks.set(daemon, 0)?,
             Injected::Full(full) => disk::unfill(&self.ground.full_disk(self.plan, full)?)?,
             Injected::FailedSync(mut strace) => {
                 // Told to end it lets go of the process.
@@ -162,6 +175,7 @@ impl Ground {
     pub(super) fn mend(&self) -> Result<()> {
         let lab = self.cluster.lab();
         self.unfill()?;
+        self.right_clocks()?;
         let hosts = lab.hosts()?;
         for host in &hosts {
             lab.restore_link(host)?;

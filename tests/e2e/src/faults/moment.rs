@@ -70,18 +70,19 @@ impl fmt::Display for Moment {
 
 /// The files in which a move leaves its marks.
 #[derive(Debug, Clone)]
-pub(crate) struct Tracks {
-    pub(crate) source_journal: PathBuf,
-    pub(crate) destination_journal: PathBuf,
-    pub(crate) source_log: PathBuf,
+pub struct Tracks {
+    source_journal: PathBuf,
+    destination_journal: PathBuf,
+    source_log: PathBuf,
     /// Where in the log the move begins.
-    pub(crate) log_from: u64,
-    pub(crate) began: Instant,
+    log_from: u64,
+    began: Instant,
 }
 
 impl Tracks {
     /// Those of a VM between two hosts whose state is in these directories.
-    pub(crate) fn new(vm: VmId, source_state: &Path, destination_state: &Path, source_log: PathBuf) -> Self {
+    #[must_use]
+    pub fn new(vm: VmId, source_state: &Path, destination_state: &Path, source_log: PathBuf) -> Self {
         let journal = |state: &Path| state.join("journal/vms").join(format!("{vm}.json"));
         let log_from = fs::metadata(&source_log).map_or(0, |metadata| metadata.len());
         Self {
@@ -94,7 +95,8 @@ impl Tracks {
     }
 
     /// Waits until `moment`; how long after the request that was, or nothing if the move ended before.
-    pub(crate) fn wait(&self, moment: Moment) -> Option<Duration> {
+    #[must_use]
+    pub fn wait(&self, moment: Moment) -> Option<Duration> {
         let mut under_way: Option<Instant> = None;
         while !self.has(moment.mark) {
             if matches!(Holding::read(&self.source_journal), Holding::Source { .. }) {
@@ -137,7 +139,8 @@ impl Tracks {
     }
 
     /// Whether the destination has taken the VM.
-    pub(crate) fn destination_activated(&self) -> bool {
+    #[must_use]
+    pub fn destination_activated(&self) -> bool {
         match Holding::read(&self.destination_journal) {
             Holding::Destination { record } => record == "activated" || record == "running",
             Holding::Owner => true,

@@ -161,6 +161,7 @@ impl Draw {
             Slow,
             Full,
             FailedSync,
+            Jump,
         }
         let sides = [Side::Source, Side::Destination];
         let family = self.weighted(&[
@@ -171,6 +172,7 @@ impl Draw {
             (6, Family::Slow),
             (9, Family::Full),
             (9, Family::FailedSync),
+            (8, Family::Jump),
         ]);
         let (kind, lasts) = match family {
             Family::Kill => (FaultKind::Kill(self.party()), self.millis(200, 6_000)),
@@ -189,6 +191,12 @@ impl Draw {
             Family::FailedSync => {
                 let party = self.of(&[Party::Agent(Side::Source), Party::Agent(Side::Destination), Party::Controller]);
                 (FaultKind::FailedSync(party), self.millis(2_000, 12_000))
+            }
+            Family::Jump => {
+                let party = self.of(&[Party::Agent(Side::Source), Party::Agent(Side::Destination), Party::Controller]);
+                // Beyond the expiry of a grant, and before the beginning of a certificate; neither beyond the end of one.
+                let seconds = self.of(&[-7_200, -90, 90, 7_200, 10 * 86_400]);
+                (FaultKind::Jump { party, seconds }, self.millis(2_000, 12_000))
             }
         };
         Fault { kind, lasts }
@@ -241,9 +249,10 @@ mod tests {
         assert_eq!(count(plans.iter().map(|plan| format!("{:?}{:?}", plan.source, plan.destination)).collect()), 4);
         assert_eq!(count(plans.iter().map(|plan| format!("{:?}{:?}", plan.load, plan.disk)).collect()), 6);
         assert_eq!(count(faults().map(|planned| format!("{:?}", planned.moment.mark)).collect()), 7);
-        // Seven parties are killed and stopped; two links cut, half cut, and slow; three disks full; three processes with failing syncs.
+        // Seven parties are killed and stopped; two links cut, half cut, and slow; three disks full; three processes with failing
+        // syncs, and three with clocks that are off.
         let kinds = faults().map(|planned| planned.fault.kind.summary());
-        assert_eq!(count(kinds.collect()), 7 + 7 + 2 + 2 + 2 + 3 + 3);
+        assert_eq!(count(kinds.collect()), 7 + 7 + 2 + 2 + 2 + 3 + 3 + 3);
         assert!(plans.iter().any(|plan| plan.faults.len() == 1) && plans.iter().any(|plan| plan.faults.len() == 2));
         assert!(plans.iter().all(|plan| (1..=2).contains(&plan.faults.len()) && plan.longest_fault() <= Duration::from_secs(70)));
     }
