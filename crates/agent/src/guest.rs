@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use godwit_link::encode;
 use godwit_link::v1::{self, agent_message::Body};
-use godwit_model::{ErrorCode, ExecOutcome, ExecRequest, GuestFacts, Refusal, Retry, VmId};
+use godwit_model::{ErrorCode, ExecOutcome, ExecRequest, GuestClock, GuestFacts, Refusal, Retry, VmId};
 use godwit_qemu::qga::Exec;
 use godwit_qemu::{GuestAgent, Notice, Notices, QgaError, Qmp, Sockets};
 use tokio::time::Instant;
@@ -99,44 +99,84 @@ pub(crate) fn watch(host: &SharedHost, vm: VmId, qmp: &Qmp) {
 #[tracing::instrument(name = "guest", skip_all, fields(vm = %vm))]
 async fn attend(host: SharedHost, vm: VmId, agent: GuestAgent, qmp: Qmp, mut notices: Notices) {
     let mut next = Instant::now() + SETTLE;
+    let mut stood_still = false;
     loop {
         tokio::select! {
             notice = notices.next() => match notice {
                 // A guest that opens and closes its channel all the time is looked at no more often for it.
                 Notice::Event(event) if matches!(event.name.as_str(), "VSERPORT_CHANGE" | "RESUME") => {
                     next = next.min(Instant::now() + SETTLE);
+                    stood_still |= event.name == "RESUME";
                 }
                 Notice::Event(_) | Notice::Missed(_) => {}
                 Notice::Ended(_) => return,
             },
             () = tokio::time::sleep_until(next) => {
                 next = Instant::now() + PERIOD;
-                look(&host, vm, &agent, &qmp).await;
+                let looked = look(&host, vm, &agent, &qmp, stood_still).await;
+                stood_still &= !looked;
             }
         }
     }
 }
 
-async fn look(host: &SharedHost, vm: VmId, agent: &GuestAgent, qmp: &Qmp) {
+/// Asks the guest; whether it answered. The clock of one that `stood_still` is put forward by what it missed.
+async fn look(host: &SharedHost, vm: VmId, agent: &GuestAgent, qmp: &Qmp, stood_still: bool) -> bool {
     // A guest that stands still cannot answer: what it last said stays.
     if !qmp.query_status().await.is_ok_and(|status| status.running) {
-        return;
+        return false;
     }
     match qmp.query_channel_open(CHANNEL).await {
         Ok(true) => {}
-        Ok(false) => return host.guests.set(host, vm, None),
-        Err(_) => return,
+        Ok(false) => {
+            host.guests.set(host, vm, None);
+            return false;
+        }
+        Err(_) => return false,
     }
     match agent.thaw_orphan().await {
         Ok(true) => tracing::warn!("the guest was frozen and nobody held it: thawed"),
         Ok(false) | Err(QgaError::Refused { .. }) => {}
-        Err(error) => return tracing::debug!(error = &error as &dyn std::error::Error, "the guest's agent does not answer"),
+        Err(error) => {
+            tracing::debug!(error = &error as &dyn std::error::Error, "the guest's agent does not answer");
+            return false;
+        }
     }
-    match tokio::time::timeout(LOOK, agent.look(unix_now())).await {
-        Ok(Ok(facts)) => host.guests.set(host, vm, Some(facts)),
+    let asked = async {
+        let facts = agent.look(unix_now()).await?;
+        // A guest whose agent does not tell, or set, the time is no worse a guest.
+        let clock = look_at_clock(agent, stood_still).await.inspect_err(|error| {
+            tracing::debug!(error = error as &dyn std::error::Error, "the guest's clock is not known");
+        });
+        Ok::<_, QgaError>(GuestFacts { clock: clock.ok(), ..facts })
+    };
+    match tokio::time::timeout(LOOK, asked).await {
+        Ok(Ok(facts)) => {
+            host.guests.set(host, vm, Some(facts));
+            return true;
+        }
         Ok(Err(error)) => tracing::debug!(error = &error as &dyn std::error::Error, "the guest's agent does not answer"),
         Err(_) => tracing::debug!("the guest's agent takes too long"),
     }
+    false
+}
+
+/// The guest's clock beside ours. In a move, or a pause, both of a guest's clocks stand still with it: it comes out behind.
+async fn look_at_clock(agent: &GuestAgent, stood_still: bool) -> Result<GuestClock, QgaError> {
+    let clock = read_clock(agent).await?;
+    let Some(behind) = clock.behind_ms().filter(|_| stood_still) else { return Ok(clock) };
+    let now = i64::try_from(unix_now().get()).unwrap_or(i64::MAX);
+    agent.set_time(Some(now.saturating_mul(1_000_000))).await?;
+    tracing::info!(behind, "the guest's clock was put forward");
+    Ok(GuestClock { put_forward_ms: Some(behind), ..read_clock(agent).await? })
+}
+
+async fn read_clock(agent: &GuestAgent) -> Result<GuestClock, QgaError> {
+    let (asked, began) = (unix_now(), Instant::now());
+    let nanos = agent.time().await?;
+    let within_ms = u64::try_from(began.elapsed().as_millis() / 2).unwrap_or(u64::MAX);
+    let ours = i64::try_from(asked.get().saturating_add(within_ms)).unwrap_or(i64::MAX);
+    Ok(GuestClock { offset_ms: (nanos / 1_000_000).saturating_sub(ours), within_ms, put_forward_ms: None })
 }
 
 /// Nobody in the guest has opened the channel.

@@ -39,6 +39,8 @@ pub(crate) async fn take(
         memory: options.memory.unwrap_or_else(memory_for_vms),
         machines,
         cpu_models: qemu.cpus.into_iter().collect(),
+        cpu_features: qemu.cpu_features.into_iter().collect(),
+        carrier: godwit_carrier::VERSION,
         migration_capabilities: qemu.migration.into_iter().collect(),
         pools,
         uefi: Flash::find(false).is_some(),

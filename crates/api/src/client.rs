@@ -211,6 +211,11 @@ impl Client {
         self.post("/join-tokens", request).await
     }
 
+    /// What the CPUs of the hosts that are connected have in common, one for each accelerator.
+    pub async fn cpu_baseline(&self) -> Result<Vec<v1::CpuBaseline>> {
+        self.get("/cluster/cpu-baseline").await
+    }
+
     /// Every pool.
     pub async fn pools(&self) -> Result<Vec<v1::Pool>> {
         self.list("/pools").await

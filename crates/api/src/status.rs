@@ -23,6 +23,8 @@ pub const fn http_status(code: ErrorCode) -> u16 {
         E::BodyTooLarge => 413,
         E::NoHost
         | E::HostIncompatible
+        | E::ClockSkew
+        | E::MigrationBlocked
         | E::NotEnoughMemory
         | E::NotEnoughSpace
         | E::PoolUnavailable

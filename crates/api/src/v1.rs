@@ -315,6 +315,36 @@ pub struct Host {
     pub load: Option<HostLoad>,
 }
 
+/// What the CPUs of hosts have in common, for one accelerator: what a VM may use that can move to any of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CpuBaseline {
+    /// What executes VMs there.
+    pub accelerator: Accelerator,
+    /// The x86-64 level that all of them reach, 1 to 4, as the psABI defines it; 0 if not even the first.
+    pub level: u8,
+    /// The CPU model that VMs get by default; empty if it does not run on all of them.
+    pub default_model: String,
+    /// Named CPU models that run on all of them.
+    pub models: Vec<String>,
+    /// Features that all of them have.
+    pub features: Vec<String>,
+    /// The hosts, and what each has beyond that.
+    pub hosts: Vec<CpuOfHost>,
+}
+
+/// What the CPU of one host has beyond the baseline.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CpuOfHost {
+    /// Its name.
+    pub host: Name,
+    /// The level that it reaches.
+    pub level: u8,
+    /// Features that not all others have.
+    pub features: Vec<String>,
+    /// Models that do not run on all others.
+    pub models: Vec<String>,
+}
+
 /// A pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Pool {

@@ -7,4 +7,4 @@ pub mod flow;
 pub mod frame;
 
 pub use flow::Window;
-pub use frame::{Decoder, Frame, Identity, MalformedFrame};
+pub use frame::{Decoder, Frame, Identity, MalformedFrame, VERSION};

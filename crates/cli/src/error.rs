@@ -55,6 +55,8 @@ impl Exit {
             | E::InUse
             | E::NoHost
             | E::HostIncompatible
+            | E::ClockSkew
+            | E::MigrationBlocked
             | E::NotEnoughMemory
             | E::NotEnoughSpace
             | E::PoolUnavailable

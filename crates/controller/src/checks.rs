@@ -1,9 +1,13 @@
 //! What is looked at before a VM starts or moves; every refusal names its fix. Pure: facts in, answer out.
 
+use std::time::Duration;
+
 use godwit_model::{
     Accelerator, Bytes, CacheMode, ErrorCode, Firmware, HostFacts, HostLoad, Hyperv, Name, Numa, Platform, Refusal, ResolvedSpec,
     Retry, VolumeRef,
 };
+
+use crate::hub::Presence;
 
 /// A connected host as a check sees it.
 #[derive(Clone, Copy, Debug)]
@@ -11,7 +15,19 @@ pub(crate) struct Candidate<'a> {
     pub(crate) name: &'a Name,
     pub(crate) facts: &'a HostFacts,
     pub(crate) load: &'a HostLoad,
+    /// Its clock less ours, in milliseconds, once it is known.
+    pub(crate) skew: Option<i64>,
 }
+
+impl<'a> Candidate<'a> {
+    /// A host as it presents itself.
+    pub(crate) fn new(name: &'a Name, presence: &'a Presence) -> Self {
+        Self { name, facts: &presence.facts, load: &presence.load, skew: presence.skew }
+    }
+}
+
+/// Clocks that are off by more take a grant for older or younger than it is by a good part of its life.
+const MAX_SKEW: Duration = Duration::from_secs(60);
 
 fn known_word(accelerator: Accelerator) -> &'static str {
     match accelerator {
@@ -40,7 +56,7 @@ fn look_at_platform(spec: &ResolvedSpec, host: Candidate<'_>, found: &mut Vec<Re
         ));
     }
     found.extend(check_features(spec, host).err());
-    // What ties a VM to equal hosts was asked for by name; it cannot be checked here.
+    // What ties a VM to equal hosts is looked at where both are known.
     let tied = matches!(spec.cpu.as_str(), "host" | "max");
     if !tied && !facts.cpu_models.contains(&spec.cpu) {
         found.push(incompatible(
@@ -138,15 +154,70 @@ pub(crate) fn check_start(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<()
     first(found)
 }
 
+/// What QEMU itself has against moving the VM, whereto ever.
+pub(crate) fn blocked(reasons: &[String]) -> Option<Refusal> {
+    let reason = reasons.first()?;
+    Some(
+        Refusal::new(ErrorCode::MigrationBlocked, format!("QEMU cannot move this VM: {reason}"))
+            .hint("stop the VM, leave out the device that QEMU names, and start it again"),
+    )
+}
+
 /// Whether the running VM can move from `source` to `destination`.
 pub(crate) fn check_move(spec: &ResolvedSpec, source: Candidate<'_>, destination: Candidate<'_>) -> Result<(), Refusal> {
     first(obstacles(spec, source, destination))
+}
+
+/// The clock of a host that gives or takes a VM.
+fn check_clock(host: Candidate<'_>) -> Result<(), Refusal> {
+    let Some(skew) = host.skew.map(i64::unsigned_abs).map(Duration::from_millis).filter(|skew| *skew > MAX_SKEW) else {
+        return Ok(());
+    };
+    let message = format!("the clock of host {} is {} s off the controller's", host.name, skew.as_secs());
+    Err(Refusal::new(ErrorCode::ClockSkew, message)
+        .hint(format!("let {} keep time by NTP (`systemctl enable --now systemd-timesyncd`, or chrony)", host.name))
+        .retry(Retry::Safe))
+}
+
+/// A VM that has all features of its host's CPU moves between equal hosts only.
+fn check_equal(spec: &ResolvedSpec, source: Candidate<'_>, destination: Candidate<'_>) -> Result<(), Refusal> {
+    let (here, there) = (&source.facts.cpu_features, &destination.facts.cpu_features);
+    if !matches!(spec.cpu.as_str(), "host" | "max") || here == there {
+        return Ok(());
+    }
+    let beyond = |one: &[String], other: &[String]| {
+        let more: Vec<&str> = one.iter().filter(|feature| !other.contains(feature)).map(String::as_str).collect();
+        if more.is_empty() { "nothing".to_owned() } else { more.join(", ") }
+    };
+    Err(incompatible(
+        format!(
+            "the VM has the CPU of its host (`{}`), and {} has {} that {} has not, which has {} more",
+            spec.cpu,
+            source.name,
+            beyond(here, there),
+            destination.name,
+            beyond(there, here)
+        ),
+        "choose an equal host, or start the VM with a named CPU model (leave `cpu` out for the baseline; `godwit cluster cpu-baseline` shows what \
+         all hosts have)"
+            .into(),
+    ))
 }
 
 /// Everything that keeps the running VM from moving from `source` to `destination`, networks aside.
 pub(crate) fn obstacles(spec: &ResolvedSpec, source: Candidate<'_>, destination: Candidate<'_>) -> Vec<Refusal> {
     let mut found = vec![];
     look_at_platform(spec, destination, &mut found);
+    found.extend(check_equal(spec, source, destination).err());
+    if source.facts.carrier != destination.facts.carrier {
+        let (from, to) = (source, destination);
+        let (one, other) = (from.facts.carrier, to.facts.carrier);
+        found.push(incompatible(
+            format!("the agents of {} and {} speak versions {one} and {other} of the carrier", from.name, to.name),
+            "upgrade godwit on the host with the older one and restart its agent; its VMs run on meanwhile".into(),
+        ));
+    }
+    found.extend([source, destination].into_iter().filter_map(|host| check_clock(host).err()));
     if source.facts.loses_writes_to(spec.memory) {
         let Candidate { name, facts, .. } = source;
         found.push(incompatible(

@@ -8,7 +8,7 @@ use std::time::Duration;
 use godwit_api::v1::HostCheck;
 use godwit_model::{ErrorCode, Name, Refusal, ResolvedSpec, VmId};
 
-use crate::checks::{Candidate, obstacles};
+use crate::checks::{Candidate, blocked, obstacles};
 use crate::db::{Batch, Db, Fault, Stored};
 use crate::hub::{Hub, Presence};
 use crate::networks::check_networks;
@@ -39,19 +39,19 @@ impl Look {
     /// What is in the way to each connected host but its own, or to `to` alone; looked at one host after the other, as they are asked for.
     pub(crate) fn check<'a>(
         &'a self,
-        team: &Name,
+        vm: &'a VmRow,
         spec: &'a ResolvedSpec,
         source: &'a Name,
         to: Option<&'a Name>,
     ) -> impl Iterator<Item = HostCheck> + 'a {
-        let networks = self.networks.get(team).map_or(&[][..], Vec::as_slice);
+        let networks = self.networks.get(&vm.team).map_or(&[][..], Vec::as_slice);
         let here = self.present.iter().find(|(name, _)| name == source);
         here.into_iter().flat_map(move |(here, presence)| {
-            let source = Candidate { name: here, facts: &presence.facts, load: &presence.load };
+            let source = Candidate::new(here, presence);
             let others = self.present.iter().filter(move |(name, _)| name != here && to.is_none_or(|to| to == name));
             others.map(move |(name, presence)| {
-                let there = Candidate { name, facts: &presence.facts, load: &presence.load };
-                let mut found = obstacles(spec, source, there);
+                let there = Candidate::new(name, presence);
+                let mut found: Vec<Refusal> = blocked(&vm.blocked).into_iter().chain(obstacles(spec, source, there)).collect();
                 found.extend(check_networks(spec, networks, there).err());
                 HostCheck { host: name.clone(), obstacles: found }
             })
@@ -69,7 +69,7 @@ impl Look {
             return Some((false, Some(why.hint("restore the host's agent or link; the VM keeps running without it"))));
         }
         let mut nearest: Option<HostCheck> = None;
-        for check in self.check(&vm.team, spec, source, None) {
+        for check in self.check(vm, spec, source, None) {
             // One host is enough: the others need no look.
             if check.obstacles.is_empty() {
                 return Some((true, None));

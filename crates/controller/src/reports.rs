@@ -15,7 +15,9 @@ use crate::hub::Hub;
 use crate::rows::{Ended, MigrateWork, TaskRow, VmRow, Work};
 use crate::tasks::Tasks;
 
-/// Longest message from one agent to the other. Theirs have some hundred bytes.
+/// Most reasons that are kept of why a VM cannot move.
+const MAX_BLOCKED: usize = 8;
+/// Longest message from one agent to the other. Theirs have some thousand bytes.
 const MAX_PEER: usize = 64 << 10;
 /// Text of hosts that is kept.
 const DETAIL: usize = 500;
@@ -87,6 +89,8 @@ impl Reports {
             if report.ended_with_host && !vm.row.has_process() && before.has_process() {
                 vm.row.start_wanted = vm.row.spec.autostart.is_some();
             }
+            // Of a host that may say anything: a few, each made harmless.
+            vm.row.blocked = report.blocked.iter().take(MAX_BLOCKED).map(|reason| plain(reason)).collect();
             if state == RunState::Crashed {
                 vm.row.detail = plain(&report.detail);
             }

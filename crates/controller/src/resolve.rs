@@ -35,7 +35,7 @@ fn newest_common_machine(hosts: &[Candidate<'_>]) -> Option<String> {
         .map(|(_, machine)| machine.clone())
 }
 
-fn baseline(accelerator: Accelerator, facts: &HostFacts) -> &'static str {
+pub(crate) fn baseline(accelerator: Accelerator, facts: &HostFacts) -> &'static str {
     let nehalem = facts.cpu_models.iter().any(|model| model == KVM_BASELINE);
     if accelerator == Accelerator::Kvm && nehalem { KVM_BASELINE } else { TCG_BASELINE }
 }

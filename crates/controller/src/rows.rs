@@ -189,6 +189,9 @@ pub(crate) struct VmRow {
     /// Keys of disks that are being taken out of it while it runs: they stay its own until they are out.
     #[serde(default)]
     pub(crate) leaving: BTreeSet<String>,
+    /// Why its QEMU would not let it move, in QEMU's words.
+    #[serde(default)]
+    pub(crate) blocked: Vec<String>,
 }
 
 /// What became of each generation of a VM.
@@ -264,6 +267,7 @@ impl VmRow {
             start_wanted: false,
             not_started: None,
             leaving: BTreeSet::new(),
+            blocked: Vec::new(),
         }
     }
 

@@ -100,6 +100,10 @@ codes! {
     GenerationStale = "generation_stale",
     /// The grant's time was over before the hand-over began.
     GrantExpired = "grant_expired",
+    /// The clock of a host is too far off the controller's.
+    ClockSkew = "clock_skew",
+    /// QEMU does not let the VM move.
+    MigrationBlocked = "migration_blocked",
     /// A migration failed; the VM runs where it was.
     MigrationFailed = "migration_failed",
     /// Nothing moved for longer than the policy allows.

@@ -39,8 +39,36 @@ pub struct GuestFacts {
     pub os: Option<String>,
     /// Its network interfaces.
     pub interfaces: Vec<GuestInterface>,
+    /// Its clock, if its agent tells the time.
+    #[serde(default)]
+    pub clock: Option<GuestClock>,
     /// When it was asked, by its host's clock.
     pub seen: UnixMillis,
+}
+
+/// A guest's clock beside that of its host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct GuestClock {
+    /// The guest's less the host's, in milliseconds.
+    pub offset_ms: i64,
+    /// How far the offset may be wrong: half the time that the question took, in milliseconds.
+    pub within_ms: u64,
+    /// By how much it was put forward before, in milliseconds: after the VM had stood still, as it does in a move.
+    pub put_forward_ms: Option<u64>,
+}
+
+/// Clocks that are behind by no more than this are left alone.
+const UNNOTICED_MS: u64 = 20;
+/// Who is behind by more keeps a time of its own.
+const OWN_TIME_MS: u64 = 24 * 3_600_000;
+
+impl GuestClock {
+    /// By how much to put forward the clock of a guest that has just stood still; a clock that is ahead is never put back.
+    #[must_use]
+    pub fn behind_ms(&self) -> Option<u64> {
+        let behind = u64::try_from(self.offset_ms.checked_neg()?).ok()?;
+        (behind > UNNOTICED_MS.saturating_add(self.within_ms) && behind <= OWN_TIME_MS).then_some(behind)
+    }
 }
 
 /// A network interface as the guest sees it.
@@ -267,6 +295,7 @@ mod tests {
             host_name: Some("a\nb".into()),
             os: None,
             interfaces: vec![interface; MAX_INTERFACES + 5],
+            clock: None,
             seen: UnixMillis(0),
         };
         let kept = facts.harmless();
@@ -275,6 +304,16 @@ mod tests {
         assert_eq!(kept.interfaces[0].name, "eth0[2J");
         let again: GuestFacts = serde_json::from_value(serde_json::to_value(&kept).expect("JSON")).expect("the same");
         assert_eq!(again, kept);
+    }
+
+    #[test]
+    fn clocks_are_put_forward_only_and_only_by_what_was_measured_for_certain() {
+        let behind = |offset_ms, within_ms| GuestClock { offset_ms, within_ms, put_forward_ms: None }.behind_ms();
+        assert_eq!(behind(-250, 3), Some(250));
+        assert_eq!((behind(-20, 0), behind(-120, 100)), (None, None), "within what is not noticed, or not known");
+        assert_eq!((behind(250, 3), behind(0, 0)), (None, None), "ahead");
+        assert_eq!((behind(-86_400_000, 0), behind(-86_400_001, 0)), (Some(86_400_000), None), "a time of its own");
+        assert_eq!((behind(i64::MIN, 0), behind(i64::MAX, u64::MAX)), (None, None));
     }
 
     #[test]

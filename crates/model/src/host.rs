@@ -23,6 +23,12 @@ pub struct HostFacts {
     pub machines: Vec<String>,
     /// Named CPU models that run here with every feature they name.
     pub cpu_models: Vec<String>,
+    /// CPU features that VMs can have here, in QEMU's spelling with dashes; none where the agent did not say.
+    #[serde(default)]
+    pub cpu_features: Vec<String>,
+    /// Version of the carrier that its agent speaks; 0 where it did not say.
+    #[serde(default)]
+    pub carrier: u16,
     /// Migration capabilities that QEMU accepts as a VM's own user.
     pub migration_capabilities: Vec<String>,
     /// Storage.

@@ -18,7 +18,7 @@ pub mod spec;
 pub mod units;
 
 pub use error::{ErrorCode, Refusal, Retry};
-pub use guest::{ExecOutcome, ExecRequest, GuestFacts, Octets};
+pub use guest::{ExecOutcome, ExecRequest, GuestClock, GuestFacts, Octets};
 pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
 pub use ids::{ImageId, NetworkId, TaskId, TeamId, TokenId, VmId, Vmgenid};
 pub use import::ImportFormat;

@@ -33,6 +33,8 @@ pub struct HostCapabilities {
     pub machines: Vec<MachineType>,
     /// CPU models that can be started here with `enforce`.
     pub cpus: BTreeSet<String>,
+    /// CPU features that a VM can have here, spelled with dashes.
+    pub cpu_features: BTreeSet<String>,
     /// Whether a VM can be received in post-copy.
     pub postcopy: Support,
     /// Whether a running VM's RAM can be snapshotted.
@@ -211,9 +213,53 @@ async fn ask(stream: UnixStream, settings: &Interview, log: &File) -> Result<Hos
             })
             .collect(),
         cpus: usable.collect(),
+        cpu_features: features(&qmp.query_cpu_properties(all_of(settings.accelerator)).await.map_err(ask)?),
         postcopy: try_capability(&qmp, "postcopy-ram").await?,
         background_snapshot: try_capability(&qmp, "background-snapshot").await?,
     })
+}
+
+/// The CPU model that has all that the accelerator can give.
+const fn all_of(accelerator: Accelerator) -> &'static str {
+    match accelerator {
+        Accelerator::Kvm => "host",
+        Accelerator::Tcg => "max",
+    }
+}
+
+/// Properties of QEMU's CPUs that are no feature of the CPU, and second names of some that are.
+const NO_FEATURES: &[&str] = &[
+    "check",
+    "cpuid-0xb",
+    "cr8legacy",
+    "enforce",
+    "fill-mtrr-mask",
+    "full-cpuid-auto-level",
+    "host-cache-info",
+    "hypervisor",
+    "kvm",
+    "l3-cache",
+    "legacy-cache",
+    "migratable",
+    "pmu",
+    "realized",
+    "start-powered-off",
+    "tcg-cpuid",
+    "vmware-cpuid-freq",
+    // lm, nx, sse3, pclmulqdq, fxsr-opt
+    "i64",
+    "xd",
+    "pni",
+    "pclmuldq",
+    "ffxsr",
+];
+
+/// The features among the properties of a CPU.
+fn features(properties: &serde_json::Map<String, serde_json::Value>) -> BTreeSet<String> {
+    let on = properties.iter().filter(|(_, value)| value.as_bool() == Some(true));
+    // QEMU spells some in two ways, and one with a dot.
+    let names = on.map(|(name, _)| name.replace(['_', '.'], "-"));
+    names.filter(|name| !name.starts_with("x-") && !name.starts_with("hv-") && !NO_FEATURES.contains(&name.as_str())).collect()
 }
 
 /// Switches a capability on and off again: QEMU checks then whether the host allows it.
@@ -257,6 +303,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn features_are_told_from_settings_and_have_one_name_each() {
+        let properties = serde_json::json!({
+            "sse4_1": true, "sse4.1": true, "sse4-1": true, "avx2": true, "lm": true, "i64": true, "avx512f": false, "check": true,
+            "x-migrate-smi-count": true, "hv-relaxed": true, "family": 6, "vendor": "AuthenticAMD"
+        });
+        let found = features(properties.as_object().expect("an object"));
+        assert_eq!(found.into_iter().collect::<Vec<_>>(), ["avx2", "lm", "sse4-1"]);
+    }
+
+    #[test]
     fn aliases_are_resolved_and_q35_types_sorted_by_number() {
         let machine = |name: &str, alias: Option<&str>| MachineType {
             name: name.into(),
@@ -277,6 +333,7 @@ mod tests {
                 machine("pc-q35-next", None),
             ],
             cpus: BTreeSet::new(),
+            cpu_features: BTreeSet::new(),
             postcopy: Support::Yes,
             background_snapshot: Support::No { reason: "r".into(), fix: "f".into() },
         };

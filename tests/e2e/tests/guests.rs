@@ -79,7 +79,12 @@ fn a_guest_tells_its_addresses_and_runs_programs_also_while_it_moves() -> Result
     cluster.run(&[Action::Ends("web", godwit_e2e::Ending::Moved("h2"))])?;
     let outcome = running.join().expect("no panic")?;
     ensure!((outcome.exit_code, outcome.stdout.0.as_slice()) == (Some(7), b"moved\n"), "{outcome:?}");
-    told(&cluster, "web", has_address)?;
+    // Both of its clocks stood still with it; one of them is to tell the time.
+    let clock =
+        told(&cluster, "web", |facts| has_address(facts) && facts.clock.is_some_and(|clock| clock.put_forward_ms.is_some()))?;
+    let clock = clock.clock.context("its clock")?;
+    println!("after the move: {clock:?}");
+    ensure!(clock.offset_ms.unsigned_abs() <= 20 + clock.within_ms, "{clock:?}");
     let outcome = exec(&cluster, "web", &shell("echo here"))?;
     ensure!(outcome.stdout.0 == b"here\n", "{outcome:?}");
 

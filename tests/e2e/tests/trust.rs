@@ -119,6 +119,7 @@ fn a_hosts_certificate_gets_and_says_nothing_about_another_hosts_vm() -> Result<
             holding: Holding::Owner.into(),
             detail: "mine now".into(),
             ended_with_host: false,
+            blocked: vec![],
         };
         let hello = Hello {
             protocol: godwit_link::PROTOCOL,

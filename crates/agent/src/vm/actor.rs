@@ -129,6 +129,8 @@ pub(super) struct Actor {
     pub(super) carry_notices: (mpsc::Sender<CarryNotice>, mpsc::Receiver<CarryNotice>),
     pub(super) wake: Instant,
     pub(super) guest_shut_down: bool,
+    /// Why QEMU would not let the VM move, in its words, as it said when it was last asked.
+    pub(super) blocked: Vec<String>,
     /// Announcements that are still being repeated.
     pub(super) announcements: Vec<tokio::task::AbortHandle>,
     events: mpsc::Receiver<VmEvent>,
@@ -155,6 +157,7 @@ impl Actor {
             carry_notices: mpsc::channel(64),
             wake: Instant::now(),
             guest_shut_down: false,
+            blocked: Vec::new(),
             announcements: Vec::new(),
             events,
         }
@@ -268,6 +271,9 @@ impl Actor {
                 Vcpus::Running => RunState::Running,
                 _ => RunState::Paused,
             };
+        }
+        if let Ok(migration) = qmp.query_migrate().await {
+            self.blocked = migration.blocked_reasons;
         }
     }
 
@@ -592,6 +598,7 @@ impl Actor {
             holding: holding.into(),
             detail: String::new(),
             ended_with_host: record.ended_with_host && self.process.is_none(),
+            blocked: if self.process.is_some() { self.blocked.clone() } else { Vec::new() },
         };
         self.host.report(self.vm, Some(report));
     }

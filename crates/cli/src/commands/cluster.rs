@@ -1,14 +1,17 @@
-//! `godwit cluster`: the cluster's own authority, on the machine of the controller.
+//! `godwit cluster`: the cluster's own authority, on the machine of the controller; and what its hosts have in common.
 
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use godwit_api::v1::CpuBaseline;
 use godwit_controller::AuthorityPlace;
 
+use crate::arguments::OnlineArgs;
 use crate::confirm::ConfirmArgs;
 use crate::daemon::serve::SecretArgs;
 use crate::error::Failure;
-use crate::output::{Facts, OutputArgs, note, print_data};
+use crate::output::{Facts, OutputArgs, Table, note, or_nothing, print_data, word};
+use crate::session::Session;
 use crate::text::moment;
 
 /// `godwit cluster`.
@@ -22,6 +25,18 @@ pub(crate) struct ClusterArgs {
 enum Noun {
     /// The authority: the root that everybody trusts, and the intermediate that signs
     Ca(CaArgs),
+    /// Show what the CPUs of all connected hosts have in common
+    #[command(
+        after_help = "A VM with a CPU model that runs on all hosts can move to any of them; one with `host` or `max` only between equal hosts.
+The level is that of the x86-64 psABI. Features that a host has and not all others are what holds the baseline back elsewhere.
+
+Example:
+  godwit cluster cpu-baseline -o yaml"
+    )]
+    CpuBaseline {
+        #[command(flatten)]
+        online: OnlineArgs,
+    },
 }
 
 #[derive(Args)]
@@ -88,7 +103,10 @@ Example:
 }
 
 pub(crate) fn run(args: ClusterArgs) -> Result<(), Failure> {
-    let Noun::Ca(CaArgs { verb }) = args.noun;
+    let verb = match args.noun {
+        Noun::Ca(CaArgs { verb }) => verb,
+        Noun::CpuBaseline { online } => return cpu_baseline(&Session::open(&online)?),
+    };
     match verb {
         Verb::Show { place, output } => {
             let view = place.with(|place| place.show())?;
@@ -116,6 +134,30 @@ impl PlaceArgs {
         let secret = self.secret.file();
         act(AuthorityPlace { data_dir: &self.data_dir, secret: secret.as_deref() }).map_err(Failure::daemon)
     }
+}
+
+fn cpu_baseline(session: &Session) -> Result<(), Failure> {
+    let baselines = crate::block_on(async { Ok(session.client.cpu_baseline().await?) })?;
+    print_data(session.format, &baselines, || {
+        let text: Vec<String> = baselines.iter().map(baseline).collect();
+        if text.is_empty() { "no host is connected\n".to_owned() } else { text.join("\n") }
+    })
+}
+
+fn baseline(baseline: &CpuBaseline) -> String {
+    let mut facts = Facts::default();
+    facts
+        .fact("Accelerator", word(&baseline.accelerator))
+        .fact("Level", format!("x86-64-v{}", baseline.level))
+        .fact("Default model", &baseline.default_model)
+        .fact("Models", baseline.models.len())
+        .fact("Features", baseline.features.join(" "));
+    let mut table = Table::new(&["HOST", "LEVEL", "MODELS MORE", "FEATURES MORE"]);
+    for host in &baseline.hosts {
+        let more = or_nothing((!host.features.is_empty()).then(|| host.features.join(" ")));
+        table.row([host.host.to_string(), format!("x86-64-v{}", host.level), host.models.len().to_string(), more]);
+    }
+    format!("{}{}", facts.render(), table.render())
 }
 
 fn show(view: &godwit_controller::AuthorityView, output: &OutputArgs) -> Result<(), Failure> {

@@ -123,6 +123,11 @@ fn show_guest(facts: &mut Facts, guest: &GuestFacts) {
     }
     facts.fact("Host name", or_nothing(guest.host_name.as_ref())).fact("System", or_nothing(guest.os.as_ref()));
     facts.fact("Guest agent", format!("{}, seen {}", guest.agent, moment(guest.seen)));
+    if let Some(clock) = &guest.clock {
+        let forward = clock.put_forward_ms.map(|by| format!(", after it was put forward by {by} ms")).unwrap_or_default();
+        let offset = clock.offset_ms;
+        facts.fact("Guest clock", format!("{offset:+} ms beside its host's, give or take {} ms{forward}", clock.within_ms));
+    }
 }
 
 fn show(vm: &Vm) -> String {

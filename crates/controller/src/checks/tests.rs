@@ -16,6 +16,8 @@ pub(crate) fn facts() -> HostFacts {
         memory: Bytes::mib(4096),
         machines: ["pc-q35-7.1", "pc-q35-7.2", "pc-q35-10.0", "pc-i440fx-7.2", "q35"].map(String::from).to_vec(),
         cpu_models: vec!["qemu64-v1".into()],
+        cpu_features: ["avx", "sse4-2"].map(String::from).to_vec(),
+        carrier: 1,
         migration_capabilities: vec!["mapped-ram".into()],
         pools: vec![PoolFacts { name: name("shared"), identity: "one".into(), shared: true, capacity: Bytes::GIB }],
         uefi: true,
@@ -43,7 +45,7 @@ fn vm() -> VmSpec {
 fn spec() -> ResolvedSpec {
     let (h, load) = (facts(), load(Bytes::GIB));
     let id = VmId::new(uuid::Uuid::nil());
-    let candidate = Candidate { name: &name("h1"), facts: &h, load: &load };
+    let candidate = Candidate { name: &name("h1"), facts: &h, load: &load, skew: None };
     let (_, mut spec) = decide_start((id, &name("web1"), &vm()), None, &[candidate], &|_| None, &[]).expect("a host");
     spec.disks.push(ResolvedDisk::new("shared/root".parse().expect("volume"), DiskFormat::Raw));
     spec.platform.tpm = Some(Tpm { version: TpmVersion::V2, state: "shared/tpm".parse().expect("volume") });
@@ -53,11 +55,20 @@ fn spec() -> ResolvedSpec {
 #[test]
 fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
     type Break = fn(&mut ResolvedSpec, &mut HostFacts, &mut HostFacts, &mut HostLoad);
-    let cases: [(ErrorCode, Break); 11] = [
+    let cases: [(ErrorCode, Break); 14] = [
         (ErrorCode::HostIncompatible, |_, _, to, _| to.accelerator = Accelerator::Kvm),
         (ErrorCode::HostIncompatible, |_, _, to, _| to.machines.retain(|machine| machine != "pc-q35-10.0")),
         (ErrorCode::HostIncompatible, |_, _, to, _| to.cpu_models.clear()),
         (ErrorCode::HostIncompatible, |_, _, to, _| to.tpm = false),
+        (ErrorCode::HostIncompatible, |_, _, to, _| to.carrier = 2),
+        (ErrorCode::HostIncompatible, |spec, _, to, _| {
+            (spec.cpu, to.cpu_models) = ("max".into(), vec![]);
+            to.cpu_features = vec!["avx".into()];
+        }),
+        (ErrorCode::HostIncompatible, |spec, from, _, _| {
+            spec.cpu = "host".into();
+            from.cpu_features = vec!["avx".into()];
+        }),
         (ErrorCode::HostIncompatible, |_, from, _, _| from.migration_capabilities.clear()),
         (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools.clear()),
         (ErrorCode::PoolUnavailable, |_, from, _, _| from.pools[0].shared = false),
@@ -70,8 +81,8 @@ fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
         let (mut spec, mut from, mut to, mut there) = (spec(), facts(), facts(), load(Bytes::GIB));
         change(&mut spec, &mut from, &mut to, &mut there);
         let (h1, h2, here) = (name("h1"), name("h2"), load(Bytes(0)));
-        let source = Candidate { name: &h1, facts: &from, load: &here };
-        check_move(&spec, source, Candidate { name: &h2, facts: &to, load: &there })
+        let source = Candidate { name: &h1, facts: &from, load: &here, skew: Some(900) };
+        check_move(&spec, source, Candidate { name: &h2, facts: &to, load: &there, skew: None })
     };
     assert_eq!(check(|_, _, _, _| {}), Ok(()));
     for (number, (code, change)) in cases.into_iter().enumerate() {
@@ -88,7 +99,10 @@ fn ram_is_uneven_where_an_old_qemu_emulates_and_then_moves_from_there() {
     let old = HostFacts { migration_capabilities: vec![], ..facts() };
     let (new, free) = (facts(), load(Bytes::GIB));
     let (h1, h2) = (name("h1"), name("h2"));
-    let hosts = [Candidate { name: &h1, facts: &new, load: &free }, Candidate { name: &h2, facts: &old, load: &free }];
+    let hosts = [
+        Candidate { name: &h1, facts: &new, load: &free, skew: None },
+        Candidate { name: &h2, facts: &old, load: &free, skew: None },
+    ];
     let (id, web1, vm) = (VmId::new(uuid::Uuid::nil()), name("web1"), vm());
     let (_, spec) = decide_start((id, &web1, &vm), Some(&h1), &hosts, &|_| None, &[]).expect("started");
     assert_eq!(spec.memory, Bytes(vm.memory.get() + HostFacts::UNEVEN.get()));
@@ -105,9 +119,9 @@ fn a_vm_starts_where_most_memory_is_free_with_the_newest_machine_that_all_know()
     let (little, much, none) = (load(Bytes::mib(600)), load(Bytes::mib(700)), load(Bytes::mib(1)));
     let (h1, h2, h3) = (name("h1"), name("h2"), name("h3"));
     let hosts = [
-        Candidate { name: &h1, facts: &old, load: &little },
-        Candidate { name: &h2, facts: &new, load: &much },
-        Candidate { name: &h3, facts: &new, load: &none },
+        Candidate { name: &h1, facts: &old, load: &little, skew: None },
+        Candidate { name: &h2, facts: &new, load: &much, skew: None },
+        Candidate { name: &h3, facts: &new, load: &none, skew: None },
     ];
     let (id, web1, vm) = (VmId::new(uuid::Uuid::nil()), name("web1"), vm());
     let (host, spec) = decide_start((id, &web1, &vm), None, &hosts, &|_| None, &[]).expect("a host");
@@ -126,8 +140,45 @@ fn a_vm_starts_where_most_memory_is_free_with_the_newest_machine_that_all_know()
 fn on_hardware_the_baseline_is_newer_where_it_runs() {
     let kvm = HostFacts { accelerator: Accelerator::Kvm, cpu_models: vec!["Nehalem-v2".into()], ..facts() };
     let (h1, free) = (name("h1"), load(Bytes::GIB));
-    let host = Candidate { name: &h1, facts: &kvm, load: &free };
+    let host = Candidate { name: &h1, facts: &kvm, load: &free, skew: None };
     let id = VmId::new(uuid::Uuid::nil());
     let (_, spec) = decide_start((id, &name("web1"), &vm()), None, &[host], &|_| None, &[]).expect("a host");
     assert_eq!((spec.cpu.as_str(), spec.accelerator), ("Nehalem-v2", Accelerator::Kvm));
+}
+
+#[test]
+fn a_vm_with_its_hosts_cpu_moves_to_equal_hosts_and_is_told_what_differs() {
+    let mut spec = spec();
+    spec.cpu = "max".into();
+    let (h1, h2, free) = (name("h1"), name("h2"), load(Bytes::GIB));
+    let (here, mut there) = (facts(), facts());
+    let check = |there: &HostFacts| {
+        let source = Candidate { name: &h1, facts: &here, load: &free, skew: None };
+        check_move(&spec, source, Candidate { name: &h2, facts: there, load: &free, skew: None })
+    };
+    assert_eq!(check(&there), Ok(()));
+    there.cpu_features = vec!["avx2".into(), "sse4-2".into()];
+    let refusal = check(&there).expect_err("refused");
+    assert!(refusal.message.contains("h1 has avx that h2 has not, which has avx2 more"), "{refusal}");
+}
+
+#[test]
+fn a_clock_that_is_far_off_on_either_side_keeps_a_vm_from_moving() {
+    let (spec, facts, free) = (spec(), facts(), load(Bytes::GIB));
+    let (h1, h2) = (name("h1"), name("h2"));
+    let check = |here: Option<i64>, there: Option<i64>| {
+        let source = Candidate { name: &h1, facts: &facts, load: &free, skew: here };
+        check_move(&spec, source, Candidate { name: &h2, facts: &facts, load: &free, skew: there }).map_err(|refusal| refusal.code)
+    };
+    assert_eq!(check(Some(-59_000), Some(59_000)), Ok(()));
+    assert_eq!(check(Some(-61_000), None), Err(ErrorCode::ClockSkew));
+    assert_eq!(check(None, Some(7_200_000)), Err(ErrorCode::ClockSkew));
+}
+
+#[test]
+fn what_qemu_has_against_a_move_is_said_in_its_words() {
+    assert_eq!(blocked(&[]), None);
+    let refusal = blocked(&["State blocked by non-migratable device".into()]).expect("a refusal");
+    assert_eq!(refusal.code, ErrorCode::MigrationBlocked);
+    assert!(refusal.message.contains("non-migratable device") && refusal.hint.is_some(), "{refusal}");
 }

@@ -13,6 +13,7 @@ use utoipa::IntoParams;
 
 use super::extract::{Body, Listing, Named, Query, page};
 use super::{Answer, App, Refusals};
+use crate::cpu::baselines;
 use crate::db::{Batch, Fault, retry};
 use crate::principals::{Action, Principal, Target, authorize, not_found, stored_hash};
 use crate::rows::{HostRow, JoinRow, VmRow};
@@ -41,6 +42,16 @@ pub(super) async fn host_list(
     let limit = query.limit()?;
     let rows = app.db.page::<HostRow>("", query.after.as_deref(), limit + 1).await?;
     Ok(Json(page(rows.iter().map(|row| views::host(row, &app.hub)).collect(), limit, |host| host.name.to_string())))
+}
+
+/// What the CPUs of the hosts that are connected have in common, one for each accelerator
+#[utoipa::path(get, path = "/v1/cluster/cpu-baseline", tag = "host", operation_id = "cpu_baseline",
+    responses((status = 200, body = Vec<v1::CpuBaseline>), Refusals))]
+pub(super) async fn cpu_baseline(State(app): State<Arc<App>>, who: Principal) -> Answer<Json<Vec<v1::CpuBaseline>>> {
+    authorize(&who, Action::Look, Target::Cluster)?;
+    let present = app.hub.present();
+    let hosts: Vec<_> = present.iter().map(|(name, presence)| (name, &*presence.facts)).collect();
+    Ok(Json(baselines(&hosts)))
 }
 
 /// A host

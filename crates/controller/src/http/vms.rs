@@ -102,7 +102,7 @@ pub(super) async fn vm_check(
             .into());
     }
     let look = Look::at(&app.db, &app.hub).await?;
-    let hosts = look.check(team, spec, source, to.as_ref()).collect();
+    let hosts = look.check(&vm, spec, source, to.as_ref()).collect();
     Ok(Json(v1::VmCheck { source: source.clone(), hosts }))
 }
 

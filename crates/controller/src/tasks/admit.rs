@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use super::change::reclaim;
 use super::{Outcome, Tasks, conclude, note};
-use crate::checks::{Candidate, check_move};
+use crate::checks::{Candidate, blocked, check_move};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
 use crate::history;
@@ -79,7 +79,7 @@ pub(crate) fn host_down(name: &Name) -> Refusal {
 }
 
 fn candidates(present: &[(Name, Presence)]) -> Vec<Candidate<'_>> {
-    present.iter().map(|(name, presence)| Candidate { name, facts: &presence.facts, load: &presence.load }).collect()
+    present.iter().map(|(name, presence)| Candidate::new(name, presence)).collect()
 }
 
 impl Tasks {
@@ -263,8 +263,9 @@ impl Tasks {
         let there = self.hub.presence(destination).ok_or_else(|| host_down(destination))?;
         let here = self.hub.presence(&source).ok_or_else(|| host_down(&source))?;
         let spec = vm.resolved.as_ref().ok_or_else(|| internal("its resolved spec"))?;
-        let to = Candidate { name: destination, facts: &there.facts, load: &there.load };
-        check_move(spec, Candidate { name: &source, facts: &here.facts, load: &here.load }, to)?;
+        let to = Candidate::new(destination, &there);
+        blocked(&vm.blocked).map_or(Ok(()), Err)?;
+        check_move(spec, Candidate::new(&source, &here), to)?;
         check_networks(spec, &self.networks_of(&vm.team).await?, to)?;
         let generation = vm.issue(destination, id);
         vm.pending = Some(PendingGrant { destination: destination.clone(), generation, task: id });

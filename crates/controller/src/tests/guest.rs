@@ -187,7 +187,7 @@ async fn what_a_guest_says_is_shown_bounded_and_only_through_a_host_that_has_it(
         let interface =
             GuestInterface { name: "eth0\u{1b}".into(), mac: None, addresses: vec!["10.0.0.5/24".parse().expect("one")] };
         let interfaces = vec![interface; 100];
-        GuestFacts { agent: "10".into(), host_name: Some(host_name.into()), os: None, interfaces, seen: UnixMillis(7) }
+        GuestFacts { agent: "10".into(), host_name: Some(host_name.into()), os: None, interfaces, clock: None, seen: UnixMillis(7) }
     };
     let say = |facts: Option<&GuestFacts>| {
         Body::Guest(v1::GuestReport { vm: vm.id.to_string(), facts: facts.map(encode).unwrap_or_default() })

@@ -400,6 +400,7 @@ pub(super) fn report(vm: &api::Vm, generation: u64, state: RunState, holding: v1
         holding: holding.into(),
         detail: String::new(),
         ended_with_host: false,
+        blocked: vec![],
     }
 }
 

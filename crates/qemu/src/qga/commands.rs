@@ -150,7 +150,8 @@ impl GuestAgent {
     pub async fn look(&self, seen: UnixMillis) -> Result<GuestFacts, QgaError> {
         let info = self.info().await?;
         let can = |command: &str| info.commands.iter().any(|other| other == command);
-        let mut facts = GuestFacts { agent: info.version.clone(), host_name: None, os: None, interfaces: vec![], seen };
+        let mut facts =
+            GuestFacts { agent: info.version.clone(), host_name: None, os: None, interfaces: vec![], clock: None, seen };
         if can("guest-get-host-name") {
             facts.host_name = told(self.facts::<HostName>("guest-get-host-name").await)?.map(|name| name.host_name);
         }

@@ -112,6 +112,16 @@ impl Qmp {
         self.ask("query-cpu-definitions").await
     }
 
+    /// Every property of a CPU model and its value, as it would be on this host; from `query-cpu-model-expansion`.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn query_cpu_properties(&self, model: &str) -> Result<Map<String, Value>, QmpError> {
+        let answer = self.execute("query-cpu-model-expansion", json!({ "type": "full", "model": { "name": model } })).await?;
+        let properties = answer.pointer("/model/props").and_then(Value::as_object).cloned();
+        Ok(properties.unwrap_or_default())
+    }
+
     /// `query-block`.
     ///
     /// # Errors

@@ -114,6 +114,9 @@ async fn every_version_says_what_it_can_do_and_leaves_nothing() {
         assert_eq!(found.resolve_machine("pc-q35-7.2"), Some("pc-q35-7.2"));
         assert!(found.cpus.contains(default_cpu(Accelerator::Tcg)));
         assert!(!found.cpus.contains("Haswell-v4"), "TCG cannot do all of it");
+        for (feature, has) in [("sse4-2", true), ("avx2", true), ("avx512f", false), ("check", false)] {
+            assert_eq!(found.cpu_features.contains(feature), has, "{feature}: {:?}", found.cpu_features);
+        }
         for support in [&found.postcopy, &found.background_snapshot] {
             assert!(!matches!(support, Support::No { reason, fix } if reason.is_empty() || fix.is_empty()));
         }
