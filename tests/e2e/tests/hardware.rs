@@ -192,7 +192,7 @@ fn arguments(cluster: &Cluster, host: &str) -> Result<String> {
 
 #[test]
 fn a_vm_gets_memory_while_it_runs_and_takes_it_along() -> Result<()> {
-    let room = ["--memory", "1GiB"];
+    let room = ["--memory", "1536MiB"];
     let spec = ClusterSpec::new(2)?.agent("h1", &room).agent("h2", &room);
     let mut cluster = other_qemu().iter().fold(spec, |spec, qemu| spec.qemu("h2", qemu)).up()?;
     cluster.import_guest_with_agent()?;
@@ -228,7 +228,6 @@ fn a_vm_gets_memory_while_it_runs_and_takes_it_along() -> Result<()> {
     // Linux takes memory above 4 GiB first, where DIMMs are.
     shell(&cluster, "head -c 32000000 /dev/urandom > /noise")?;
     let noise = shell(&cluster, "md5sum /noise")?;
-    cluster.check()?;
 
     if is_old(from) {
         eprintln!("there is no other QEMU than an old one that emulates: the move is not proven here");
