@@ -86,6 +86,13 @@ impl Host {
         }
     }
 
+    /// Sets the memory that a VM's processes may use, where it has a cgroup with that limit.
+    pub(crate) fn limit_memory(&self, vm: VmId, memory: Bytes) -> Result<(), Refusal> {
+        let (Ok(root), Some(most)) = (cgroup::hierarchy(), CgroupLimits::for_ram(memory).memory_max) else { return Ok(()) };
+        let group = VmCgroup::at(&root.join(&self.options.cgroup), &short(vm));
+        group.limit_memory(most).map_err(|error| host_failed("the VM's limit of memory could not be set", &error))
+    }
+
     /// Removes what [`Host::make_cgroup`] made; the VM's processes are gone.
     pub(crate) fn remove_cgroup(&self, vm: VmId) {
         let Ok(root) = cgroup::hierarchy() else { return };
@@ -246,7 +253,7 @@ impl Ledger {
         Bytes(self.total.get().saturating_sub(held))
     }
 
-    /// Promises `memory` to `vm`; again is no second promise.
+    /// Promises `memory` to `vm`, in place of what it was promised before.
     pub(crate) fn reserve(&self, vm: VmId, memory: Bytes) -> Result<(), Refusal> {
         let wanted = Bytes(memory.get().saturating_add(OVERHEAD.get()));
         let mut held = self.locked();
@@ -258,7 +265,8 @@ impl Ledger {
                 ErrorCode::NotEnoughMemory,
                 format!("the VM needs {wanted} with QEMU's own share, the host has {free} for VMs: {missing} are missing"),
             )
-            .hint("choose another host, or stop or move a VM away from this one"));
+            .hint("choose another host, or stop or move a VM away from this one")
+            .retry(Retry::Safe));
         }
         held.insert(vm, wanted);
         Ok(())
@@ -319,6 +327,11 @@ mod tests {
         let refusal = ledger.reserve(b, Bytes::mib(512)).expect_err("does not fit");
         assert_eq!(refusal.code, ErrorCode::NotEnoughMemory);
         assert!(refusal.message.contains("76 MiB are missing"), "{}", refusal.message);
+        assert_eq!(ledger.reserve(a, Bytes::mib(937)).expect_err("too large").code, ErrorCode::NotEnoughMemory);
+        assert_eq!(ledger.free(), Bytes::mib(500), "what was promised before stands");
+        ledger.reserve(a, Bytes::mib(636)).expect("grows");
+        assert_eq!(ledger.free(), Bytes::mib(300));
+        ledger.reserve(a, Bytes::mib(436)).expect("put back");
         ledger.release(a);
         ledger.reserve(b, Bytes::mib(512)).expect("fits now");
     }

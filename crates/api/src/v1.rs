@@ -195,6 +195,9 @@ pub struct Waiting {
     pub running: serde_json::Value,
     /// What it is to be; null where it will have no such part.
     pub wanted: serde_json::Value,
+    /// Why it waits, where such a part can change while the VM runs.
+    #[serde(default)]
+    pub reason: Option<String>,
 }
 
 /// Something that is not as it should be.

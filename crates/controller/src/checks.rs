@@ -150,7 +150,7 @@ pub(crate) fn check_start(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<()
             found.push(pool_missing(volume, host.name));
         }
     }
-    found.extend(check_memory(spec.memory, host).err());
+    found.extend(check_memory(spec.memory_with_dimms(), host).err());
     first(found)
 }
 
@@ -218,7 +218,8 @@ pub(crate) fn obstacles(spec: &ResolvedSpec, source: Candidate<'_>, destination:
         ));
     }
     found.extend([source, destination].into_iter().filter_map(|host| check_clock(host).err()));
-    if source.facts.loses_writes_to(spec.memory) {
+    // A DIMM's size is always round.
+    if source.facts.loses_writes_to(spec.memory) || (source.facts.is_old_emulator() && !spec.dimms().is_empty()) {
         let Candidate { name, facts, .. } = source;
         found.push(incompatible(
             format!("QEMU {} on host {name}, emulating, loses memory writes during a warm-up of RAM of this VM's size", facts.qemu),
@@ -234,7 +235,7 @@ pub(crate) fn obstacles(spec: &ResolvedSpec, source: Candidate<'_>, destination:
                 .hint("stop the VM, set the disk's cache to `direct`, and start it again: two hosts' caches of shared storage are not coherent"));
         }
     }
-    found.extend(check_memory(spec.memory, destination).err());
+    found.extend(check_memory(spec.memory_with_dimms(), destination).err());
     found
 }
 

@@ -1,8 +1,8 @@
 //! From what was asked for to what a VM is started with: nothing stays a default or an alias. Images and networks are given.
 
 use godwit_model::{
-    Accelerator, Boot, Bytes, CdromSpec, ErrorCode, HostFacts, ImageKind, ImageRef, Name, NicModel, Platform, PowerOff, Refusal,
-    ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec, SPEC_SCHEMA, VmId, VmSpec,
+    Accelerator, Boot, Bytes, CdromSpec, ErrorCode, Growth, HostFacts, ImageKind, ImageRef, Name, NicModel, Platform, PowerOff,
+    Refusal, ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec, SPEC_SCHEMA, VmId, VmSpec,
 };
 
 use crate::checks::{Candidate, check_start};
@@ -126,6 +126,7 @@ pub(crate) fn wanted_of(
         cpu: spec.cpu.clone().unwrap_or_else(|| running.cpu.clone()),
         vcpus: spec.vcpus,
         memory: spec.memory,
+        growth: spec.memory_max.map(Growth::to),
         kernel,
         initrd,
         cmdline,
@@ -164,6 +165,7 @@ pub(crate) fn resolve(
         cpu: spec.cpu.clone().unwrap_or_else(|| baseline(host.facts.accelerator, host.facts).to_owned()),
         vcpus: spec.vcpus,
         memory: ram(spec.memory, hosts),
+        growth: spec.memory_max.map(Growth::to),
         kernel,
         initrd,
         cmdline,

@@ -159,16 +159,21 @@ pub(crate) struct Waiting {
     pub(crate) running: Value,
     /// What it is to be.
     pub(crate) wanted: Value,
+    /// Why it waits, where such a part can change while the VM runs.
+    #[serde(default)]
+    pub(crate) reason: Option<String>,
 }
 
 /// What of `wanted` a running VM is not: it takes effect at the next start.
 pub(crate) fn waiting(running: &ResolvedSpec, wanted: &ResolvedSpec) -> Vec<Waiting> {
     let (mut before, mut after) = (parts(running), parts(wanted));
     // Some hosts need a little more, which nobody asked for.
-    if running.memory.get() == wanted.memory.get() + godwit_model::HostFacts::UNEVEN.get() {
+    let growth = running.growth_to(wanted);
+    if growth == Ok(None) {
         before.retain(|(field, _)| field != "memory");
         after.retain(|(field, _)| field != "memory");
     }
+    let stays = growth.err();
     let find =
         |parts: &[(String, Value)], field: &str| parts.iter().find(|(other, _)| other == field).map(|(_, value)| value.clone());
     let mut fields: Vec<&String> = before.iter().chain(&after).map(|(field, _)| field).collect();
@@ -178,6 +183,7 @@ pub(crate) fn waiting(running: &ResolvedSpec, wanted: &ResolvedSpec) -> Vec<Wait
         field: field.clone(),
         running: find(&before, field).unwrap_or_default(),
         wanted: find(&after, field).unwrap_or_default(),
+        reason: stays.as_ref().filter(|_| field == "memory").map(ToString::to_string),
     });
     let mut all: Vec<Waiting> = pairs.filter(|pair| pair.running != pair.wanted).collect();
     for pair in all.iter_mut().filter(|pair| pair.field == "cloud_init") {
@@ -193,7 +199,8 @@ fn parts(spec: &ResolvedSpec) -> Vec<(String, Value)> {
         ("machine".into(), json(&spec.machine)),
         ("cpu".into(), json(&spec.cpu)),
         ("vcpus".into(), json(&spec.vcpus)),
-        ("memory".into(), json(&spec.memory)),
+        ("memory".into(), json(&spec.memory_with_dimms())),
+        ("memory_max".into(), json(&spec.growth.as_ref().map(|growth| growth.max))),
         ("boot".into(), json(&(&spec.kernel, &spec.initrd, &spec.cmdline))),
         ("cdroms".into(), json(&spec.cdroms)),
         ("cloud_init".into(), json(&spec.cloud_init)),
@@ -308,6 +315,36 @@ mod tests {
             assert_eq!(complete_change(&spec, &mut wanted.clone(), true).expect_err("in use").code, ErrorCode::VmRunning);
             complete_change(&spec, &mut wanted, false).expect("nothing is in use");
         }
+    }
+
+    #[test]
+    fn memory_that_came_is_not_waited_for_and_what_waits_says_why() {
+        let mut running: ResolvedSpec = serde_json::from_str(
+            r#"{"schema":2,"vm":"11112222-3333-4444-5555-666677778888","name":"web1","accelerator":"tcg","machine":"pc-q35-7.2",
+            "cpu":"qemu64-v1","vcpus":1,"memory":536879104,"kernel":null,"initrd":null,"cmdline":"","disks":[],"nics":[]}"#,
+        )
+        .expect("of a version before");
+        let wanted = |memory: Bytes, max: Option<Bytes>| ResolvedSpec {
+            memory,
+            growth: max.map(godwit_model::Growth::to),
+            ..running.clone()
+        };
+        let (half, whole) = (wanted(Bytes::mib(512), Some(Bytes::GIB)), wanted(Bytes::GIB, Some(Bytes::GIB)));
+        let fields = |running: &ResolvedSpec, wanted: &ResolvedSpec| -> Vec<(String, Option<String>)> {
+            waiting(running, wanted).into_iter().map(|waiting| (waiting.field, waiting.reason)).collect()
+        };
+        assert_eq!(fields(&running, &wanted(Bytes::mib(512), None)), []);
+        assert_eq!(fields(&running, &half), [("memory_max".into(), None)]);
+        let fixed = godwit_model::NoGrowth::Fixed.to_string();
+        assert_eq!(fields(&running, &whole), [("memory".into(), Some(fixed)), ("memory_max".into(), None)]);
+        running.growth.clone_from(&half.growth);
+        assert_eq!(fields(&running, &half), []);
+        assert_eq!(fields(&running, &whole), [("memory".into(), None)], "it can come");
+        let dimm = running.growth_to(&whole).expect("room").expect("a DIMM");
+        godwit_model::LiveChange::Memory { dimm }.apply(&mut running);
+        assert_eq!(fields(&running, &whole), []);
+        let smaller = godwit_model::NoGrowth::Smaller.to_string();
+        assert_eq!(fields(&running, &half), [("memory".into(), Some(smaller))]);
     }
 
     #[test]

@@ -93,8 +93,8 @@ pub(crate) fn history(row: HistoryRow) -> v1::VmHistory {
 }
 
 fn waits(waiting: &Waiting) -> v1::Waiting {
-    let Waiting { field, running, wanted } = waiting.clone();
-    v1::Waiting { field, running, wanted }
+    let Waiting { field, running, wanted, reason } = waiting.clone();
+    v1::Waiting { field, running, wanted, reason }
 }
 
 /// A spec as it is shown: what cloud-init tells a guest often holds passwords, and is written only.

@@ -6,6 +6,7 @@ mod address;
 mod change;
 mod cloud_init;
 mod disk;
+mod memory;
 mod nic;
 mod platform;
 mod resolved;
@@ -23,6 +24,7 @@ pub use address::{InvalidMac, InvalidVolume, MacAddress, VolumeRef};
 pub use change::{LiveChange, live_changes};
 pub use cloud_init::{CloudInit, MAX_NETWORK_CONFIG, MAX_USER_DATA};
 pub use disk::{CacheMode, CdromSpec, Discard, DiskBus, DiskFormat, DiskSpec, IoLimits};
+pub use memory::{DIMM_SLOTS, DIMM_STEP, Dimm, Growth, GuestAddress, NoGrowth};
 pub use nic::{NicModel, NicSpec};
 pub use platform::{
     Firmware, HugePages, Hyperv, Numa, Platform, Rtc, RtcBase, RtcDrift, Smbios, Tpm, TpmVersion, Video, Watchdog, WatchdogAction,
@@ -52,6 +54,9 @@ pub struct VmSpec {
     pub vcpus: u16,
     /// RAM in bytes, a multiple of 1 MiB.
     pub memory: Bytes,
+    /// What memory can grow to while the VM runs, a multiple of 128 MiB. Default: it cannot.
+    #[serde(default)]
+    pub memory_max: Option<Bytes>,
     /// What it boots.
     pub boot: Boot,
     /// Disks in the order of their slots, at most 8.
@@ -153,6 +158,7 @@ impl VmSpec {
         Self {
             vcpus,
             memory,
+            memory_max: None,
             boot,
             disks: Vec::new(),
             nics: Vec::new(),

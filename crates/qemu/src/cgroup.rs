@@ -121,6 +121,18 @@ impl VmCgroup {
         Ok((group, unapplied))
     }
 
+    /// Sets how much memory it may use, where the host can say so: where it cannot, that was said when the group was made.
+    ///
+    /// # Errors
+    /// See [`CgroupError`].
+    pub fn limit_memory(&self, most: Bytes) -> Result<(), CgroupError> {
+        let path = self.path.join("memory.max");
+        if !path.exists() {
+            return Ok(());
+        }
+        fs::write(&path, most.get().to_string()).map_err(|source| CgroupError::Refused { step: "write", path, source })
+    }
+
     /// Its directory, for [`crate::cage::CagePlan::cgroup`].
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -1,15 +1,16 @@
-//! Changes to a VM that runs: media, limits, cables, sizes, disks, interfaces. Each is done or refused as a whole; the caller writes down what the
+//! Changes to a VM that runs: media, limits, cables, sizes, disks, interfaces, memory. Each is done or refused as a whole; the caller writes down what the
 //! VM is made of from then on, so that a later migration's destination starts as the same machine.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use godwit_model::{Bytes, BytesPerSec, IoLimits, ResolvedDisk, ResolvedNic};
+use godwit_model::{Bytes, BytesPerSec, Dimm, GuestAddress, IoLimits, Platform, ResolvedDisk, ResolvedNic};
 use serde_json::{Value, json};
 
 use crate::command::devices::{
     disk_device, disk_name, disk_nodes, disk_set, drive_name, medium_name, medium_nodes, nic_backend, nic_device,
 };
+use crate::command::memory::{dimm_backend, dimm_backend_name, dimm_device, dimm_name};
 use crate::qmp::views::BlockDevice;
 use crate::qmp::{Notice, Qmp, QmpError};
 
@@ -219,6 +220,37 @@ impl Qmp {
     pub async fn unplug_nic(&self, slot: usize) -> Result<(), UnplugError> {
         self.unplug(&format!("net{slot}")).await?;
         self.execute("netdev_del", json!({"id": format!("net{slot}-tap")})).await?;
+        Ok(())
+    }
+
+    /// Whether the DIMM is there, as it is meant to be.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn has_dimm(&self, dimm: &Dimm) -> Result<bool, QmpError> {
+        let devices = self.execute("query-memory-devices", Value::Null).await?;
+        let known = |data: &Value| {
+            let (slot, address, size) = (data["slot"].as_u64()?, data["addr"].as_u64()?, data["size"].as_u64()?);
+            Some(Dimm { slot: u8::try_from(slot).ok()?, address: GuestAddress(address), size: Bytes(size) })
+        };
+        let of_name = |device: &&Value| device["data"]["id"].as_str() == Some(&dimm_name(dimm));
+        let there = devices.as_array().into_iter().flatten().find(of_name).and_then(|device| known(&device["data"]));
+        Ok(there.as_ref() == Some(dimm))
+    }
+
+    /// Gives the guest memory. It must take it (Linux: bring its blocks online). On failure nothing is left of it.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn plug_dimm(&self, dimm: &Dimm, platform: &Platform) -> Result<(), QmpError> {
+        let backend = json!({"id": dimm_backend_name(dimm)});
+        // What an attempt before this one has left; one in use stays.
+        let _ = self.execute("object-del", backend.clone()).await;
+        self.execute("object-add", arguments(&dimm_backend(dimm, platform))).await?;
+        if let Err(error) = self.execute("device_add", arguments(&dimm_device(dimm))).await {
+            let _ = self.execute("object-del", backend).await;
+            return Err(error);
+        }
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 //! [`crate::change`].
 
 pub(crate) mod devices;
+pub(crate) mod memory;
 mod options;
 mod platform;
 mod seed;
@@ -190,6 +191,9 @@ pub enum CommandError {
     /// Huge pages that do not make up the memory.
     #[error("memory is not a multiple of its huge pages")]
     HugePages,
+    /// DIMMs that are not in the room for them.
+    #[error("the VM's DIMMs do not fit its slots, or its room for memory")]
+    Dimms,
     /// A spec of a later version: what it means is not known here.
     #[error("the spec has schema {0}, known are those up to {SPEC_SCHEMA}")]
     Schema(u32),
@@ -325,6 +329,7 @@ fn check(spec: &ResolvedSpec, resources: &Resources) -> Result<(), CommandError>
         return Err(CommandError::Memory);
     }
     platform::check(spec)?;
+    memory::check(spec)?;
     devices::check(spec)?;
     let usable = |path: &Path| {
         path.to_str()

@@ -14,6 +14,7 @@ fn record() -> VmRecord {
         cpu: "qemu64-v1".into(),
         vcpus: 1,
         memory: Bytes::mib(64),
+        growth: None,
         kernel: None,
         initrd: None,
         cmdline: String::new(),

@@ -199,7 +199,7 @@ impl Actor {
                 match QemuProcess::adopt(identity) {
                     Ok(process) => {
                         // It fitted when it was started: what is here is here.
-                        let _ = self.host.memory.reserve(self.vm, record.spec.memory);
+                        let _ = self.host.memory.reserve(self.vm, record.spec.memory_with_dimms());
                         self.process = Some(Arc::new(process));
                         // Until QEMU says otherwise: a living VM must never be taken for a stopped one.
                         self.state = RunState::Running;

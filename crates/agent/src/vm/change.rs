@@ -1,10 +1,10 @@
 //! Changes to a VM that runs: each is carried out by QEMU first and journalled then. Said again after a crash in between, it does what is
-//! left of it: a medium, a limit, a cable or a size is set anew, an interface that is there or gone already is left alone.
+//! left of it: a medium, a limit, a cable or a size is set anew, an interface that is there or gone already is left alone, as is memory.
 
 use std::os::fd::OwnedFd;
 
 use godwit_model::{
-    ErrorCode, Firmware, Generation, IoLimits, LiveChange, Refusal, ResolvedDisk, ResolvedSpec, Retry, live_changes,
+    Bytes, Dimm, ErrorCode, Firmware, Generation, IoLimits, LiveChange, Refusal, ResolvedDisk, ResolvedSpec, Retry, live_changes,
 };
 use godwit_qemu::change::UnplugError;
 use godwit_qemu::command::{DiskFds, FlashFds};
@@ -87,7 +87,37 @@ impl Actor {
                 }
                 qmp.unplug_nic(*slot).await.map_err(|error| not_unplugged("interface", *slot, error))
             }
+            LiveChange::Memory { dimm } => self.grow(*dimm).await,
         }
+    }
+
+    /// The host's promise first, then the limit of the VM's processes, then the memory: nothing is used that was not promised. If QEMU has not
+    /// taken it, limit and promise are what they were.
+    async fn grow(&self, dimm: Dimm) -> Result<(), Refusal> {
+        let (qmp, Some(record)) = (self.monitor()?, &self.record) else { return Ok(()) };
+        let before = record.spec.memory_with_dimms();
+        let after = Bytes(before.get().saturating_add(dimm.size.get()));
+        self.host.memory.reserve(self.vm, after).map_err(|refusal| {
+            refusal.hint(
+                "stop or move another VM away from this host, or move this one to a host with more memory free; then set it again",
+            )
+        })?;
+        let grown = async {
+            self.host.limit_memory(self.vm, after)?;
+            if qmp.has_dimm(&dimm).await.map_err(qemu_failed)? {
+                return Ok(());
+            }
+            qmp.plug_dimm(&dimm, &record.spec.platform).await.map_err(qemu_failed)
+        };
+        let grown = grown.await;
+        // Where it is not known, the guest may have it.
+        if grown.is_err() && qmp.has_dimm(&dimm).await.is_ok_and(|there| !there) {
+            let back = self.host.memory.reserve(self.vm, before).and_then(|()| self.host.limit_memory(self.vm, before));
+            if let Err(refusal) = back {
+                tracing::warn!(message = refusal.message, "the VM's limit of memory stays higher than the VM needs");
+            }
+        }
+        grown
     }
 
     /// What the guest does not see is not in QEMU's arguments: limits and cables. No vCPU has run yet.

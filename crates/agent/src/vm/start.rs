@@ -66,7 +66,7 @@ impl Actor {
     pub(super) async fn begin(&mut self, mut record: VmRecord, start: Start) -> Result<(), Refusal> {
         let before = self.record.take();
         record.uid = self.host.uids.take(self.vm)?;
-        let memory = record.spec.memory;
+        let memory = record.spec.memory_with_dimms();
         let begun = async {
             self.host.memory.reserve(self.vm, memory)?;
             self.record = Some(record);
@@ -124,7 +124,7 @@ impl Actor {
         let seed = spec.cloud_init.as_ref().map(|cloud_init| seed::descriptor(&seed::image(spec.vm, &spec.name, cloud_init)));
         let seed =
             seed.transpose().map_err(|error| host_failed("the VM's seed could not be made", &error))?.map(|seed| fds.pass(seed));
-        let cgroup = host.make_cgroup(self.vm, spec.memory);
+        let cgroup = host.make_cgroup(self.vm, spec.memory_with_dimms());
         let tpm = self.start_tpm(&record, start, cgroup.clone()).await?.map(|control| fds.pass(control));
         let runtime_dir = host.vm_dir(self.vm);
         let failed = |error: std::io::Error| host_failed("the VM's runtime directory cannot be used", &error);

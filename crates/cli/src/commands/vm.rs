@@ -144,7 +144,8 @@ fn show(vm: &Vm) -> String {
         let reason = migratable.reason.as_ref().map(|reason| format!(": {}", visible(&reason.message))).unwrap_or_default();
         facts.fact("Migratable", format!("{} since {since}{reason}", if migratable.possible { "yes" } else { "no" }));
     }
-    facts.fact("vCPUs", vm.spec.vcpus).fact("Memory", vm.spec.memory);
+    let grows = vm.spec.memory_max.map(|max| format!(", grows to {max}")).unwrap_or_default();
+    facts.fact("vCPUs", vm.spec.vcpus).fact("Memory", format!("{}{grows}", vm.spec.memory));
     match &vm.spec.boot {
         Boot::Kernel { kernel, initrd, cmdline } => {
             facts.fact("Kernel", kernel).fact("Initrd", or_nothing(initrd.as_ref())).fact("Command line", cmdline);
@@ -185,7 +186,8 @@ fn show(vm: &Vm) -> String {
     };
     for waiting in &status.waiting {
         let shown = |value: &serde_json::Value| if value.is_null() { "nothing".to_owned() } else { value.to_string() };
-        let change = format!("{}: {} -> {}", waiting.field, shown(&waiting.running), shown(&waiting.wanted));
+        let reason = waiting.reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+        let change = format!("{}: {} -> {}{reason}", waiting.field, shown(&waiting.running), shown(&waiting.wanted));
         facts.fact("Waits for next start", visible(&change));
     }
     if let Some(guest) = &status.guest {

@@ -1,6 +1,6 @@
 //! Each rule broken alone, and what is said of it.
 
-use godwit_model::{Boot, DiskFormat, HostNetworks, PoolFacts, ResolvedDisk, Tpm, TpmVersion, VmId, VmSpec};
+use godwit_model::{Boot, DiskFormat, HostNetworks, LiveChange, PoolFacts, ResolvedDisk, Tpm, TpmVersion, VmId, VmSpec};
 
 use super::*;
 use crate::resolve::decide_start;
@@ -109,6 +109,19 @@ fn ram_is_uneven_where_an_old_qemu_emulates_and_then_moves_from_there() {
     assert_eq!(check_move(&spec, hosts[1], hosts[0]), Ok(()));
     let (_, spec) = decide_start((id, &web1, &vm), Some(&h1), &hosts[..1], &|_| None, &[]).expect("started");
     assert_eq!(spec.memory, vm.memory);
+    // Whatever its RAM is, a DIMM is even.
+    let grows = VmSpec { memory_max: Some(Bytes::GIB), ..vm.clone() };
+    let (_, mut spec) = decide_start((id, &web1, &grows), Some(&h1), &hosts, &|_| None, &[]).expect("started");
+    assert_eq!(check_move(&spec, hosts[1], hosts[0]), Ok(()));
+    let larger = ResolvedSpec { memory: Bytes::mib(640), ..spec.clone() };
+    let dimm = spec.growth_to(&larger).expect("room").expect("a DIMM");
+    LiveChange::Memory { dimm }.apply(&mut spec);
+    assert_eq!(check_move(&spec, hosts[1], hosts[0]).expect_err("even").code, ErrorCode::HostIncompatible);
+    assert_eq!(check_move(&spec, hosts[0], hosts[1]), Ok(()));
+    // It needs what it has grown to.
+    let little = load(Bytes::mib(600));
+    let refusal = check_move(&spec, hosts[0], Candidate { load: &little, ..hosts[1] }).expect_err("too little");
+    assert_eq!(refusal.code, ErrorCode::NotEnoughMemory);
     let kvm = HostFacts { accelerator: Accelerator::Kvm, ..old };
     assert!(!kvm.loses_writes_to(vm.memory), "KVM keeps a log of its own");
 }

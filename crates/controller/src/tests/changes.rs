@@ -2,8 +2,8 @@
 
 use godwit_api::v1::{self as api, TaskState};
 use godwit_link::decode;
-use godwit_link::v1::command::Action;
-use godwit_model::{Bytes, ErrorCode, NicSpec, ResolvedSpec, Seconds, VmSpec};
+use godwit_link::v1::{self, agent_message::Body, command::Action};
+use godwit_model::{Bytes, ErrorCode, Growth, NicSpec, ResolvedSpec, RunState, Seconds, VmSpec};
 
 use super::support::*;
 
@@ -52,6 +52,61 @@ async fn a_running_vm_changes_step_by_step_and_the_rest_waits_for_its_next_start
     let task = set(&cluster, |_| {}).await;
     assert_eq!(task.state, TaskState::Done);
     assert!(task.trail.iter().any(|note| note.text.contains("memory, tablet")), "{:?}", task.trail);
+}
+
+#[tokio::test]
+async fn memory_grows_while_the_vm_runs_and_is_one_again_at_its_next_start() {
+    let cluster = Cluster::new().await;
+    let (_, mut agent) = cluster.agent("h1").await;
+    cluster.create_vm("web1", Bytes::mib(512)).await;
+    set(&cluster, |spec| spec.memory_max = Some(Bytes::GIB)).await;
+    let start = |agent: godwit_link::v1::Command| -> ResolvedSpec {
+        let Some(Action::Start(body)) = agent.action else { panic!("{agent:?}") };
+        decode("spec", &body.spec).expect("spec")
+    };
+    let admin = cluster.admin();
+    let task = admin.start_vm(&name("web1"), &api::VmStart::default()).await.expect("accepted");
+    let command = agent.command().await;
+    assert_eq!(start(command.clone()).growth, Some(Growth::to(Bytes::GIB)));
+    agent.done(&command, 0).await;
+    cluster.ended(task.id).await;
+
+    // The host has too little: the spec stays as it was asked for, and waits.
+    let task = set(&cluster, |spec| spec.memory = Bytes::mib(768)).await;
+    let command = agent.command().await;
+    let grown = wanted(&command);
+    assert_eq!((grown.memory, grown.memory_with_dimms()), (Bytes::mib(512), Bytes::mib(768)));
+    agent.refuse(&command, ErrorCode::NotEnoughMemory).await;
+    assert_eq!(cluster.ended(task.id).await.error.expect("why").code, ErrorCode::NotEnoughMemory);
+    let fields = |vm: &api::Vm| vm.status.waiting.iter().map(|waiting| waiting.field.clone()).collect::<Vec<_>>();
+    assert_eq!(fields(&cluster.vm("web1").await), ["memory"]);
+    // Asked again it comes; more than there is room for does not, and says so.
+    let task = set(&cluster, |_| {}).await;
+    let command = agent.command().await;
+    assert_eq!(wanted(&command), grown);
+    agent.done(&command, 0).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    assert!(cluster.vm("web1").await.status.waiting.is_empty());
+    let task = set(&cluster, |spec| (spec.memory, spec.memory_max) = (Bytes::mib(2_048), Some(Bytes::mib(2_048)))).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    let vm = cluster.vm("web1").await;
+    assert_eq!(fields(&vm), ["memory", "memory_max"]);
+    assert!(vm.status.waiting[0].reason.as_ref().is_some_and(|reason| reason.contains("1 GiB")), "{:?}", vm.status.waiting);
+    let less = VmSpec { memory_max: Some(Bytes::GIB), ..vm.spec };
+    assert_eq!(code(admin.set_vm(&name("web1"), &less, None).await), ErrorCode::SpecInvalid);
+
+    let task = set(&cluster, |spec| spec.memory = Bytes::mib(1_024)).await;
+    let command = agent.command().await;
+    assert_eq!(wanted(&command).dimms().len(), 2);
+    agent.done(&command, 0).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    let vm = cluster.vm("web1").await;
+    assert_eq!(fields(&vm), ["memory_max"]);
+    agent.send(Body::Vm(report(&vm, vm.status.generation.0, RunState::Stopped, v1::Holding::Owner))).await;
+    cluster.vm_when("web1", |vm| vm.status.state == RunState::Stopped).await;
+    admin.start_vm(&name("web1"), &api::VmStart::default()).await.expect("accepted");
+    let spec = start(agent.command().await);
+    assert_eq!((spec.memory, spec.dimms().len()), (Bytes::mib(1_024), 0));
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 //! A running VM is its [`ResolvedSpec`]. Each [`LiveChange`] makes another one of it; whoever carried one out writes the new spec down, so
 //! that the destination of a later migration starts as the same machine.
 
-use crate::{Bytes, DiskBus, FIXED_SLOTS, ImageRef, IoLimits, ResolvedDisk, ResolvedNic, ResolvedSpec};
+use crate::{Bytes, Dimm, DiskBus, FIXED_SLOTS, ImageRef, IoLimits, ResolvedDisk, ResolvedNic, ResolvedSpec};
 
 /// One change to a running VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +60,11 @@ pub enum LiveChange {
         /// Its place.
         slot: usize,
     },
+    /// Memory becomes larger.
+    Memory {
+        /// What comes.
+        dimm: Dimm,
+    },
 }
 
 impl LiveChange {
@@ -107,6 +112,11 @@ impl LiveChange {
                 settle(spec.nics.iter_mut().map(|nic| &mut nic.slot));
                 spec.nics.push(nic.clone());
             }
+            Self::Memory { dimm } => {
+                if let Some(growth) = &mut spec.growth {
+                    growth.dimms.push(*dimm);
+                }
+            }
         }
     }
 
@@ -123,6 +133,7 @@ impl LiveChange {
             Self::Nic { slot, .. } => format!("changes the interface in slot {slot}"),
             Self::Unplug { slot } => format!("takes the interface out of slot {slot}"),
             Self::Plug { slot, .. } => format!("puts an interface into slot {slot}"),
+            Self::Memory { dimm } => format!("puts {} of memory into slot {}", dimm.size, dimm.slot),
         }
     }
 }
@@ -190,6 +201,9 @@ pub fn live_changes(running: &ResolvedSpec, wanted: &ResolvedSpec) -> Vec<LiveCh
         if !stays && !of_nic {
             changes.push(LiveChange::PlugDisk { disk: Box::new(then.clone()), slot });
         }
+    }
+    if let Ok(Some(dimm)) = running.growth_to(wanted) {
+        changes.push(LiveChange::Memory { dimm });
     }
     changes
 }

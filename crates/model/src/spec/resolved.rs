@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::nic::plugged;
 use crate::{
-    Accelerator, Bytes, CacheMode, CloudInit, Discard, DiskBus, DiskFormat, ImageKind, ImageRef, IoLimits, MacAddress, Name,
-    NetworkId, NicModel, Platform, Seconds, VmId, VolumeRef,
+    Accelerator, Bytes, CacheMode, CloudInit, Discard, DiskBus, DiskFormat, Growth, ImageKind, ImageRef, IoLimits, MacAddress,
+    Name, NetworkId, NicModel, Platform, Seconds, VmId, VolumeRef,
 };
 
 /// What a VM was started with.
@@ -29,8 +29,11 @@ pub struct ResolvedSpec {
     pub cpu: String,
     /// vCPUs.
     pub vcpus: u16,
-    /// RAM.
+    /// RAM that it was started with.
     pub memory: Bytes,
+    /// How memory can become larger while it runs; `None`: it cannot.
+    #[serde(default)]
+    pub growth: Option<Growth>,
     /// Kernel, for direct boot.
     pub kernel: Option<ImageRef>,
     /// Initial ramdisk, for direct boot.

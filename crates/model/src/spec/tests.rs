@@ -38,6 +38,14 @@ fn a_spec_that_qemu_would_misread_is_refused() {
         ("odd memory", |s| s.memory = Bytes(Bytes::mib(512).get() + 1)),
         ("tiny memory", |s| s.memory = Bytes::MIB),
         ("memory that is not whole huge pages", |s| s.hugepages = Some(HugePages::Gib1)),
+        ("growth to less", |s| s.memory_max = Some(Bytes::mib(384))),
+        ("growth to nothing", |s| s.memory_max = Some(Bytes(0))),
+        ("growth in steps that no guest takes", |s| s.memory_max = Some(Bytes::mib(513))),
+        ("growth beyond every address", |s| s.memory_max = Some(Bytes(u64::MAX - (128 << 20) + 1))),
+        ("growth beyond a CPU's addresses", |s| s.memory_max = Some(Bytes(1 << 40))),
+        ("growth by parts of huge pages", |s| {
+            (s.memory, s.memory_max, s.hugepages) = (Bytes::GIB, Some(Bytes::mib(1_152)), Some(HugePages::Gib1));
+        }),
         ("option injection in the CPU", |s| s.cpu = Some("qemu64,+svm".into())),
         ("option injection in the machine", |s| s.machine = Some("q35,dumpdtb=/x".into())),
         ("newline in the command line", |s| {
@@ -136,6 +144,7 @@ fn a_spec_with_one_of_everything_is_accepted() {
     spec.firmware = Firmware::Uefi { variables: volume("shared/efi"), secure_boot: true };
     spec.smbios.manufacturer = Some("A, B & C".into());
     spec.hotplug_ports = Some(2);
+    spec.memory_max = Some(spec.memory);
     // It may get any place that is free, also where its position is taken.
     spec.nics.push(NicSpec { slot: Some(2), ..NicSpec::new(name("default")) });
     spec.nics.push(NicSpec::new(name("default")));
@@ -172,7 +181,7 @@ fn what_was_stored_with_schema_1_reads_as_what_it_was() {
     assert_eq!(read.disks, [ResolvedDisk::new(volume("shared/a"), DiskFormat::Raw)]);
     assert_eq!(read.nics, [ResolvedNic::new(name("default"), "52:54:00:00:00:01".parse().expect("mac"))]);
     assert_eq!(read.disk_slots().map(|(slot, _)| slot).collect::<Vec<_>>(), [0]);
-    assert!(read.cdroms.is_empty() && read.cloud_init.is_none());
+    assert!(read.cdroms.is_empty() && read.cloud_init.is_none() && read.growth.is_none());
 }
 
 #[test]

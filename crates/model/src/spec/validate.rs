@@ -2,9 +2,10 @@
 
 use std::net::IpAddr;
 
+use super::memory::MAX_MEMORY_MAX;
 use super::{
-    Boot, CloudInit, DiskBus, DiskSpec, FIXED_SLOTS, Firmware, IoLimits, MAX_CDROMS, MAX_HOTPLUG_PORTS, MAX_NETWORK_CONFIG,
-    MAX_USER_DATA, NicSpec, Smbios, VmSpec, VolumeRef,
+    Boot, CloudInit, DIMM_STEP, DiskBus, DiskSpec, FIXED_SLOTS, Firmware, IoLimits, MAX_CDROMS, MAX_HOTPLUG_PORTS,
+    MAX_NETWORK_CONFIG, MAX_USER_DATA, NicSpec, Smbios, VmSpec, VolumeRef,
 };
 use crate::{Bytes, ErrorCode, Refusal};
 
@@ -34,6 +35,9 @@ pub enum InvalidSpec {
     /// RAM out of range or not a multiple of 1 MiB.
     #[error("memory is a multiple of 1 MiB from {MIN_MEMORY} to {MAX_MEMORY}, not {0} ({n} bytes)", n = .0.get())]
     Memory(Bytes),
+    /// Growth to less than there is, to more than QEMU can address, or in steps that no guest takes.
+    #[error("`memory_max` is a multiple of {DIMM_STEP}, at least `memory` and at most {MAX_MEMORY_MAX}, not {0} ({n} bytes)", n = .0.get())]
+    MemoryMax(Bytes),
     /// RAM that is not whole huge pages.
     #[error("memory of huge pages is a multiple of {0}")]
     HugePages(Bytes),
@@ -184,10 +188,14 @@ impl VmSpec {
         if self.memory < MIN_MEMORY || self.memory > MAX_MEMORY || !self.memory.get().is_multiple_of(Bytes::MIB.get()) {
             return Err(InvalidSpec::Memory(self.memory));
         }
-        match self.hugepages.map(super::HugePages::size) {
-            Some(size) if !self.memory.get().is_multiple_of(size.get()) => Err(InvalidSpec::HugePages(size)),
-            _ => Ok(()),
+        let max =
+            self.memory_max.filter(|max| *max < self.memory || *max > MAX_MEMORY_MAX || !max.get().is_multiple_of(DIMM_STEP.get()));
+        if let Some(max) = max {
+            return Err(InvalidSpec::MemoryMax(max));
         }
+        let Some(size) = self.hugepages.map(super::HugePages::size) else { return Ok(()) };
+        let whole = |bytes: Bytes| bytes.get().is_multiple_of(size.get());
+        if whole(self.memory) && self.memory_max.is_none_or(whole) { Ok(()) } else { Err(InvalidSpec::HugePages(size)) }
     }
 
     /// Places: each exists, fits its device, and is taken once.

@@ -1,12 +1,10 @@
-//! The machine itself: type, firmware, CPU, memory, clock, and what the guest reads about its maker.
+//! The machine itself: type, firmware, CPU, clock, and what the guest reads about its maker.
 
 use godwit_model::{Accelerator, Firmware, Hyperv, ResolvedSpec, RtcBase, RtcDrift, Smbios};
 
-use super::options::{Object, Pairs};
-use super::{CommandError, Line};
+use super::options::Pairs;
+use super::{CommandError, Line, memory};
 
-/// QEMU's own name for a machine's RAM: it travels with every page, so RAM of huge pages has it too.
-const RAM: &str = "pc.ram";
 /// `windows_v1`, for ever: each is known to QEMU 7.2 and moves with the VM. What ties a VM to one host's clock rate is not among them.
 const WINDOWS_V1: [&str; 11] = [
     "hv-relaxed",
@@ -37,10 +35,7 @@ pub(super) fn check(spec: &ResolvedSpec) -> Result<(), CommandError> {
     if spec.platform.hyperv != Hyperv::Off && spec.accelerator != Accelerator::Kvm {
         return Err(CommandError::Unsupported("a Hyper-V enlightenment without KVM"));
     }
-    match spec.platform.hugepages {
-        Some(pages) if !spec.memory.get().is_multiple_of(pages.size().get()) => Err(CommandError::HugePages),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 pub(super) fn add(line: &mut Line, spec: &ResolvedSpec) {
@@ -53,7 +48,7 @@ pub(super) fn add(line: &mut Line, spec: &ResolvedSpec) {
     let machine = machine.with("dump-guest-core", "off").with("mem-merge", "off");
     let uefi = platform.firmware.is_uefi();
     let machine = if uefi { machine.with("pflash0", "firmware").with("pflash1", "variables") } else { machine };
-    let machine = if platform.hugepages.is_some() { machine.with("memory-backend", RAM) } else { machine };
+    let machine = if memory::has_backend(platform) { machine.with("memory-backend", memory::RAM) } else { machine };
     line.pairs("-machine", machine);
     if secure_boot {
         line.pairs("-global", Pairs::new().with("driver", "cfi.pflash01").with("property", "secure").with("value", "on"));
@@ -65,12 +60,7 @@ pub(super) fn add(line: &mut Line, spec: &ResolvedSpec) {
     }
     line.pairs("-cpu", cpu);
     line.pairs("-smp", Pairs::new().with("cpus", spec.vcpus).with("sockets", 1).with("cores", spec.vcpus).with("threads", 1));
-    if let Some(pages) = platform.hugepages {
-        let backend = Object::new().with("qom-type", "memory-backend-memfd").with("id", RAM).with("size", spec.memory.get());
-        let backend = backend.with("hugetlb", true).with("hugetlbsize", pages.size().get()).with("prealloc", true);
-        line.json("-object", backend.with("share", true).with("merge", false).with("dump", false));
-    }
-    line.pairs("-m", Pairs::new().with("size", format!("{}k", spec.memory.get() >> 10)));
+    memory::add(line, spec);
     line.pairs("-overcommit", Pairs::new().with("mem-lock", "off"));
     let base = match platform.rtc.base {
         RtcBase::Utc => "utc",

@@ -2,8 +2,9 @@
 
 use godwit_model::spec::{ResolvedDisk, ResolvedNic};
 use godwit_model::{
-    Bytes, Discard, DiskBus, DiskFormat, Firmware, HugePages, Hyperv, ImageId, ImageRef, Name, NicModel, Numa, Platform,
-    ResolvedCdrom, Rtc, RtcBase, RtcDrift, Smbios, Tpm, TpmVersion, Video, VmId, Vmgenid, Watchdog, WatchdogAction,
+    Bytes, Dimm, Discard, DiskBus, DiskFormat, Firmware, Growth, GuestAddress, HugePages, Hyperv, ImageId, ImageRef, Name,
+    NicModel, Numa, Platform, ResolvedCdrom, Rtc, RtcBase, RtcDrift, Smbios, Tpm, TpmVersion, Video, VmId, Vmgenid, Watchdog,
+    WatchdogAction,
 };
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -29,6 +30,7 @@ fn spec() -> ResolvedSpec {
         cpu: "qemu64-v1".into(),
         vcpus: 2,
         memory: Bytes::mib(512),
+        growth: None,
         kernel: Some(image("aa")),
         initrd: Some(image("bb")),
         cmdline: "console=ttyS0 quiet".into(),
@@ -149,10 +151,49 @@ fn the_command_line_of_one_of_everything_is_the_golden_one() {
     assert_eq!(lines(&arguments), golden, "the command line is the ABI of VMs that run: see the module's documentation");
 }
 
+/// DIMMs of (slot, address in MiB, size in MiB) in a VM that may have 1 GiB.
+fn with_dimms(spec: &mut ResolvedSpec, dimms: &[(u8, u64, u64)]) {
+    let dimm = |(slot, address, size): &(u8, u64, u64)| {
+        let address = GuestAddress(*address << 20);
+        Dimm { slot: *slot, address, size: Bytes::mib(*size) }
+    };
+    spec.growth = Some(Growth { dimms: dimms.iter().map(dimm).collect(), ..Growth::to(Bytes::GIB) });
+}
+
+#[test]
+fn memory_has_room_only_where_the_spec_says_so_and_dimms_are_where_they_were() {
+    let options = |spec: &ResolvedSpec| {
+        let arguments = qemu_arguments(spec, &resources()).expect("arguments");
+        let of_memory = |pair: &&[String]| pair[0] == "-m" || pair[1].contains("dimm");
+        arguments.windows(2).filter(of_memory).map(|pair| pair.join(" ")).collect::<Vec<_>>()
+    };
+    let mut vm = spec();
+    assert_eq!(options(&vm), ["-m size=524288k"]);
+    vm.growth = Some(Growth::to(vm.memory));
+    assert_eq!(options(&vm), ["-m size=524288k"], "QEMU takes no slots without room");
+    with_dimms(&mut vm, &[(0, 4_096, 128), (1, 4_224, 256)]);
+    vm.memory = Bytes(vm.memory.get() + (8 << 10));
+    assert_eq!(
+        options(&vm),
+        [
+            "-m size=524296k,slots=16,maxmem=1048584k",
+            r#"-object {"qom-type":"memory-backend-ram","id":"dimm0-memory","size":134217728,"merge":false,"dump":false}"#,
+            r#"-device {"driver":"pc-dimm","id":"dimm0","memdev":"dimm0-memory","slot":0,"addr":4294967296}"#,
+            r#"-object {"qom-type":"memory-backend-ram","id":"dimm1-memory","size":268435456,"merge":false,"dump":false}"#,
+            r#"-device {"driver":"pc-dimm","id":"dimm1","memdev":"dimm1-memory","slot":1,"addr":4429185024}"#,
+        ]
+    );
+    let (mut huge, resources) = full();
+    with_dimms(&mut huge, &[(0, 4_096, 128)]);
+    let backend = r#"{"qom-type":"memory-backend-memfd","id":"dimm0-memory","size":134217728,"hugetlb":true,"hugetlbsize":2097152,"prealloc":true,"share":true,"merge":false,"dump":false}"#;
+    let arguments = qemu_arguments(&huge, &resources).expect("arguments");
+    assert!(arguments.iter().any(|argument| argument == backend), "{arguments:#?}");
+}
+
 #[test]
 fn what_a_later_or_hostile_controller_sends_is_refused() {
     type Change = fn(&mut ResolvedSpec);
-    let cases: [(&str, Change); 10] = [
+    let cases: [(&str, Change); 18] = [
         ("a later schema", |s| s.schema = SPEC_SCHEMA + 1),
         ("NVMe", |s| s.disks[0].bus = DiskBus::Nvme),
         ("an option in a serial number", |s| s.disks[0].serial = Some("a,drive=b".into())),
@@ -163,6 +204,14 @@ fn what_a_later_or_hostile_controller_sends_is_refused() {
         ("a long OEM string", |s| s.platform.smbios.oem_strings = vec!["x".repeat(256)]),
         ("enlightenments that nobody would give", |s| s.accelerator = Accelerator::Tcg),
         ("RAM that is not whole huge pages", |s| s.memory = Bytes(s.memory.get() + (8 << 10))),
+        ("memory without end", |s| s.growth = Some(Growth::to(Bytes(u64::MAX)))),
+        ("slots without end", |s| s.growth = Some(Growth { slots: 255, ..Growth::to(Bytes::GIB) })),
+        ("a slot that is not there", |s| with_dimms(s, &[(16, 4_096, 128)])),
+        ("two DIMMs in one slot", |s| with_dimms(s, &[(0, 4_096, 128), (0, 4_224, 128)])),
+        ("a DIMM of nothing", |s| with_dimms(s, &[(0, 4_096, 0)])),
+        ("a DIMM that no guest takes", |s| with_dimms(s, &[(0, 4_096, 64)])),
+        ("a DIMM between blocks", |s| with_dimms(s, &[(0, 4_100, 128)])),
+        ("more DIMMs than there is room for", |s| with_dimms(s, &[(0, 4_096, 256), (1, 4_352, 384)])),
     ];
     for (what, change) in cases {
         let (mut spec, resources) = full();

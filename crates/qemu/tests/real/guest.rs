@@ -10,12 +10,12 @@ use godwit_qemu::{GuestAgent, QgaError, Start};
 
 use crate::place::{LIMIT, Place, Vm, initramfs_with_agent, launch_with, qemus, spec};
 
-fn shell(script: &str) -> ExecRequest {
+pub(crate) fn shell(script: &str) -> ExecRequest {
     let args = vec!["sh".into(), "-c".into(), script.into()];
     ExecRequest { program: "/bin/busybox".into(), args, stdin: None, timeout: EXEC_TIMEOUT }
 }
 
-async fn run(agent: &GuestAgent, request: &ExecRequest) -> ExecOutcome {
+pub(crate) async fn run(agent: &GuestAgent, request: &ExecRequest) -> ExecOutcome {
     let pid = agent.exec(request, LIMIT).await.expect("started");
     let ending = async {
         loop {

@@ -3,6 +3,7 @@
 mod cage;
 mod devices;
 mod guest;
+mod memory;
 mod migrate;
 mod place;
 mod start;

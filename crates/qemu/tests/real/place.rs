@@ -122,6 +122,7 @@ pub(crate) fn spec(machine: &str, disks: &[DiskFormat]) -> ResolvedSpec {
         cpu: default_cpu(Accelerator::Tcg).into(),
         vcpus: 2,
         memory: Bytes::mib(256),
+        growth: None,
         kernel: Some(image()),
         initrd: Some(image()),
         // Memory that changes slowly, so that the guest is as good as idle but alive.

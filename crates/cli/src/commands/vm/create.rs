@@ -38,11 +38,14 @@ pub(crate) struct CreateArgs {
     /// Its name
     name: Name,
     /// Take the spec from this file, JSON or YAML; `-` for standard input
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "vcpus", "kernel", "initrd", "cmdline", "disks", "nics", "machine", "cpu"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "memory_max", "vcpus", "kernel", "initrd", "cmdline", "disks", "nics", "machine", "cpu"])]
     file: Option<PathBuf>,
     /// RAM, such as 1GiB
     #[arg(long, value_name = "SIZE", required_unless_present = "file")]
     memory: Option<Bytes>,
+    /// What memory can grow to while the VM runs, such as 8GiB [default: it cannot]
+    #[arg(long, value_name = "SIZE")]
+    memory_max: Option<Bytes>,
     /// Number of vCPUs
     #[arg(long, value_name = "COUNT", default_value_t = 1)]
     vcpus: u16,
@@ -171,6 +174,7 @@ fn spec_of(args: CreateArgs) -> VmSpec {
         None => Boot::Disk,
     };
     VmSpec {
+        memory_max: args.memory_max,
         disks: args.disks,
         nics: args.nics,
         machine: args.machine,
@@ -201,6 +205,7 @@ fn parse_spec(text: &str) -> Result<(VmSpec, Option<u64>), String> {
         value = inner;
     }
     read_size(&mut value, "memory")?;
+    read_size(&mut value, "memory_max")?;
     for disk in value.get_mut("disks").and_then(Value::as_array_mut).into_iter().flatten() {
         read_size(disk, "size")?;
         if let Some(limits) = disk.get_mut("io_limits") {
@@ -352,9 +357,10 @@ mod tests {
 
     #[test]
     fn a_spec_is_read_from_yaml_json_and_from_a_whole_vm() {
-        let yaml = "vcpus: 2\nmemory: 512MiB\nboot: {from: disk}\ndisks:\n- {volume: shared/a, format: raw, size: 1GiB}\n";
+        let yaml = "vcpus: 2\nmemory: 512MiB\nmemory_max: 2GiB\nboot: {from: disk}\ndisks:\n- {volume: shared/a, format: raw, size: 1GiB}\n";
         let (spec, _) = parse_spec(yaml).expect("a spec");
         assert_eq!((spec.vcpus, spec.memory, spec.disks[0].size), (2, Bytes::mib(512), Some(Bytes::GIB)));
+        assert_eq!(spec.memory_max, Some(Bytes(2 << 30)));
         let json = serde_json::to_string(&spec).expect("JSON");
         assert_eq!(parse_spec(&json), Ok((spec.clone(), None)));
         assert_eq!(parse_spec(&format!("{{\"name\": \"x\", \"revision\": 7, \"spec\": {json}}}")), Ok((spec, Some(7))));

@@ -8,20 +8,22 @@ use godwit_model::{Autostart, Bytes, CdromSpec, DiskSpec, MacAddress, Name, NicS
 use super::create::{parse_disk, parse_nic, read_file};
 use crate::error::Failure;
 use crate::session::{Session, WaitArgs};
+use crate::text::visible;
 
 const HINT: &str = "`godwit vm show NAME -o yaml` shows the VM's spec";
 
 /// Which VM, and what about it.
 #[derive(Args)]
 #[command(
-    after_help = "What can change while the VM runs does at once: media, I/O limits, cables, larger disks, and interfaces in root \
-ports. The rest takes effect at its next start; `godwit vm show` lists it under `waits`.
+    after_help = "What can change while the VM runs does at once: media, I/O limits, cables, larger disks, more memory up to \
+`memory_max`, and disks and interfaces in root ports. The rest takes effect at its next start; `godwit vm show` lists it under `waits`.
 
 A file replaces the whole spec. If it is a whole VM, as `godwit vm show` writes it, nothing is changed unless the VM is still at the \
 revision in it.
 
 Examples:
   godwit vm set web1 --memory 4GiB --vcpus 4
+  godwit vm set web1 --memory-max 16GiB
   godwit vm set web1 --cdrom 0=debian-12 && godwit vm set web1 --cdrom 0=
   godwit vm set web1 --autostart 10
   godwit vm set web1 --grow shared/web1=20GiB --add-nic default
@@ -31,11 +33,14 @@ pub(crate) struct SetArgs {
     /// Its name
     name: Name,
     /// Take the whole spec from this file, JSON or YAML; `-` for standard input
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "vcpus", "cdroms", "grow", "labels", "add_nics", "remove_nics", "plug", "unplug", "autostart", "add_disks", "remove_disks"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "memory_max", "vcpus", "cdroms", "grow", "labels", "add_nics", "remove_nics", "plug", "unplug", "autostart", "add_disks", "remove_disks"])]
     file: Option<PathBuf>,
-    /// RAM, such as 1GiB
+    /// RAM, such as 1GiB; up to `memory_max` it grows while the VM runs
     #[arg(long, value_name = "SIZE")]
     memory: Option<Bytes>,
+    /// What memory can grow to while the VM runs, from its next start on; `none` for not
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory_max)]
+    memory_max: Option<MemoryMaxArg>,
     /// Number of vCPUs
     #[arg(long, value_name = "COUNT")]
     vcpus: Option<u16>,
@@ -77,6 +82,10 @@ pub(crate) struct SetArgs {
 #[derive(Clone, Copy)]
 struct AutostartArg(Option<Autostart>);
 
+/// What `--memory-max` says.
+#[derive(Clone, Copy)]
+struct MemoryMaxArg(Option<Bytes>);
+
 pub(super) async fn run(session: &Session, args: SetArgs) -> Result<(), Failure> {
     let (spec, revision) = match &args.file {
         Some(path) => read_file(path)?,
@@ -96,7 +105,11 @@ pub(super) async fn run(session: &Session, args: SetArgs) -> Result<(), Failure>
             if waiting.is_empty() {
                 return format!("{name} changed");
             }
-            let fields: Vec<&str> = waiting.iter().map(|waiting| waiting.field.as_str()).collect();
+            let reason = |reason: &String| format!(" ({})", visible(reason));
+            let fields = waiting
+                .iter()
+                .map(|waiting| format!("{}{}", waiting.field, waiting.reason.as_ref().map(reason).unwrap_or_default()));
+            let fields: Vec<String> = fields.collect();
             format!("{name} changed; takes effect at its next start: {}", fields.join(", "))
         })
         .await
@@ -104,6 +117,9 @@ pub(super) async fn run(session: &Session, args: SetArgs) -> Result<(), Failure>
 
 fn edit(spec: &mut VmSpec, args: &SetArgs) -> Result<(), String> {
     spec.memory = args.memory.unwrap_or(spec.memory);
+    if let Some(MemoryMaxArg(max)) = args.memory_max {
+        spec.memory_max = max;
+    }
     spec.vcpus = args.vcpus.unwrap_or(spec.vcpus);
     for (drive, image) in &args.cdroms {
         let count = spec.cdroms.len();
@@ -167,6 +183,13 @@ fn parse_grow(text: &str) -> Result<(VolumeRef, Bytes), String> {
     Ok((volume.parse().map_err(|error| format!("{error}"))?, size.parse().map_err(|error| format!("{error}"))?))
 }
 
+fn parse_memory_max(text: &str) -> Result<MemoryMaxArg, String> {
+    if text == "none" {
+        return Ok(MemoryMaxArg(None));
+    }
+    text.parse().map(|max| MemoryMaxArg(Some(max))).map_err(|error| format!("{text:?} is neither `none` nor a size: {error}"))
+}
+
 fn parse_autostart(text: &str) -> Result<AutostartArg, String> {
     if text == "none" {
         return Ok(AutostartArg(None));
@@ -195,6 +218,7 @@ mod tests {
     fn edited(flags: &[&str]) -> Result<VmSpec, String> {
         let mut spec = VmSpec::new(1, Bytes::GIB, Boot::Disk);
         spec.disks = vec![DiskSpec { size: Some(Bytes::GIB), ..DiskSpec::new("a/b".parse().expect("volume"), DiskFormat::Raw) }];
+        spec.memory_max = Some(Bytes(8 << 30));
         let mut nic = NicSpec::new(Name::new("default").expect("name"));
         nic.mac = Some("52:54:00:00:00:01".parse().expect("mac"));
         spec.nics = vec![nic];
@@ -208,6 +232,7 @@ mod tests {
         let before = edited(&[]).expect("unchanged");
         let after = edited(&[
             "--memory=2GiB",
+            "--memory-max=4GiB",
             "--cdrom=0=debian",
             "--grow=a/b=2GiB",
             "--label=tier=web",
@@ -222,8 +247,9 @@ mod tests {
         assert_eq!(after.labels.values().collect::<Vec<_>>(), ["web"]);
         assert_eq!((after.nics.len(), after.nics[0].link_up), (2, false));
         assert_eq!((after.disks.len(), after.autostart), (2, Some(Autostart { order: 7 })));
-        let without = edited(&["--autostart=none", "--remove-disk=a/b"]).expect("changed");
-        assert_eq!((without.disks.len(), without.autostart), (0, None));
+        assert_eq!((before.memory_max, after.memory_max), (Some(Bytes(8 << 30)), Some(Bytes(4 << 30))));
+        let without = edited(&["--autostart=none", "--remove-disk=a/b", "--memory-max=none"]).expect("changed");
+        assert_eq!((without.disks.len(), without.autostart, without.memory_max), (0, None, None));
         assert_eq!(edited(&["--cdrom=0=", "--remove-nic=52:54:00:00:00:01"]).expect("changed").nics, []);
     }
 
@@ -238,7 +264,9 @@ mod tests {
             &["--remove-nic=52:54:00:00:00:02"],
             &["--remove-disk=a/c"],
             &["--autostart=first"],
+            &["--memory-max=lots"],
             &["--file=x", "--memory=1GiB"],
+            &["--file=x", "--memory-max=1GiB"],
         ] {
             assert!(edited(flags).is_err(), "{flags:?} was accepted");
         }
