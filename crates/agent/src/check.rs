@@ -10,6 +10,7 @@ use std::time::Duration;
 use godwit_model::{Accelerator, Bytes, HostCondition};
 use godwit_qemu::Launcher;
 use godwit_qemu::accel::{self, AccelReport, ProbeCommand};
+use godwit_qemu::cage::apparmor::{self, Loaded, NoProfiles, Places};
 use godwit_qemu::capabilities::{self, HostCapabilities, Interview, InterviewError, Support};
 use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
 use godwit_qemu::tpm::{self, NoTpm};
@@ -79,7 +80,9 @@ impl Finding {
 /// With `try_pools` the storage of every pool is tried, with small volumes that are removed again.
 pub async fn check(options: &AgentOptions, try_pools: bool) -> Vec<Finding> {
     let mut findings = vec![probes::root()];
-    let launcher = Launcher::godwit("/proc/self/exe".into());
+    let profiles = load_profiles(options).await;
+    findings.push(of_profiles(profiles.as_ref().err()));
+    let launcher = Launcher::godwit("/proc/self/exe".into()).with_profiles(profiles.ok());
     let (probe, qemu) = ask_qemu(options, &launcher).await;
     findings.extend(of_qemu(&probe, &qemu));
     findings.push(ask_tpm(options, &launcher).await);
@@ -104,6 +107,35 @@ pub(crate) fn standing(options: &AgentOptions) -> Vec<Finding> {
     findings.push(machine::clock_synchronised());
     findings.push(machine::space("state_space", "the agent's state", &options.state_dir));
     findings
+}
+
+/// Has the kernel take the AppArmor profiles of this host's VMs.
+pub(crate) async fn load_profiles(options: &AgentOptions) -> Result<Loaded, NoProfiles> {
+    let pools = options.pools.iter().map(|(_, path, _)| path.clone());
+    let places = Places {
+        qemu: options.qemu.clone(),
+        run_dir: options.run_dir.clone(),
+        volumes: pools.chain([options.state_dir.join("images")]).collect(),
+    };
+    apparmor::load(&places).await
+}
+
+/// What that means for VMs.
+pub(crate) fn of_profiles(none: Option<&NoProfiles>) -> Finding {
+    const NAME: &str = "apparmor";
+    let Some(why) = none else {
+        return Finding::ok(NAME, "the kernel enforces AppArmor, with our profiles on all that runs for VMs");
+    };
+    let fix = match why {
+        NoProfiles::NotEnforced => "boot with `apparmor=1 security=apparmor` where the distribution has AppArmor",
+        NoProfiles::NoDoor => "mount -t securityfs securityfs /sys/kernel/security, and restart the agent",
+        NoProfiles::NoParser => "install the package apparmor, and restart the agent",
+        NoProfiles::Place(_) => "use a path of letters, digits, spaces and `/._-+:,~=` for it, and restart the agent",
+        NoProfiles::Run(_) | NoProfiles::TimedOut(_) | NoProfiles::Refused(_) => {
+            "install AppArmor 3.0 or newer (Debian 12), run the agent as root and unconfined, and restart it"
+        }
+    };
+    Finding::warn(NAME, format!("VMs are confined by their cages alone, without AppArmor: {}", with_causes(why)), fix)
 }
 
 /// Tries the accelerator, and interviews QEMU as a VM's own user.
@@ -227,6 +259,24 @@ mod tests {
         assert_eq!((finding.level, finding.message.as_str()), (Level::Warn, "VMs with a TPM are refused: swtpm is not in PATH"));
         assert!(finding.fix.is_some_and(|fix| fix.contains("swtpm")));
         assert_eq!(of_tpm(None).level, Level::Ok);
+    }
+
+    #[test]
+    fn a_host_without_profiles_says_which_wall_is_missing_and_how_to_get_it() {
+        assert_eq!(of_profiles(None).level, Level::Ok);
+        let refused = || NoProfiles::Refused("syntax error, line 7".into());
+        for (why, found, fix) in [
+            (NoProfiles::NotEnforced, "the kernel does not enforce AppArmor", "apparmor=1"),
+            (NoProfiles::NoDoor, "/sys/kernel/security/apparmor is not there", "securityfs"),
+            (NoProfiles::NoParser, "apparmor_parser is not in PATH", "the package apparmor"),
+            (NoProfiles::Place("/a*".into()), "/a* has signs", "letters"),
+            (refused(), "syntax error, line 7", "3.0 or newer"),
+        ] {
+            let finding = of_profiles(Some(&why));
+            assert_eq!(finding.level, Level::Warn);
+            assert!(finding.message.contains(found), "{finding:?}");
+            assert!(finding.fix.as_ref().is_some_and(|text| text.contains(fix)), "{finding:?}");
+        }
     }
 
     #[test]

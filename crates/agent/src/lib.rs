@@ -134,7 +134,9 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     let journal = Journal::open(options.state_dir.join("journal")).map_err(begin("the journal cannot be opened"))?;
     let records = journal.vms().map_err(begin("the journal cannot be read"))?;
     let uids: BTreeMap<_, _> = records.iter().map(|(vm, record)| (*vm, record.uid)).collect();
-    let launcher = Launcher::godwit("/proc/self/exe".into());
+    let profiles = check::load_profiles(&options).await;
+    let without_profiles = check::of_profiles(profiles.as_ref().err()).condition();
+    let launcher = Launcher::godwit("/proc/self/exe".into()).with_profiles(profiles.ok());
     let pools = Pools::open(options.pool_configs()).map_err(begin("a pool cannot be used"))?;
     let pools = Arc::new(pools.with_cage(&launcher));
     let images = ImageCache::open(options.state_dir.join("images")).map_err(begin("the image cache cannot be used"))?;
@@ -146,6 +148,7 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     };
     network.adopt(nic).await.map_err(begin("the network cannot be used"))?;
     let mut conditions = network.conditions().await;
+    conditions.extend(without_profiles);
     let asked = Arc::clone(&pools);
     let (pool_facts, pool_conditions) = of_storage(move || (asked.facts(), asked.conditions())).await.unwrap_or_else(|| {
         let condition = HostCondition {

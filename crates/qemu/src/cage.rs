@@ -4,13 +4,14 @@
 //! ```text
 //!  agent ── spawn ──▶ `godwit cage --plan-fd N` (single-threaded, root)
 //!    ▲                   │ clone: mount, pid, ipc, uts, network namespaces; a sibling, so that the agent is the parent
-//!    │                   ├──────▶ root, session, cgroup, limits, uid, no_new_privs, refused calls ── exec ──▶ QEMU (same pid)
+//!    │                   ├──────▶ root, session, cgroup, limits, uid, profile, no_new_privs, refused calls ── exec ──▶ QEMU (same pid)
 //!    │ status pipe: the pid; then a reason, or closed by the exec       │ pipe that never waits
 //!    └───────────────────┘ stays as the keeper of the log ◀─────────────┘
 //! ```
 //! Neither process is tied to the agent: no death signal, no descriptor of it; nor is the program tied to the keeper. Start with [`CagePlan`];
 //! [`tool`] is the same for programs that run for a moment, [`relay`] what `carry` renounces beyond it once it has begun.
 
+pub mod apparmor;
 mod calls;
 mod enter;
 mod keeper;
@@ -25,6 +26,7 @@ use std::path::PathBuf;
 use godwit_model::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use apparmor::Profile;
 pub use enter::{CageError, run, run_as_we_are, run_to_end};
 pub use launch::{Launcher, Output, SpawnError, spawn};
 
@@ -59,6 +61,11 @@ pub struct CagePlan {
     /// Limits to set.
     #[serde(default)]
     pub limits: Vec<Limit>,
+    /// Whose AppArmor profile it has, where the agent has loaded them.
+    pub profile: Profile,
+    /// The kernel's name of that profile. Filled in by [`spawn`].
+    #[serde(default)]
+    pub profile_name: Option<String>,
     /// Descriptors that stay open besides the standard ones; all others are closed. Filled in by [`spawn`].
     #[serde(default)]
     pub keep: Vec<RawFd>,

@@ -13,7 +13,7 @@ use rustix::fs::MemfdFlags;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
-use crate::cage::{self, CagePlan, DeviceNode, Launcher, Limit, Network, PassedFds, SpawnError};
+use crate::cage::{self, CagePlan, DeviceNode, Launcher, Limit, Network, PassedFds, Profile, SpawnError};
 use crate::command::interview_arguments;
 use crate::process::KillOnDrop;
 use crate::qmp::{ConnectError, Qmp, QmpError};
@@ -167,6 +167,8 @@ pub async fn interview(launcher: &Launcher, settings: &Interview) -> Result<Host
         writable: Vec::new(),
         network: Network::Empty,
         keep: Vec::new(),
+        profile: Profile::Qemu,
+        profile_name: None,
         log: None,
     };
     let asking = async {

@@ -17,7 +17,7 @@ use godwit_model::Bytes;
 use serde::Deserialize;
 
 use crate::cage::tool::{self, Tool, ToolError};
-use crate::cage::{CagePlan, Launcher, Limit, LimitedResource, Network, Output, PassedFds, SpawnError, spawn};
+use crate::cage::{CagePlan, Launcher, Limit, LimitedResource, Network, Output, PassedFds, Profile, SpawnError, spawn};
 use crate::process::QemuProcess;
 
 /// What swtpm must be able to do, in its own words: TPM 2.0, state in one file, and a filter of system calls of its own.
@@ -141,6 +141,8 @@ pub async fn start(launcher: &Launcher, start: TpmStart<'_>) -> Result<(QemuProc
         cgroup,
         limits: LIMITS.to_vec(),
         keep: vec![],
+        profile: Profile::Tpm,
+        profile_name: None,
         log: None,
     };
     Ok((spawn(launcher, plan, fds, log).await?, qemus.into()))

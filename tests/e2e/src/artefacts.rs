@@ -1,4 +1,4 @@
-//! What is tested with: the binary, the guest's kernel and initramfs, and the other version of QEMU.
+//! What is tested with: the binary, the guests' kernel, initramfs and disk, and the other version of QEMU.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -36,15 +36,29 @@ pub fn guest_images() -> Result<GuestImages> {
     if let (Some(kernel), Some(initrd)) = (env::var_os("GODWIT_GUEST_KERNEL"), env::var_os("GODWIT_GUEST_INITRD")) {
         return Ok(GuestImages { kernel: kernel.into(), initrd: initrd.into() });
     }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/guest-image");
-    let output = Command::new("bash").arg(&script).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
-    let output = output.with_context(|| format!("run {}", script.display()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let mut lines = text.lines().filter(|line| line.starts_with('/')).map(PathBuf::from);
-    match (output.status.success(), lines.next(), lines.next()) {
-        (true, Some(kernel), Some(initrd)) => Ok(GuestImages { kernel, initrd }),
-        _ => bail!("{}: {}, printed {text:?}", script.display(), output.status),
+    let [kernel, initrd] = made("guest-image")?;
+    Ok(GuestImages { kernel, initrd })
+}
+
+/// A Debian with its own cloud-init.
+#[derive(Debug, Clone)]
+pub struct CloudImage {
+    /// The disk that holds its root file system.
+    pub disk: PathBuf,
+    /// To be appended to the guest's initramfs: `rdinit=/boot-disk` boots the disk.
+    pub boot: PathBuf,
+}
+
+/// A Debian with its own cloud-init: from `GODWIT_CLOUD_IMAGE` and `GODWIT_CLOUD_BOOT`, or made by `scripts/cloud-image`.
+///
+/// # Errors
+/// When it can be neither found nor made.
+pub fn cloud_image() -> Result<CloudImage> {
+    if let (Some(disk), Some(boot)) = (env::var_os("GODWIT_CLOUD_IMAGE"), env::var_os("GODWIT_CLOUD_BOOT")) {
+        return Ok(CloudImage { disk: disk.into(), boot: boot.into() });
     }
+    let [disk, boot] = made("cloud-image")?;
+    Ok(CloudImage { disk, boot })
 }
 
 /// QEMU's own guest agent, to be appended to the guest's initramfs: `GODWIT_GUEST_AGENT`, or made by `scripts/guest-agent-layer`.
@@ -68,11 +82,20 @@ fn given_or_made(variable: &str, script: &str) -> Result<PathBuf> {
     if let Some(path) = env::var_os(variable) {
         return Ok(path.into());
     }
+    made(script).map(|[path]| path)
+}
+
+/// The files whose paths a script of ours prints, one a line.
+fn made<const COUNT: usize>(script: &str) -> Result<[PathBuf; COUNT]> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts").join(script);
     let output = Command::new("bash").arg(&script).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.with_context(|| format!("run {}", script.display()))?;
-    let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
-    if output.status.success() && path.is_file() { Ok(path) } else { bail!("{}: {}", script.display(), output.status) }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let paths = <[PathBuf; COUNT]>::try_from(text.lines().map(PathBuf::from).collect::<Vec<_>>());
+    match paths {
+        Ok(paths) if output.status.success() && paths.iter().all(|path| path.exists()) => Ok(paths),
+        _ => bail!("{}: {}, printed {text:?}", script.display(), output.status),
+    }
 }
 
 /// The QEMU of another major version than the one on PATH, where there is one: `GODWIT_QEMU_OTHER`.

@@ -24,7 +24,9 @@ pub mod command;
 pub mod faults;
 
 pub use action::{Action, Ending, Party};
-pub use artefacts::{GuestImages, godwit_binary, guest_agent_layer, guest_images, other_qemu, schemathesis};
+pub use artefacts::{
+    CloudImage, GuestImages, cloud_image, godwit_binary, guest_agent_layer, guest_images, other_qemu, schemathesis,
+};
 pub use cluster::{Cluster, ClusterSpec};
 pub use guest::{Guest, GuestSpec};
 pub use outside::{Echo, Outside, StreamClient, StreamReport, Witness};

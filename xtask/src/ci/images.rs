@@ -1,5 +1,5 @@
-//! What end-to-end tests need from outside: the guest's kernel and initramfs, QEMU's guest agent for it, Schemathesis, and a second version of
-//! QEMU.
+//! What end-to-end tests need from outside: the guest's kernel and initramfs, QEMU's guest agent for it, a Debian with cloud-init, Schemathesis,
+//! and a second version of QEMU.
 //! Each script prints paths, one a line; making them, or finding them made, is its own business.
 
 use std::path::Path;
@@ -17,6 +17,7 @@ pub(crate) fn environment(root: &Path) -> Result<Vec<(String, String)>> {
     for (path, names) in [
         ("scripts/guest-image", image),
         ("scripts/guest-agent-layer", &["GODWIT_GUEST_AGENT"]),
+        ("scripts/cloud-image", &["GODWIT_CLOUD_IMAGE", "GODWIT_CLOUD_BOOT"]),
         ("scripts/schemathesis", &["GODWIT_SCHEMATHESIS"]),
     ] {
         let output = script(root, path)?;
@@ -65,6 +66,7 @@ mod tests {
         fs::create_dir(&scripts).unwrap();
         fs::write(scripts.join("guest-image"), guest_image).unwrap();
         fs::write(scripts.join("guest-agent-layer"), "echo /c/agent").unwrap();
+        fs::write(scripts.join("cloud-image"), "echo /c/disk; echo /c/boot").unwrap();
         fs::write(scripts.join("schemathesis"), "echo /c/schemathesis").unwrap();
         fs::write(scripts.join("qemu-other"), qemu_other).unwrap();
         root
@@ -83,6 +85,8 @@ mod tests {
             "GODWIT_GUEST_KERNEL=/c/vmlinuz",
             "GODWIT_GUEST_INITRD=/c/initramfs",
             "GODWIT_GUEST_AGENT=/c/agent",
+            "GODWIT_CLOUD_IMAGE=/c/disk",
+            "GODWIT_CLOUD_BOOT=/c/boot",
             "GODWIT_SCHEMATHESIS=/c/schemathesis",
             "GODWIT_QEMU_OTHER=/c/qemu",
         ];
@@ -91,7 +95,7 @@ mod tests {
 
     #[test]
     fn no_other_version_is_no_failure_and_no_variable() {
-        assert_eq!(variables("echo /k; echo /i", "exit 3").unwrap().len(), 4);
+        assert_eq!(variables("echo /k; echo /i", "exit 3").unwrap().len(), 6);
     }
 
     #[test]

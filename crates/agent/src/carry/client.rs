@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use godwit_qemu::cage::{self, CagePlan, KeptLog, Launcher, Network, PassedFds, SpawnError, relay};
+use godwit_qemu::cage::{self, CagePlan, KeptLog, Launcher, Network, PassedFds, Profile, SpawnError, relay};
 use godwit_qemu::process::{AdoptError, Exit, ProcessIdentity, QemuProcess};
 use rustix::fs::MemfdFlags;
 use tokio::io::AsyncWriteExt;
@@ -81,6 +81,8 @@ impl CarryClient {
             cgroup: None,
             limits: relay::LIMITS.to_vec(),
             keep: vec![],
+            profile: Profile::Carry,
+            profile_name: None,
             log: None,
         };
         let process = cage::spawn(start.launcher, plan, fds, start.log).await.map_err(CarryStartError::Spawn)?;

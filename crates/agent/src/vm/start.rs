@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use godwit_link::v1::FetchImageRequest;
 use godwit_model::{Accelerator, ErrorCode, Grant, ImageRef, Refusal, ResolvedSpec, Retry, RunState, VmId};
-use godwit_qemu::cage::{self, CagePlan, DeviceNode, Limit, Network, PassedFds};
+use godwit_qemu::cage::{self, CagePlan, DeviceNode, Limit, Network, PassedFds, Profile};
 use godwit_qemu::command::{DiskFds, qemu_arguments};
 use godwit_qemu::{Qmp, Resources, Sockets, Start};
 
@@ -156,6 +156,8 @@ impl Actor {
             cgroup,
             limits: Limit::DEFAULT.to_vec(),
             keep: vec![],
+            profile: Profile::Qemu,
+            profile_name: None,
             log: None,
         };
         let log =

@@ -17,7 +17,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions};
 use rustix::thread::{Gid, Uid};
 
 use super::keeper::{self, Keeper};
-use super::{CagePlan, LimitedResource, Network, calls, root};
+use super::{CagePlan, LimitedResource, Network, apparmor, calls, root};
 
 /// Larger plans are refused: a command line has some kilobytes.
 const MAX_PLAN: u64 = 1 << 20;
@@ -244,6 +244,10 @@ fn set_limits(plan: &CagePlan) -> Result<(), CageError> {
 
 /// The last steps; `file` is the program, or this very one.
 fn renounce_and_execute(plan: &CagePlan, file: Option<&Path>) -> Result<std::convert::Infallible, CageError> {
+    if let Some(profile) = &plan.profile_name {
+        // Without new privileges only who is unconfined may still take a profile on: the agent is, and so is the cage.
+        apparmor::enter(profile).map_err(step("ask for the AppArmor profile"))?;
+    }
     rustix::thread::set_no_new_privs(true).map_err(step("renounce new privileges"))?;
     calls::refuse_dangerous().map_err(|error| CageError::Calls(error.to_string()))?;
     let mut command = Command::new(file.unwrap_or(Path::new(OURSELVES)));

@@ -13,6 +13,7 @@ use rustix::fs::MemfdFlags;
 use rustix::pipe::PipeFlags;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 
+use super::apparmor::Loaded;
 use super::{CagePlan, KeptLog, LogPlan, PassedFds};
 use crate::process::{AdoptError, KillOnDrop, QemuProcess};
 
@@ -34,13 +35,21 @@ pub struct Launcher {
     pub program: PathBuf,
     /// What comes before the descriptors.
     pub arguments: Vec<OsString>,
+    /// The AppArmor profiles that what it starts must enter; none where the kernel enforces none.
+    pub profiles: Option<Loaded>,
 }
 
 impl Launcher {
     /// `PROGRAM cage`.
     #[must_use]
     pub fn godwit(program: PathBuf) -> Self {
-        Self { program, arguments: vec!["cage".into()] }
+        Self { program, arguments: vec!["cage".into()], profiles: None }
+    }
+
+    /// The same with AppArmor profiles.
+    #[must_use]
+    pub fn with_profiles(self, profiles: Option<Loaded>) -> Self {
+        Self { profiles, ..self }
     }
 }
 
@@ -95,6 +104,7 @@ pub async fn spawn(
     fds: PassedFds,
     output: impl Into<Output>,
 ) -> Result<QemuProcess, SpawnError> {
+    plan.profile_name = launcher.profiles.as_ref().map(|profiles| profiles.name_of(plan.profile));
     plan.keep = fds.fds.iter().map(|(number, _)| *number).collect();
     let mut mappings: Vec<FdMapping> = fds.fds.into_iter().map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
     let said = match output.into() {

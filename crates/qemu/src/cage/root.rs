@@ -103,7 +103,7 @@ fn is_in_system(path: &Path) -> bool {
 
 /// What has to be seen for `binary` (without links in its path) to run: the file alone; or the directory of a QEMU that was installed
 /// outside the system's directories together with its firmware.
-fn program_place(binary: &Path) -> PathBuf {
+pub(super) fn program_place(binary: &Path) -> PathBuf {
     let prefix = binary.parent().filter(|dir| dir.ends_with("bin")).and_then(Path::parent);
     let has_firmware = |prefix: &Path| ["share/qemu", "root/usr/share/qemu"].iter().any(|share| prefix.join(share).is_dir());
     prefix.filter(|prefix| has_firmware(prefix)).unwrap_or(binary).to_owned()

@@ -10,7 +10,7 @@ use godwit_model::{Bytes, hostile};
 use rustix::pipe::PipeFlags;
 use tokio::io::AsyncReadExt;
 
-use super::{CagePlan, Launcher, Limit, LimitedResource, Network, PassedFds, SpawnError, spawn};
+use super::{CagePlan, Launcher, Limit, LimitedResource, Network, PassedFds, Profile, SpawnError, spawn};
 use crate::process::{Exit, KillOnDrop};
 
 /// What is kept of what a tool says, in bytes.
@@ -128,6 +128,8 @@ pub(crate) fn bare_plan(
         cgroup: None,
         limits: standing.iter().chain(limits).map(|(resource, value)| Limit { resource: *resource, value: *value }).collect(),
         keep: vec![],
+        profile: Profile::Tool,
+        profile_name: None,
         log: None,
     }
 }

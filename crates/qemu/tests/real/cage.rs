@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use godwit_model::Bytes;
 use godwit_qemu::cage::tool::{self, Tool, ToolError};
-use godwit_qemu::cage::{KeptLog, Limit, Network};
+use godwit_qemu::cage::{KeptLog, Limit, Network, Profile};
 use godwit_qemu::process::Exit;
 use godwit_qemu::{CagePlan, PassedFds, QemuProcess};
 use serde_json::Value;
@@ -37,6 +37,8 @@ fn plan(binary: &Path, arguments: &[&str], dir: &Path) -> CagePlan {
         cgroup: None,
         limits: Limit::DEFAULT.to_vec(),
         keep: vec![],
+        profile: Profile::Qemu,
+        profile_name: None,
         log: None,
     }
 }

@@ -12,7 +12,7 @@ use godwit_model::spec::{ResolvedDisk, ResolvedNic, SPEC_SCHEMA};
 use godwit_model::{
     Accelerator, Bytes, CacheMode, DiskFormat, Firmware, ImageId, ImageRef, Name, Platform, PowerOff, ResolvedSpec, VmId,
 };
-use godwit_qemu::cage::{DeviceNode, Limit, Network};
+use godwit_qemu::cage::{DeviceNode, Limit, Network, Profile};
 use godwit_qemu::command::{DiskFds, FlashFds, default_cpu, qemu_arguments};
 use godwit_qemu::qmp::views::{Known, MigrationStatus, RunStatus};
 use godwit_qemu::tpm::TpmStart;
@@ -253,6 +253,8 @@ pub(crate) async fn launch_with(
         cgroup: None,
         limits: Limit::DEFAULT.to_vec(),
         keep: vec![],
+        profile: Profile::Qemu,
+        profile_name: None,
         log: None,
     };
     let log = dir.join("log");

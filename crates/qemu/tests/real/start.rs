@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use godwit_model::{Accelerator, Bytes, DiskFormat};
 use godwit_qemu::accel::{ProbeCommand, probe};
-use godwit_qemu::cage::{Network, SpawnError};
+use godwit_qemu::cage::{Network, Profile, SpawnError};
 use godwit_qemu::capabilities::{Interview, InterviewError, Support, interview};
 use godwit_qemu::command::default_cpu;
 use godwit_qemu::qmp::ConnectError;
@@ -171,6 +171,8 @@ async fn the_cage_refuses_to_run_qemu_as_root_and_says_so() {
         cgroup: None,
         limits: vec![],
         keep: vec![],
+        profile: Profile::Qemu,
+        profile_name: None,
         log: None,
     };
     let log = OwnedFd::from(fs::File::create(place.path().join("log")).expect("log"));
