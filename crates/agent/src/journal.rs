@@ -105,9 +105,15 @@ pub(crate) struct EndedMove {
 }
 
 /// What is true of the host as a whole.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct HostRecord {
     epoch: Epoch,
+    /// Which of all controllers that ever counted to this epoch.
+    #[serde(default)]
+    reign: String,
+    /// How far its store was.
+    #[serde(default)]
+    mark: u64,
 }
 
 /// The journal's directory.
@@ -207,17 +213,35 @@ impl Journal {
 
     /// The highest epoch this host has obeyed.
     pub(crate) fn epoch(&self) -> Result<Epoch, JournalError> {
+        self.host().map(|host| host.epoch)
+    }
+
+    /// Whose epoch it was, and how far its store was when this host was last told.
+    pub(crate) fn reign(&self) -> Result<(String, u64), JournalError> {
+        self.host().map(|host| (host.reign, host.mark))
+    }
+
+    fn host(&self) -> Result<HostRecord, JournalError> {
         let path = self.dir.join("host.json");
         match fs::read(&path) {
-            Ok(bytes) => parse::<HostRecord>(&path, &bytes).map(|host| host.epoch),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Epoch::default()),
+            Ok(bytes) => parse::<HostRecord>(&path, &bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(HostRecord::default()),
             Err(source) => Err(JournalError::Io { path, action: "read", source }),
         }
     }
 
     /// From now on commands of an older epoch are refused.
-    pub(crate) fn write_epoch(&self, epoch: Epoch) -> Result<(), JournalError> {
-        replace(&self.dir.join("host.json"), &HostRecord { epoch })
+    pub(crate) fn write_epoch(&self, epoch: Epoch, reign: String) -> Result<(), JournalError> {
+        replace(&self.dir.join("host.json"), &HostRecord { epoch, reign, mark: 0 })
+    }
+
+    /// From now on a controller whose store is behind this is told so.
+    pub(crate) fn write_mark(&self, mark: u64) -> Result<(), JournalError> {
+        let known = self.host()?;
+        if mark <= known.mark {
+            return Ok(());
+        }
+        replace(&self.dir.join("host.json"), &HostRecord { mark, ..known })
     }
 }
 

@@ -120,7 +120,7 @@ impl Sessions {
             return Err(SessionError::Epoch { offered, known });
         }
         if offered > known {
-            self.host.journal.write_epoch(offered)?;
+            self.host.journal.write_epoch(offered, welcome.reign)?;
         }
         tracing::info!(epoch = offered.0, "session begun");
         self.host.controller.set(Some((sender, client.clone())));
@@ -152,6 +152,7 @@ impl Sessions {
         let standing = tokio::task::spawn_blocking(move || check::standing(&options)).await.unwrap_or_default();
         let mut facts = self.host.facts.clone();
         facts.conditions.extend(standing.into_iter().filter_map(Finding::condition));
+        let (reign, mark) = self.host.journal.reign()?;
         let reports = self.host.reports.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(v1::Hello {
             protocol: PROTOCOL,
@@ -160,6 +161,8 @@ impl Sessions {
             load,
             vms: reports.values().cloned().collect(),
             epoch: self.host.journal.epoch()?.0,
+            reign,
+            mark,
             migration_address: self.host.migration_address().to_string(),
         })
     }
@@ -185,6 +188,9 @@ impl Sessions {
             FromController::Command(command) => self.on_command(command, epoch),
             FromController::Fleet(fleet) => {
                 self.host.peers.set(&fleet.members);
+                if let Err(error) = self.host.journal.write_mark(fleet.mark) {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "how far the controller is cannot be kept");
+                }
                 match networks(&self.host, fleet) {
                     Ok(networks) => drop(self.fleet.send_replace(networks)),
                     Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "the fleet is malformed"),

@@ -6,7 +6,8 @@ use godwit_model::{Epoch, ErrorCode, Refusal, Retry};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::rows::{EpochRow, Row};
+use crate::clock;
+use crate::rows::{EpochMark, EpochRow, Row};
 use crate::store::{Change, Entry, Expect, Store, StoreError, Txn, Write};
 
 /// How often something is tried that others keep changing.
@@ -198,27 +199,56 @@ impl Batch {
 #[derive(Clone)]
 pub(crate) struct Db {
     store: Arc<dyn Store>,
-    epoch: Epoch,
+    epoch: Arc<EpochRow>,
     reign: u64,
 }
 
+/// How far epoch and marks of a store that was restored from a copy are put forward: beyond all that was counted since the copy was made.
+const GAP: u64 = 1 << 32;
+/// Epochs of which more is remembered than their number.
+const LATELY: usize = 256;
+
 impl Db {
-    /// Begins a new epoch.
-    pub(crate) async fn open(store: Arc<dyn Store>) -> Result<Self, Fault> {
+    /// Begins a new epoch; on a store that was `restored` from a copy, one beyond every epoch since.
+    pub(crate) async fn open(store: Arc<dyn Store>, restored: bool) -> Result<Self, Fault> {
         let key = EpochRow::PREFIX;
         let before = store.get(key).await?;
-        let (epoch, expect) = match before {
-            None => (Epoch(1), Expect::Absent),
-            Some(entry) => (Epoch(unpack::<EpochRow>(key, &entry.value)?.epoch.0 + 1), Expect::At(entry.revision)),
+        let (mut row, expect) = match before {
+            None => (EpochRow { epoch: Epoch(0), past: 0, lately: vec![] }, Expect::Absent),
+            Some(entry) => (unpack::<EpochRow>(key, &entry.value)?, Expect::At(entry.revision)),
         };
-        let writes = vec![Write::Put(key.into(), pack(&EpochRow { epoch }))];
+        if let Some(last) = row.lately.last_mut() {
+            last.ended = Some(row.past + *store.watch().borrow());
+        }
+        let gap = if restored { GAP } else { 0 };
+        (row.epoch, row.past) = (Epoch(row.epoch.0 + 1 + gap), row.past + gap);
+        row.lately.push(EpochMark { epoch: row.epoch, reign: clock::fresh().to_string(), ended: None });
+        row.lately.drain(..row.lately.len().saturating_sub(LATELY));
+        let writes = vec![Write::Put(key.into(), pack(&row))];
         let reign = store.txn(Txn { expects: vec![(key.into(), expect)], writes }).await?;
-        Ok(Self { store, epoch, reign })
+        Ok(Self { store, epoch: Arc::new(row), reign })
+    }
+
+    /// How far the store is, as agents are told in this epoch.
+    pub(crate) fn mark(&self) -> u64 {
+        self.epoch.past + *self.store.watch().borrow()
+    }
+
+    /// What agents are told of this epoch besides its number.
+    pub(crate) fn reign(&self) -> &str {
+        self.epoch.lately.last().map_or("", |epoch| epoch.reign.as_str())
+    }
+
+    /// Whether somebody who was told of this epoch and mark was told by this very store, and no more than it knows. Epochs of long ago are
+    /// taken on trust.
+    pub(crate) fn knows(&self, epoch: Epoch, reign: &str, mark: u64) -> bool {
+        let Some(known) = self.epoch.lately.iter().find(|known| known.epoch == epoch) else { return epoch < self.epoch.epoch };
+        (reign.is_empty() || known.reign == reign) && mark <= known.ended.unwrap_or_else(|| self.mark())
     }
 
     /// The epoch of this controller.
     pub(crate) fn epoch(&self) -> Epoch {
-        self.epoch
+        self.epoch.epoch
     }
 
     /// One row.
@@ -294,8 +324,8 @@ mod tests {
     async fn a_controller_that_was_superseded_changes_nothing_any_more() {
         let dir = tempfile::tempdir().expect("dir");
         let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&dir.path().join("store.db"), None).expect("open"));
-        let old = Db::open(store.clone()).await.expect("first");
-        let new = Db::open(store).await.expect("second");
+        let old = Db::open(store.clone(), false).await.expect("first");
+        let new = Db::open(store, false).await.expect("second");
         assert!(new.epoch() > old.epoch());
         let team = TeamRow { name: Name::new("red").expect("name"), created: now() };
         assert!(matches!(old.commit(Batch::default().create(&team)).await, Err(Fault::Deposed)));

@@ -16,7 +16,14 @@ pub(crate) struct Fleet {
     db: Db,
     hub: Arc<Hub>,
     /// Held while it is sent, so that no agent gets an older one after a newer one.
-    current: Mutex<v1::Fleet>,
+    current: Mutex<Current>,
+}
+
+/// What is told, and how many generations had been issued then.
+#[derive(Default, PartialEq)]
+struct Current {
+    fleet: v1::Fleet,
+    issued: u64,
 }
 
 fn address_of(host: &HostRow, hub: &Hub) -> String {
@@ -29,7 +36,7 @@ impl Fleet {
         Self { db, hub, current: Mutex::default() }
     }
 
-    async fn compute(&self) -> Result<v1::Fleet, Fault> {
+    async fn compute(&self) -> Result<Current, Fault> {
         let rows = self.db.all::<HostRow>().await?;
         let hosts: HashMap<Name, String> =
             rows.iter().map(|host| (host.row.name.clone(), address_of(&host.row, &self.hub))).collect();
@@ -48,7 +55,9 @@ impl Fleet {
             networks.iter().find(|network| same(&network.row)).map(|network| network.row.id.to_string())
         };
         let mut locations = Vec::new();
+        let mut issued = 0_u64;
         for vm in self.db.all::<VmRow>().await? {
+            issued = issued.wrapping_add(vm.row.issued.0);
             let starting = vm.row.activity.is_some_and(|activity| activity.request == VmRequest::Start);
             let address = vm.row.host.as_ref().and_then(|host| hosts.get(host));
             let (Some(address), true) = (address, starting || vm.row.has_process()) else { continue };
@@ -64,23 +73,24 @@ impl Fleet {
             }
         }
         locations.sort_by(|a, b| a.mac.cmp(&b.mac));
-        Ok(v1::Fleet { members, networks: networks.iter().map(|network| told(&network.row)).collect(), locations })
+        let networks = networks.iter().map(|network| told(&network.row)).collect();
+        Ok(Current { fleet: v1::Fleet { members, networks, locations, mark: 0 }, issued })
     }
 
     /// Tells one host that has just connected.
     pub(crate) fn tell(&self, host: &Name) {
         let current = self.current.lock().expect("no holder panics");
-        self.hub.send(host, Body::Fleet(current.clone()));
+        self.hub.send(host, Body::Fleet(v1::Fleet { mark: self.db.mark(), ..current.fleet.clone() }));
     }
 
-    /// Computes it anew and tells everybody if it changed.
+    /// Computes it anew and tells everybody if it changed; a grant counts as a change, whether or not the VM can be reached.
     pub(crate) async fn refresh(&self) -> Result<(), Fault> {
         let fresh = self.compute().await?;
         let mut current = self.current.lock().expect("no holder panics");
         if *current != fresh {
             *current = fresh;
             for (host, _) in self.hub.present() {
-                self.hub.send(&host, Body::Fleet(current.clone()));
+                self.hub.send(&host, Body::Fleet(v1::Fleet { mark: self.db.mark(), ..current.fleet.clone() }));
             }
         }
         Ok(())

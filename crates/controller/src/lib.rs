@@ -23,6 +23,7 @@ mod networks;
 mod principals;
 mod reports;
 mod resolve;
+mod restore;
 mod rows;
 mod server;
 mod sockets;

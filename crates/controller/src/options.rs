@@ -47,6 +47,8 @@ pub struct ServeOptions {
     pub host_lifetime: Duration,
     /// How many changes the log keeps for those who watch events.
     pub log_kept: u64,
+    /// The store is a copy that was kept: every host is to say first what it runs, and nothing is gone on with.
+    pub restored: bool,
     /// Largest size of the store, in pages of 4 KiB; none by default.
     pub store_pages: Option<u32>,
 }
@@ -69,6 +71,7 @@ impl ServeOptions {
             heartbeat: Duration::from_secs(2),
             host_lifetime: crate::authority::HOST_LIFETIME,
             log_kept: 100_000,
+            restored: false,
             store_pages: None,
         }
     }

@@ -12,6 +12,7 @@ use crate::clock;
 use crate::db::{Batch, Db, Fault, retry};
 use crate::history;
 use crate::hub::Hub;
+use crate::restore;
 use crate::rows::{Ended, MigrateWork, TaskRow, VmRow, Work};
 use crate::tasks::Tasks;
 
@@ -63,6 +64,11 @@ impl Reports {
         let generation = Generation(report.generation);
         let incoming_for = retry!({
             let Some(mut vm) = self.db.find::<VmRow>(&id.to_string()).await? else { return Ok(Err("no such VM")) };
+            // After a restore it is the hosts that know what was granted since.
+            let restoring = restore::is_unheard(&self.db, host).await?;
+            if restoring {
+                restore::adopt(&mut vm.row, host, generation);
+            }
             let Some(granted) = vm.row.granted.get(host).copied() else { return Ok(Err("the VM was never granted to it")) };
             if generation > granted.generation {
                 return Ok(Err("a generation that was never granted to it"));
@@ -79,7 +85,7 @@ impl Reports {
             if report.holding() != v1::Holding::Owner || !newest {
                 return Ok(Ok(None));
             }
-            if !may_claim(&vm.row, host, generation) {
+            if !restoring && !may_claim(&vm.row, host, generation) {
                 return Ok(Err("a generation whose move has ended without it"));
             }
             let before = vm.row.clone();
@@ -112,6 +118,11 @@ impl Reports {
             self.tasks.decline_leftover(host, id, task, generation);
         }
         Ok(())
+    }
+
+    /// A host has said all that its journal holds.
+    pub(crate) async fn heard(&self, host: &Name) -> Result<(), Fault> {
+        restore::heard(&self.db, host).await
     }
 
     /// The host's VMs that ended when it went down are started again, as far as they shall.

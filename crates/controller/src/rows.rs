@@ -48,6 +48,7 @@ macro_rules! rows {
 
 rows! {
     EpochRow: "epoch" => |_row| "";
+    RestoreRow: "restore" => |_row| "";
     TeamRow: "team/" => |row| row.name;
     TokenRow: "token/" => |row| row.id;
     JoinRow: "join/" => |row| row.id;
@@ -65,6 +66,28 @@ rows! {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct EpochRow {
     pub(crate) epoch: Epoch,
+    /// What is added to the store's revision for the mark that agents are told: it grows when the store is restored from a copy.
+    #[serde(default)]
+    pub(crate) past: u64,
+    /// The last epochs, this one at the end.
+    #[serde(default)]
+    pub(crate) lately: Vec<EpochMark>,
+}
+
+/// What is known of an epoch.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct EpochMark {
+    pub(crate) epoch: Epoch,
+    /// Unique to it: a copy of the store that is started again counts to the same number.
+    pub(crate) reign: String,
+    /// The mark that it came to, once it has ended.
+    pub(crate) ended: Option<u64>,
+}
+
+/// The store was restored from a copy, and not all hosts have said since then what they run.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RestoreRow {
+    pub(crate) unheard: BTreeSet<Name>,
 }
 
 /// A team.

@@ -32,6 +32,7 @@ use crate::networks::first_network;
 use crate::options::{LogFormat, ServeOptions};
 use crate::principals::new_token;
 use crate::reports::Reports;
+use crate::restore;
 use crate::rows::{HostRow, ImageRow, TaskRow, TeamRow, Work};
 use crate::sockets::HandedOver;
 use crate::store::{SqliteStore, Store, StoreError};
@@ -184,7 +185,7 @@ impl Controller {
         let authority = Arc::new(authority.with_host_lifetime(options.host_lifetime));
         warn_of_end(&authority);
         let store = Arc::new(SqliteStore::open(&dir.join("store.db"), options.store_pages)?);
-        let db = Db::open(store.clone() as Arc<dyn Store>).await?;
+        let db = Db::open(store.clone() as Arc<dyn Store>, options.restored).await?;
         first_start(&db, dir).await?;
         first_network(&db, Name::new(DEFAULT_TEAM).expect("a plain word is a name")).await?;
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
@@ -193,6 +194,9 @@ impl Controller {
         let tasks = Arc::new(Tasks::new(db.clone(), hub.clone(), images.clone(), authority.clone(), tracker.clone(), stop.clone()));
         let fleet = Arc::new(Fleet::new(db.clone(), hub.clone()));
         nobody_is_connected(&db).await?;
+        if options.restored {
+            restore::begin(&db).await?;
+        }
         fleet.refresh().await?;
         tasks.resume().await?;
 

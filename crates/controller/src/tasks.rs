@@ -307,7 +307,7 @@ impl Tasks {
 }
 
 /// Writes the end into a task.
-fn conclude(task: &mut TaskRow, outcome: &Outcome) {
+pub(crate) fn conclude(task: &mut TaskRow, outcome: &Outcome) {
     let (state, error, text) = match outcome {
         Outcome::Done => (TaskState::Done, None, "done".to_owned()),
         Outcome::Failed(refusal) => (TaskState::Failed, Some(refusal.clone()), format!("failed: {refusal}")),
@@ -325,7 +325,7 @@ fn conclude(task: &mut TaskRow, outcome: &Outcome) {
 }
 
 /// Adds a line to a task's trail.
-fn note(task: &mut TaskRow, text: impl Into<String>) {
+pub(crate) fn note(task: &mut TaskRow, text: impl Into<String>) {
     task.trail.push(TaskNote { at: clock::now(), text: text.into() });
     if task.trail.len() > TRAIL {
         // The beginning and the end say most.

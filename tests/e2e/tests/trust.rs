@@ -129,6 +129,8 @@ fn a_hosts_certificate_gets_and_says_nothing_about_another_hosts_vm() -> Result<
             vms: vec![lie.clone()],
             epoch: 0,
             migration_address: String::new(),
+            reign: String::new(),
+            mark: 0,
         };
         let said = [Body::Hello(hello), Body::Vm(VmReport { generation: 1, ..lie })].map(|body| AgentMessage { body: Some(body) });
         let mut answers = client.attend(tokio_stream::iter(said)).await?.into_inner();

@@ -59,6 +59,9 @@ pub(crate) struct ServeArgs {
     /// How many changes are kept for those who watch events
     #[arg(long, value_name = "COUNT", default_value_t = 100_000, hide = true)]
     log_kept: u64,
+    /// The store is a copy from a backup: ask every host first what it runs. Once, not in a unit file
+    #[arg(long)]
+    restored: bool,
     /// Largest size of the store, in pages of 4 KiB
     #[arg(long, value_name = "PAGES", hide = true)]
     store_pages: Option<u32>,
@@ -113,6 +116,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<(), Failure> {
         heartbeat: std::time::Duration::from_millis(args.heartbeat.get()),
         host_lifetime: std::time::Duration::from_millis(args.host_lifetime.get()),
         log_kept: args.log_kept,
+        restored: args.restored,
         store_pages: args.store_pages,
     };
     super::run_to_end(async { serve(options).await.map_err(Failure::daemon) })

@@ -17,7 +17,7 @@ use crate::cpu::baselines;
 use crate::db::{Batch, Fault, retry};
 use crate::principals::{Action, Principal, Target, authorize, not_found, stored_hash};
 use crate::rows::{HostRow, JoinRow, VmRow};
-use crate::{clock, views};
+use crate::{clock, restore, views};
 
 /// How long a join token is good for.
 const JOIN_LIFETIME: Millis = Millis(3_600_000);
@@ -101,6 +101,7 @@ pub(super) async fn host_delete(
             ));
         }
         app.db.commit(Batch::default().delete(&row)).await?;
+        restore::heard(&app.db, &host).await?;
         Ok(vms.iter().filter(|vm| comes(vm)).filter_map(|vm| vm.activity.map(|activity| activity.task)).collect::<Vec<_>>())
     })?;
     app.hub.expel(&host);

@@ -8,7 +8,7 @@ use futures::Stream;
 use godwit_link::status::status_of;
 use godwit_link::v1::{self, agent_message::Body, controller_message};
 use godwit_link::{PROTOCOL, decode};
-use godwit_model::{ErrorCode, HostFacts, Name, Refusal, VmId};
+use godwit_model::{Epoch, ErrorCode, HostFacts, Name, Refusal, VmId};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,6 +19,7 @@ use crate::clock;
 use crate::db::{Batch, Fault, retry};
 use crate::hub::{Attendance, Presence, QUEUE, ToAgent};
 use crate::reports::Dropped;
+use crate::restore;
 use crate::rows::HostRow;
 
 /// How long an agent may take to introduce itself.
@@ -97,16 +98,20 @@ impl LinkServer {
             )
             .hint("bring agent and controller to versions that go together"));
         }
-        let epoch = self.db.epoch().0;
-        if hello.epoch > epoch {
+        let (epoch, mark) = (self.db.epoch().0, self.db.mark());
+        let known = hello.epoch == 0 || self.db.knows(Epoch(hello.epoch), &hello.reign, hello.mark);
+        if !known && !restore::is_unheard(&self.db, host).await.map_err(Fault::refusal)? {
             return Err(Refusal::new(
                 ErrorCode::GenerationStale,
                 format!(
-                    "the agent has served epoch {}, this controller is epoch {epoch}: its store is older than the cluster",
-                    hello.epoch
+                    "the agent was told of epoch {} and mark {}, this controller is at {epoch} and {mark}: its store is an old copy",
+                    hello.epoch, hello.mark
                 ),
             )
-            .hint("start the controller on its newest store; an old copy would hand out rights to run a VM twice"));
+            .hint(
+                "start the controller on its newest store; if there is none, once with `godwit serve --restored`, which asks every \
+                 host first what it runs",
+            ));
         }
         if hello.facts.len() > MAX_FACTS {
             return Err(malformed());
@@ -118,7 +123,7 @@ impl LinkServer {
         let migration_address = elsewhere.map(|elsewhere| checked_address(elsewhere)).transpose()?;
         let presence = Presence { address, migration_address, facts: Arc::new(facts), load, skew: None };
         let heartbeat_ms = u32::try_from(self.heartbeat.as_millis()).unwrap_or(u32::MAX);
-        let body = controller_message::Body::Welcome(v1::Welcome { epoch, heartbeat_ms });
+        let body = controller_message::Body::Welcome(v1::Welcome { epoch, heartbeat_ms, reign: self.db.reign().to_owned() });
         // Before the hub knows the session: nothing may overtake it. The queue is empty; a receiver that is gone shows below.
         let _ = sender.try_send(Ok(v1::ControllerMessage { body: Some(body) }));
         let attendance = self.hub.attach(host, presence, sender.clone());
@@ -132,6 +137,7 @@ impl LinkServer {
         for report in &hello.vms {
             told.extend(self.reported(host, report).await?);
         }
+        self.reports.heard(host).await?;
         Ok(told)
     }
 

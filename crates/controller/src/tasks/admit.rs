@@ -20,6 +20,7 @@ use crate::hub::Presence;
 use crate::networks::check_networks;
 use crate::principals::not_found;
 use crate::resolve::decide_start;
+use crate::restore;
 use crate::rows::{HostRow, ImageRow, MigrateWork, NetworkRow, PendingGrant, Stage, TaskRow, VmRow, Work};
 
 /// How long a guest may take to power off, if nothing else was said.
@@ -203,6 +204,9 @@ impl Tasks {
     async fn work(&self, vm: &mut VmRow, id: TaskId, asked: &Asked, ignored: bool, now: UnixMillis) -> Result<Work, Fault> {
         if !ignored {
             self.reachable(vm).await?;
+            if matches!(asked, Asked::Start(_) | Asked::Migrate(_) | Asked::Delete { .. }) {
+                restore::all_heard(&self.db).await?;
+            }
         }
         Ok(match asked {
             Asked::Start(host) if ignored => {

@@ -171,6 +171,8 @@ async fn an_agent_that_has_served_a_newer_controller_or_speaks_otherwise_is_not_
             vms: vec![],
             epoch: 1,
             migration_address: String::new(),
+            reign: String::new(),
+            mark: 0,
         };
         change(&mut hello);
         let mut client = LinkClient::new(cluster.channel(Some((&host.certificate, &host.key))).await.expect("channel"));

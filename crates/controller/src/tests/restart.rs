@@ -1,6 +1,7 @@
 //! The controller ends in the middle, and goes on where it was; hosts go away, and their tasks wait.
 
 use godwit_api::v1::{self as api, TaskState};
+use godwit_link::status::refusal_of;
 use godwit_link::v1::{self, command::Action};
 use godwit_model::{Bytes, ErrorCode, Generation, RunState};
 
@@ -127,7 +128,7 @@ async fn a_leftover_of_a_migration_that_ended_is_declined_when_its_host_comes_ba
     cluster.task_when(task.id, |task| task.step.contains("waits for host h2")).await;
     cluster.admin().cancel_task(task.id).await.expect("cancelling");
     assert_eq!(cluster.ended(task.id).await.state, TaskState::Cancelled);
-    let mut a2 = cluster.connect(&h2, vec![report(&vm, 2, RunState::Paused, v1::Holding::Incoming)]).await;
+    let a2 = cluster.connect(&h2, vec![report(&vm, 2, RunState::Paused, v1::Holding::Incoming)]).await;
     let settle = a2.command().await;
     assert!(matches!(settle.action, Some(Action::Settle(_))), "{settle:?}");
     assert_eq!(settle.task, task.id.to_string());
@@ -160,4 +161,77 @@ async fn two_controllers_cannot_have_one_data_directory_and_clear_text_stays_on_
     clear.insecure_loopback = true;
     clear.api_listen = ([0, 0, 0, 0], 0).into();
     assert!(matches!(crate::Controller::start(clear).await, Err(crate::ServeError::ClearText { .. })));
+}
+
+/// Copies the controller's data as a backup would, while it does not run.
+fn copy(from: &std::path::Path, to: &std::path::Path) {
+    let _ = std::fs::remove_dir_all(to);
+    std::fs::create_dir_all(to).expect("directory");
+    for entry in std::fs::read_dir(from).expect("directory") {
+        let entry = entry.expect("entry");
+        let target = to.join(entry.file_name());
+        if entry.file_type().expect("type").is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).expect("copied");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_is_an_old_copy_grants_nothing_before_every_host_has_said_what_it_runs() {
+    let mut cluster = Cluster::new().await;
+    let (h1, mut a1) = cluster.agent("h1").await;
+    let (h2, a2) = cluster.agent("h2").await;
+    cluster.running_vm("web1", &mut a1).await;
+    let vm = cluster.vm("web1").await;
+    cluster.stop().await;
+    drop((a1, a2));
+    let (data, backup) = (cluster.options.data_dir.clone(), cluster.dir.path().join("backup"));
+    copy(&data, &backup);
+
+    // The VM moves on after the copy was made.
+    cluster.start().await;
+    let mut a1 = cluster.connect(&h1, vec![report(&vm, 1, RunState::Running, v1::Holding::Owner)]).await;
+    let mut a2 = cluster.connect(&h2, vec![]).await;
+    a1.fleet_when(|_| true).await;
+    let before = a1.fleet.as_ref().map_or(0, |fleet| fleet.mark);
+    let task = cluster.migrate("web1", "h2").await.expect("accepted");
+    let told = a1.told(before).await;
+    let prepare = a2.command().await;
+    a2.done(&prepare, 99).await;
+    let begin = a1.command().await;
+    a1.done(&begin, 0).await;
+    a1.ended(ended(&task, &vm, 2, true, None)).await;
+    a2.ended(ended(&task, &vm, 2, false, None)).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    cluster.stop().await;
+    drop((a1, a2));
+
+    // The old copy, started as if nothing were: whoever was told more refuses to be its host.
+    copy(&backup, &data);
+    cluster.start().await;
+    let (h1, h2) = (Host { told: told.clone(), ..h1 }, Host { told, ..h2 });
+    let refused = cluster.try_connect(&h1, vec![]).await.err().expect("a host that was told more");
+    assert_eq!(refusal_of(&refused).code, ErrorCode::GenerationStale);
+    cluster.stop().await;
+
+    // Started as what it is.
+    cluster.options.restored = true;
+    cluster.start().await;
+    let mut a1 = cluster.connect(&h1, vec![]).await;
+    cluster.connected("h1", true).await;
+    let early = cluster.migrate("web1", "h2").await.expect_err("too early");
+    assert!(early.to_string().contains("h2"), "{early}");
+    assert_eq!(code::<api::Task>(Err(early)), ErrorCode::HostDown);
+    let mut a2 = cluster.connect(&h2, vec![report(&vm, 2, RunState::Running, v1::Holding::Owner)]).await;
+    cluster.vm_when("web1", |vm| vm.status.host == Some(name("h2"))).await;
+    assert_eq!(cluster.vm("web1").await.status.generation, Generation(2));
+
+    // From there on as ever, with numbers that nobody can have seen.
+    cluster.migrate("web1", "h1").await.expect("accepted");
+    let Some(Action::Prepare(body)) = a1.command().await.action else { panic!("no prepare") };
+    let grant: godwit_model::Grant = serde_json::from_slice(&body.grant.expect("a grant").statement).expect("a grant");
+    assert!(grant.generation > Generation(1 << 32) && grant.source == Some(name("h2")), "{grant:?}");
+    drop(a2);
 }

@@ -128,6 +128,7 @@ impl Cluster {
             facts: facts(),
             load: load(Bytes(8 << 30)),
             migration_address: String::new(),
+            told: (0, String::new(), 0),
         }
     }
 
@@ -139,6 +140,11 @@ impl Cluster {
     }
 
     pub(super) async fn connect(&self, host: &Host, vms: Vec<v1::VmReport>) -> Agent {
+        self.try_connect(host, vms).await.expect("stream")
+    }
+
+    /// As `connect`, or why not.
+    pub(super) async fn try_connect(&self, host: &Host, vms: Vec<v1::VmReport>) -> Result<Agent, tonic::Status> {
         let channel = self.channel(Some((&host.certificate, &host.key))).await.expect("channel");
         let mut client = LinkClient::new(channel);
         let (sender, receiver) = mpsc::channel(64);
@@ -148,8 +154,10 @@ impl Cluster {
             facts: encode(&host.facts),
             load: encode(&host.load),
             vms,
-            epoch: 0,
+            epoch: host.told.0,
             migration_address: host.migration_address.clone(),
+            reign: host.told.1.clone(),
+            mark: host.told.2,
         };
         sender.send(message(Body::Hello(hello))).await.expect("queue");
         let inbound = client.attend(ReceiverStream::new(receiver)).await.expect("attends").into_inner();
@@ -167,10 +175,12 @@ impl Cluster {
                 }
             }
         });
-        let mut agent = Agent { host: host.name.clone(), client, sender, inbound, heartbeat, fleet: None, peers: vec![] };
-        let first = soon(agent.inbound.message()).await.expect("stream").expect("message").body;
-        assert!(matches!(first, Some(controller_message::Body::Welcome(_))), "{first:?}");
-        agent
+        let mut agent =
+            Agent { host: host.name.clone(), client, sender, inbound, heartbeat, fleet: None, peers: vec![], welcome: None };
+        let first = soon(agent.inbound.message()).await?.expect("message").body;
+        let Some(controller_message::Body::Welcome(welcome)) = first else { panic!("{first:?}") };
+        agent.welcome = Some(welcome);
+        Ok(agent)
     }
 
     /// Imports what a VM boots, and creates one of `memory`.
@@ -300,6 +310,8 @@ pub(super) struct Host {
     pub(super) facts: HostFacts,
     pub(super) load: HostLoad,
     pub(super) migration_address: String,
+    /// Epoch, reign and mark that it was told last.
+    pub(super) told: (u64, String, u64),
 }
 
 /// An agent that does what a test says.
@@ -311,6 +323,7 @@ pub(super) struct Agent {
     heartbeat: tokio::task::JoinHandle<()>,
     pub(super) fleet: Option<v1::Fleet>,
     pub(super) peers: Vec<v1::Peer>,
+    welcome: Option<v1::Welcome>,
 }
 
 impl Drop for Agent {
@@ -320,6 +333,13 @@ impl Drop for Agent {
 }
 
 impl Agent {
+    /// What it would remember of this controller, once it has heard of as many grants as `mark`.
+    pub(super) async fn told(&mut self, mark: u64) -> (u64, String, u64) {
+        self.fleet_when(|fleet| fleet.mark > mark).await;
+        let welcome = self.welcome.clone().expect("it was welcome");
+        (welcome.epoch, welcome.reign, self.fleet.as_ref().map_or(0, |fleet| fleet.mark))
+    }
+
     /// The next message but fleets and peers, which are kept; nothing when the stream has ended.
     pub(super) async fn next(&mut self) -> Option<controller_message::Body> {
         loop {
