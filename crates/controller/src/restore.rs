@@ -1,9 +1,10 @@
 //! A store that was restored from a copy does not know what was granted since the copy was made. The hosts do: nothing is started, moved or
 //! deleted before each of them has said what it holds, and no number that may have been used is used again.
 
+use std::collections::BTreeSet;
+
 use godwit_model::{ErrorCode, Generation, Name, Refusal, Retry, TaskId};
 
-use crate::clock;
 use crate::db::{Batch, Db, Fault, retry};
 use crate::rows::{GrantedTo, HostRow, RestoreRow, TaskRow, VmRow};
 use crate::tasks::{Outcome, conclude, note};
@@ -29,7 +30,7 @@ pub(crate) async fn begin(db: &Db) -> Result<(), Fault> {
         conclude(&mut task.row, &Outcome::Failed(refusal));
         db.commit(Batch::default().update(&task)).await?;
     }
-    let unheard: std::collections::BTreeSet<Name> = db.all::<HostRow>().await?.into_iter().map(|host| host.row.name).collect();
+    let unheard: BTreeSet<Name> = db.all::<HostRow>().await?.into_iter().map(|host| host.row.name).collect();
     tracing::warn!(
         hosts = unheard.len(),
         "the store was restored: nothing starts, moves or is deleted before every host has said what it runs"

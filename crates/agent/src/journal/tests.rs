@@ -65,10 +65,15 @@ fn what_a_crash_left_half_written_is_dropped_and_what_is_unreadable_is_refused()
 }
 
 #[test]
-fn an_epoch_is_remembered() {
+fn an_epoch_is_remembered_with_whose_it_is_and_how_far_that_came() {
     let dir = tempfile::tempdir().expect("dir");
     let journal = Journal::open(dir.path().into()).expect("opened");
     assert_eq!(journal.epoch().expect("read"), Epoch(0));
-    journal.write_epoch(Epoch(4)).expect("written");
-    assert_eq!(Journal::open(dir.path().into()).expect("opened").epoch().expect("read"), Epoch(4));
+    journal.write_epoch(Epoch(4), "four".into()).expect("written");
+    journal.write_mark(70).expect("written");
+    journal.write_mark(60).expect("written");
+    let again = Journal::open(dir.path().into()).expect("opened");
+    assert_eq!((again.epoch().expect("read"), again.reign().expect("read")), (Epoch(4), ("four".into(), 70)));
+    again.write_epoch(Epoch(5), "five".into()).expect("written");
+    assert_eq!(again.reign().expect("read"), ("five".into(), 0));
 }

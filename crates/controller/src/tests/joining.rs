@@ -99,6 +99,7 @@ fn cluster_host(host: &Host) -> Host {
         facts: host.facts.clone(),
         load: host.load.clone(),
         migration_address: host.migration_address.clone(),
+        told: (0, String::new(), 0),
     }
 }
 
