@@ -59,6 +59,9 @@ pub struct CagePlan {
     /// Limits to set.
     #[serde(default)]
     pub limits: Vec<Limit>,
+    /// Processors of the host that it runs on; any if none is named.
+    #[serde(default)]
+    pub cpus: Vec<u32>,
     /// Descriptors that stay open besides the standard ones; all others are closed. Filled in by [`spawn`].
     #[serde(default)]
     pub keep: Vec<RawFd>,
