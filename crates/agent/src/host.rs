@@ -300,7 +300,7 @@ impl Ledger {
         Ok(node)
     }
 
-    /// Whether what `vm` is promised now, `more` than it has, has room on its node.
+    /// Whether `node` has room for `more`, which is among what a VM there is promised already and has not got yet.
     pub(crate) fn check_node(&self, node: u32, more: Bytes, pages: Option<HugePages>, nodes: &[MemoryNode]) -> Result<(), Refusal> {
         let held = self.locked();
         let promised: u64 = held.values().filter(|promise| promise.node == Some(node)).map(|promise| promise.memory.get()).sum();
