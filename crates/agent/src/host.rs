@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use godwit_link::v1::agent_message::Body;
 use godwit_link::v1::link_client::LinkClient;
 use godwit_link::v1::{self, AgentMessage};
-use godwit_model::{Bytes, ErrorCode, HostFacts, HostLoad, Name, Refusal, Retry, UnixMillis, VmId};
+use godwit_model::{Bytes, ErrorCode, HostFacts, HostLoad, HugePages, Name, Refusal, Retry, UnixMillis, VmId};
 use godwit_qemu::cage::{KeptLog, Launcher};
 use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
 use tokio::sync::{Notify, mpsc};
@@ -22,6 +22,7 @@ use crate::guest::Guests;
 use crate::identity::Identity;
 use crate::journal::{EndedMove, Journal, JournalError};
 use crate::network::HostNetwork;
+use crate::nodes::MemoryNode;
 use crate::peers::Peers;
 use crate::storage::{ImageCache, Pools};
 use crate::vm::Uids;
@@ -75,10 +76,16 @@ impl Host {
     }
 
     /// A cgroup for a VM, with its limits as far as this host can set them; none where there is no hierarchy. The host's conditions say so.
-    pub(crate) fn make_cgroup(&self, vm: VmId, memory: Bytes) -> Option<PathBuf> {
+    pub(crate) fn make_cgroup(&self, vm: VmId, memory: Bytes, node: Option<&MemoryNode>) -> Option<PathBuf> {
         let parent = cgroup::hierarchy().ok()?.join(&self.options.cgroup);
         match VmCgroup::create(&parent, &short(vm), CgroupLimits::for_ram(memory)) {
-            Ok((group, _)) => Some(group.path().to_owned()),
+            Ok((group, _)) => {
+                // The process is kept on the node's processors in any case.
+                if let Some(Err(unapplied)) = node.map(|node| group.bind(&parent, &node.cpus, node.id)) {
+                    tracing::info!(limit = unapplied.limit, reason = unapplied.reason, "the VM's cgroup is not bound to its node");
+                }
+                Some(group.path().to_owned())
+            }
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "the VM gets no cgroup");
                 None
@@ -228,7 +235,15 @@ impl Controller {
 #[derive(Debug)]
 pub(crate) struct Ledger {
     total: Bytes,
-    held: Mutex<BTreeMap<VmId, Bytes>>,
+    held: Mutex<BTreeMap<VmId, Promise>>,
+}
+
+/// What one VM was promised.
+#[derive(Clone, Copy, Debug, Default)]
+struct Promise {
+    memory: Bytes,
+    /// The memory node that it is on.
+    node: Option<u32>,
 }
 
 /// What QEMU itself needs beside the guest's RAM.
@@ -239,7 +254,7 @@ impl Ledger {
         Self { total, held: Mutex::new(BTreeMap::new()) }
     }
 
-    fn locked(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmId, Bytes>> {
+    fn locked(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmId, Promise>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -249,7 +264,7 @@ impl Ledger {
 
     /// Memory that further VMs may use.
     pub(crate) fn free(&self) -> Bytes {
-        let held: u64 = self.locked().values().map(|bytes| bytes.get()).sum();
+        let held: u64 = self.locked().values().map(|promise| promise.memory.get()).sum();
         Bytes(self.total.get().saturating_sub(held))
     }
 
@@ -257,7 +272,7 @@ impl Ledger {
     pub(crate) fn reserve(&self, vm: VmId, memory: Bytes) -> Result<(), Refusal> {
         let wanted = Bytes(memory.get().saturating_add(OVERHEAD.get()));
         let mut held = self.locked();
-        let others: u64 = held.iter().filter(|(holder, _)| **holder != vm).map(|(_, bytes)| bytes.get()).sum();
+        let others: u64 = held.iter().filter(|(holder, _)| **holder != vm).map(|(_, promise)| promise.memory.get()).sum();
         let free = Bytes(self.total.get().saturating_sub(others));
         if wanted > free {
             let missing = Bytes(wanted.get() - free.get());
@@ -268,14 +283,56 @@ impl Ledger {
             .hint("choose another host, or stop or move a VM away from this one")
             .retry(Retry::Safe));
         }
-        held.insert(vm, wanted);
+        held.entry(vm).or_default().memory = wanted;
         Ok(())
+    }
+
+    /// Puts `vm`, which was promised its memory, on the one of `nodes` with most room for it.
+    pub(crate) fn put_on_a_node(&self, vm: VmId, pages: Option<HugePages>, nodes: &[MemoryNode]) -> Result<u32, Refusal> {
+        let mut held = self.locked();
+        let wanted = held.get(&vm).map(|promise| promise.memory).unwrap_or_default();
+        let room = |node: &MemoryNode| {
+            let others = held.iter().filter(|(holder, promise)| **holder != vm && promise.node == Some(node.id));
+            (node.room(pages, Bytes(others.map(|(_, promise)| promise.memory.get()).sum())), node.id)
+        };
+        let best = nodes.iter().map(room).max_by_key(|(room, id)| (*room, std::cmp::Reverse(*id)));
+        let (most, node) = best.unwrap_or_default();
+        // Huge pages hold the guest's memory and nothing of QEMU's own.
+        let needed = if pages.is_some() { Bytes(wanted.get().saturating_sub(OVERHEAD.get())) } else { wanted };
+        if best.is_none() || needed > most {
+            return Err(no_node(needed, most));
+        }
+        held.entry(vm).or_default().node = Some(node);
+        Ok(node)
+    }
+
+    /// Whether `node` has room for `more`, which is among what a VM there is promised already and has not got yet.
+    pub(crate) fn check_node(&self, node: u32, more: Bytes, pages: Option<HugePages>, nodes: &[MemoryNode]) -> Result<(), Refusal> {
+        let held = self.locked();
+        let promised: u64 = held.values().filter(|promise| promise.node == Some(node)).map(|promise| promise.memory.get()).sum();
+        // What comes is among what was promised.
+        let before = Bytes(promised.saturating_sub(more.get()));
+        let room = nodes.iter().find(|other| other.id == node).map(|node| node.room(pages, before)).unwrap_or_default();
+        if more > room { Err(no_node(more, room)) } else { Ok(()) }
+    }
+
+    /// Writes down where a VM of before is.
+    pub(crate) fn is_on_node(&self, vm: VmId, node: Option<u32>) {
+        if let Some(promise) = self.locked().get_mut(&vm) {
+            promise.node = node;
+        }
     }
 
     /// The VM is gone from here.
     pub(crate) fn release(&self, vm: VmId) {
         self.locked().remove(&vm);
     }
+}
+
+fn no_node(needed: Bytes, most: Bytes) -> Refusal {
+    let message = format!("the VM needs {needed} on one memory node; the most that one has free for it is {most}");
+    let refusal = Refusal::new(ErrorCode::NotEnoughMemory, message).retry(Retry::Safe);
+    refusal.hint("stop or move a VM with `numa: one_node` away from this host, choose another host, or leave `numa` out")
 }
 
 /// An error with its causes, which `Display` leaves out.
@@ -316,6 +373,7 @@ pub(crate) type SharedHost = Arc<Host>;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nodes::tests::tree;
 
     #[test]
     fn memory_is_promised_once_and_a_refusal_says_how_much_is_missing() {
@@ -334,5 +392,39 @@ mod tests {
         ledger.reserve(a, Bytes::mib(436)).expect("put back");
         ledger.release(a);
         ledger.reserve(b, Bytes::mib(512)).expect("fits now");
+    }
+
+    #[test]
+    fn vms_are_put_on_the_node_with_most_room_and_what_was_promised_counts_before_it_is_used() {
+        let tree = tree(&[(0, "0-1", 4_096, 4_000, 0), (1, "2-3", 4_096, 3_000, 512)]);
+        let nodes = crate::nodes::read(tree.path());
+        let ledger = Ledger::new(Bytes::mib(16_384));
+        let vm = |number| VmId::new(uuid::Uuid::from_u128(number));
+        let put = |number, mib, pages| {
+            ledger.reserve(vm(number), Bytes::mib(mib)).expect("promised");
+            ledger.put_on_a_node(vm(number), pages, &nodes)
+        };
+        assert_eq!(put(1, 2_048, None), Ok(0));
+        assert_eq!(put(1, 2_048, None), Ok(0), "again is the same");
+        assert_eq!(put(2, 2_048, None), Ok(1), "nobody has used any of node 0 yet");
+        assert_eq!(put(3, 1_024, Some(HugePages::Mib2)), Ok(1), "all of the huge pages");
+        let refusal = put(4, 2_048, None).expect_err("no node has it");
+        assert_eq!((refusal.code, refusal.hint.is_some()), (ErrorCode::NotEnoughMemory, true));
+        ledger.release(vm(4));
+        assert_eq!(put(5, 1_025, Some(HugePages::Mib2)).expect_err("too few pages").code, ErrorCode::NotEnoughMemory);
+        ledger.release(vm(5));
+        assert!(put(6, 64, Some(HugePages::Gib1)).is_err() && ledger.put_on_a_node(vm(1), None, &[]).is_err());
+        ledger.release(vm(6));
+        // What grows stays where it is.
+        ledger.reserve(vm(1), Bytes::mib(3_072)).expect("promised");
+        assert_eq!(ledger.check_node(0, Bytes::mib(1_024), None, &nodes), Ok(()));
+        ledger.reserve(vm(1), Bytes::mib(5_120)).expect("promised");
+        assert!(ledger.check_node(0, Bytes::mib(3_072), None, &nodes).is_err(), "there is more on the other node only");
+        // As after a new start of the agent.
+        let again = Ledger::new(Bytes::mib(16_384));
+        again.reserve(vm(1), Bytes::mib(3_072)).expect("promised");
+        again.is_on_node(vm(1), Some(0));
+        again.reserve(vm(2), Bytes::mib(2_048)).expect("promised");
+        assert_eq!(again.put_on_a_node(vm(2), None, &nodes), Ok(1));
     }
 }

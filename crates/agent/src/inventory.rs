@@ -1,6 +1,7 @@
 //! What this host is: asked of QEMU as a VM's own user, and of the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use godwit_model::{Bytes, HostCondition, HostFacts, HugePages, PoolFacts, VmId};
 use godwit_qemu::Launcher;
@@ -10,6 +11,7 @@ use crate::AgentOptions;
 use crate::check::{self, Finding, Level};
 use crate::firmware::Flash;
 use crate::journal::{Holding, VmRecord};
+use crate::nodes::{self, NODES};
 
 /// Takes the inventory.
 pub(crate) async fn take(
@@ -47,7 +49,8 @@ pub(crate) async fn take(
         secure_boot: Flash::find(true).is_some(),
         tpm: has_tpm,
         hugepages: hugepages(),
-        numa_nodes: numa_nodes(),
+        numa_nodes: numa_nodes(Path::new(NODES)),
+        node_memory: nodes::read(Path::new(NODES)).iter().map(|node| node.memory).collect(),
         conditions,
     })
 }
@@ -63,8 +66,8 @@ fn hugepages() -> Vec<HugePages> {
 }
 
 /// Memory nodes of this host.
-fn numa_nodes() -> u32 {
-    let entries = std::fs::read_dir("/sys/devices/system/node").into_iter().flatten().flatten();
+pub(crate) fn numa_nodes(nodes: &Path) -> u32 {
+    let entries = std::fs::read_dir(nodes).into_iter().flatten().flatten();
     let is_node = |name: &str| name.strip_prefix("node").is_some_and(|rest| rest.parse::<u32>().is_ok());
     let nodes = entries.filter(|entry| entry.file_name().to_str().is_some_and(is_node)).count();
     u32::try_from(nodes).unwrap_or(u32::MAX).max(1)

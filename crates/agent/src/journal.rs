@@ -35,6 +35,9 @@ pub(crate) struct VmRecord {
     /// Its TPM, if it has one.
     #[serde(default)]
     pub(crate) tpm: TpmRecord,
+    /// The memory node of this host that it was put on.
+    #[serde(default)]
+    pub(crate) node: Option<u32>,
     /// How this host holds it.
     pub(crate) holding: Holding,
     /// Whether its end was asked for: what tells a crash from a stop.
@@ -47,7 +50,18 @@ pub(crate) struct VmRecord {
 impl VmRecord {
     pub(crate) fn new(spec: ResolvedSpec, generation: Generation, uid: u32, holding: Holding) -> Self {
         let tpm = TpmRecord::default();
-        Self { schema: SCHEMA, spec, generation, uid, process: None, tpm, holding, end_wanted: false, ended_with_host: false }
+        Self {
+            schema: SCHEMA,
+            spec,
+            generation,
+            uid,
+            process: None,
+            tpm,
+            node: None,
+            holding,
+            end_wanted: false,
+            ended_with_host: false,
+        }
     }
 }
 

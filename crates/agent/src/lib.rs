@@ -17,6 +17,7 @@ mod identity;
 mod inventory;
 mod journal;
 mod network;
+mod nodes;
 mod peers;
 mod power_off;
 mod seed;

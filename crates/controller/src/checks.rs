@@ -111,8 +111,17 @@ fn check_features(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusa
     }
     // On a host with one node, all of it is on one node.
     if *numa == Numa::OneNode && facts.numa_nodes != 1 {
-        let facts = format!("host {name} has {} memory nodes, and binding a VM to one of them is not there yet", facts.numa_nodes);
-        return Err(Refusal::new(ErrorCode::Unsupported, facts).hint("leave `numa` out, or choose a host with one memory node"));
+        let needed = spec.memory_with_dimms();
+        let Some(most) = facts.node_memory.iter().max() else {
+            let message = format!("the agent of host {name} cannot bind VMs to one of {} memory nodes", facts.numa_nodes);
+            return Err(incompatible(message, format!("upgrade the agent of {name}, leave `numa` out, or choose another host")));
+        };
+        if needed > *most {
+            return Err(incompatible(
+                format!("the VM needs {needed} on one memory node, the largest of host {name} has {most}"),
+                "leave `numa` out, or choose another host".into(),
+            ));
+        }
     }
     Ok(())
 }

@@ -48,6 +48,9 @@ pub struct HostFacts {
     /// Memory nodes; 0 where the agent did not say.
     #[serde(default)]
     pub numa_nodes: u32,
+    /// Memory of each node that VMs can be bound to; empty where the agent cannot bind them.
+    #[serde(default)]
+    pub node_memory: Vec<Bytes>,
     /// Findings that limit what this host can do, each with its fix.
     pub conditions: Vec<HostCondition>,
 }

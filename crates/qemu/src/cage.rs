@@ -66,6 +66,9 @@ pub struct CagePlan {
     /// The kernel's name of that profile. Filled in by [`spawn`].
     #[serde(default)]
     pub profile_name: Option<String>,
+    /// Processors of the host that it runs on; any if none is named.
+    #[serde(default)]
+    pub cpus: Vec<u32>,
     /// Descriptors that stay open besides the standard ones; all others are closed. Filled in by [`spawn`].
     #[serde(default)]
     pub keep: Vec<RawFd>,

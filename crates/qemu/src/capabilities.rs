@@ -163,6 +163,7 @@ pub async fn interview(launcher: &Launcher, settings: &Interview) -> Result<Host
         nodes: nodes(settings.accelerator),
         cgroup: None,
         limits: Limit::DEFAULT.to_vec(),
+        cpus: vec![],
         read_only: Vec::new(),
         writable: Vec::new(),
         network: Network::Empty,

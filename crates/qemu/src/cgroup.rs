@@ -121,6 +121,21 @@ impl VmCgroup {
         Ok((group, unapplied))
     }
 
+    /// Keeps its processes on these processors, and what the kernel sets aside for them on this memory node, where the host has the controller.
+    ///
+    /// # Errors
+    /// What could not be applied.
+    pub fn bind(&self, parent: &Path, cpus: &[u32], node: u32) -> Result<(), Unapplied> {
+        let list: Vec<String> = cpus.iter().map(ToString::to_string).collect();
+        let root = hierarchy().map_err(|error| Unapplied { limit: "cpuset.cpus".into(), reason: error.to_string() })?;
+        for (file, value) in [("cpuset.cpus", list.join(",")), ("cpuset.mems", node.to_string())] {
+            delegate(&root, parent, "cpuset")
+                .and_then(|()| fs::write(self.path.join(file), value).map_err(|error| error.to_string()))
+                .map_err(|reason| Unapplied { limit: file.into(), reason })?;
+        }
+        Ok(())
+    }
+
     /// Sets how much memory it may use, where the host can say so: where it cannot, that was said when the group was made.
     ///
     /// # Errors
@@ -217,6 +232,21 @@ mod tests {
             let _ = fs::remove_dir(self.0.join("vm1"));
             let _ = fs::remove_dir(&self.0);
         }
+    }
+
+    #[test]
+    fn memory_is_limited_where_the_group_can_and_binding_says_why_it_cannot_be() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let group = VmCgroup::at(dir.path(), "vm1");
+        group.limit_memory(Bytes::GIB).expect("a host without the limit said so before");
+        fs::create_dir(group.path()).expect("a directory");
+        let file = group.path().join("memory.max");
+        fs::write(&file, "max").expect("written");
+        group.limit_memory(Bytes::GIB).expect("limited");
+        assert_eq!(fs::read_to_string(&file).expect("read"), "1073741824");
+        // No part of any hierarchy.
+        let unapplied = group.bind(dir.path(), &[0], 0).expect_err("bound by nothing");
+        assert!(unapplied.limit == "cpuset.cpus" && !unapplied.reason.is_empty(), "{unapplied:?}");
     }
 
     #[test]

@@ -238,15 +238,15 @@ impl Qmp {
         Ok(there.as_ref() == Some(dimm))
     }
 
-    /// Gives the guest memory. It must take it (Linux: bring its blocks online). On failure nothing is left of it.
+    /// Gives the guest memory, on the memory node `node` if the rest is bound to it. It must take it (Linux: bring its blocks online). On failure nothing is left of it.
     ///
     /// # Errors
     /// See [`QmpError`].
-    pub async fn plug_dimm(&self, dimm: &Dimm, platform: &Platform) -> Result<(), QmpError> {
+    pub async fn plug_dimm(&self, dimm: &Dimm, platform: &Platform, node: Option<u32>) -> Result<(), QmpError> {
         let backend = json!({"id": dimm_backend_name(dimm)});
         // What an attempt before this one has left; one in use stays.
         let _ = self.execute("object-del", backend.clone()).await;
-        self.execute("object-add", arguments(&dimm_backend(dimm, platform))).await?;
+        self.execute("object-add", arguments(&dimm_backend(dimm, platform, node))).await?;
         if let Err(error) = self.execute("device_add", arguments(&dimm_device(dimm))).await {
             let _ = self.execute("object-del", backend).await;
             return Err(error);

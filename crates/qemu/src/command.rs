@@ -46,6 +46,8 @@ pub struct Resources {
     pub seed: Option<RawFd>,
     /// QEMU's end of its TPM's control socket, if the spec has a TPM; see [`crate::tpm::start`].
     pub tpm: Option<RawFd>,
+    /// The memory node of this host that the VM's memory is bound to. The guest does not see it.
+    pub node: Option<u32>,
     /// Fresh, or waiting for a migration.
     pub start: Start,
 }
@@ -232,7 +234,7 @@ pub fn qemu_arguments(spec: &ResolvedSpec, resources: &Resources) -> Result<Vec<
     line.pairs("-name", Pairs::new().with("guest", &spec.name).with("debug-threads", "on"));
     line.option("-uuid", spec.vm);
     add_sandbox(&mut line);
-    platform::add(&mut line, spec);
+    platform::add(&mut line, spec, resources.node);
     add_boot(&mut line, spec, resources);
     add_channels(&mut line, resources);
     devices::add_all(&mut line, spec, resources);

@@ -140,6 +140,7 @@ pub async fn start(launcher: &Launcher, start: TpmStart<'_>) -> Result<(QemuProc
         nodes: vec![],
         cgroup,
         limits: LIMITS.to_vec(),
+        cpus: vec![],
         keep: vec![],
         profile: Profile::Tpm,
         profile_name: None,

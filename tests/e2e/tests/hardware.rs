@@ -226,7 +226,7 @@ fn a_vm_gets_memory_while_it_runs_and_takes_it_along() -> Result<()> {
     ensure!(waiting(&cluster)?.is_empty(), "{:?}", waiting(&cluster)?);
     memory(&cluster, before, 256)?;
     // Linux takes memory above 4 GiB first, where DIMMs are.
-    shell(&cluster, "head -c 32000000 /dev/urandom > /noise")?;
+    shell(&cluster, "head -c 8000000 /dev/urandom > /noise")?;
     let noise = shell(&cluster, "md5sum /noise")?;
 
     if is_old(from) {

@@ -80,6 +80,7 @@ impl CarryClient {
             nodes: vec![],
             cgroup: None,
             limits: relay::LIMITS.to_vec(),
+            cpus: vec![],
             keep: vec![],
             profile: Profile::Carry,
             profile_name: None,

@@ -200,6 +200,7 @@ impl Actor {
                     Ok(process) => {
                         // It fitted when it was started: what is here is here.
                         let _ = self.host.memory.reserve(self.vm, record.spec.memory_with_dimms());
+                        self.host.memory.is_on_node(self.vm, record.node);
                         self.process = Some(Arc::new(process));
                         // Until QEMU says otherwise: a living VM must never be taken for a stopped one.
                         self.state = RunState::Running;

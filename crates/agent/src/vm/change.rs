@@ -2,6 +2,7 @@
 //! left of it: a medium, a limit, a cable or a size is set anew, an interface that is there or gone already is left alone, as is memory.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use godwit_model::{
     Bytes, Dimm, ErrorCode, Firmware, Generation, IoLimits, LiveChange, Refusal, ResolvedDisk, ResolvedSpec, Retry, live_changes,
@@ -14,6 +15,7 @@ use super::actor::{Actor, qemu_failed};
 use super::start::fetch_image;
 use crate::firmware::{Flash, VARIABLES};
 use crate::host::{SharedHost, host_failed};
+use crate::nodes::{self, NODES};
 
 impl Actor {
     /// Makes the running VM what `wanted` says.
@@ -107,7 +109,11 @@ impl Actor {
             if qmp.has_dimm(&dimm).await.map_err(qemu_failed)? {
                 return Ok(());
             }
-            qmp.plug_dimm(&dimm, &record.spec.platform).await.map_err(qemu_failed)
+            if let Some(node) = record.node {
+                let nodes = nodes::read(Path::new(NODES));
+                self.host.memory.check_node(node, dimm.size, record.spec.platform.hugepages, &nodes)?;
+            }
+            qmp.plug_dimm(&dimm, &record.spec.platform, record.node).await.map_err(qemu_failed)
         };
         let grown = grown.await;
         // Where it is not known, the guest may have it.

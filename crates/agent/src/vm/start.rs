@@ -2,12 +2,13 @@
 //! left; and no vCPU runs before the journal knows the process.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
 use godwit_link::v1::FetchImageRequest;
-use godwit_model::{Accelerator, ErrorCode, Grant, ImageRef, Refusal, ResolvedSpec, Retry, RunState, VmId};
+use godwit_model::{Accelerator, ErrorCode, Grant, ImageRef, Numa, Refusal, ResolvedSpec, Retry, RunState, VmId};
 use godwit_qemu::cage::{self, CagePlan, DeviceNode, Limit, Network, PassedFds, Profile};
 use godwit_qemu::command::{DiskFds, qemu_arguments};
 use godwit_qemu::{Qmp, Resources, Sockets, Start};
@@ -17,6 +18,7 @@ use super::change::{open_disk, open_flash};
 use crate::guest;
 use crate::host::{SharedHost, host_failed, private_dir};
 use crate::journal::{Holding, VmRecord};
+use crate::nodes::{self, NODES};
 use crate::seed;
 use crate::storage::CachedImage;
 
@@ -69,6 +71,7 @@ impl Actor {
         let memory = record.spec.memory_with_dimms();
         let begun = async {
             self.host.memory.reserve(self.vm, memory)?;
+            record.node = self.put_on_a_node(&record.spec)?;
             self.record = Some(record);
             self.save()?;
             self.launch(start).await
@@ -89,6 +92,15 @@ impl Actor {
             return Err(refusal);
         }
         Ok(())
+    }
+
+    /// The memory node of a VM that wants to be on one, where there are several.
+    fn put_on_a_node(&self, spec: &ResolvedSpec) -> Result<Option<u32>, Refusal> {
+        if spec.platform.numa != Numa::OneNode || self.host.facts.numa_nodes <= 1 {
+            return Ok(None);
+        }
+        let nodes = nodes::read(Path::new(NODES));
+        self.host.memory.put_on_a_node(self.vm, spec.platform.hugepages, &nodes).map(Some)
     }
 
     async fn launch(&mut self, start: Start) -> Result<(), Refusal> {
@@ -124,7 +136,8 @@ impl Actor {
         let seed = spec.cloud_init.as_ref().map(|cloud_init| seed::descriptor(&seed::image(spec.vm, &spec.name, cloud_init)));
         let seed =
             seed.transpose().map_err(|error| host_failed("the VM's seed could not be made", &error))?.map(|seed| fds.pass(seed));
-        let cgroup = host.make_cgroup(self.vm, spec.memory_with_dimms());
+        let node = record.node.and_then(|id| nodes::read(Path::new(NODES)).into_iter().find(|node| node.id == id));
+        let cgroup = host.make_cgroup(self.vm, spec.memory_with_dimms(), node.as_ref());
         let tpm = self.start_tpm(&record, start, cgroup.clone()).await?.map(|control| fds.pass(control));
         let runtime_dir = host.vm_dir(self.vm);
         let failed = |error: std::io::Error| host_failed("the VM's runtime directory cannot be used", &error);
@@ -135,8 +148,20 @@ impl Actor {
         std::fs::set_permissions(&runtime_dir, std::os::unix::fs::PermissionsExt::from_mode(0o710)).map_err(failed)?;
         private_dir(&Sockets::own_dir(&runtime_dir), Some(uid)).map_err(failed)?;
         let channels = Sockets::in_dir(&runtime_dir).listen(&mut fds).map_err(failed)?;
-        let resources =
-            Resources { runtime_dir: runtime_dir.clone(), channels, kernel, initrd, flash, disks, media, taps, seed, tpm, start };
+        let resources = Resources {
+            runtime_dir: runtime_dir.clone(),
+            channels,
+            kernel,
+            initrd,
+            flash,
+            disks,
+            media,
+            taps,
+            seed,
+            tpm,
+            node: record.node,
+            start,
+        };
         let arguments =
             qemu_arguments(spec, &resources).map_err(|error| Refusal::new(ErrorCode::SpecInvalid, error.to_string()))?;
         let mut nodes = vec![DeviceNode::userfaultfd()];
@@ -155,6 +180,7 @@ impl Actor {
             nodes,
             cgroup,
             limits: Limit::DEFAULT.to_vec(),
+            cpus: node.as_ref().map(|node| node.cpus.clone()).unwrap_or_default(),
             keep: vec![],
             profile: Profile::Qemu,
             profile_name: None,

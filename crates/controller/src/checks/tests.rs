@@ -25,6 +25,7 @@ pub(crate) fn facts() -> HostFacts {
         tpm: true,
         hugepages: vec![],
         numa_nodes: 1,
+        node_memory: vec![],
         conditions: vec![],
     }
 }
@@ -124,6 +125,23 @@ fn ram_is_uneven_where_an_old_qemu_emulates_and_then_moves_from_there() {
     assert_eq!(refusal.code, ErrorCode::NotEnoughMemory);
     let kvm = HostFacts { accelerator: Accelerator::Kvm, ..old };
     assert!(!kvm.loses_writes_to(vm.memory), "KVM keeps a log of its own");
+}
+
+#[test]
+fn a_vm_on_one_memory_node_needs_a_host_with_one_or_an_agent_that_binds_and_a_node_that_is_large_enough() {
+    let vm = VmSpec { numa: Numa::OneNode, ..vm() };
+    let (h1, free, id, web1) = (name("h1"), load(Bytes::GIB), VmId::new(uuid::Uuid::nil()), name("web1"));
+    let start = |numa_nodes, node_memory: &[Bytes]| {
+        let facts = HostFacts { numa_nodes, node_memory: node_memory.to_vec(), ..facts() };
+        let hosts = [Candidate { name: &h1, facts: &facts, load: &free }];
+        decide_start((id, &web1, &vm), None, &hosts, &|_| None, &[]).map(drop)
+    };
+    assert_eq!(start(1, &[]), Ok(()));
+    assert_eq!(start(2, &[Bytes::mib(256), Bytes::mib(512)]), Ok(()));
+    for (nodes, memory) in [(2, &[][..]), (0, &[]), (2, &[Bytes::mib(511); 2])] {
+        let refusal = start(nodes, memory).expect_err("it cannot be bound");
+        assert_eq!((refusal.code, refusal.hint.is_some()), (ErrorCode::HostIncompatible, true), "{nodes} {memory:?}");
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::process::Command;
 use rustix::fs::Mode;
 use rustix::io::FdFlags;
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions};
-use rustix::thread::{Gid, Uid};
+use rustix::thread::{CpuSet, Gid, Uid};
 
 use super::keeper::{self, Keeper};
 use super::{CagePlan, LimitedResource, Network, apparmor, calls, root};
@@ -217,6 +217,7 @@ fn confine(plan: &CagePlan, tie: Tie) -> Result<std::convert::Infallible, CageEr
     if let Some(cgroup) = &plan.cgroup {
         join(cgroup)?;
     }
+    stay_on(&plan.cpus)?;
     // Links are followed now: where they lead to is not seen later.
     let file = match plan.binary.as_path() {
         path if path == Path::new(OURSELVES) => None,
@@ -267,6 +268,17 @@ fn read_plan(fd: RawFd) -> Result<CagePlan, CageError> {
 
 fn join(cgroup: &Path) -> Result<(), CageError> {
     fs::write(cgroup.join("cgroup.procs"), "0").map_err(step("join the VM's cgroup"))
+}
+
+/// Threads that the program makes stay there, too.
+fn stay_on(cpus: &[u32]) -> Result<(), CageError> {
+    if cpus.is_empty() {
+        return Ok(());
+    }
+    let mut set = CpuSet::new();
+    let cpus = cpus.iter().filter_map(|cpu| usize::try_from(*cpu).ok());
+    cpus.filter(|cpu| *cpu < CpuSet::MAX_CPU).for_each(|cpu| set.set(cpu));
+    rustix::thread::sched_setaffinity(None, &set).map_err(step("stay on the processors of its memory node"))
 }
 
 fn become_vm(uid: u32, gid: u32) -> Result<(), CageError> {

@@ -127,6 +127,7 @@ pub(crate) fn bare_plan(
         nodes: vec![],
         cgroup: None,
         limits: standing.iter().chain(limits).map(|(resource, value)| Limit { resource: *resource, value: *value }).collect(),
+        cpus: vec![],
         keep: vec![],
         profile: Profile::Tool,
         profile_name: None,

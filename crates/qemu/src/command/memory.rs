@@ -34,29 +34,36 @@ pub(super) fn check(spec: &ResolvedSpec) -> Result<(), CommandError> {
 }
 
 /// Whether RAM has a backend of its own.
-pub(super) const fn has_backend(platform: &Platform) -> bool {
-    platform.hugepages.is_some()
+pub(super) const fn has_backend(platform: &Platform, node: Option<u32>) -> bool {
+    platform.hugepages.is_some() || node.is_some()
 }
 
 /// RAM and DIMMs.
-pub(super) fn add(line: &mut Line, spec: &ResolvedSpec) {
-    if has_backend(&spec.platform) {
-        line.json("-object", backend(RAM.to_owned(), spec.memory.get(), &spec.platform));
+pub(super) fn add(line: &mut Line, spec: &ResolvedSpec, node: Option<u32>) {
+    if has_backend(&spec.platform, node) {
+        let ram = backend(RAM.to_owned(), spec.memory.get(), &spec.platform, node);
+        // RAM without a backend of its own is called so, on hosts where it is not bound: pages travel under that name.
+        let plain = spec.platform.hugepages.is_none();
+        line.json("-object", if plain { ram.with("x-use-canonical-path-for-ramblock-id", false) } else { ram });
     }
     let kib = |bytes: godwit_model::Bytes| format!("{}k", bytes.get() >> 10);
     let size = Pairs::new().with("size", kib(spec.memory));
     let Some((slots, room)) = spec.room() else { return line.pairs("-m", size) };
     line.pairs("-m", size.with("slots", slots).with("maxmem", kib(room)));
     for dimm in spec.dimms() {
-        line.json("-object", dimm_backend(dimm, &spec.platform));
+        line.json("-object", dimm_backend(dimm, &spec.platform, node));
         line.json("-device", dimm_device(dimm));
     }
 }
 
-/// A piece of the host's memory: of what all of the VM's is made of.
-fn backend(id: String, size: u64, platform: &Platform) -> Object {
+/// A piece of the host's memory: of what all of the VM's is made of, and where all of it is.
+fn backend(id: String, size: u64, platform: &Platform, node: Option<u32>) -> Object {
     let kind = if platform.hugepages.is_some() { "memory-backend-memfd" } else { "memory-backend-ram" };
     let backend = Object::new().with("qom-type", kind).with("id", id).with("size", size);
+    let backend = match node {
+        Some(node) => backend.with("host-nodes", vec![node]).with("policy", "bind"),
+        None => backend,
+    };
     let Some(pages) = platform.hugepages else {
         return backend.with("merge", false).with("dump", false);
     };
@@ -72,8 +79,8 @@ pub(crate) fn dimm_backend_name(dimm: &Dimm) -> String {
     format!("dimm{}-memory", dimm.slot)
 }
 
-pub(crate) fn dimm_backend(dimm: &Dimm, platform: &Platform) -> Object {
-    backend(dimm_backend_name(dimm), dimm.size.get(), platform)
+pub(crate) fn dimm_backend(dimm: &Dimm, platform: &Platform, node: Option<u32>) -> Object {
+    backend(dimm_backend_name(dimm), dimm.size.get(), platform, node)
 }
 
 pub(crate) fn dimm_device(dimm: &Dimm) -> Object {

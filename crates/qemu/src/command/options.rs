@@ -53,7 +53,7 @@ macro_rules! fields {
         }
     )*};
 }
-fields!(&str, String, bool, u16, u32, i32, u64, usize);
+fields!(&str, String, bool, u16, u32, i32, u64, usize, Vec<u32>);
 
 impl Field for Object {
     fn json(self) -> String {

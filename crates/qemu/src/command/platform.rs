@@ -38,7 +38,7 @@ pub(super) fn check(spec: &ResolvedSpec) -> Result<(), CommandError> {
     Ok(())
 }
 
-pub(super) fn add(line: &mut Line, spec: &ResolvedSpec) {
+pub(super) fn add(line: &mut Line, spec: &ResolvedSpec, node: Option<u32>) {
     let platform = &spec.platform;
     let secure_boot = matches!(platform.firmware, Firmware::Uefi { secure_boot: true, .. });
     // Variables that decide what may boot are written in system management mode only.
@@ -48,7 +48,7 @@ pub(super) fn add(line: &mut Line, spec: &ResolvedSpec) {
     let machine = machine.with("dump-guest-core", "off").with("mem-merge", "off");
     let uefi = platform.firmware.is_uefi();
     let machine = if uefi { machine.with("pflash0", "firmware").with("pflash1", "variables") } else { machine };
-    let machine = if memory::has_backend(platform) { machine.with("memory-backend", memory::RAM) } else { machine };
+    let machine = if memory::has_backend(platform, node) { machine.with("memory-backend", memory::RAM) } else { machine };
     line.pairs("-machine", machine);
     if secure_boot {
         line.pairs("-global", Pairs::new().with("driver", "cfi.pflash01").with("property", "secure").with("value", "on"));
@@ -60,7 +60,7 @@ pub(super) fn add(line: &mut Line, spec: &ResolvedSpec) {
     }
     line.pairs("-cpu", cpu);
     line.pairs("-smp", Pairs::new().with("cpus", spec.vcpus).with("sockets", 1).with("cores", spec.vcpus).with("threads", 1));
-    memory::add(line, spec);
+    memory::add(line, spec, node);
     line.pairs("-overcommit", Pairs::new().with("mem-lock", "off"));
     let base = match platform.rtc.base {
         RtcBase::Utc => "utc",

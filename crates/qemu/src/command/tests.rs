@@ -58,6 +58,7 @@ fn resources() -> Resources {
         taps: vec![16],
         seed: None,
         tpm: None,
+        node: None,
         start: Start::Incoming,
     }
 }
@@ -191,6 +192,30 @@ fn memory_has_room_only_where_the_spec_says_so_and_dimms_are_where_they_were() {
 }
 
 #[test]
+fn a_memory_node_is_bound_to_without_a_change_that_the_guest_or_a_migration_sees() {
+    let mut vm = spec();
+    with_dimms(&mut vm, &[(0, 4_096, 128)]);
+    let free = qemu_arguments(&vm, &resources()).expect("arguments");
+    let bound = qemu_arguments(&vm, &Resources { node: Some(1), ..resources() }).expect("arguments");
+    let bound = bound.join("\n");
+    assert!(bound.contains("mem-merge=off,memory-backend=pc.ram\n"), "{bound}");
+    for backend in [
+        r#"{"qom-type":"memory-backend-ram","id":"pc.ram","size":536870912,"host-nodes":[1],"policy":"bind","merge":false,"dump":false,"x-use-canonical-path-for-ramblock-id":false}"#,
+        r#"{"qom-type":"memory-backend-ram","id":"dimm0-memory","size":134217728,"host-nodes":[1],"policy":"bind","merge":false,"dump":false}"#,
+    ] {
+        assert!(bound.contains(backend), "{bound}");
+    }
+    // Nothing else differs.
+    let same = bound.replace(r#""host-nodes":[1],"policy":"bind","#, "").replace(",memory-backend=pc.ram", "");
+    let ram = "-object\n{\"qom-type\":\"memory-backend-ram\",\"id\":\"pc.ram\",\"size\":536870912,\"merge\":false,\"dump\":false,\"x-use-canonical-path-for-ramblock-id\":false}\n";
+    assert_eq!(same.replace(ram, ""), free.join("\n"));
+    let (huge, resources) = full();
+    let bound = qemu_arguments(&huge, &Resources { node: Some(0), ..resources }).expect("arguments").join("\n");
+    assert!(bound.contains(r#""size":536870912,"host-nodes":[0],"policy":"bind","hugetlb":true"#), "{bound}");
+    assert!(!bound.contains("ramblock"), "RAM of huge pages keeps the name that it had: {bound}");
+}
+
+#[test]
 fn what_a_later_or_hostile_controller_sends_is_refused() {
     type Change = fn(&mut ResolvedSpec);
     let cases: [(&str, Change); 18] = [
@@ -234,6 +259,7 @@ fn the_guest_sees_the_same_on_every_host() {
         taps: vec![50],
         seed: None,
         tpm: None,
+        node: None,
         start: Start::Fresh,
     };
     let there = qemu_arguments(&spec(), &elsewhere).expect("arguments");

@@ -36,6 +36,7 @@ fn plan(binary: &Path, arguments: &[&str], dir: &Path) -> CagePlan {
         nodes: vec![],
         cgroup: None,
         limits: Limit::DEFAULT.to_vec(),
+        cpus: vec![],
         keep: vec![],
         profile: Profile::Qemu,
         profile_name: None,

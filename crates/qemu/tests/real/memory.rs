@@ -1,14 +1,16 @@
 //! Memory that comes while a VM runs: where every version has it, in the guest, and on the way to another version.
 
+use std::fs;
 use std::path::Path;
 
-use godwit_model::{Bytes, Dimm, Growth, GuestAddress, LiveChange, ResolvedSpec};
+use godwit_model::{Bytes, Dimm, Growth, GuestAddress, LiveChange, Numa, ResolvedSpec};
 use godwit_qemu::{GuestAgent, Qmp, Start};
 use serde_json::{Value, json};
 
 use crate::devices::complete;
 use crate::guest::{run, shell};
 use crate::place::{LIMIT, Place, Vm, initramfs_with_agent, launch, launch_with, qemus, spec};
+use crate::start::status_field;
 
 fn growing(memory: Bytes, max: Bytes) -> ResolvedSpec {
     let mut spec = ResolvedSpec { memory, growth: Some(Growth::to(max)), ..spec("pc-q35-7.2", &[]) };
@@ -78,17 +80,17 @@ async fn grow_and_move(from: &Path, to: &Path) {
 
     let dimm = dimm_for(&spec, Bytes::mib(512));
     assert!(!source.qmp.has_dimm(&dimm).await.expect("asked"), "{way}");
-    source.qmp.plug_dimm(&dimm, &spec.platform).await.expect("memory");
+    source.qmp.plug_dimm(&dimm, &spec.platform, None).await.expect("memory");
     assert!(source.qmp.has_dimm(&dimm).await.expect("asked"), "{way}");
-    source.qmp.plug_dimm(&dimm, &spec.platform).await.expect_err("it is there");
+    source.qmp.plug_dimm(&dimm, &spec.platform, None).await.expect_err("it is there");
     assert!(source.qmp.has_dimm(&dimm).await.expect("asked"), "{way}");
     LiveChange::Memory { dimm }.apply(&mut spec);
     let misplaced = Dimm { address: GuestAddress(dimm.address.0 + (128 << 20)), ..dimm_for(&spec, Bytes::mib(640)) };
-    source.qmp.plug_dimm(&misplaced, &spec.platform).await.expect_err("another DIMM is there");
+    source.qmp.plug_dimm(&misplaced, &spec.platform, None).await.expect_err("another DIMM is there");
     assert_eq!(backends(&source.qmp).await, ["dimm0-memory"], "{way}");
     wait_for_memory(&agent, before, dimm.size).await;
     // Linux takes memory above 4 GiB first, where DIMMs are.
-    let written = run(&agent, &shell("head -c 32000000 /dev/urandom > /noise && md5sum /noise")).await;
+    let written = run(&agent, &shell("head -c 8000000 /dev/urandom > /noise && md5sum /noise")).await;
     assert_eq!(written.exit_code, Some(0), "{way}: {}", String::from_utf8_lossy(&written.stderr.0));
 
     // An old QEMU that emulates loses what is written to a DIMM while it is copied.
@@ -101,7 +103,7 @@ async fn grow_and_move(from: &Path, to: &Path) {
     let read = run(&agent, &shell("md5sum /noise")).await;
     assert_eq!(read.stdout.0, written.stdout.0, "{way}");
     let more = dimm_for(&spec, Bytes::mib(640));
-    destination.qmp.plug_dimm(&more, &spec.platform).await.expect("more memory after the move");
+    destination.qmp.plug_dimm(&more, &spec.platform, None).await.expect("more memory after the move");
     wait_for_memory(&agent, before, Bytes::mib(384)).await;
     assert!(destination.log().is_empty(), "{way}: {}", destination.log());
 }
@@ -118,5 +120,49 @@ async fn memory_comes_and_moves_from_the_other_version_too() {
     match &all[..] {
         [here, other] => grow_and_move(other, here).await,
         _ => eprintln!("one version of QEMU: nothing is proven here"),
+    }
+}
+
+/// How many pieces of at least `size` a process has bound to node 0.
+fn bound_pieces(pid: u32, size: Bytes) -> usize {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps");
+    let length = |line: &str| {
+        let (from, to) = line.split(' ').next()?.split_once('-')?;
+        Some(u64::from_str_radix(to, 16).ok()? - u64::from_str_radix(from, 16).ok()?)
+    };
+    let large = maps.lines().filter(|line| length(line).is_some_and(|length| length >= size.get()));
+    let large: Vec<&str> = large.filter_map(|line| line.split('-').next()).collect();
+    let policies = fs::read_to_string(format!("/proc/{pid}/numa_maps")).expect("policies");
+    let of =
+        |address: &str| policies.lines().find(|line| line.trim_start_matches('0').starts_with(address.trim_start_matches('0')));
+    large.into_iter().filter(|address| of(address).is_some_and(|line| line.contains(" bind:0"))).count()
+}
+
+#[tokio::test]
+async fn a_vm_is_bound_to_a_memory_node_and_moves_to_and_from_hosts_where_it_is_not() {
+    let all = qemus();
+    for (from, to) in [(&all[0], all.last().expect("a QEMU")), (all.last().expect("a QEMU"), &all[0])] {
+        let way = format!("{} -> {}", from.display(), to.display());
+        let place = Place::new();
+        let mut free = growing(Bytes::mib(256), Bytes::GIB);
+        let mut bound = free.clone();
+        bound.platform.numa = Numa::OneNode;
+        let source = launch(&place, from, &bound, &[], Start::Fresh).await;
+        let pid = source.process.identity().pid;
+        assert_eq!(bound_pieces(pid, Bytes::mib(256)), 1, "{way}");
+        assert_eq!(status_field(pid, "Cpus_allowed_list"), "0", "{way}");
+        source.boot().await;
+        let dimm = dimm_for(&bound, Bytes::mib(512));
+        source.qmp.plug_dimm(&dimm, &bound.platform, Some(0)).await.expect("memory");
+        assert_eq!(bound_pieces(pid, Bytes::mib(256)), 2, "{way}");
+        [&mut free, &mut bound].into_iter().for_each(|spec| LiveChange::Memory { dimm }.apply(spec));
+        source.qmp.stop(LIMIT).await.expect("stopped");
+        let middle = launch(&place, to, &free, &[], Start::Incoming).await;
+        assert_eq!(bound_pieces(middle.process.identity().pid, Bytes::mib(256)), 0, "{way}");
+        complete(&source, &middle, &way).await;
+        middle.qmp.stop(LIMIT).await.expect("stopped");
+        let back = launch(&place, from, &bound, &[], Start::Incoming).await;
+        assert_eq!(bound_pieces(back.process.identity().pid, Bytes::mib(256)), 2, "{way}");
+        complete(&middle, &back, &way).await;
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use godwit_model::spec::{ResolvedDisk, ResolvedNic, SPEC_SCHEMA};
 use godwit_model::{
-    Accelerator, Bytes, CacheMode, DiskFormat, Firmware, ImageId, ImageRef, Name, Platform, PowerOff, ResolvedSpec, VmId,
+    Accelerator, Bytes, CacheMode, DiskFormat, Firmware, ImageId, ImageRef, Name, Numa, Platform, PowerOff, ResolvedSpec, VmId,
 };
 use godwit_qemu::cage::{DeviceNode, Limit, Network, Profile};
 use godwit_qemu::command::{DiskFds, FlashFds, default_cpu, qemu_arguments};
@@ -239,7 +239,9 @@ pub(crate) async fn launch_with(
     let flash = flash(place, spec, &mut fds);
     let (tpm, control) = tpm(&dir, uid, spec, &mut fds).await.unzip();
     let (runtime_dir, seed) = (dir.clone(), None);
-    let resources = Resources { runtime_dir, channels, kernel, initrd, flash, disks, media, taps, seed, tpm: control, start };
+    // Every host has a node 0 with a processor 0.
+    let node = (spec.platform.numa == Numa::OneNode).then_some(0);
+    let resources = Resources { runtime_dir, channels, kernel, initrd, flash, disks, media, taps, seed, tpm: control, node, start };
     let plan = CagePlan {
         uid,
         gid: uid,
@@ -252,6 +254,7 @@ pub(crate) async fn launch_with(
         nodes: vec![DeviceNode::userfaultfd()],
         cgroup: None,
         limits: Limit::DEFAULT.to_vec(),
+        cpus: node.map(|_| 0).into_iter().collect(),
         keep: vec![],
         profile: Profile::Qemu,
         profile_name: None,

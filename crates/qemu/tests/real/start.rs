@@ -170,6 +170,7 @@ async fn the_cage_refuses_to_run_qemu_as_root_and_says_so() {
         nodes: vec![],
         cgroup: None,
         limits: vec![],
+        cpus: vec![],
         keep: vec![],
         profile: Profile::Qemu,
         profile_name: None,
