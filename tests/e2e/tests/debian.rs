@@ -194,13 +194,13 @@ for name, attempt in {
 "#;
 
 /// Where things are on the host that the probe attacks; the files of another VM belong to another uid.
-const PREPARE: &str = "mount -t securityfs securityfs /sys/kernel/security && mkdir -p /host /mnt /srv/pool /var/lib/godwit/agent \
+const PREPARE: &str = "umask 022 && mount -t securityfs securityfs /sys/kernel/security && mkdir -p /host /mnt /srv/pool /var/lib/godwit/agent \
     /run/godwit/1111/own /run/godwit/2222/own && mount -o ro /dev/vdb /host && cp -rn /host/usr / && \
     touch /srv/pool/volume /var/lib/godwit/agent/journal /run/godwit/2222/own/vnc && chown -R 70000 /run/godwit/2222";
 
 /// `host check` loads the profiles and starts QEMU and swtpm in cages; meanwhile the labels of all processes are looked at.
 const CHECK: &str = "(until [ -e /run/checked ]; do for label in /proc/[0-9]*/attr/current; do \
-    read -r name <$label && case $name in godwit*) echo $name;; esac; done; sleep 0.1; done >/run/seen 2>/dev/null) & \
+    read -r name <$label && case $name in godwit*) echo $name;; esac; done; sleep 0.5; done >/run/seen 2>/dev/null) & \
     godwit host check -o json --pool local=/srv/pool --qemu";
 
 #[test]
@@ -223,7 +223,9 @@ fn where_apparmor_is_enforced_qemu_runs_under_our_profile_which_refuses_what_it_
     let findings: serde_json::Value = serde_json::from_str(&says(&cluster, &check)?.context("findings")?)?;
     for wanted in ["apparmor", "qemu", "tpm"] {
         let finding = findings.as_array().into_iter().flatten().find(|finding| finding["name"] == wanted).context("a finding")?;
-        ensure!(finding["level"] == "ok", "{finding}");
+        // An older QEMU works and is warned of.
+        let well = finding["level"] == "ok" || (wanted == "qemu" && finding["level"] == "warn");
+        ensure!(well, "{finding}");
     }
     let profiles =
         says(&cluster, "sed -n 's/ (enforce)$//p' /sys/kernel/security/apparmor/profiles | grep ^godwit-")?.unwrap_or_default();
