@@ -50,7 +50,7 @@ fn says(cluster: &Cluster, script: &str) -> Result<Option<String>> {
 
 /// Waits until a script succeeds.
 fn says_in_time(cluster: &Cluster, script: &str) -> Result<String> {
-    let deadline = Instant::now() + Duration::from_secs(180);
+    let deadline = Instant::now() + Duration::from_secs(240);
     loop {
         if let Some(said) = says(cluster, script)? {
             return Ok(said);
