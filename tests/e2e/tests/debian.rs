@@ -35,7 +35,7 @@ fn says(cluster: &Cluster, script: &str) -> Result<Option<String>> {
         program: "/bin/sh".into(),
         args: vec!["-c".into(), format!("export PATH=/usr/sbin:/usr/bin; {script}")],
         stdin: None,
-        timeout: Some(Millis(180_000)),
+        timeout: Some(Millis(240_000)),
     };
     match cluster.ask(cluster.client().exec_vm(&Name::new("debian")?, &request)) {
         Ok(outcome) if outcome.exit_code == Some(0) => Ok(Some(String::from_utf8_lossy(&outcome.stdout.0).into_owned())),
@@ -48,16 +48,14 @@ fn says(cluster: &Cluster, script: &str) -> Result<Option<String>> {
     }
 }
 
-/// Waits until a script succeeds.
-fn says_in_time(cluster: &Cluster, script: &str) -> Result<String> {
-    let deadline = Instant::now() + Duration::from_secs(180);
-    loop {
-        if let Some(said) = says(cluster, script)? {
-            return Ok(said);
-        }
-        ensure!(Instant::now() < deadline, "{script}: never");
+/// Waits for the Debian's agent.
+fn answers(cluster: &Cluster) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(90);
+    while says(cluster, "true")?.is_none() {
+        ensure!(Instant::now() < deadline, "the Debian does not boot");
         thread::sleep(Duration::from_secs(1));
     }
+    Ok(())
 }
 
 #[test]
@@ -78,7 +76,10 @@ fn debians_own_cloud_init_does_what_the_seed_says_and_knows_it_again_on_another_
     };
     let nic = NicSpec { mac: Some(MAC.parse()?), ..NicSpec::new(Name::new("default")?) };
     start(&cluster, "", |spec| VmSpec { nics: vec![nic], cloud_init: Some(seed), ..spec })?;
-    let result = says_in_time(&cluster, "cat /run/cloud-init/result.json 2>/dev/null")?;
+    answers(&cluster)?;
+    // Waited for inside: each question from outside takes time from cloud-init.
+    let result = "until [ -e /run/cloud-init/result.json ]; do sleep 2; done; cat /run/cloud-init/result.json";
+    let result = says(&cluster, result)?.context("a result of cloud-init")?;
     let log = "grep -E 'WARNING|ERROR|CRITICAL' /var/log/cloud-init.log || true";
     let complaints = says(&cluster, log)?.context("a log")?;
     ensure!(
@@ -194,13 +195,13 @@ for name, attempt in {
 "#;
 
 /// Where things are on the host that the probe attacks; the files of another VM belong to another uid.
-const PREPARE: &str = "mount -t securityfs securityfs /sys/kernel/security && mkdir -p /host /mnt /srv/pool /var/lib/godwit/agent \
+const PREPARE: &str = "umask 022 && mount -t securityfs securityfs /sys/kernel/security && mkdir -p /host /mnt /srv/pool /var/lib/godwit/agent \
     /run/godwit/1111/own /run/godwit/2222/own && mount -o ro /dev/vdb /host && cp -rn /host/usr / && \
     touch /srv/pool/volume /var/lib/godwit/agent/journal /run/godwit/2222/own/vnc && chown -R 70000 /run/godwit/2222";
 
 /// `host check` loads the profiles and starts QEMU and swtpm in cages; meanwhile the labels of all processes are looked at.
 const CHECK: &str = "(until [ -e /run/checked ]; do for label in /proc/[0-9]*/attr/current; do \
-    read -r name <$label && case $name in godwit*) echo $name;; esac; done; sleep 0.1; done >/run/seen 2>/dev/null) & \
+    read -r name <$label && case $name in godwit*) echo $name;; esac; done; sleep 0.5; done >/run/seen 2>/dev/null) & \
     godwit host check -o json --pool local=/srv/pool --qemu";
 
 #[test]
@@ -215,7 +216,7 @@ fn where_apparmor_is_enforced_qemu_runs_under_our_profile_which_refuses_what_it_
         spec.disks.push(disk);
         VmSpec { memory: Bytes::mib(768), ..spec }
     })?;
-    says_in_time(&cluster, "true")?;
+    answers(&cluster)?;
     let place = unpacked.map(|prefix| format!("mkdir -p {0} && mount --bind /host/qemu {0}", prefix.display()));
     says(&cluster, &format!("{PREPARE} && {}", place.unwrap_or_else(|| "true".into())))?.context("what a host has")?;
 
@@ -223,7 +224,9 @@ fn where_apparmor_is_enforced_qemu_runs_under_our_profile_which_refuses_what_it_
     let findings: serde_json::Value = serde_json::from_str(&says(&cluster, &check)?.context("findings")?)?;
     for wanted in ["apparmor", "qemu", "tpm"] {
         let finding = findings.as_array().into_iter().flatten().find(|finding| finding["name"] == wanted).context("a finding")?;
-        ensure!(finding["level"] == "ok", "{finding}");
+        // An older QEMU works and is warned of.
+        let well = finding["level"] == "ok" || (wanted == "qemu" && finding["level"] == "warn");
+        ensure!(well, "{finding}");
     }
     let profiles =
         says(&cluster, "sed -n 's/ (enforce)$//p' /sys/kernel/security/apparmor/profiles | grep ^godwit-")?.unwrap_or_default();

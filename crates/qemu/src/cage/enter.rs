@@ -223,6 +223,8 @@ fn confine(plan: &CagePlan, tie: Tie) -> Result<std::convert::Infallible, CageEr
         path if path == Path::new(OURSELVES) => None,
         path => Some(fs::canonicalize(path).map_err(|source| CageError::Exec { binary: path.to_owned(), source })?),
     };
+    // Whatever the agent's was: the uid has to pass through the directories that are made.
+    rustix::process::umask(Mode::WGRP | Mode::WOTH);
     root::enter(plan, file.as_deref()).map_err(|error| CageError::Root(error.to_string()))?;
     rustix::process::chdir(&plan.working_dir).map_err(step("enter the working directory"))?;
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
