@@ -133,7 +133,7 @@ fn a_vm_on_one_memory_node_needs_a_host_with_one_or_an_agent_that_binds_and_a_no
     let (h1, free, id, web1) = (name("h1"), load(Bytes::GIB), VmId::new(uuid::Uuid::nil()), name("web1"));
     let start = |numa_nodes, node_memory: &[Bytes]| {
         let facts = HostFacts { numa_nodes, node_memory: node_memory.to_vec(), ..facts() };
-        let hosts = [Candidate { name: &h1, facts: &facts, load: &free }];
+        let hosts = [Candidate { name: &h1, facts: &facts, load: &free, skew: None }];
         decide_start((id, &web1, &vm), None, &hosts, &|_| None, &[]).map(drop)
     };
     assert_eq!(start(1, &[]), Ok(()));
