@@ -236,10 +236,10 @@ impl Actor {
         match action {
             DestinationAction::Wait(wait) => Some(Duration::from_millis(wait.get())),
             DestinationAction::Tell(message, wait) => {
-                if let Some(Moving::Destination(moving)) = &self.moving {
-                    if let Some(source) = &moving.grant.source {
-                        tell(&self.host, moving.carry.as_ref(), &moving.grant, source, message);
-                    }
+                if let Some(Moving::Destination(moving)) = &self.moving
+                    && let Some(source) = &moving.grant.source
+                {
+                    tell(&self.host, moving.carry.as_ref(), &moving.grant, source, message);
                 }
                 Some(Duration::from_millis(wait.get()))
             }

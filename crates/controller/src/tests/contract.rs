@@ -88,6 +88,7 @@ async fn what_is_answered_fits_what_is_described() {
         ("task_list", "/tasks"),
         ("team_list", "/teams"),
         ("token_list", "/tokens"),
+        ("cpu_baseline", "/cluster/cpu-baseline"),
     ] {
         contract.hold(id, send(get.clone(), path, null.clone()).await, 200).await;
     }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use axum::Router;
 use axum::http::StatusCode;
@@ -182,7 +183,13 @@ async fn an_import_can_be_cancelled_holds_its_name_and_goes_on_after_a_restart()
     cluster.options.converter = unconfined();
     cluster.start().await;
     assert_eq!(cluster.ended(resumed).await.state, TaskState::Done);
-    assert_eq!(files(&cluster).len(), 1);
+    // What it was made of goes right after.
+    soon(async {
+        while files(&cluster).len() != 1 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
     cluster.stop().await;
 }
 

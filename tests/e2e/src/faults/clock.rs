@@ -63,8 +63,8 @@ impl Clocks {
 
 fn library() -> Result<PathBuf> {
     let folders = fs::read_dir("/usr/lib").context("/usr/lib")?;
-    let libraries = folders.flatten().map(|folder| folder.path().join("faketime/libfaketimeMT.so.1"));
-    libraries.filter(|library| library.exists()).next().context("no libfaketime, which `scripts/setup` installs")
+    let mut libraries = folders.flatten().map(|folder| folder.path().join("faketime/libfaketimeMT.so.1"));
+    libraries.find(|library| library.exists()).context("no libfaketime, which `scripts/setup` installs")
 }
 
 #[cfg(test)]
