@@ -124,7 +124,7 @@ struct HostRecord {
     epoch: Epoch,
     /// Which of all controllers that ever counted to this epoch.
     #[serde(default)]
-    reign: String,
+    epoch_id: String,
     /// How far its store was.
     #[serde(default)]
     mark: u64,
@@ -231,8 +231,8 @@ impl Journal {
     }
 
     /// Whose epoch it was, and how far its store was when this host was last told.
-    pub(crate) fn reign(&self) -> Result<(String, u64), JournalError> {
-        self.host().map(|host| (host.reign, host.mark))
+    pub(crate) fn epoch_id(&self) -> Result<(String, u64), JournalError> {
+        self.host().map(|host| (host.epoch_id, host.mark))
     }
 
     fn host(&self) -> Result<HostRecord, JournalError> {
@@ -245,8 +245,8 @@ impl Journal {
     }
 
     /// From now on commands of an older epoch are refused.
-    pub(crate) fn write_epoch(&self, epoch: Epoch, reign: String) -> Result<(), JournalError> {
-        replace(&self.dir.join("host.json"), &HostRecord { epoch, reign, mark: 0 })
+    pub(crate) fn write_epoch(&self, epoch: Epoch, epoch_id: String) -> Result<(), JournalError> {
+        replace(&self.dir.join("host.json"), &HostRecord { epoch, epoch_id, mark: 0 })
     }
 
     /// From now on a controller whose store is behind this is told so.

@@ -120,7 +120,7 @@ impl Sessions {
             return Err(SessionError::Epoch { offered, known });
         }
         if offered > known {
-            self.host.journal.write_epoch(offered, welcome.reign)?;
+            self.host.journal.write_epoch(offered, welcome.epoch_id)?;
         }
         tracing::info!(epoch = offered.0, "session begun");
         self.host.controller.set(Some((sender, client.clone())));
@@ -152,7 +152,7 @@ impl Sessions {
         let standing = tokio::task::spawn_blocking(move || check::standing(&options)).await.unwrap_or_default();
         let mut facts = self.host.facts.clone();
         facts.conditions.extend(standing.into_iter().filter_map(Finding::condition));
-        let (reign, mark) = self.host.journal.reign()?;
+        let (epoch_id, mark) = self.host.journal.epoch_id()?;
         let reports = self.host.reports.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(v1::Hello {
             protocol: PROTOCOL,
@@ -161,7 +161,7 @@ impl Sessions {
             load,
             vms: reports.values().cloned().collect(),
             epoch: self.host.journal.epoch()?.0,
-            reign,
+            epoch_id,
             mark,
             migration_address: self.host.migration_address().to_string(),
         })

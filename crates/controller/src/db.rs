@@ -222,7 +222,7 @@ impl Db {
         }
         let gap = if restored { GAP } else { 0 };
         (row.epoch, row.past) = (Epoch(row.epoch.0 + 1 + gap), row.past + gap);
-        row.lately.push(EpochMark { epoch: row.epoch, reign: clock::fresh().to_string(), ended: None });
+        row.lately.push(EpochMark { epoch: row.epoch, id: clock::fresh().to_string(), ended: None });
         row.lately.drain(..row.lately.len().saturating_sub(LATELY));
         let writes = vec![Write::Put(key.into(), pack(&row))];
         let reign = store.txn(Txn { expects: vec![(key.into(), expect)], writes }).await?;
@@ -235,15 +235,15 @@ impl Db {
     }
 
     /// What agents are told of this epoch besides its number.
-    pub(crate) fn reign(&self) -> &str {
-        self.epoch.lately.last().map_or("", |epoch| epoch.reign.as_str())
+    pub(crate) fn epoch_id(&self) -> &str {
+        self.epoch.lately.last().map_or("", |epoch| epoch.id.as_str())
     }
 
     /// Whether somebody who was told of this epoch and mark was told by this very store, and no more than it knows. Epochs of long ago are
     /// taken on trust.
-    pub(crate) fn knows(&self, epoch: Epoch, reign: &str, mark: u64) -> bool {
+    pub(crate) fn knows(&self, epoch: Epoch, id: &str, mark: u64) -> bool {
         let Some(known) = self.epoch.lately.iter().find(|known| known.epoch == epoch) else { return epoch < self.epoch.epoch };
-        (reign.is_empty() || known.reign == reign) && mark <= known.ended.unwrap_or_else(|| self.mark())
+        (id.is_empty() || known.id == id) && mark <= known.ended.unwrap_or_else(|| self.mark())
     }
 
     /// The epoch of this controller.

@@ -79,7 +79,7 @@ pub(crate) struct EpochRow {
 pub(crate) struct EpochMark {
     pub(crate) epoch: Epoch,
     /// Unique to it: a copy of the store that is started again counts to the same number.
-    pub(crate) reign: String,
+    pub(crate) id: String,
     /// The mark that it came to, once it has ended.
     pub(crate) ended: Option<u64>,
 }

@@ -129,7 +129,7 @@ fn a_hosts_certificate_gets_and_says_nothing_about_another_hosts_vm() -> Result<
             vms: vec![lie.clone()],
             epoch: 0,
             migration_address: String::new(),
-            reign: String::new(),
+            epoch_id: String::new(),
             mark: 0,
         };
         let said = [Body::Hello(hello), Body::Vm(VmReport { generation: 1, ..lie })].map(|body| AgentMessage { body: Some(body) });

@@ -73,7 +73,7 @@ fn an_epoch_is_remembered_with_whose_it_is_and_how_far_that_came() {
     journal.write_mark(70).expect("written");
     journal.write_mark(60).expect("written");
     let again = Journal::open(dir.path().into()).expect("opened");
-    assert_eq!((again.epoch().expect("read"), again.reign().expect("read")), (Epoch(4), ("four".into(), 70)));
+    assert_eq!((again.epoch().expect("read"), again.epoch_id().expect("read")), (Epoch(4), ("four".into(), 70)));
     again.write_epoch(Epoch(5), "five".into()).expect("written");
-    assert_eq!(again.reign().expect("read"), ("five".into(), 0));
+    assert_eq!(again.epoch_id().expect("read"), ("five".into(), 0));
 }

@@ -99,7 +99,7 @@ impl LinkServer {
             .hint("bring agent and controller to versions that go together"));
         }
         let (epoch, mark) = (self.db.epoch().0, self.db.mark());
-        let known = hello.epoch == 0 || self.db.knows(Epoch(hello.epoch), &hello.reign, hello.mark);
+        let known = hello.epoch == 0 || self.db.knows(Epoch(hello.epoch), &hello.epoch_id, hello.mark);
         if !known && !restore::is_unheard(&self.db, host).await.map_err(Fault::refusal)? {
             return Err(Refusal::new(
                 ErrorCode::GenerationStale,
@@ -123,7 +123,7 @@ impl LinkServer {
         let migration_address = elsewhere.map(|elsewhere| checked_address(elsewhere)).transpose()?;
         let presence = Presence { address, migration_address, facts: Arc::new(facts), load, skew: None };
         let heartbeat_ms = u32::try_from(self.heartbeat.as_millis()).unwrap_or(u32::MAX);
-        let body = controller_message::Body::Welcome(v1::Welcome { epoch, heartbeat_ms, reign: self.db.reign().to_owned() });
+        let body = controller_message::Body::Welcome(v1::Welcome { epoch, heartbeat_ms, epoch_id: self.db.epoch_id().to_owned() });
         // Before the hub knows the session: nothing may overtake it. The queue is empty; a receiver that is gone shows below.
         let _ = sender.try_send(Ok(v1::ControllerMessage { body: Some(body) }));
         let attendance = self.hub.attach(host, presence, sender.clone());

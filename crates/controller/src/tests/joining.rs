@@ -172,7 +172,7 @@ async fn an_agent_that_has_served_a_newer_controller_or_speaks_otherwise_is_not_
             vms: vec![],
             epoch: 1,
             migration_address: String::new(),
-            reign: String::new(),
+            epoch_id: String::new(),
             mark: 0,
         };
         change(&mut hello);

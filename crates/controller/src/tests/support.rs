@@ -156,7 +156,7 @@ impl Cluster {
             vms,
             epoch: host.told.0,
             migration_address: host.migration_address.clone(),
-            reign: host.told.1.clone(),
+            epoch_id: host.told.1.clone(),
             mark: host.told.2,
         };
         sender.send(message(Body::Hello(hello))).await.expect("queue");
@@ -310,7 +310,7 @@ pub(super) struct Host {
     pub(super) facts: HostFacts,
     pub(super) load: HostLoad,
     pub(super) migration_address: String,
-    /// Epoch, reign and mark that it was told last.
+    /// Epoch, its id and the mark that it was told last.
     pub(super) told: (u64, String, u64),
 }
 
@@ -337,7 +337,7 @@ impl Agent {
     pub(super) async fn told(&mut self, mark: u64) -> (u64, String, u64) {
         self.fleet_when(|fleet| fleet.mark > mark).await;
         let welcome = self.welcome.clone().expect("it was welcome");
-        (welcome.epoch, welcome.reign, self.fleet.as_ref().map_or(0, |fleet| fleet.mark))
+        (welcome.epoch, welcome.epoch_id, self.fleet.as_ref().map_or(0, |fleet| fleet.mark))
     }
 
     /// The next message but fleets and peers, which are kept; nothing when the stream has ended.
