@@ -106,7 +106,8 @@ async fn attend(host: SharedHost, vm: VmId, agent: GuestAgent, qmp: Qmp, mut not
                 // A guest that opens and closes its channel all the time is looked at no more often for it.
                 Notice::Event(event) if matches!(event.name.as_str(), "VSERPORT_CHANGE" | "RESUME") => {
                     next = next.min(Instant::now() + SETTLE);
-                    stood_still |= event.name == "RESUME";
+                    // One that boots has not opened its channel yet: its clock is its own affair.
+                    stood_still |= event.name == "RESUME" && qmp.query_channel_open(CHANNEL).await.unwrap_or(false);
                 }
                 Notice::Event(_) | Notice::Missed(_) => {}
                 Notice::Ended(_) => return,

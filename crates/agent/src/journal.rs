@@ -120,14 +120,18 @@ pub(crate) struct EndedMove {
 
 /// What is true of the host as a whole.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct HostRecord {
-    epoch: Epoch,
+pub(crate) struct HostRecord {
+    /// The highest epoch that it was told of.
+    pub(crate) epoch: Epoch,
     /// Which of all controllers that ever counted to this epoch.
     #[serde(default)]
-    epoch_id: String,
+    pub(crate) epoch_id: String,
     /// How far its store was.
     #[serde(default)]
-    mark: u64,
+    pub(crate) mark: u64,
+    /// The hosts that it had.
+    #[serde(default)]
+    pub(crate) members: Vec<String>,
 }
 
 /// The journal's directory.
@@ -172,12 +176,7 @@ impl Journal {
 
     /// The highest generation of a VM that was dealt with here and is not held any more.
     pub(crate) fn floor(&self, vm: VmId) -> Result<Generation, JournalError> {
-        let path = self.floor_path(vm);
-        match fs::read(&path) {
-            Ok(bytes) => parse(&path, &bytes),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Generation(0)),
-            Err(source) => Err(JournalError::Io { path, action: "read", source }),
-        }
+        Ok(read(&self.floor_path(vm))?.unwrap_or_default())
     }
 
     /// Raises the floor; it never falls.
@@ -194,6 +193,11 @@ impl Journal {
     pub(crate) fn vms(&self) -> Result<BTreeMap<VmId, VmRecord>, JournalError> {
         let records: Vec<VmRecord> = read_all(&self.dir.join("vms"))?;
         Ok(records.into_iter().map(|record| (record.spec.vm, record)).collect())
+    }
+
+    /// What this host holds of one VM.
+    pub(crate) fn vm(&self, vm: VmId) -> Result<Option<VmRecord>, JournalError> {
+        read(&self.vm_path(vm))
     }
 
     /// Makes `record` durable.
@@ -230,32 +234,32 @@ impl Journal {
         self.host().map(|host| host.epoch)
     }
 
-    /// Whose epoch it was, and how far its store was when this host was last told.
-    pub(crate) fn epoch_id(&self) -> Result<(String, u64), JournalError> {
-        self.host().map(|host| (host.epoch_id, host.mark))
-    }
-
-    fn host(&self) -> Result<HostRecord, JournalError> {
-        let path = self.dir.join("host.json");
-        match fs::read(&path) {
-            Ok(bytes) => parse::<HostRecord>(&path, &bytes),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(HostRecord::default()),
-            Err(source) => Err(JournalError::Io { path, action: "read", source }),
-        }
+    /// What this host was told of the controller.
+    pub(crate) fn host(&self) -> Result<HostRecord, JournalError> {
+        Ok(read(&self.dir.join("host.json"))?.unwrap_or_default())
     }
 
     /// From now on commands of an older epoch are refused.
     pub(crate) fn write_epoch(&self, epoch: Epoch, epoch_id: String) -> Result<(), JournalError> {
-        replace(&self.dir.join("host.json"), &HostRecord { epoch, epoch_id, mark: 0 })
+        replace(&self.dir.join("host.json"), &HostRecord { epoch, epoch_id, mark: 0, ..self.host()? })
     }
 
-    /// From now on a controller whose store is behind this is told so.
-    pub(crate) fn write_mark(&self, mark: u64) -> Result<(), JournalError> {
+    /// From now on a controller whose store is behind this is told so, and one that does not know these hosts hears of them.
+    pub(crate) fn write_mark(&self, mark: u64, members: Vec<String>) -> Result<(), JournalError> {
         let known = self.host()?;
         if mark <= known.mark {
             return Ok(());
         }
-        replace(&self.dir.join("host.json"), &HostRecord { mark, ..known })
+        replace(&self.dir.join("host.json"), &HostRecord { mark, members, ..known })
+    }
+}
+
+/// A record, if there is one.
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JournalError> {
+    match fs::read(path) {
+        Ok(bytes) => parse(path, &bytes).map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(JournalError::Io { path: path.to_owned(), action: "read", source }),
     }
 }
 

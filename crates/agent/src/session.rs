@@ -152,7 +152,7 @@ impl Sessions {
         let standing = tokio::task::spawn_blocking(move || check::standing(&options)).await.unwrap_or_default();
         let mut facts = self.host.facts.clone();
         facts.conditions.extend(standing.into_iter().filter_map(Finding::condition));
-        let (epoch_id, mark) = self.host.journal.epoch_id()?;
+        let told = self.host.journal.host()?;
         let reports = self.host.reports.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(v1::Hello {
             protocol: PROTOCOL,
@@ -160,9 +160,10 @@ impl Sessions {
             facts: encode(&facts),
             load,
             vms: reports.values().cloned().collect(),
-            epoch: self.host.journal.epoch()?.0,
-            epoch_id,
-            mark,
+            epoch: told.epoch.0,
+            epoch_id: told.epoch_id,
+            mark: told.mark,
+            members: told.members,
             migration_address: self.host.migration_address().to_string(),
         })
     }
@@ -188,7 +189,8 @@ impl Sessions {
             FromController::Command(command) => self.on_command(command, epoch),
             FromController::Fleet(fleet) => {
                 self.host.peers.set(&fleet.members);
-                if let Err(error) = self.host.journal.write_mark(fleet.mark) {
+                let members = fleet.members.iter().map(|member| member.host.clone()).collect();
+                if let Err(error) = self.host.journal.write_mark(fleet.mark, members) {
                     tracing::warn!(error = &error as &dyn std::error::Error, "how far the controller is cannot be kept");
                 }
                 match networks(&self.host, fleet) {

@@ -239,10 +239,13 @@ impl Db {
         self.epoch.lately.last().map_or("", |epoch| epoch.id.as_str())
     }
 
-    /// Whether somebody who was told of this epoch and mark was told by this very store, and no more than it knows. Epochs of long ago are
-    /// taken on trust.
+    /// Whether somebody who was told of this epoch and mark was told by this very store, and no more than it knows. Epochs of before those that
+    /// are remembered are taken on trust; one that is missing between them is another store's.
     pub(crate) fn knows(&self, epoch: Epoch, id: &str, mark: u64) -> bool {
-        let Some(known) = self.epoch.lately.iter().find(|known| known.epoch == epoch) else { return epoch < self.epoch.epoch };
+        let lately = &self.epoch.lately;
+        let Some(known) = lately.iter().find(|known| known.epoch == epoch) else {
+            return lately.first().is_some_and(|first| epoch < first.epoch);
+        };
         (id.is_empty() || known.id == id) && mark <= known.ended.unwrap_or_else(|| self.mark())
     }
 
@@ -319,6 +322,24 @@ mod tests {
     use crate::clock::now;
     use crate::rows::TeamRow;
     use crate::store::SqliteStore;
+
+    #[tokio::test]
+    async fn what_hosts_were_told_by_another_store_or_beyond_this_one_is_not_known() {
+        let dir = tempfile::tempdir().expect("dir");
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&dir.path().join("store.db"), None).expect("open"));
+        let first = Db::open(store.clone(), false).await.expect("first");
+        let (one, id, mark) = (first.epoch(), first.epoch_id().to_owned(), first.mark());
+        assert!(first.knows(one, &id, mark) && !first.knows(one, &id, mark + 1) && !first.knows(Epoch(2), "", 0));
+        let restored = Db::open(store.clone(), true).await.expect("restored");
+        assert!(restored.epoch() > Epoch(1 << 32) && restored.mark() > 1 << 32);
+        assert!(restored.knows(one, &id, mark), "of before the copy");
+        assert!(!restored.knows(one, &id, mark + 1), "more than the copy knows");
+        assert!(!restored.knows(one, "another", mark) && restored.knows(one, "", mark), "an agent of before says no id");
+        assert!(!restored.knows(Epoch(2), "lost", 1), "an epoch that the copy has never seen");
+        let came_to = restored.mark();
+        let next = Db::open(store, false).await.expect("next");
+        assert!(next.knows(restored.epoch(), restored.epoch_id(), came_to) && !next.knows(Epoch(2), "lost", 1));
+    }
 
     #[tokio::test]
     async fn a_controller_that_was_superseded_changes_nothing_any_more() {

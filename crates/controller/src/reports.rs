@@ -122,7 +122,7 @@ impl Reports {
 
     /// A host has said all that its journal holds.
     pub(crate) async fn heard(&self, host: &Name) -> Result<(), Fault> {
-        restore::heard(&self.db, host).await
+        restore::heard(&self.db, host).await.map(drop)
     }
 
     /// The host's VMs that ended when it went down are started again, as far as they shall.

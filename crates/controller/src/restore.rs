@@ -11,9 +11,29 @@ use crate::tasks::{Outcome, conclude, note};
 
 /// More generations than were issued for one VM since the copy was made.
 const GAP: u64 = 1 << 32;
+/// Hosts that one host may name.
+const MAX_MEMBERS: usize = 10_000;
+
+/// Writes down that the store is a copy and whom to hear. First of all: what follows is gone on with by the next start, should this one end early.
+pub(crate) async fn begin(db: &Db) -> Result<(), Fault> {
+    let unheard: BTreeSet<Name> = db.all::<HostRow>().await?.into_iter().map(|host| host.row.name).collect();
+    tracing::warn!(
+        hosts = unheard.len(),
+        "the store was restored: nothing starts, moves or is deleted before every host has said what it runs"
+    );
+    let fresh = RestoreRow { unheard, swept: false };
+    match db.find::<RestoreRow>("").await? {
+        Some(mut row) => {
+            row.row = fresh;
+            db.commit(Batch::default().update(&row)).await
+        }
+        None => db.commit(Batch::default().create(&fresh)).await,
+    }
+}
 
 /// Before anything is gone on with: what was under way when the copy was made has long ended, one way or another.
-pub(crate) async fn begin(db: &Db) -> Result<(), Fault> {
+pub(crate) async fn sweep(db: &Db) -> Result<(), Fault> {
+    let Some(mut row) = db.find::<RestoreRow>("").await?.filter(|row| !row.row.swept) else { return Ok(()) };
     for mut vm in db.all::<VmRow>().await? {
         vm.row.issued = Generation(vm.row.issued.0.saturating_add(GAP));
         vm.row.activity = None;
@@ -30,18 +50,25 @@ pub(crate) async fn begin(db: &Db) -> Result<(), Fault> {
         conclude(&mut task.row, &Outcome::Failed(refusal));
         db.commit(Batch::default().update(&task)).await?;
     }
-    let unheard: BTreeSet<Name> = db.all::<HostRow>().await?.into_iter().map(|host| host.row.name).collect();
-    tracing::warn!(
-        hosts = unheard.len(),
-        "the store was restored: nothing starts, moves or is deleted before every host has said what it runs"
-    );
-    match db.find::<RestoreRow>("").await? {
-        Some(mut row) => {
-            row.row.unheard = unheard;
-            db.commit(Batch::default().update(&row)).await
+    row.row.swept = true;
+    db.commit(Batch::default().update(&row)).await
+}
+
+/// Hosts that another host knows of and the copy does not: they joined since, and may run what the copy knows elsewhere.
+pub(crate) async fn note_members(db: &Db, members: &[String]) -> Result<(), Fault> {
+    retry!({
+        let Some(mut row) = db.find::<RestoreRow>("").await? else { return Ok(()) };
+        let before = row.row.unheard.len();
+        for member in members.iter().take(MAX_MEMBERS).filter_map(|member| Name::new(member.as_str()).ok()) {
+            if db.find::<HostRow>(member.as_str()).await?.is_none() {
+                row.row.unheard.insert(member);
+            }
         }
-        None => db.commit(Batch::default().create(&RestoreRow { unheard })).await,
-    }
+        if row.row.unheard.len() == before {
+            return Ok(());
+        }
+        db.commit(Batch::default().update(&row)).await
+    })
 }
 
 /// Whether a host has yet to say what it runs.
@@ -49,17 +76,17 @@ pub(crate) async fn is_unheard(db: &Db, host: &Name) -> Result<bool, Fault> {
     Ok(db.find::<RestoreRow>("").await?.is_some_and(|row| row.row.unheard.contains(host)))
 }
 
-/// A host has said it, or is no host any more.
-pub(crate) async fn heard(db: &Db, host: &Name) -> Result<(), Fault> {
+/// A host has said it, or is no host any more; whether it was waited for.
+pub(crate) async fn heard(db: &Db, host: &Name) -> Result<bool, Fault> {
     retry!({
-        let Some(mut row) = db.find::<RestoreRow>("").await? else { return Ok(()) };
+        let Some(mut row) = db.find::<RestoreRow>("").await? else { return Ok(false) };
         if !row.row.unheard.remove(host) {
-            return Ok(());
+            return Ok(false);
         }
         let left = row.row.unheard.len();
         tracing::info!(%host, left, "a host has said what it runs");
         let batch = if left == 0 { Batch::default().delete(&row) } else { Batch::default().update(&row) };
-        db.commit(batch).await
+        db.commit(batch).await.map(|()| true)
     })
 }
 

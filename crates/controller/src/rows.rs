@@ -88,6 +88,8 @@ pub(crate) struct EpochMark {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RestoreRow {
     pub(crate) unheard: BTreeSet<Name>,
+    /// What the copy had under way is done away with.
+    pub(crate) swept: bool,
 }
 
 /// A team.

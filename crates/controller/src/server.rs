@@ -197,6 +197,7 @@ impl Controller {
         if options.restored {
             restore::begin(&db).await?;
         }
+        restore::sweep(&db).await?;
         fleet.refresh().await?;
         tasks.resume().await?;
 

@@ -74,8 +74,8 @@ pub enum StatementError {
 pub enum Validity {
     /// It must be good at this moment.
     At(UnixMillis),
-    /// It may have ended: what is told about a move must arrive, however long a side was away. Whether the key may still speak for its host
-    /// is asked elsewhere.
+    /// It need not be: what is told about a move must arrive, however long a side was away and however wrong its clock is. Whether the key may
+    /// still speak for its host is asked elsewhere.
     Outlasts(UnixMillis),
 }
 
@@ -128,8 +128,9 @@ pub fn open<'s>(
     let at = match validity {
         Validity::At(now) => Duration::from_millis(now.get()),
         Validity::Outlasts(now) => {
-            let ends = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
-            Duration::from_millis(now.get()).min(Duration::from_secs(ends))
+            let seconds = |at: x509_parser::time::ASN1Time| Duration::from_secs(u64::try_from(at.timestamp()).unwrap_or(0));
+            let (begins, ends) = (seconds(parsed.validity().not_before), seconds(parsed.validity().not_after));
+            Duration::from_millis(now.get()).min(ends).max(begins)
         }
     };
     let refused = |source| StatementError::Signer { signer: signer.to_owned(), source };

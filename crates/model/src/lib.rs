@@ -30,9 +30,9 @@ pub use network::{
 };
 pub use ownership::{Epoch, Generation, Grant};
 pub use spec::{
-    Accelerator, Autostart, Boot, CacheMode, CdromSpec, CloudInit, Dimm, Discard, DiskBus, DiskFormat, DiskSpec, FIXED_SLOTS,
-    Firmware, Growth, GuestAddress, HugePages, Hyperv, ImageKind, ImageRef, InvalidSpec, IoLimits, LiveChange, MacAddress,
-    NicModel, NicSpec, NoGrowth, Numa, Platform, PowerOff, ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec, Rtc, RtcBase,
-    RtcDrift, SPEC_SCHEMA, Smbios, Tpm, TpmVersion, Video, VmSpec, VolumeRef, Watchdog, WatchdogAction, live_changes,
+    Accelerator, Autostart, Boot, CacheMode, CdromSpec, CloudInit, Dimm, DimmAddress, Discard, DiskBus, DiskFormat, DiskSpec,
+    FIXED_SLOTS, Firmware, Growth, HugePages, Hyperv, ImageKind, ImageRef, InvalidSpec, IoLimits, LiveChange, MacAddress, NicModel,
+    NicSpec, NoGrowth, Numa, Platform, PowerOff, ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec, Rtc, RtcBase, RtcDrift,
+    SPEC_SCHEMA, Smbios, Tpm, TpmVersion, Video, VmSpec, VolumeRef, Watchdog, WatchdogAction, live_changes,
 };
 pub use units::{Bytes, BytesPerSec, Millis, Seconds, UnixMillis};

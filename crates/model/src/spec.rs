@@ -24,7 +24,7 @@ pub use address::{InvalidMac, InvalidVolume, MacAddress, VolumeRef};
 pub use change::{LiveChange, live_changes};
 pub use cloud_init::{CloudInit, MAX_NETWORK_CONFIG, MAX_USER_DATA};
 pub use disk::{CacheMode, CdromSpec, Discard, DiskBus, DiskFormat, DiskSpec, IoLimits};
-pub use memory::{DIMM_SLOTS, DIMM_STEP, Dimm, Growth, GuestAddress, NoGrowth};
+pub use memory::{DIMM_SLOTS, DIMM_STEP, Dimm, DimmAddress, Growth, NoGrowth};
 pub use nic::{NicModel, NicSpec};
 pub use platform::{
     Firmware, HugePages, Hyperv, Numa, Platform, Rtc, RtcBase, RtcDrift, Smbios, Tpm, TpmVersion, Video, Watchdog, WatchdogAction,

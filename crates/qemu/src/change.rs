@@ -4,7 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use godwit_model::{Bytes, BytesPerSec, Dimm, GuestAddress, IoLimits, Platform, ResolvedDisk, ResolvedNic};
+use godwit_model::{Bytes, BytesPerSec, Dimm, DimmAddress, IoLimits, Platform, ResolvedDisk, ResolvedNic};
 use serde_json::{Value, json};
 
 use crate::command::devices::{
@@ -231,7 +231,7 @@ impl Qmp {
         let devices = self.execute("query-memory-devices", Value::Null).await?;
         let known = |data: &Value| {
             let (slot, address, size) = (data["slot"].as_u64()?, data["addr"].as_u64()?, data["size"].as_u64()?);
-            Some(Dimm { slot: u8::try_from(slot).ok()?, address: GuestAddress(address), size: Bytes(size) })
+            Some(Dimm { slot: u8::try_from(slot).ok()?, address: DimmAddress(address), size: Bytes(size) })
         };
         let of_name = |device: &&Value| device["data"]["id"].as_str() == Some(&dimm_name(dimm));
         let there = devices.as_array().into_iter().flatten().find(of_name).and_then(|device| known(&device["data"]));

@@ -51,32 +51,34 @@ pub fn run_all(
     let mut report = FaultReport::default();
     thread::scope(|scope| {
         let (judged, runs) = mpsc::channel();
-        let lanes: Vec<_> = (0..lanes.get())
-            .map(|_| {
-                let (plans, judged) = (&plans, judged.clone());
-                scope.spawn(move || lane(plans, logs, &judged))
-            })
-            .collect();
+        for _ in 0..lanes.get() {
+            let (plans, judged) = (&plans, judged.clone());
+            scope.spawn(move || {
+                if let Err(error) = lane(plans, logs, &judged) {
+                    // Nobody hears it where another lane has failed before.
+                    let _ = judged.send(Err(error));
+                }
+            });
+        }
         drop(judged);
         // Nobody to hear of the next run any more is what ends the lanes early.
-        let told = runs.into_iter().try_for_each(|run| {
-            report.runs.push(run);
+        runs.into_iter().try_for_each(|run| {
+            report.runs.push(run?);
             tell(&report)
-        });
-        lanes.into_iter().map(|lane| lane.join().expect("a lane does not panic")).fold(told, Result::and)
+        })
     })?;
     report.runs.sort_by_key(|run| run.seed);
     Ok(report)
 }
 
 /// Does one run after the other until there is no plan left or nobody hears of them.
-fn lane(plans: &Mutex<impl Iterator<Item = Plan>>, logs: &Path, judged: &mpsc::Sender<Run>) -> Result<()> {
+fn lane(plans: &Mutex<impl Iterator<Item = Plan>>, logs: &Path, judged: &mpsc::Sender<Result<Run>>) -> Result<()> {
     let mut ground: Option<Ground> = None;
     let next = || plans.lock().unwrap_or_else(PoisonError::into_inner).next();
     while let Some(plan) = next() {
         let (run, after) = one(&plan, ground.take(), logs).with_context(|| format!("seed {}", plan.seed))?;
         ground = after;
-        if judged.send(run).is_err() {
+        if judged.send(Ok(run)).is_err() {
             break;
         }
     }

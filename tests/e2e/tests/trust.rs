@@ -131,6 +131,7 @@ fn a_hosts_certificate_gets_and_says_nothing_about_another_hosts_vm() -> Result<
             migration_address: String::new(),
             epoch_id: String::new(),
             mark: 0,
+            members: vec![],
         };
         let said = [Body::Hello(hello), Body::Vm(VmReport { generation: 1, ..lie })].map(|body| AgentMessage { body: Some(body) });
         let mut answers = client.attend(tokio_stream::iter(said)).await?.into_inner();

@@ -70,10 +70,11 @@ fn an_epoch_is_remembered_with_whose_it_is_and_how_far_that_came() {
     let journal = Journal::open(dir.path().into()).expect("opened");
     assert_eq!(journal.epoch().expect("read"), Epoch(0));
     journal.write_epoch(Epoch(4), "four".into()).expect("written");
-    journal.write_mark(70).expect("written");
-    journal.write_mark(60).expect("written");
+    let members = || vec!["h1".to_owned()];
+    journal.write_mark(70, members()).expect("written");
+    journal.write_mark(60, vec![]).expect("written");
     let again = Journal::open(dir.path().into()).expect("opened");
-    assert_eq!((again.epoch().expect("read"), again.epoch_id().expect("read")), (Epoch(4), ("four".into(), 70)));
+    assert_eq!(again.host().expect("read"), HostRecord { epoch: Epoch(4), epoch_id: "four".into(), mark: 70, members: members() });
     again.write_epoch(Epoch(5), "five".into()).expect("written");
-    assert_eq!(again.epoch_id().expect("read"), ("five".into(), 0));
+    assert_eq!(again.host().expect("read"), HostRecord { epoch: Epoch(5), epoch_id: "five".into(), mark: 0, members: members() });
 }

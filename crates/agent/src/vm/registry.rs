@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::actor::{Actor, Answer, VmCommand, VmEvent};
 use super::moving::answer;
 use crate::facts::Said;
-use crate::host::SharedHost;
+use crate::host::{SharedHost, host_failed};
 use crate::journal::VmRecord;
 
 const BACKLOG: usize = 64;
@@ -66,26 +66,29 @@ impl Registry {
         self.locked().keys().copied().collect()
     }
 
-    /// Hands a command to the VM's actor. Only commands that bring a VM here make an actor.
+    /// Hands a command to the VM's actor. Where there is none, one begins with what the journal says; where that says nothing, only a command
+    /// that brings the VM here makes one.
     pub(crate) async fn command(self: &Arc<Self>, vm: VmId, command: VmCommand) -> Result<Answer, Refusal> {
         for _ in 0..ATTEMPTS {
-            let known = self.locked().get(&vm).cloned();
+            let known = self.locked().get(&vm).filter(|sender| !sender.is_closed()).cloned();
             let sender = match known {
                 Some(sender) => sender,
-                None if command.brings_vm() => self.spawn(vm, None),
-                None if command.is_done_without_vm() => return Ok(Answer::default()),
-                None => return Err(unknown(vm)),
+                None => {
+                    let record = self.host.journal.vm(vm).map_err(|error| host_failed("the journal cannot be read", &error))?;
+                    if record.is_none() && !command.brings_vm() {
+                        return if command.is_done_without_vm() { Ok(Answer::default()) } else { Err(unknown(vm)) };
+                    }
+                    self.spawn(vm, record)
+                }
             };
             let (reply, answer) = oneshot::channel();
             let event = VmEvent::Command { command: Box::new(command.clone()), reply };
+            // Without an answer the actor has ended before it came to the command: the VM has just left.
             if sender.send(event).await.is_ok()
                 && let Ok(answer) = answer.await
             {
                 return answer;
             }
-            // The VM has just left, and its actor ended without having come to the command. It is out of the way in a moment.
-            tokio::task::yield_now().await;
-            self.locked().retain(|_, sender| !sender.is_closed());
         }
         Err(unknown(vm).retry(Retry::Unknown))
     }

@@ -86,7 +86,11 @@ pub(super) async fn host_delete(
 ) -> Answer<StatusCode> {
     authorize(&who, Action::Change, Target::Cluster)?;
     let moves = retry!({
-        let row = app.db.find::<HostRow>(host.as_str()).await?.ok_or_else(|| not_found("host", &host))?;
+        let Some(row) = app.db.find::<HostRow>(host.as_str()).await? else {
+            // After a restore it may be a host that others know of alone.
+            let waited_for = removal.force && restore::heard(&app.db, &host).await?;
+            return if waited_for { Ok(vec![]) } else { Err(not_found("host", &host).into()) };
+        };
         let comes = |vm: &VmRow| vm.pending.as_ref().is_some_and(|pending| pending.destination == host);
         let uses = |vm: &VmRow| comes(vm) || (vm.host.as_ref() == Some(&host) && (vm.has_process() || vm.activity.is_some()));
         let vms: Vec<VmRow> = app.db.all::<VmRow>().await?.into_iter().map(|vm| vm.row).filter(uses).collect();

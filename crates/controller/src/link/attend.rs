@@ -134,10 +134,10 @@ impl LinkServer {
     /// What the host's journal says corrects what we believe, upwards only.
     async fn take_stock(&self, host: &Name, hello: &v1::Hello) -> Result<HashSet<VmId>, Fault> {
         let mut told = HashSet::new();
+        restore::note_members(&self.db, &hello.members).await?;
         for report in &hello.vms {
             told.extend(self.reported(host, report).await?);
         }
-        self.reports.heard(host).await?;
         Ok(told)
     }
 
@@ -158,6 +158,7 @@ impl LinkServer {
     ) -> String {
         let host = &peer.host;
         let mut stock = Some(Instant::now() + ADOPTION);
+        let mut heard = false;
         loop {
             let message = tokio::select! {
                 () = tokio::time::sleep_until(stock.unwrap_or_else(Instant::now)), if stock.is_some() => {
@@ -183,6 +184,11 @@ impl LinkServer {
             if peer.ends < clock::now() {
                 return certificate_expired(peer.ends).message;
             }
+            // Whoever says more has written down whose host it is by now.
+            if !heard && let Err(fault) = self.reports.heard(host).await {
+                return format!("that it was heard cannot be stored: {fault}");
+            }
+            heard = true;
             let ended_with_host = matches!(&body, Some(Body::Vm(report)) if report.ended_with_host);
             match self.message(host, attendance, body).await {
                 Ok(Some(vm)) if stock.is_some() => drop(told.insert(vm)),

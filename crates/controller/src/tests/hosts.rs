@@ -170,6 +170,7 @@ async fn a_host_joins_again_with_a_new_key_and_keeps_its_vms() {
         certificate: reply.certificate,
         migration_address: String::new(),
         told: (0, String::new(), 0),
+        members: vec![],
         facts: h1.facts,
         load: h1.load,
     };

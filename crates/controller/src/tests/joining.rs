@@ -100,6 +100,7 @@ fn cluster_host(host: &Host) -> Host {
         load: host.load.clone(),
         migration_address: host.migration_address.clone(),
         told: (0, String::new(), 0),
+        members: vec![],
     }
 }
 
@@ -174,6 +175,7 @@ async fn an_agent_that_has_served_a_newer_controller_or_speaks_otherwise_is_not_
             migration_address: String::new(),
             epoch_id: String::new(),
             mark: 0,
+            members: vec![],
         };
         change(&mut hello);
         let mut client = LinkClient::new(cluster.channel(Some((&host.certificate, &host.key))).await.expect("channel"));

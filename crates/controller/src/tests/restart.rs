@@ -231,17 +231,32 @@ async fn a_store_that_is_an_old_copy_grants_nothing_before_every_host_has_said_w
     assert_eq!(refusal_of(&refused).code, ErrorCode::GenerationStale);
     cluster.stop().await;
 
-    // Started as what it is.
+    // Started as what it is: h2 is waited for, and h9, which only h1 knows of.
     cluster.options.restored = true;
     cluster.start().await;
+    let mut h1 = Host { members: vec!["h1".into(), "h9".into(), "../x".into()], ..h1 };
     let mut a1 = cluster.connect(&h1, vec![]).await;
-    cluster.connected("h1", true).await;
-    let early = cluster.migrate("web1", "h2").await.expect_err("too early");
-    assert!(early.to_string().contains("h2"), "{early}");
-    assert_eq!(code::<api::Task>(Err(early)), ErrorCode::HostDown);
+    soon(async {
+        while !cluster.migrate("web1", "h2").await.expect_err("too early").to_string().contains("known yet: h2, h9") {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(code(cluster.migrate("web1", "h2").await), ErrorCode::HostDown);
+    // It has to be heard whoever starts the controller again, and how.
+    h1.told = a1.told(0).await;
+    cluster.stop().await;
+    drop(a1);
+    cluster.options.restored = false;
+    cluster.start().await;
+    a1 = cluster.connect(&h1, vec![]).await;
     let a2 = cluster.connect(&h2, vec![report(&vm, 2, RunState::Running, v1::Holding::Owner)]).await;
     cluster.vm_when("web1", |vm| vm.status.host == Some(name("h2"))).await;
     assert_eq!(cluster.vm("web1").await.status.generation, Generation(2));
+    assert_eq!(code(cluster.migrate("web1", "h1").await), ErrorCode::HostDown, "h9 may run it");
+    assert_eq!(code(cluster.admin().delete_host(&name("h9"), false).await), ErrorCode::NotFound);
+    cluster.admin().delete_host(&name("h9"), true).await.expect("somebody's word");
+    assert_eq!(code(cluster.admin().delete_host(&name("h9"), true).await), ErrorCode::NotFound);
 
     // From there on as ever, with numbers that nobody can have seen.
     cluster.migrate("web1", "h1").await.expect("accepted");

@@ -129,6 +129,7 @@ impl Cluster {
             load: load(Bytes(8 << 30)),
             migration_address: String::new(),
             told: (0, String::new(), 0),
+            members: vec![],
         }
     }
 
@@ -158,6 +159,7 @@ impl Cluster {
             migration_address: host.migration_address.clone(),
             epoch_id: host.told.1.clone(),
             mark: host.told.2,
+            members: host.members.clone(),
         };
         sender.send(message(Body::Hello(hello))).await.expect("queue");
         let inbound = client.attend(ReceiverStream::new(receiver)).await.expect("attends").into_inner();
@@ -312,6 +314,8 @@ pub(super) struct Host {
     pub(super) migration_address: String,
     /// Epoch, its id and the mark that it was told last.
     pub(super) told: (u64, String, u64),
+    /// Hosts that it was told of.
+    pub(super) members: Vec<String>,
 }
 
 /// An agent that does what a test says.

@@ -20,10 +20,10 @@ const LOW_RAM: u64 = 0xb000_0000;
 const LOW_RAM_OF_MORE: u64 = 0x8000_0000;
 const FOUR_GIB: u64 = 4 << 30;
 
-/// A guest's physical address.
+/// Where a DIMM begins among the guest's physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct GuestAddress(pub u64);
+pub struct DimmAddress(pub u64);
 
 /// How a VM's memory can become larger while it runs, and what has come.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,7 +43,7 @@ pub struct Dimm {
     /// Its slot.
     pub slot: u8,
     /// Where the guest sees it.
-    pub address: GuestAddress,
+    pub address: DimmAddress,
     /// Its size.
     pub size: Bytes,
 }
@@ -121,7 +121,7 @@ impl ResolvedSpec {
         let free = (0..growth.slots).find(|slot| growth.dimms.iter().all(|dimm| dimm.slot != *slot));
         let slot = free.ok_or(NoGrowth::Slots(growth.slots))?;
         let end = growth.dimms.iter().map(|dimm| dimm.address.0.saturating_add(dimm.size.get())).max();
-        let address = GuestAddress(end.unwrap_or_else(|| dimm_region(self.memory)));
+        let address = DimmAddress(end.unwrap_or_else(|| dimm_region(self.memory)));
         Ok(Some(Dimm { slot, address, size: Bytes(more) }))
     }
 
@@ -158,8 +158,8 @@ mod tests {
         // RAM that is uneven for the host's sake is what was asked for.
         vm.memory = Bytes(vm.memory.get() + HostFacts::UNEVEN.get());
         for (memory, dimm) in [
-            (640, Dimm { slot: 0, address: GuestAddress(4 << 30), size: Bytes::mib(128) }),
-            (1_024, Dimm { slot: 1, address: GuestAddress((4 << 30) + (128 << 20)), size: Bytes::mib(384) }),
+            (640, Dimm { slot: 0, address: DimmAddress(4 << 30), size: Bytes::mib(128) }),
+            (1_024, Dimm { slot: 1, address: DimmAddress((4 << 30) + (128 << 20)), size: Bytes::mib(384) }),
         ] {
             let wanted = wanted(Bytes::mib(memory));
             let changes = live_changes(&vm, &wanted);
@@ -207,7 +207,7 @@ mod tests {
         assert_eq!(running(Some(Bytes::mib(512))).room(), None, "QEMU takes no slots without room");
         assert!(huge(HugePages::Mib2).growth_to(&wanted(Bytes::mib(1_152))).is_ok_and(|dimm| dimm.is_some()));
         let dimm = large.growth_to(&wanted(gib(64))).expect("room").expect("more");
-        assert_eq!((dimm.address, dimm.size), (GuestAddress(64 << 30), LARGE_STEP));
+        assert_eq!((dimm.address, dimm.size), (DimmAddress(64 << 30), LARGE_STEP));
     }
 
     #[test]

@@ -146,17 +146,19 @@ fn text(places: &Places) -> Result<(Loaded, String), NoProfiles> {
     let volumes = places.volumes.iter().map(|path| quoted(path)).collect::<Result<Vec<_>, _>>()?;
     // Links are followed: the kernel knows files by where they are.
     let qemu = std::fs::canonicalize(&places.qemu).unwrap_or_else(|_| places.qemu.clone());
-    let text = format!(
-        "@{{GODWIT_QEMU}}={}\n@{{GODWIT_RUN}}={}\n@{{GODWIT_VOLUMES}}={}\n{TEXT}",
+    let places = format!(
+        "@{{GODWIT_QEMU}}={}\n@{{GODWIT_RUN}}={}\n@{{GODWIT_VOLUMES}}={}\n",
         quoted(&root::program_place(&qemu))?,
         quoted(&places.run_dir)?,
         volumes.join(" "),
     );
     // It need not be the same in another build: that one loads its own.
     let mut hasher = DefaultHasher::new();
-    text.hash(&mut hasher);
+    (&places, TEXT).hash(&mut hasher);
     let loaded = Loaded { digest: format!("{:016x}", hasher.finish()) };
-    let text = Profile::ALL.iter().fold(text, |text, profile| text.replace(profile.name(), &loaded.name_of(*profile)));
+    let named = |text: String, profile: &Profile| text.replace(profile.name(), &loaded.name_of(*profile));
+    let profiles = Profile::ALL.iter().fold(TEXT.to_owned(), named);
+    let text = places + &profiles;
     Ok((loaded, text))
 }
 

@@ -2,9 +2,8 @@
 
 use godwit_model::spec::{ResolvedDisk, ResolvedNic};
 use godwit_model::{
-    Bytes, Dimm, Discard, DiskBus, DiskFormat, Firmware, Growth, GuestAddress, HugePages, Hyperv, ImageId, ImageRef, Name,
-    NicModel, Numa, Platform, ResolvedCdrom, Rtc, RtcBase, RtcDrift, Smbios, Tpm, TpmVersion, Video, VmId, Vmgenid, Watchdog,
-    WatchdogAction,
+    Bytes, Dimm, DimmAddress, Discard, DiskBus, DiskFormat, Firmware, Growth, HugePages, Hyperv, ImageId, ImageRef, Name, NicModel,
+    Numa, Platform, ResolvedCdrom, Rtc, RtcBase, RtcDrift, Smbios, Tpm, TpmVersion, Video, VmId, Vmgenid, Watchdog, WatchdogAction,
 };
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -155,7 +154,7 @@ fn the_command_line_of_one_of_everything_is_the_golden_one() {
 /// DIMMs of (slot, address in MiB, size in MiB) in a VM that may have 1 GiB.
 fn with_dimms(spec: &mut ResolvedSpec, dimms: &[(u8, u64, u64)]) {
     let dimm = |(slot, address, size): &(u8, u64, u64)| {
-        let address = GuestAddress(*address << 20);
+        let address = DimmAddress(*address << 20);
         Dimm { slot: *slot, address, size: Bytes::mib(*size) }
     };
     spec.growth = Some(Growth { dimms: dimms.iter().map(dimm).collect(), ..Growth::to(Bytes::GIB) });

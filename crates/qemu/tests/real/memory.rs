@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use godwit_model::{Bytes, Dimm, Growth, GuestAddress, LiveChange, Numa, ResolvedSpec};
+use godwit_model::{Bytes, Dimm, DimmAddress, Growth, LiveChange, Numa, ResolvedSpec};
 use godwit_qemu::{GuestAgent, Qmp, Start};
 use serde_json::{Value, json};
 
@@ -85,7 +85,7 @@ async fn grow_and_move(from: &Path, to: &Path) {
     source.qmp.plug_dimm(&dimm, &spec.platform, None).await.expect_err("it is there");
     assert!(source.qmp.has_dimm(&dimm).await.expect("asked"), "{way}");
     LiveChange::Memory { dimm }.apply(&mut spec);
-    let misplaced = Dimm { address: GuestAddress(dimm.address.0 + (128 << 20)), ..dimm_for(&spec, Bytes::mib(640)) };
+    let misplaced = Dimm { address: DimmAddress(dimm.address.0 + (128 << 20)), ..dimm_for(&spec, Bytes::mib(640)) };
     source.qmp.plug_dimm(&misplaced, &spec.platform, None).await.expect_err("another DIMM is there");
     assert_eq!(backends(&source.qmp).await, ["dimm0-memory"], "{way}");
     wait_for_memory(&agent, before, dimm.size).await;

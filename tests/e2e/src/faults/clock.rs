@@ -28,7 +28,7 @@ impl Clocks {
         let text = format!(
             "#!/bin/sh\nclock={CONTROLLER}\nfor word; do case $word in {home}/*/state) clock=${{word%/state}}; clock=${{clock##*/}} ;; esac; done\n\
              export LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={clocks}/$clock FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1\n\
-             exec {godwit} \"$@\"\n",
+             exec '{godwit}' \"$@\"\n",
             library = library.display()
         );
         let program = dir.path().join("godwit");
