@@ -10,8 +10,6 @@ use crate::cage::{self, CageError, CagePlan, LimitedResource, tool};
 const NOBODY: u32 = 65_534;
 /// Processor time of one conversion, in seconds.
 const CPU_SECONDS: u64 = 6 * 3_600;
-/// Address space: the caches of both formats, threads and buffers need far less.
-const ADDRESS_SPACE: u64 = 8 << 30;
 
 /// A disk format that is read or written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,7 +116,7 @@ fn plan(conversion: Conversion) -> Result<CagePlan, ConvertError> {
     arguments.extend([place(conversion.input), place(conversion.output)]);
     let limits = [
         (LimitedResource::ProcessorTime, CPU_SECONDS),
-        (LimitedResource::AddressSpace, ADDRESS_SPACE),
+        (LimitedResource::AddressSpace, tool::QEMU_IMG_SPACE.get()),
         (LimitedResource::FileSize, conversion.limit),
     ];
     let program = tool::find("qemu-img").ok_or(ConvertError::Missing)?;

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use std::time::Duration;
 
-use godwit_model::{Bytes, DiskFormat, ErrorCode, Refusal, Retry, hostile};
+use godwit_model::{DiskFormat, ErrorCode, Refusal, Retry, hostile};
 use godwit_qemu::cage::tool::{self, Tool, ToolError};
 use godwit_qemu::{Launcher, PassedFds};
 use rustix::fs::{CWD, Mode, OFlags};
@@ -22,8 +22,6 @@ use super::{blocking, refusal};
 const NOBODY: u32 = 65_534;
 /// How much of what `qemu-img` says is kept.
 const MAX_COMPLAINT: usize = 400;
-/// Most memory that `qemu-img` may map: its threads' stacks, tables and buffers.
-const MEMORY: Bytes = Bytes::GIB;
 /// Time for filling one volume. A copy of some TiB takes long.
 const TIME: Duration = Duration::from_secs(12 * 3_600);
 
@@ -93,7 +91,7 @@ async fn run(
             let volume = format!("/proc/self/fd/{}", fds.pass(volume_place));
             let image = image_place.map(|image| format!("/proc/self/fd/{}", fds.pass(image)));
             let arguments = arguments(image.as_deref().unwrap_or_default(), &volume);
-            let tool = Tool { program, arguments, uid: NOBODY, gid: NOBODY, memory: MEMORY, time: TIME };
+            let tool = Tool { program, arguments, uid: NOBODY, gid: NOBODY, memory: tool::QEMU_IMG_SPACE, time: TIME };
             match tool::run(launcher, &tool, fds).await {
                 Ok(()) => return Ok(()),
                 Err(ToolError::Failed { status, said, .. }) => (status, said),

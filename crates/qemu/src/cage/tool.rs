@@ -33,6 +33,9 @@ pub struct Tool {
     pub time: Duration,
 }
 
+/// Address space for `qemu-img`. On slow storage it has up to 64 threads, each with a stack and an arena of its own: reserved, and hardly used.
+pub const QEMU_IMG_SPACE: Bytes = Bytes(8 << 30);
+
 /// Why a tool did not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
