@@ -1,4 +1,4 @@
-//! The one section of a device that comes before RAM: which parts of its memory a `virtio-mem` device has plugged.
+//! The one section of a device that comes before the pages: which parts of its memory a `virtio-mem` device has plugged.
 
 use crate::cursor::{Cursor, Stop};
 use crate::error::StreamError;

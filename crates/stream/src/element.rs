@@ -13,7 +13,7 @@ use crate::wire::harmless;
 ///
 /// ```text
 /// Header  Configuration  { Command | Early }  RamStart
-///         { Command | PartBegin { Page } PartEnd }
+///         { Command | Early | PartBegin { Page } PartEnd }
 ///         EndBegin { Page } EndEnd  { Command }  Opaque …
 /// ```
 /// An `Opaque` may come at any place after the configuration where no section is open; nothing but `Opaque` follows it.
@@ -30,7 +30,7 @@ pub enum Element {
         /// What it says; at most 65,535 bytes.
         payload: Bytes,
     },
-    /// A whole section that comes before RAM, from its kind to its footer; so far that of `virtio-mem`.
+    /// A whole section that comes before the pages, from its kind to its footer; so far that of `virtio-mem`.
     Early(Bytes),
     /// The RAM section opens and lists its blocks.
     RamStart(RamStart),

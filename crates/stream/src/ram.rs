@@ -112,7 +112,7 @@ fn read_blocks(cursor: &mut Cursor<'_>, total: u64) -> Result<Vec<RamBlock>, Sto
         }
         let id = BlockId::new(cursor.name()?).map_err(|_| refuse(BlocksError::Nameless))?;
         let length = cursor.u64()?;
-        if length == 0 || length % PAGE != 0 {
+        if length == 0 || !length.is_multiple_of(PAGE) {
             return Err(refuse(BlocksError::Length(length)));
         }
         left = left.checked_sub(length).ok_or_else(|| refuse(BlocksError::Total { total }))?;
@@ -140,7 +140,7 @@ impl Blocks {
         let mut checked = Self::default();
         let mut total: u64 = 0;
         for (block, place) in blocks.iter().zip(0..) {
-            if block.length == 0 || block.length % PAGE != 0 {
+            if block.length == 0 || !block.length.is_multiple_of(PAGE) {
                 return Err(BlocksError::Length(block.length));
             }
             total = total.checked_add(block.length).ok_or(BlocksError::Total { total: u64::MAX })?;

@@ -158,9 +158,9 @@ impl Reader {
         let mut cursor = Cursor::new(&self.buffer);
         let _kind = cursor.u8()?;
         let number = cursor.u16()?;
-        check_command(number)?;
-        let length = cursor.u16()?;
-        let payload = Bytes::copy_from_slice(cursor.take(usize::from(length))?);
+        let length = usize::from(cursor.u16()?);
+        check_command(number, length)?;
+        let payload = Bytes::copy_from_slice(cursor.take(length)?);
         let length = cursor.position();
         Ok(self.took(length, self.phase, Element::Command { number, payload }))
     }
@@ -181,7 +181,7 @@ impl Reader {
             self.section = section;
             return Ok(self.took(length, Phase::Copy, Element::RamStart(start)));
         }
-        if kind == kind::FULL && self.phase == Phase::Setup && early::is_early(name) {
+        if kind == kind::FULL && early::is_early(name) {
             let mut cursor = Cursor::new(&self.buffer);
             early::read(&mut cursor)?;
             let length = cursor.position();

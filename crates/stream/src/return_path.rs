@@ -275,7 +275,7 @@ fn check_length(kind: u16, length: u16) -> Result<(), ReturnError> {
 }
 
 fn check_size(size: u64) -> Result<u64, ReturnError> {
-    if size > 0 && size <= MAX_BITMAP && size % 8 == 0 { Ok(size) } else { Err(ReturnError::BitmapSize(size)) }
+    if size > 0 && size <= MAX_BITMAP && size.is_multiple_of(8) { Ok(size) } else { Err(ReturnError::BitmapSize(size)) }
 }
 
 /// A block's name that fills the payload.

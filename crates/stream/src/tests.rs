@@ -5,6 +5,7 @@ use bytes::{Bytes, BytesMut};
 use crate::*;
 
 mod captures;
+mod corpus;
 mod generated;
 mod hostile;
 
@@ -76,6 +77,16 @@ fn write(elements: &[Element]) -> Vec<u8> {
     out.to_vec()
 }
 
+/// Writes what was read, and reads it.
+fn read_again(elements: &[Element]) -> Result<Vec<Element>, StreamError> {
+    let mut bytes = write(elements);
+    if matches!(elements.last(), Some(Element::Configuration(_))) {
+        // The byte behind a configuration tells that it is whole.
+        bytes.push(8);
+    }
+    read(&bytes, bytes.len().max(1))
+}
+
 /// A whole stream; the names are those of the specification.
 fn examples() -> Vec<(&'static str, Element)> {
     let machine = "pc-q35-7.2".to_owned();
@@ -85,8 +96,8 @@ fn examples() -> Vec<(&'static str, Element)> {
         ("configuration", Element::Configuration(Configuration { machine, subsections: vec![Subsection::Uuid([0x11; 16])] })),
         ("open_return_path", command(1, &[])),
         ("ping", command(2, &[0, 0, 0, 1])),
-        ("early", Element::Early(example("early").into())),
         ("ram_start", Element::RamStart(RamStart { section: 2, instance: 0, blocks, multifd_flush: false })),
+        ("early", Element::Early(example("early").into())),
         ("part_begin", Element::PartBegin),
         ("page_data", page(0, 1, Some(0xab))),
         ("page_zero_continued", page(0, 2, None)),

@@ -43,8 +43,11 @@ pub(crate) mod command {
 }
 
 /// Refuses commands after which the stream is no longer what this crate reads.
-pub(crate) fn check_command(number: u16) -> Result<(), StreamError> {
+///
+/// An empty POSTCOPY_ADVISE says only that dirty bitmaps may come; pages do not.
+pub(crate) fn check_command(number: u16, length: usize) -> Result<(), StreamError> {
     match number {
+        command::POSTCOPY_ADVISE if length == 0 => Ok(()),
         command::POSTCOPY_ADVISE..=command::PACKAGED | command::POSTCOPY_RESUME | command::RECV_BITMAP => {
             Err(StreamError::PostCopy { command: number })
         }

@@ -47,7 +47,7 @@ impl Writer {
                 configuration.put(out);
             }
             Element::Command { number, payload } => {
-                check_command(*number).map_err(WriteError::Refused)?;
+                check_command(*number, payload.len()).map_err(WriteError::Refused)?;
                 let length = u16::try_from(payload.len()).map_err(|_| WriteError::TooLong { length: payload.len() })?;
                 out.put_u8(kind::COMMAND);
                 out.put_u16(*number);
@@ -82,7 +82,7 @@ impl Writer {
             (Phase::Header, Element::Header) => Ok(Phase::Configuration),
             (Phase::Configuration, Element::Configuration(_)) => Ok(Phase::Setup),
             (same @ (Phase::Setup | Phase::Copy | Phase::Ended), Element::Command { .. }) => Ok(same),
-            (Phase::Setup, Element::Early(_)) => Ok(Phase::Setup),
+            (same @ (Phase::Setup | Phase::Copy), Element::Early(_)) => Ok(same),
             (Phase::Setup, Element::RamStart(_)) | (Phase::Part, Element::PartEnd) => Ok(Phase::Copy),
             (Phase::Copy, Element::PartBegin) => Ok(Phase::Part),
             (Phase::Copy, Element::EndBegin) => Ok(Phase::End),
@@ -109,7 +109,7 @@ impl Writer {
             PageContent::Data(data) => return Err(WriteError::PageLength { length: data.len() }),
         };
         // No overflow: the page is within a block whose length is a number of 64 bits.
-        let word = page * ram::PAGE | what;
+        let word = (page * ram::PAGE) | what;
         if self.last == Some(block) {
             out.put_u64(word | flag::CONTINUE);
         } else {

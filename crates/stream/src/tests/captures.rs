@@ -14,6 +14,15 @@ struct Expected {
     zero: usize,
 }
 
+const BLOCKS: &[(&str, u64)] = &[
+    ("pc.ram", 2 << 20),
+    ("/rom@etc/acpi/tables", 128 << 10),
+    ("pc.rom", 128 << 10),
+    ("pc.bios", 64 << 10),
+    ("/rom@etc/table-loader", 4096),
+    ("/rom@etc/acpi/rsdp", 4096),
+];
+
 fn check(bytes: &[u8], expected: &Expected) {
     let elements = read(bytes, bytes.len()).expect("QEMU writes what we read");
     assert!(write(&elements) == bytes, "what is read is written again byte for byte");
@@ -50,7 +59,7 @@ fn check(bytes: &[u8], expected: &Expected) {
         }
     }
     assert_eq!((&*commands, parts, data, zero), (expected.commands, expected.parts, expected.data, expected.zero));
-    assert!(elements.ends_with(&[elements.last().cloned().expect("a tail")]));
+    assert_eq!(elements.iter().filter(|element| matches!(element, Element::Opaque(_))).count(), 1);
     assert!(matches!(elements.last(), Some(Element::Opaque(tail)) if tail.first() == Some(&4) && tail.last() == Some(&b'}')));
     // Each page came at least once; of those that the loader filled, the content is known.
     let all: u64 = expected.blocks.iter().map(|(_, length)| length / 4096).sum();
@@ -62,12 +71,12 @@ fn check(bytes: &[u8], expected: &Expected) {
 
 #[test]
 fn qemu_7_2_is_read_and_written_again() {
-    let expected = Expected { machine: "pc-q35-7.2", blocks: &[], commands: &[], parts: 0, data: 0, zero: 0 };
+    let expected = Expected { machine: "pc-q35-7.2", blocks: BLOCKS, commands: &[1, 2], parts: 4, data: 17, zero: 580 };
     check(include_bytes!("../../tests/captures/pc-q35-7.2.stream"), &expected);
 }
 
 #[test]
 fn qemu_10_0_is_read_and_written_again() {
-    let expected = Expected { machine: "pc-q35-10.0", blocks: &[], commands: &[], parts: 0, data: 0, zero: 0 };
+    let expected = Expected { machine: "pc-q35-10.0", blocks: BLOCKS, commands: &[1, 2, 11], parts: 3, data: 23, zero: 580 };
     check(include_bytes!("../../tests/captures/pc-q35-10.0.stream"), &expected);
 }

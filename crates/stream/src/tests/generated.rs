@@ -12,6 +12,10 @@ fn any_command() -> impl Strategy<Value = Element> {
         .prop_map(|(number, payload)| Element::Command { number, payload: payload.into() })
 }
 
+fn early() -> Element {
+    Element::Early(example("early").into())
+}
+
 fn any_blocks() -> impl Strategy<Value = Vec<RamBlock>> {
     let name = prop::collection::vec(any::<u8>(), 1..=255);
     prop::collection::btree_map(name, 1..9_u64, 1..6).prop_map(|blocks| {
@@ -39,7 +43,7 @@ fn any_configuration() -> impl Strategy<Value = Element> {
 fn any_copy(blocks: Vec<RamBlock>) -> impl Strategy<Value = Vec<Element>> {
     let pages = || prop::collection::vec(any_page(blocks.clone()), 0..12);
     let part = pages().prop_map(|pages| [vec![Element::PartBegin], pages, vec![Element::PartEnd]].concat());
-    let piece = prop_oneof![4 => part, 1 => any_command().prop_map(|command| vec![command])];
+    let piece = prop_oneof![4 => part, 1 => any_command().prop_map(|command| vec![command]), 1 => Just(vec![early()])];
     (prop::collection::vec(piece, 0..4), pages(), prop::option::of(any_command())).prop_map(|(pieces, last, command)| {
         [pieces.concat(), vec![Element::EndBegin], last, vec![Element::EndEnd], command.into_iter().collect()].concat()
     })
@@ -51,8 +55,7 @@ fn any_tail() -> impl Strategy<Value = Vec<Element>> {
 }
 
 fn any_stream() -> impl Strategy<Value = Vec<Element>> {
-    let early = Element::Early(example("early").into());
-    let setup = prop::collection::vec(prop_oneof![any_command(), Just(early)], 0..4);
+    let setup = prop::collection::vec(prop_oneof![any_command(), Just(early())], 0..4);
     (any_configuration(), setup, any_blocks(), any::<(u32, u32, bool)>()).prop_flat_map(
         |(configuration, setup, blocks, (section, instance, multifd_flush))| {
             let start = Element::RamStart(RamStart { section, instance, blocks: blocks.clone(), multifd_flush });
