@@ -9,6 +9,7 @@ mod scenario;
 mod system;
 
 mod godwit;
+mod ground;
 mod peer;
 mod qmp;
 
@@ -16,6 +17,7 @@ mod cpu;
 mod journey;
 mod wire;
 
+mod plot;
 mod rows;
 mod series;
 mod table;

@@ -10,26 +10,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use godwit_lab::layout::{
-    DEFAULT_NETWORK_ID, OUTSIDE_ADDRESS, OUTSIDE_GUEST_ADDRESS, STATE_ROOT, VXLAN_PORT, host_address, host_number,
-};
+use godwit_lab::layout::STATE_ROOT;
 use godwit_lab::{Lab, LabSpec, in_namespace};
 use serde_json::{Value, json};
 
+use super::ground::{self, ADDRESS, arguments};
 use super::journey::{Ended, HOSTS, LIMIT, Mover, set_links};
 use super::qmp::Qmp;
-use super::scenario::{Link, MEMORY, Scenario};
+use super::scenario::{Link, Scenario};
 use super::system::System;
-use super::wire::OVERLAY;
 use crate::artefacts::{GuestImages, guest_images};
-use crate::command::{run_with_input, text};
-use crate::guest::KERNEL_WORDS;
 use crate::labs::{self, OwnedNetwork};
 use crate::{Outside, godwit_binary};
 
-const BRIDGE: &str = "gwbr1";
-const TAP: &str = "gwt0";
-const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 10);
 const PORT: u16 = 4444;
 const BOOT: Duration = Duration::from_secs(90);
 const START: Duration = Duration::from_secs(20);
@@ -68,7 +61,7 @@ impl Peer {
     pub(super) fn up(system: System, scenario: Scenario, link: Link, program: &Path) -> Result<Self> {
         let network = OwnedNetwork::up(LabSpec { hosts: 2, ..LabSpec::new(labs::free_name(), godwit_binary()?) })?;
         for host in HOSTS {
-            connect_guests(network.lab(), host)?;
+            ground::connect_guests(network.lab(), host)?;
         }
         let outside = Outside::new(network.lab().outside_namespace());
         let mut peer = Self {
@@ -102,7 +95,7 @@ impl Peer {
         let (socket, log) = (home.join(format!("{}.qmp", self.started)), home.join(format!("{}.log", self.started)));
         let log = File::create(&log).with_context(|| log.display().to_string())?;
         let mut command = Command::new(&self.program);
-        command.args(self.arguments(&socket)?).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command.args(arguments(self.system, self.scenario, &self.images, &socket)?).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         if incoming {
             command.args(["-incoming", "defer"]);
         }
@@ -125,57 +118,6 @@ impl Peer {
         Ok(qemu)
     }
 
-    /// The same machine as Godwit gives to its guest.
-    fn arguments(&self, monitor: &Path) -> Result<Vec<String>> {
-        let own = [format!("id={}", self.system), format!("ip={ADDRESS}/24"), format!("witness={OUTSIDE_GUEST_ADDRESS}:9999")];
-        let words: Vec<String> = own.iter().chain(&self.scenario.knobs()).map(|word| format!("guest.{word}")).collect();
-        let memory = MEMORY.get();
-        let words = [
-            "-nodefaults",
-            "-no-user-config",
-            "-no-reboot",
-            "-name",
-            "guest=peer,debug-threads=on",
-            "-machine",
-            "q35,usb=off,vmport=off,dump-guest-core=off,mem-merge=off,memory-backend=pc.ram",
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            CPU,
-            "-smp",
-            "cpus=1",
-            "-object",
-            &format!("memory-backend-memfd,id=pc.ram,size={memory},share=on"),
-            "-m",
-            &format!("size={}k", memory >> 10),
-            "-display",
-            "none",
-            "-qmp",
-            &format!("unix:{},server=on,wait=off", text(monitor)?),
-            "-chardev",
-            "null,id=console",
-            "-device",
-            "isa-serial,chardev=console",
-            "-object",
-            "rng-builtin,id=entropy",
-            "-device",
-            "virtio-rng-pci,rng=entropy,disable-legacy=on",
-            "-device",
-            "virtio-balloon-pci,disable-legacy=on,deflate-on-oom=on",
-            "-netdev",
-            &format!("tap,id=nic,ifname={TAP},script=no,downscript=no"),
-            "-device",
-            "virtio-net-pci,netdev=nic,mac=52:54:00:00:00:10,disable-legacy=on",
-            "-kernel",
-            text(&self.images.kernel)?,
-            "-initrd",
-            text(&self.images.initrd)?,
-            "-append",
-            &format!("{KERNEL_WORDS} {}", words.join(" ")),
-        ];
-        Ok(words.map(ToOwned::to_owned).to_vec())
-    }
-
     fn uri(&self, to: &str) -> Result<String> {
         Ok(format!("tcp:{}:{PORT}", self.lab().address(to)?))
     }
@@ -187,9 +129,6 @@ impl Peer {
         }
     }
 }
-
-/// As Godwit's default for emulated guests.
-const CPU: &str = "max";
 
 impl Mover for Peer {
     fn lab(&self) -> &Lab {
@@ -259,29 +198,4 @@ impl Mover for Peer {
         ensure!(resumed >= stopped, "the destination ran before the source stopped");
         Ok(Ended { seconds, blackout: Some(resumed.saturating_sub(stopped)), completed: true, note })
     }
-}
-
-/// The guests' network on a host: a tap, a bridge, and a VXLAN to everybody, as the agent makes it.
-fn connect_guests(lab: &Lab, host: &str) -> Result<()> {
-    let namespace = lab.namespace(host)?;
-    let own = lab.address(host)?;
-    run_with_input(
-        "ip",
-        &["-n", &namespace, "-batch", "-"],
-        &format!(
-            "link add {BRIDGE} mtu 1500 type bridge stp_state 0 forward_delay 0\n\
-             link add {OVERLAY} mtu 1500 type vxlan id {DEFAULT_NETWORK_ID} dstport {VXLAN_PORT} local {own} learning\n\
-             tuntap add {TAP} mode tap\n\
-             link set {OVERLAY} master {BRIDGE} up\n\
-             link set {TAP} master {BRIDGE} up\n\
-             link set {BRIDGE} up\n"
-        ),
-    )?;
-    let others = HOSTS.into_iter().filter_map(host_number).map(host_address).filter(|address| *address != own);
-    let mut flood = String::new();
-    for to in others.chain([OUTSIDE_ADDRESS]) {
-        // Writing to a string cannot fail.
-        let _ = writeln!(flood, "fdb append 00:00:00:00:00:00 dev {OVERLAY} dst {to}");
-    }
-    run_with_input("bridge", &["-n", &namespace, "-batch", "-"], &flood)
 }

@@ -125,7 +125,7 @@ impl Bench {
 
 /// The middle of some figures; nothing if there are none.
 #[must_use]
-pub fn median(figures: impl IntoIterator<Item = f64>) -> Option<f64> {
+pub(super) fn median(figures: impl IntoIterator<Item = f64>) -> Option<f64> {
     let mut sorted: Vec<f64> = figures.into_iter().collect();
     sorted.sort_by(f64::total_cmp);
     let (low, high) = (sorted.get(sorted.len().checked_sub(1)? / 2)?, sorted.get(sorted.len() / 2)?);

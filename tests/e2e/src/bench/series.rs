@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::godwit::Godwit;
-use super::journey::{LIMIT, Mover, measure};
+use super::journey::{LIMIT, measure};
 use super::peer::Peer;
 use super::rows::{BenchFile, Row};
 use super::scenario::{Link, Scenario};
@@ -80,7 +80,7 @@ impl Series {
         };
         set("machine", machine()?);
         set("qemu", format!("{} ({})", version(qemu)?, qemu.display()));
-        set("godwit", version(&godwit_binary()?)?);
+        set("version", version(&godwit_binary()?)?);
         set("limit", format!("cut off after {} s", LIMIT.as_secs()));
         for system in &self.systems {
             set(system.as_str(), system.settings());
@@ -94,21 +94,17 @@ fn row(scenario: Scenario, system: System, link: Link, qemu: &Path) -> Result<Ro
     match system {
         System::Godwit => {
             let mut godwit = Godwit::up(scenario, link, qemu)?;
-            let row = measured(&mut godwit, scenario)?;
+            let row = measure(&mut godwit, scenario)?;
             godwit.down()?;
             Ok(row)
         }
         _ => {
             let mut peer = Peer::up(system, scenario, link, qemu)?;
-            let row = measured(&mut peer, scenario)?;
+            let row = measure(&mut peer, scenario)?;
             peer.down()?;
             Ok(row)
         }
     }
-}
-
-fn measured(mover: &mut dyn Mover, scenario: Scenario) -> Result<Row> {
-    measure(mover, scenario)
 }
 
 /// The same for everybody: the other one at hand, if there is one, because old ones lose writes while they emulate.

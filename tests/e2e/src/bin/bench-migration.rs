@@ -1,6 +1,6 @@
 //! `cargo xtask bench migration`: moves of the same guests over the same links, by Godwit and by QEMU itself.
 //!
-//! Writes every row at once, goes on where it stopped, and prints a table.
+//! Writes every row at once, goes on where it stopped, prints a table and draws a picture.
 
 use std::env;
 use std::path::PathBuf;
@@ -80,6 +80,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         arguments.series.run(&mut file)?;
         println!("bench: wrote {}", arguments.out.display());
     }
+    let picture = arguments.out.with_extension("svg");
+    file.bench.plot(&picture)?;
+    println!("bench: drew {}", picture.display());
     print!("\n{}", file.bench.table());
     Ok(())
 }
