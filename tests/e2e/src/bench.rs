@@ -12,6 +12,7 @@ mod godwit;
 mod ground;
 mod peer;
 mod qmp;
+mod tls;
 
 mod cpu;
 mod journey;

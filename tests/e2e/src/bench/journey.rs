@@ -71,17 +71,18 @@ pub(super) fn measure(mover: &mut dyn Mover, scenario: Scenario) -> Result<Row> 
         thread::sleep(AWAY - PEACE);
     }
     mover.prepare(to)?;
-    let before = Written::now(mover)?;
-    thread::sleep(PEACE);
-    let at_start = Written::now(mover)?;
-
     let namespace = mover.lab().namespace(from)?;
     let hosts = mover.lab().status()?.hosts;
+    let (before, idle) = (Written::now(mover)?, CpuWatch::start(&hosts)?);
+    thread::sleep(PEACE);
+    let (at_start, idle) = (Written::now(mover)?, idle.end()? / PEACE.as_secs_f64());
+
     let (wire, cpu) = (wire::passed(&namespace)?, CpuWatch::start(&hosts)?);
     let began = Instant::now();
     let cuts = (scenario == Scenario::K).then(|| Cuts::start(mover.lab().clone(), to));
     let ended = mover.run(to);
-    let (wire_bytes, cpu_seconds) = (wire::passed(&namespace)?.saturating_sub(wire), cpu.end()?);
+    let lasted = began.elapsed().as_secs_f64();
+    let (wire_bytes, cpu_seconds_all) = (wire::passed(&namespace)?.saturating_sub(wire), cpu.end()?);
     let cuts = cuts.map(Cuts::end).transpose()?;
     let ended = ended?;
 
@@ -100,7 +101,8 @@ pub(super) fn measure(mover: &mut dyn Mover, scenario: Scenario) -> Result<Row> 
         wire_bytes,
         blackout_ms: ended.blackout.map(|blackout| blackout.as_secs_f64() * 1e3),
         outage_ms: outage.as_secs_f64() * 1e3,
-        cpu_seconds,
+        cpu_seconds: (cpu_seconds_all - idle * lasted).max(0.0),
+        cpu_seconds_all,
         completed: ended.completed,
         page_errors: verified.ok().map(|status| status.page_errors),
         pages_per_second: at_start.since(&before),

@@ -19,6 +19,7 @@ use super::journey::{Ended, HOSTS, LIMIT, Mover, set_links};
 use super::qmp::Qmp;
 use super::scenario::{Link, Scenario};
 use super::system::System;
+use super::tls;
 use crate::artefacts::{GuestImages, guest_images};
 use crate::labs::{self, OwnedNetwork};
 use crate::{Outside, godwit_binary};
@@ -74,6 +75,9 @@ impl Peer {
             started: 0,
             network,
         };
+        if system.has_tls() {
+            tls::make(&peer.certificates())?;
+        }
         let [home, _] = HOSTS;
         let qemu = peer.start(home, false)?;
         peer.qemus.push_back(qemu);
@@ -115,7 +119,14 @@ impl Peer {
         qemu.qmp.run("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
         let parameters = self.system.parameters(self.scenario.working_set());
         qemu.qmp.run("migrate-set-parameters", Value::Object(parameters))?;
+        if self.system.has_tls() {
+            tls::give(&mut qemu.qmp, &self.certificates())?;
+        }
         Ok(qemu)
+    }
+
+    fn certificates(&self) -> PathBuf {
+        Path::new(STATE_ROOT).join(self.lab().name()).join("tls")
     }
 
     fn uri(&self, to: &str) -> Result<String> {
@@ -149,6 +160,9 @@ impl Mover for Peer {
             self.qemus.pop_front();
         }
         let mut destination = self.start(to, true)?;
+        if self.system.has_tls() {
+            tls::choose(&mut destination.qmp, tls::SERVER)?;
+        }
         destination.qmp.run("migrate-incoming", json!({ "uri": self.uri(to)? }))?;
         self.qemus.push_back(destination);
         Ok(())
@@ -158,6 +172,9 @@ impl Mover for Peer {
         let uri = self.uri(to)?;
         let system = self.system;
         let [source, destination] = self.ends()?;
+        if system.has_tls() {
+            tls::choose(source, tls::CLIENT)?;
+        }
         let began = Instant::now();
         source.run("migrate", json!({ "uri": uri }))?;
         let (mut switched, mut note) = (false, String::new());

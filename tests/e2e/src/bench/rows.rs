@@ -35,8 +35,10 @@ pub struct Row {
     pub blackout_ms: Option<f64>,
     /// Longest gap of the echo as seen from outside.
     pub outage_ms: f64,
-    /// Of agents, carries and QEMUs on both hosts, without vCPUs.
+    /// Of agents, carries and QEMUs on both hosts, without vCPUs, beyond what they used before the move: devices of an emulated guest cost, too.
     pub cpu_seconds: f64,
+    /// The same, all of it.
+    pub cpu_seconds_all: f64,
     /// Whether the VM got there.
     pub completed: bool,
     /// Pages that the guest found wrong afterwards; nothing where it could not be asked.

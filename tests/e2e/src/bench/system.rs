@@ -16,8 +16,12 @@ pub enum System {
     Godwit,
     /// Plain pre-copy.
     Precopy,
+    /// As `Precopy`, with TLS.
+    PrecopyTls,
     /// Four channels, each compressed by zstd.
     MultifdZstd,
+    /// As `MultifdZstd`, with TLS.
+    MultifdZstdTls,
     /// Differences to a cache of what was sent.
     Xbzrle,
     /// vCPUs are slowed down until it converges.
@@ -28,8 +32,16 @@ pub enum System {
 
 impl System {
     /// All of them, in the order in which they take turns.
-    pub const ALL: [Self; 6] =
-        [Self::Godwit, Self::Precopy, Self::MultifdZstd, Self::Xbzrle, Self::AutoConverge, Self::Postcopy];
+    pub const ALL: [Self; 8] = [
+        Self::Godwit,
+        Self::Precopy,
+        Self::PrecopyTls,
+        Self::MultifdZstd,
+        Self::MultifdZstdTls,
+        Self::Xbzrle,
+        Self::AutoConverge,
+        Self::Postcopy,
+    ];
 
     /// Its name in rows and arguments.
     #[must_use]
@@ -37,7 +49,9 @@ impl System {
         match self {
             Self::Godwit => "godwit",
             Self::Precopy => "qemu-precopy",
+            Self::PrecopyTls => "qemu-precopy-tls",
             Self::MultifdZstd => "qemu-multifd-zstd",
+            Self::MultifdZstdTls => "qemu-multifd-zstd-tls",
             Self::Xbzrle => "qemu-xbzrle",
             Self::AutoConverge => "qemu-auto-converge",
             Self::Postcopy => "qemu-postcopy",
@@ -53,11 +67,16 @@ impl System {
         Self::ALL.into_iter().find(|system| system.as_str() == name).with_context(known)
     }
 
+    /// Whether QEMU itself uses TLS.
+    pub(super) const fn has_tls(self) -> bool {
+        matches!(self, Self::PrecopyTls | Self::MultifdZstdTls)
+    }
+
     /// Capabilities of both QEMUs.
     pub(super) fn capabilities(self) -> Vec<&'static str> {
         let own: &[&str] = match self {
-            Self::Godwit | Self::Precopy => &[],
-            Self::MultifdZstd => &["multifd"],
+            Self::Godwit | Self::Precopy | Self::PrecopyTls => &[],
+            Self::MultifdZstd | Self::MultifdZstdTls => &["multifd"],
             Self::Xbzrle => &["xbzrle"],
             Self::AutoConverge => &["auto-converge"],
             Self::Postcopy => &["postcopy-ram", "postcopy-preempt"],
@@ -68,8 +87,8 @@ impl System {
     /// Parameters of both QEMUs, for a guest with this working set.
     pub(super) fn parameters(self, working_set: Bytes) -> Map<String, Value> {
         let own = match self {
-            Self::Godwit | Self::Precopy | Self::AutoConverge => json!({}),
-            Self::MultifdZstd => json!({ "multifd-channels": 4, "multifd-compression": "zstd", "multifd-zstd-level": 1 }),
+            Self::Godwit | Self::Precopy | Self::PrecopyTls | Self::AutoConverge => json!({}),
+            Self::MultifdZstd | Self::MultifdZstdTls => json!({ "multifd-channels": 4, "multifd-compression": "zstd", "multifd-zstd-level": 1 }),
             Self::Xbzrle => json!({ "xbzrle-cache-size": working_set.get() }),
             Self::Postcopy => json!({ "max-postcopy-bandwidth": 0 }),
         };
@@ -83,14 +102,15 @@ impl System {
     /// How it is set, for people.
     pub(super) fn settings(self) -> String {
         if self == Self::Godwit {
-            return format!("TLS; defaults: max-blackout {} ms", MigrationPolicy::default().max_blackout.get());
+            return format!("with TLS; defaults: max-blackout {} ms", MigrationPolicy::default().max_blackout.get());
         }
         let mut parameters = self.parameters(Bytes(0));
         if self == Self::Xbzrle {
             parameters.insert("xbzrle-cache-size".to_owned(), "the working set".into());
         }
         let parameters: Vec<String> = parameters.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        format!("no TLS; {}; {}", self.capabilities().join(" "), parameters.join(" "))
+        let tls = if self.has_tls() { "with TLS" } else { "without TLS" };
+        format!("{tls}; {}; {}", self.capabilities().join(" "), parameters.join(" "))
     }
 }
 

@@ -16,7 +16,8 @@ Usage: cargo xtask bench migration [--pairs N] [--scenario A,B,…] [--link 200m
   --pairs N      how often each is measured [default: 3]
   --scenario L   A, B8, B512, B4096 (B for all three), C, R, K, X, W [default: all]
   --link L       links between the hosts [default: 200mbit,1gbit]; W has its own
-  --system L     godwit, qemu-precopy, qemu-multifd-zstd, qemu-xbzrle, qemu-auto-converge, qemu-postcopy [default: all]
+  --system L     godwit, qemu-precopy, qemu-precopy-tls, qemu-multifd-zstd, qemu-multifd-zstd-tls, qemu-xbzrle, qemu-auto-converge,
+                 qemu-postcopy [default: all]
   --quick        what ends within ten minutes: A and R once over 1gbit, by godwit, qemu-precopy and qemu-multifd-zstd
   --table        measures nothing, prints what there is
   --out FILE     where rows are, and are added to [default: bench/migration.json in the target directory]";
