@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -85,7 +85,7 @@ impl Count {
         }
     }
 
-    fn is_ours(&mut self, pid: u32, process: &PathBuf) -> bool {
+    fn is_ours(&mut self, pid: u32, process: &Path) -> bool {
         let doubts = self.doubts.entry(pid).or_default();
         if *doubts >= DOUBTS {
             return false;

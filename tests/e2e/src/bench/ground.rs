@@ -6,9 +6,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use godwit_lab::Lab;
-use godwit_lab::layout::{
-    DEFAULT_NETWORK_ID, OUTSIDE_ADDRESS, OUTSIDE_GUEST_ADDRESS, VXLAN_PORT, host_address, host_number,
-};
+use godwit_lab::layout::{DEFAULT_NETWORK_ID, OUTSIDE_ADDRESS, OUTSIDE_GUEST_ADDRESS, VXLAN_PORT, host_address, host_number};
 
 use super::journey::HOSTS;
 use super::scenario::{MEMORY, Scenario};
@@ -26,11 +24,7 @@ const TAP: &str = "gwt0";
 
 /// The machine that an agent gives to an emulated VM of that size, without what a bench has no use for.
 pub(super) fn arguments(system: System, scenario: Scenario, images: &GuestImages, monitor: &Path) -> Result<Vec<String>> {
-    let own = [
-        format!("id={system}"),
-        format!("ip={ADDRESS}/24"),
-        format!("witness={OUTSIDE_GUEST_ADDRESS}:{WITNESS_PORT}"),
-    ];
+    let own = [format!("id={system}"), format!("ip={ADDRESS}/24"), format!("witness={OUTSIDE_GUEST_ADDRESS}:{WITNESS_PORT}")];
     let words: Vec<String> = own.iter().chain(&scenario.knobs()).map(|word| format!("guest.{word}")).collect();
     let mut all = vec!["-nodefaults".to_owned(), "-no-user-config".to_owned(), "-no-reboot".to_owned()];
     let mut option = |name: &str, value: &str| all.extend([name.to_owned(), value.to_owned()]);

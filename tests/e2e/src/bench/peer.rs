@@ -99,7 +99,11 @@ impl Peer {
         let (socket, log) = (home.join(format!("{}.qmp", self.started)), home.join(format!("{}.log", self.started)));
         let log = File::create(&log).with_context(|| log.display().to_string())?;
         let mut command = Command::new(&self.program);
-        command.args(arguments(self.system, self.scenario, &self.images, &socket)?).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command
+            .args(arguments(self.system, self.scenario, &self.images, &socket)?)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         if incoming {
             command.args(["-incoming", "defer"]);
         }

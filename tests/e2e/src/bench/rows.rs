@@ -165,9 +165,7 @@ mod tests {
     fn the_file_has_the_documented_shape() {
         let bench = Bench { rows: vec![row("A", "godwit", 1)], ..Bench::default() };
         let value = serde_json::to_value(bench).unwrap();
-        for key in
-            ["scenario", "system", "link", "seconds", "wire_bytes", "blackout_ms", "outage_ms", "cpu_seconds", "completed"]
-        {
+        for key in ["scenario", "system", "link", "seconds", "wire_bytes", "blackout_ms", "outage_ms", "cpu_seconds", "completed"] {
             assert!(value["rows"][0].get(key).is_some(), "{key}");
         }
     }
@@ -183,7 +181,9 @@ mod tests {
 
     #[test]
     fn the_middle_of_figures() {
-        for (figures, middle) in [(vec![], None), (vec![3.0], Some(3.0)), (vec![9.0, 1.0], Some(5.0)), (vec![9.0, 1.0, 2.0], Some(2.0))] {
+        for (figures, middle) in
+            [(vec![], None), (vec![3.0], Some(3.0)), (vec![9.0, 1.0], Some(5.0)), (vec![9.0, 1.0, 2.0], Some(2.0))]
+        {
             assert_eq!(median(figures), middle);
         }
     }

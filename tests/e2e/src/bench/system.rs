@@ -88,7 +88,9 @@ impl System {
     pub(super) fn parameters(self, working_set: Bytes) -> Map<String, Value> {
         let own = match self {
             Self::Godwit | Self::Precopy | Self::PrecopyTls | Self::AutoConverge => json!({}),
-            Self::MultifdZstd | Self::MultifdZstdTls => json!({ "multifd-channels": 4, "multifd-compression": "zstd", "multifd-zstd-level": 1 }),
+            Self::MultifdZstd | Self::MultifdZstdTls => {
+                json!({ "multifd-channels": 4, "multifd-compression": "zstd", "multifd-zstd-level": 1 })
+            }
             Self::Xbzrle => json!({ "xbzrle-cache-size": working_set.get() }),
             Self::Postcopy => json!({ "max-postcopy-bandwidth": 0 }),
         };

@@ -48,8 +48,7 @@ pub(super) fn make(dir: &Path) -> Result<()> {
 /// Gives a QEMU both ends: one that a guest has come to may be left again.
 pub(super) fn give(qmp: &mut Qmp, dir: &Path) -> Result<()> {
     for (id, endpoint) in [(SERVER, "server"), (CLIENT, "client")] {
-        let object =
-            json!({ "qom-type": "tls-creds-x509", "id": id, "dir": dir, "endpoint": endpoint, "verify-peer": true });
+        let object = json!({ "qom-type": "tls-creds-x509", "id": id, "dir": dir, "endpoint": endpoint, "verify-peer": true });
         qmp.run("object-add", object)?;
     }
     Ok(())

@@ -46,8 +46,7 @@ impl Arguments {
     fn parse(words: &[String]) -> Result<Self> {
         let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from);
         let links = ["200mbit", "1gbit"].map(str::parse::<Link>).into_iter().collect::<Result<_>>()?;
-        let mut series =
-            Series { scenarios: Scenario::ALL.to_vec(), systems: System::ALL.to_vec(), links, pairs: 3, ends: None };
+        let mut series = Series { scenarios: Scenario::ALL.to_vec(), systems: System::ALL.to_vec(), links, pairs: 3, ends: None };
         let (mut only_table, mut out) = (false, target.join("bench/migration.json"));
         let mut words = words.iter();
         while let Some(word) = words.next() {
