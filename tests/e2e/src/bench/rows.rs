@@ -18,6 +18,7 @@ pub struct Bench {
 
 /// One move.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Row {
     /// What was moved.
     pub scenario: String,
@@ -47,6 +48,8 @@ pub struct Row {
     pub pages_per_second: u64,
     /// The same during the move.
     pub pages_per_second_moving: u64,
+    /// Load of the machine in the last minute before the row: with other work beside it figures say little.
+    pub load: f64,
     /// What else is to be said.
     pub note: String,
 }

@@ -48,11 +48,12 @@ impl Series {
                 println!("bench: the time is over; started again, it goes on here");
                 break;
             }
+            let load = load();
             let row = row(scenario, system, link, &qemu).unwrap_or_else(|error| {
                 eprintln!("bench: {error:?}");
                 Row { note: format!("{error:#}"), ..Row::default() }
             });
-            let row = Row { scenario: names.0.to_owned(), system: names.1.to_owned(), link: place, pair, ..row };
+            let row = Row { scenario: names.0.to_owned(), system: names.1.to_owned(), link: place, pair, load, ..row };
             println!("bench: {}", row.line());
             file.push(row)?;
         }
@@ -120,6 +121,11 @@ fn qemu() -> Result<PathBuf> {
 fn version(program: &Path) -> Result<String> {
     let output = Command::new(program).arg("--version").output().with_context(|| format!("run {}", program.display()))?;
     Ok(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().to_owned())
+}
+
+fn load() -> f64 {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or_default()
 }
 
 fn machine() -> Result<String> {

@@ -18,7 +18,7 @@ Usage: cargo xtask bench migration [--pairs N] [--scenario A,B,…] [--link 200m
   --link L       links between the hosts [default: 200mbit,1gbit]; W has its own
   --system L     godwit, qemu-precopy, qemu-precopy-tls, qemu-multifd-zstd, qemu-multifd-zstd-tls, qemu-xbzrle, qemu-auto-converge,
                  qemu-postcopy [default: all]
-  --quick        what ends within ten minutes: A and R once over 1gbit, by godwit, qemu-precopy and qemu-multifd-zstd
+  --quick        what ends within ten minutes: A, B8, R and K once over 1gbit, by godwit, qemu-precopy and qemu-multifd-zstd
   --table        measures nothing, prints what there is
   --out FILE     where rows are, and are added to [default: bench/migration.json in the target directory]";
 
@@ -53,7 +53,7 @@ impl Arguments {
             let mut value = || words.next().with_context(|| format!("{word} needs a value\n\n{USAGE}"));
             match word.as_str() {
                 "--quick" => {
-                    series.scenarios = vec![Scenario::A, Scenario::R];
+                    series.scenarios = vec![Scenario::A, Scenario::B8, Scenario::R, Scenario::K];
                     series.systems = vec![System::Godwit, System::Precopy, System::MultifdZstd];
                     series.links = vec!["1gbit".parse()?];
                     (series.pairs, series.ends) = (1, Some(QUICK));
