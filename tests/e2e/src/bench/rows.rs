@@ -76,18 +76,19 @@ impl BenchFile {
         Ok(Self { path: path.to_owned(), bench })
     }
 
-    /// Whether there is a row of this scenario, system, link and pair.
+    /// Whether there is a row of this scenario, system, link and pair in which something was measured.
     #[must_use]
     pub fn has(&self, scenario: &str, system: &str, link: &str, pair: u32) -> bool {
         let key = (scenario, system, link, pair);
-        self.bench.rows.iter().any(|row| (row.scenario.as_str(), row.system.as_str(), row.link.as_str(), row.pair) == key)
+        self.bench.rows.iter().any(|row| row.key() == key && row.was_measured())
     }
 
-    /// Adds a row, and writes the file in one step.
+    /// Adds a row, in the place of one in which nothing was measured, and writes the file in one step.
     ///
     /// # Errors
     /// When it cannot be written; the row is kept.
     pub fn push(&mut self, row: Row) -> Result<()> {
+        self.bench.rows.retain(|old| old.key() != row.key() || old.was_measured());
         self.bench.rows.push(row);
         self.write()
     }
@@ -104,6 +105,17 @@ impl BenchFile {
         let partial = self.path.with_extension("partial");
         fs::write(&partial, serde_json::to_string_pretty(&self.bench)? + "\n").with_context(failed)?;
         fs::rename(&partial, &self.path).with_context(failed)
+    }
+}
+
+impl Row {
+    fn key(&self) -> (&str, &str, &str, u32) {
+        (&self.scenario, &self.system, &self.link, self.pair)
+    }
+
+    /// Not so where the guest did not come up, say, or the run was ended.
+    fn was_measured(&self) -> bool {
+        self.seconds > 0.0
     }
 }
 
@@ -142,7 +154,7 @@ mod tests {
     use super::*;
 
     fn row(scenario: &str, system: &str, pair: u32) -> Row {
-        Row { scenario: scenario.into(), system: system.into(), link: "1gbit".into(), pair, ..Row::default() }
+        Row { scenario: scenario.into(), system: system.into(), link: "1gbit".into(), pair, seconds: 1.0, ..Row::default() }
     }
 
     #[test]
@@ -151,7 +163,10 @@ mod tests {
         let path = dir.path().join("bench/migration.json");
         let mut file = BenchFile::open(&path).unwrap();
         assert!(!file.has("A", "godwit", "1gbit", 1));
+        file.push(Row { seconds: 0.0, ..row("A", "godwit", 1) }).unwrap();
+        assert!(!file.has("A", "godwit", "1gbit", 1), "nothing was measured");
         file.push(row("A", "godwit", 1)).unwrap();
+        assert_eq!(file.bench.rows.len(), 1);
         let again = BenchFile::open(&path).unwrap();
         assert_eq!(again.bench, file.bench);
         assert!(again.has("A", "godwit", "1gbit", 1));

@@ -31,7 +31,8 @@ pub struct Series {
 }
 
 impl Series {
-    /// Measures what is not in the file yet. A row that fails is one that was not completed, and says why.
+    /// Measures what is not in the file yet. A row that fails is one that was not completed, and says why; it is
+    /// tried again by the next run.
     ///
     /// # Errors
     /// When nothing can be measured, or the file cannot be written.
