@@ -9,7 +9,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use super::rows::{Bench, Row, median};
 use super::system::System;
 
-const WIDTH: u32 = 1200;
+const WIDTH: u32 = 1520;
 const PANEL: u32 = 260;
 const MARGIN: i32 = 60;
 const LEGEND: i32 = 40;
