@@ -1,6 +1,8 @@
 //! Chores of this repository: `cargo xtask ci` runs everything that CI runs, `cargo xtask tidy` checks the house rules
-//! that a machine can check, `cargo xtask faults` does real harm to moves. Depends on little, so that it is built in seconds.
+//! that a machine can check, `cargo xtask faults` does real harm to moves, `cargo xtask bench` compares
+//! them with QEMU's own. Depends on little, so that it is built in seconds.
 
+mod bench;
 mod ci;
 mod faults;
 mod tidy;
@@ -20,6 +22,8 @@ Commands:
                        explores the hand-over further than CI does: half an hour
   faults [--count N] [--seed S] [--out FILE]
                        real faults at random moments of real moves, judged from outside: docs/reliability.md
+  bench migration [--pairs N] [--scenario A,R] [--link 200mbit] [--system godwit,…] [--quick] [--table] [--out FILE]
+                       Godwit and QEMU's own ways to migrate, on the same guests and links: docs/measurements.md
   help                 this text
 
 Steps of ci, in order: images, fmt, clippy, test, doctest, e2e, tidy, deny";
@@ -43,6 +47,7 @@ fn run(arguments: &[String]) -> Result<bool> {
     };
     match (command.as_str(), rest) {
         ("ci", rest) => ci::run(&repository()?, &ci::Skipped::parse(rest)?),
+        ("bench", rest) => bench::run(&repository()?, rest),
         ("faults", rest) => faults::run(&repository()?, rest),
         ("tidy", []) => {
             let complaints = tidy::check(&repository()?)?;

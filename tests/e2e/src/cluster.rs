@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,7 +20,7 @@ use crate::artefacts::{GuestImages, godwit_binary, guest_agent_layer, guest_imag
 use crate::guest::{Guest, GuestSpec};
 use crate::outside::{Outside, Witness};
 use crate::processes::ProcessRole;
-use crate::{checks, logs, processes};
+use crate::{checks, labs, logs, processes};
 
 /// How long an answer of the controller is waited for while it may be away.
 const AWAY: Duration = Duration::from_secs(90);
@@ -57,9 +56,7 @@ impl ClusterSpec {
     /// # Errors
     /// When there is no binary to test.
     pub fn new(hosts: u16) -> Result<Self> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("e{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        Ok(Self { lab: LabSpec { hosts, ..LabSpec::new(name, godwit_binary()?) } })
+        Ok(Self { lab: LabSpec { hosts, ..LabSpec::new(labs::free_name(), godwit_binary()?) } })
     }
 
     /// Another rate for all hosts' links.
@@ -115,11 +112,11 @@ impl ClusterSpec {
     /// # Errors
     /// The step that failed; nothing is left then.
     pub fn up(self) -> Result<Cluster> {
-        remove_abandoned();
+        labs::remove_abandoned();
         // Somebody else may have installed a provider before; any will do.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        runtime.spawn(clean_up_when_told_to_end(self.lab.name.clone()));
+        runtime.spawn(labs::clean_up_when_told_to_end(self.lab.name.clone()));
         let lab = Lab::up(self.lab).map_err(with_causes)?;
         let connected = || -> Result<_> {
             let client = Client::new(lab.api()?.endpoint().context("read what the client needs")?)?;
@@ -607,38 +604,4 @@ impl ByText for Client {
 fn with_causes(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Error {
     let text = format!("{error:?}");
     anyhow::Error::new(error).context(text)
-}
-
-/// Labs of test processes that are gone: killed before they could clean up.
-fn remove_abandoned() {
-    for lab in Lab::list() {
-        let pid = lab.strip_prefix('e').and_then(|rest| rest.split_once('-')).and_then(|(pid, _)| pid.parse::<u32>().ok());
-        if pid.is_some_and(|pid| !PathBuf::from(format!("/proc/{pid}")).exists()) {
-            // Another test may be removing it right now.
-            let _ = Lab::remove(&lab);
-        }
-    }
-}
-
-/// On Ctrl-C, or when the runner of tests ends a test that hangs, the lab goes first.
-async fn clean_up_when_told_to_end(lab: String) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else { return };
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-    }
-    eprintln!("told to end: removes lab {lab}");
-    let removed = tokio::task::spawn_blocking(move || {
-        // Whoever builds it at this moment holds its lock, for up to a minute.
-        let deadline = Instant::now() + Duration::from_secs(120);
-        loop {
-            match Lab::remove(&lab) {
-                Err(_) if Instant::now() < deadline => {}
-                other => return other.map_err(|error| eprintln!("lab {lab} is not gone: {error}")),
-            }
-        }
-    });
-    let _ = removed.await;
-    std::process::exit(130);
 }

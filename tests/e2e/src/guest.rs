@@ -42,7 +42,7 @@ pub struct Guest {
 }
 
 /// The words for the kernel itself.
-const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on";
+pub(crate) const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on";
 
 impl GuestSpec {
     /// A guest that costs little: one vCPU, 192 MiB, 64 MiB under test, slowly dirtied.

@@ -4,7 +4,8 @@
 //! It must never touch a process, namespace or directory that is not its own lab's, and never trust the system under test about itself:
 //! what a guest suffered is measured from outside, and what is left behind is looked for in `/proc` and in the namespaces.
 //!
-//! Start at [`Cluster`], then [`Action`] for what a test is made of, and [`faults`] for runs that are drawn from seeds.
+//! Start at [`Cluster`], then [`Action`] for what a test is made of, [`faults`] for runs that are drawn from seeds, and [`mod@bench`] for
+//! comparisons.
 
 mod artefacts;
 mod cluster;
@@ -12,6 +13,7 @@ mod guest;
 
 mod action;
 mod checks;
+mod labs;
 mod logs;
 mod processes;
 
@@ -20,6 +22,7 @@ mod report;
 /// What a guest's TPM is asked.
 pub mod tpm;
 
+pub mod bench;
 pub mod command;
 pub mod faults;
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use godwit_guest::{SPOOF_MARK, SPOOF_PORT, STATUS_PORT, Spoof, SpoofRequest, Status};
+use godwit_guest::{SPOOF_MARK, SPOOF_PORT, STATUS_PORT, Spoof, SpoofRequest, Status, VERIFY};
 use godwit_lab::in_namespace;
 use godwit_lab::layout::OUTSIDE_GUEST_ADDRESS;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
@@ -58,13 +58,35 @@ impl Outside {
     /// # Errors
     /// When it does not answer.
     pub fn status(&self, address: Ipv4Addr, patience: Duration) -> Result<Status> {
+        self.ask(address, b"?", patience)
+    }
+
+    /// As [`Outside::status`], once the guest has verified the memory that it is measured with.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub fn verify(&self, address: Ipv4Addr, patience: Duration) -> Result<Status> {
+        let deadline = Instant::now() + patience;
+        let before = self.ask(address, b"?", patience)?;
+        self.ask(address, VERIFY, patience)?;
+        loop {
+            let now = self.ask(address, b"?", patience)?;
+            if now.sweeps > before.sweeps {
+                return Ok(now);
+            }
+            ensure!(Instant::now() < deadline, "the guest at {address} has not verified its memory within {patience:?}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn ask(&self, address: Ipv4Addr, question: &[u8], patience: Duration) -> Result<Status> {
         let socket = self.datagrams(address, STATUS_PORT)?;
         socket.set_read_timeout(Some(Duration::from_millis(250)))?;
         let deadline = Instant::now() + patience;
         let mut datagram = [0; 4096];
         while Instant::now() < deadline {
             // Refusals and losses alike: asked again.
-            let _ = socket.send(b"?");
+            let _ = socket.send(question);
             if let Ok(length) = socket.recv(&mut datagram) {
                 return serde_json::from_slice(&datagram[..length]).context("the guest's status is not its language");
             }

@@ -12,7 +12,7 @@ use godwit_model::VmId;
 use rustix::process::{Pid, kill_process};
 
 /// User ids of one host: the first is carry's, the others are VMs'.
-const UIDS: u32 = 0x400;
+pub(crate) const UIDS: u32 = 0x400;
 
 /// A process under one of a host's user ids.
 #[derive(Debug, Clone)]

@@ -5,7 +5,8 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::pages::PAGE_SIZE;
+use crate::load::Rewrite;
+use crate::pages::{PAGE_SIZE, PageKind};
 
 /// The settings of one guest.
 ///
@@ -22,6 +23,7 @@ use crate::pages::PAGE_SIZE;
 /// | `guest.dirty=20M` | 20M | bytes per second of pages that are dirtied, as migration counts them: 4096 per write |
 /// | `guest.write_size=64..4096` | `64..4096` | bytes changed by one write, rounded up to 8 |
 /// | `guest.mix=unique:40,zero:60` | 40,30,10,10,10 | percent of pages per kind: unique, compressible, duplicate, zero, slow |
+/// | `guest.load=change` | none | `change` or `equal`: memory for measurements, see `Load`, whose writes have exactly the smallest `write_size`; no checker |
 /// | `guest.check=64M` | 64M | bytes per second that the checker reads; `max` for as many as it can, 0 for none |
 /// | `guest.tcp_rate=1M` | 1M | bytes per second of each stream connection |
 ///
@@ -52,6 +54,8 @@ pub struct Knobs {
     pub write_size: RangeInclusive<usize>,
     /// How many pages are of which kind.
     pub mix: Mix,
+    /// What becomes of written words, where the memory is for measurements.
+    pub load: Option<Rewrite>,
     /// Bytes checked per second; `None` is as many as possible.
     pub check: Option<u64>,
     /// Bytes per second of each stream connection.
@@ -100,6 +104,29 @@ impl Default for Mix {
     }
 }
 
+impl Mix {
+    /// The kind of the page at `index`. Kinds are spread evenly, so that every working set has its share of each.
+    #[must_use]
+    pub const fn kind(&self, index: usize) -> PageKind {
+        let Self { unique, compressible, duplicate, zero, .. } = *self;
+        // 37 has no factor in common with 100: every hundred pages hold exactly the percentages.
+        let mut place = ((index % 100) * 37 % 100) as u8;
+        if place < unique {
+            return PageKind::Unique;
+        }
+        place -= unique;
+        if place < compressible {
+            return PageKind::Compressible;
+        }
+        place -= compressible;
+        if place < duplicate {
+            return PageKind::Duplicate;
+        }
+        place -= duplicate;
+        if place < zero { PageKind::Zero } else { PageKind::Slow }
+    }
+}
+
 impl Default for Knobs {
     fn default() -> Self {
         Self {
@@ -114,6 +141,7 @@ impl Default for Knobs {
             dirty: 20 << 20,
             write_size: 64..=PAGE_SIZE,
             mix: Mix::default(),
+            load: None,
             check: Some(64 << 20),
             tcp_rate: 1 << 20,
         }
@@ -154,6 +182,13 @@ impl Knobs {
             "dirty" => self.dirty = bytes()?,
             "write_size" => self.write_size = write_size(value).ok_or_else(|| bad("8..4096 or part of it"))?,
             "mix" => self.mix = mix(value).ok_or_else(|| bad("KIND:PERCENT,… with a sum of 100"))?,
+            "load" => {
+                self.load = match value {
+                    "change" => Some(Rewrite::Change),
+                    "equal" => Some(Rewrite::Equal),
+                    _ => return Err(bad("change or equal")),
+                };
+            }
             "check" => self.check = if value == "max" { None } else { Some(bytes()?) },
             "tcp_rate" => self.tcp_rate = bytes()?,
             _ => return Err(KnobError::Unknown { key: key.to_owned() }),
@@ -214,7 +249,7 @@ mod tests {
         let knobs = Knobs::parse(
             "console=ttyS0 quiet panic=-1 guest.id=web1 guest.ip=10.99.0.10/24 guest.gw=10.99.0.1 guest.mtu=1450 \
              guest.witness=10.99.0.1:9999 guest.witness_every=20 guest.touch_total=1G guest.working_set=64M \
-             guest.dirty=0 guest.write_size=64..512 guest.mix=unique:50,zero:50 guest.check=max guest.tcp_rate=100K\n",
+             guest.dirty=0 guest.write_size=64..512 guest.mix=unique:50,zero:50 guest.load=equal guest.check=max guest.tcp_rate=100K\n",
         )
         .unwrap();
         assert_eq!(knobs.id, "web1");
@@ -226,6 +261,7 @@ mod tests {
         assert_eq!((knobs.touch_total, knobs.working_set, knobs.dirty), (1 << 30, 64 << 20, 0));
         assert_eq!(knobs.write_size, 64..=512);
         assert_eq!(knobs.mix, Mix { unique: 50, compressible: 0, duplicate: 0, zero: 50, slow: 0 });
+        assert_eq!(knobs.load, Some(Rewrite::Equal));
         assert_eq!(knobs.check, None);
         assert_eq!(knobs.tcp_rate, 100 << 10);
     }
@@ -254,6 +290,7 @@ mod tests {
             "mix=unique:50",
             "mix=unique:50,other:50",
             "mix=unique:200",
+            "load=checked",
             "id=",
         ] {
             let key = word.split('=').next().unwrap();

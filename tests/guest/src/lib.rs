@@ -10,6 +10,7 @@
 mod knobs;
 mod noise;
 
+mod load;
 mod pages;
 
 mod clock;
@@ -25,6 +26,7 @@ mod seed;
 pub use agent::{AgentAnswer, answer_agent};
 pub use clock::{ClockReading, ClockReport, ClockWatch};
 pub use knobs::{KnobError, Knobs, Mix};
+pub use load::{Load, Rewrite};
 pub use noise::Noise;
 pub use pace::Pace;
 pub use pages::{PAGE_SIZE, PageError, PageFault, PageKind, PagePool};
@@ -36,8 +38,10 @@ pub use witness::{RecordError, VmWitness, WitnessLog, WitnessRecord, host_genera
 
 /// UDP: sends every datagram back to its sender.
 pub const ECHO_PORT: u16 = 7;
-/// UDP: answers any datagram with [`Status`] as JSON.
+/// UDP: answers any datagram with [`Status`] as JSON; [`VERIFY`] also has the memory of a [`Load`] verified, which counts as a sweep.
 pub const STATUS_PORT: u16 = 5;
+/// A datagram to [`STATUS_PORT`].
+pub const VERIFY: &[u8] = b"verify";
 /// UDP: carries out a [`SpoofRequest`] and sends it back when the frames are on their way.
 pub const SPOOF_PORT: u16 = 13;
 /// TCP: sends the endless stream that [`StreamVerifier`] checks.

@@ -148,25 +148,10 @@ impl PagePool {
         self.pages
     }
 
-    /// What the page at `index` contains. Kinds are spread evenly, so that every working set has its share of each.
+    /// What the page at `index` contains.
     #[must_use]
     pub const fn kind(&self, index: usize) -> PageKind {
-        let Mix { unique, compressible, duplicate, zero, .. } = self.mix;
-        // 37 has no factor in common with 100: every hundred pages hold exactly the percentages.
-        let mut place = ((index % 100) * 37 % 100) as u8;
-        if place < unique {
-            return PageKind::Unique;
-        }
-        place -= unique;
-        if place < compressible {
-            return PageKind::Compressible;
-        }
-        place -= compressible;
-        if place < duplicate {
-            return PageKind::Duplicate;
-        }
-        place -= duplicate;
-        if place < zero { PageKind::Zero } else { PageKind::Slow }
+        self.mix.kind(index)
     }
 
     /// Writes `size` bytes of the page at `index` (a slow page: eight) and makes it its next generation.

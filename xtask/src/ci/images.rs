@@ -12,28 +12,43 @@ const NO_OTHER: i32 = 3;
 
 /// Variables for the tests.
 pub(crate) fn environment(root: &Path) -> Result<Vec<(String, String)>> {
-    let mut all = Vec::new();
-    let image: &[&str] = &["GODWIT_GUEST_KERNEL", "GODWIT_GUEST_INITRD"];
+    let mut all = guest(root)?;
+    let agent: &[&str] = &["GODWIT_GUEST_AGENT"];
     for (path, names) in [
-        ("scripts/guest-image", image),
-        ("scripts/guest-agent-layer", &["GODWIT_GUEST_AGENT"]),
+        ("scripts/guest-agent-layer", agent),
         ("scripts/cloud-image", &["GODWIT_CLOUD_IMAGE", "GODWIT_CLOUD_BOOT"]),
         ("scripts/schemathesis", &["GODWIT_SCHEMATHESIS"]),
     ] {
-        let output = script(root, path)?;
-        if !output.status.success() {
-            bail!("{path}: {}", output.status);
-        }
-        all.extend(named(&output, path, names)?);
+        all.extend(made(root, path, names)?);
     }
+    all.extend(other_qemu(root)?);
+    Ok(all)
+}
 
+/// Variables for what a guest boots.
+pub(crate) fn guest(root: &Path) -> Result<Vec<(String, String)>> {
+    made(root, "scripts/guest-image", &["GODWIT_GUEST_KERNEL", "GODWIT_GUEST_INITRD"])
+}
+
+/// The variable for a second version of QEMU, where there is one.
+pub(crate) fn other_qemu(root: &Path) -> Result<Vec<(String, String)>> {
     let output = script(root, "scripts/qemu-other")?;
     match output.status.code() {
-        Some(0) => all.extend(named(&output, "scripts/qemu-other", &["GODWIT_QEMU_OTHER"])?),
-        Some(NO_OTHER) => println!("images: one version of QEMU only: nothing is proven here about moves between versions"),
+        Some(0) => named(&output, "scripts/qemu-other", &["GODWIT_QEMU_OTHER"]),
+        Some(NO_OTHER) => {
+            println!("images: one version of QEMU only: nothing is proven here about moves between versions");
+            Ok(Vec::new())
+        }
         _ => bail!("scripts/qemu-other: {}", output.status),
     }
-    Ok(all)
+}
+
+fn made(root: &Path, path: &str, names: &[&str]) -> Result<Vec<(String, String)>> {
+    let output = script(root, path)?;
+    if !output.status.success() {
+        bail!("{path}: {}", output.status);
+    }
+    named(&output, path, names)
 }
 
 fn script(root: &Path, script: &str) -> Result<Output> {

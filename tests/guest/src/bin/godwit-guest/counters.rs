@@ -48,6 +48,8 @@ pub(crate) struct Counters {
     pub(crate) tcp_connections: Count,
     pub(crate) tcp_accepted: Count,
     pub(crate) tcp_bytes: Count,
+    /// Not told: 1 while somebody wants the memory verified.
+    pub(crate) verify: Count,
 }
 
 impl Counters {

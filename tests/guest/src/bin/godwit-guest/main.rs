@@ -17,7 +17,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_guest::{ConsoleLine, Knobs, Noise, PagePool};
+use godwit_guest::{ConsoleLine, Knobs, Load, Noise, PagePool};
 
 use crate::console::Console;
 use crate::counters::Counters;
@@ -57,8 +57,14 @@ fn run(console: &Console) -> Result<(), Box<dyn std::error::Error>> {
 
     let boot = u128::from(witness::nonce(None)) << 64 | u128::from(witness::nonce(None));
     let counters = Arc::new(Counters::new(knobs.id.clone(), host_name.unwrap_or_default(), boot));
-    let pool = Arc::new(PagePool::new(knobs.touch_total, knobs.mix, boot as u64));
-    counters.pages.set(pool.pages() as u64);
+    let memory = match knobs.load {
+        Some(rewrite) => {
+            let size = *knobs.write_size.start();
+            Memory::Measured(Load::new(knobs.touch_total, knobs.mix, boot as u64, rewrite, knobs.working_set, size))
+        }
+        None => Memory::Checked(Arc::new(PagePool::new(knobs.touch_total, knobs.mix, boot as u64))),
+    };
+    counters.pages.set(memory.pages() as u64);
 
     if let Some((address, prefix)) = knobs.ip {
         network::up("lo", Some((Ipv4Addr::LOCALHOST, 8)), None)?;
@@ -73,12 +79,32 @@ fn run(console: &Console) -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     work::start_clock_watch(&counters)?;
-    work::start_checker(&knobs, &pool, &counters, console)?;
-    work::start_writer(&knobs, &pool, &counters, Noise::new(boot as u64))?;
+    match memory {
+        Memory::Measured(load) => work::start_load(&knobs, load, &counters)?,
+        Memory::Checked(pool) => {
+            work::start_checker(&knobs, &pool, &counters, console)?;
+            work::start_writer(&knobs, &pool, &counters, Noise::new(boot as u64))?;
+        }
+    }
     power::start_button(console)?;
     power::start_agent(console)?;
     console.start(&counters)?;
     Ok(())
+}
+
+/// What the guest works on.
+enum Memory {
+    Checked(Arc<PagePool>),
+    Measured(Load),
+}
+
+impl Memory {
+    fn pages(&self) -> usize {
+        match self {
+            Self::Checked(pool) => pool.pages(),
+            Self::Measured(load) => load.pages(),
+        }
+    }
 }
 
 /// A named thread with a small stack: what the guest itself needs of its memory is noise in measurements.

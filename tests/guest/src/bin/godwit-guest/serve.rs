@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_guest::{ECHO_PORT, Knobs, Pace, STATUS_PORT, STREAM_PORT, fill_stream};
+use godwit_guest::{ECHO_PORT, Knobs, Pace, STATUS_PORT, STREAM_PORT, VERIFY, fill_stream};
 
 use crate::counters::Counters;
 use crate::{now, thread};
@@ -33,7 +33,11 @@ pub(crate) fn start(knobs: &Knobs, counters: &Arc<Counters>) -> std::io::Result<
     let counted = Arc::clone(counters);
     thread("status", move || {
         loop {
-            let Ok((_, from)) = status.recv_from(&mut [0; 64]) else { continue };
+            let mut datagram = [0; 64];
+            let Ok((length, from)) = status.recv_from(&mut datagram) else { continue };
+            if datagram.get(..length) == Some(VERIFY) {
+                counted.verify.set(1);
+            }
             let answer = serde_json::to_vec(&counted.status()).unwrap_or_default();
             let _ = status.send_to(&answer, from);
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_guest::{ClockReading, ClockWatch, ConsoleLine, Knobs, Noise, PAGE_SIZE, Pace, PagePool};
+use godwit_guest::{ClockReading, ClockWatch, ConsoleLine, Knobs, Load, Noise, PAGE_SIZE, Pace, PagePool};
 use rustix::process::setpriority_process;
 use rustix::thread::gettid;
 use rustix::time::ClockId;
@@ -36,6 +36,30 @@ pub(crate) fn start_writer(knobs: &Knobs, pool: &Arc<PagePool>, counters: &Arc<C
                 pool.write(index, size, &mut noise);
             }
             counters.pages_written.add(due);
+            std::thread::sleep(TICK);
+        }
+    })
+}
+
+/// Writes to memory for measurements at the rate that was asked for, and verifies it when somebody wants that.
+pub(crate) fn start_load(knobs: &Knobs, mut load: Load, counters: &Arc<Counters>) -> std::io::Result<()> {
+    let rate = if knobs.working_set < PAGE_SIZE as u64 { 0 } else { knobs.dirty / PAGE_SIZE as u64 };
+    let counters = Arc::clone(counters);
+    thread("load", move || {
+        give_way();
+        let mut pace = Pace::new(rate, now());
+        loop {
+            let due = pace.due(now());
+            for _ in 0..due {
+                load.write();
+            }
+            counters.pages_written.add(due);
+            if counters.verify.get() > 0 {
+                counters.page_errors.add(load.verify());
+                counters.pages_checked.add(load.pages() as u64);
+                counters.verify.set(0);
+                counters.sweeps.add(1);
+            }
             std::thread::sleep(TICK);
         }
     })

@@ -1,0 +1,112 @@
+//! Godwit as a user has it: controller, agents and a VM on lab hosts.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use godwit_api::v1::{Task, TaskState};
+use godwit_lab::Lab;
+use godwit_model::{MigrationPolicy, TaskId};
+
+use super::journey::{Ended, HOSTS, LIMIT, Mover, set_links};
+use super::scenario::{Link, MEMORY, Scenario};
+use crate::{Cluster, ClusterSpec, GuestSpec, Outside};
+
+const VM: &str = "wanderer";
+/// How long a move may take to be taken back.
+const CANCEL: Duration = Duration::from_secs(60);
+const ASK: Duration = Duration::from_millis(20);
+
+/// A cluster with the guest of one row.
+pub(super) struct Godwit {
+    cluster: Cluster,
+    address: Ipv4Addr,
+}
+
+impl Godwit {
+    /// Builds the cluster, and boots the guest on the first host.
+    pub(super) fn up(scenario: Scenario, link: Link, qemu: &Path) -> Result<Self> {
+        let spec = HOSTS.into_iter().fold(ClusterSpec::new(2)?, |spec, host| spec.qemu(host, qemu));
+        let mut cluster = spec.up()?;
+        let guest = GuestSpec {
+            name: VM.to_owned(),
+            memory: MEMORY,
+            vcpus: 1,
+            disks: Vec::new(),
+            shapes: Vec::new(),
+            knobs: scenario.knobs(),
+            cloud_init: None,
+            addressed: false,
+        };
+        let [home, _] = HOSTS;
+        let address = cluster.boot(&guest, home)?.address;
+        set_links(cluster.lab(), link)?;
+        Ok(Self { cluster, address })
+    }
+
+    /// Takes everything down.
+    pub(super) fn down(self) -> Result<()> {
+        self.cluster.take_down()
+    }
+
+    /// The task once it has ended by itself; nothing if that takes too long.
+    fn ended(&self, task: TaskId, deadline: Instant) -> Result<Option<Task>> {
+        loop {
+            let now = self.cluster.task(task)?;
+            if now.state.ended() {
+                return Ok(Some(now));
+            }
+            if Instant::now() >= deadline {
+                return Ok(None);
+            }
+            thread::sleep(ASK);
+        }
+    }
+}
+
+impl Mover for Godwit {
+    fn lab(&self) -> &Lab {
+        self.cluster.lab()
+    }
+
+    fn outside(&self) -> &Outside {
+        self.cluster.outside()
+    }
+
+    fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    fn prepare(&mut self, _: &'static str) -> Result<()> {
+        Ok(())
+    }
+
+    fn run(&mut self, to: &'static str) -> Result<Ended> {
+        let began = Instant::now();
+        let task = self.cluster.begin_move(VM, to, MigrationPolicy::default()).context("ask for the move")?;
+        let Some(ended) = self.ended(task, began + LIMIT)? else {
+            let seconds = began.elapsed().as_secs_f64();
+            let progress = self.cluster.task(task)?.progress;
+            // A move may come to its end at this moment.
+            let _ = self.cluster.ask(self.cluster.client().cancel_task(task));
+            self.cluster.ended(task, CANCEL)?;
+            let pass = progress.map_or(0, |progress| progress.rounds);
+            return Ok(Ended { seconds, note: format!("cut off in pass {pass}"), ..Ended::default() });
+        };
+        let seconds = began.elapsed().as_secs_f64();
+        match (ended.state, ended.figures) {
+            (TaskState::Done, Some(figures)) => Ok(Ended {
+                seconds,
+                blackout: Some(Duration::from_millis(figures.blackout.get())),
+                completed: true,
+                note: format!("{} passes", figures.rounds),
+            }),
+            (state, _) => {
+                let note = format!("{state:?}: {}", ended.error.map(|error| error.to_string()).unwrap_or_default());
+                Ok(Ended { seconds, note, ..Ended::default() })
+            }
+        }
+    }
+}
