@@ -1,5 +1,6 @@
 //! `carry`: one unprivileged process per side of a migration. It holds QEMU's migration socket and the connection to the peer, moves the
-//! bytes, and relays the agents' messages. It decides nothing. It outlives the agent, which speaks to it over a unix socket.
+//! bytes, and relays the agents' messages. It decides nothing. It outlives the agent, which speaks to it over a unix socket, and its connections
+//! to the peer, which are replaced when they die.
 //!
 //! ```text
 //!   QEMU ◀──socketpair──▶ carry ◀──TLS 1.3, frames──▶ carry ◀──socketpair──▶ QEMU
@@ -11,12 +12,16 @@
 
 mod client;
 mod connect;
+mod connections;
 mod control;
+mod deal;
+mod feed;
+mod memory;
 mod process;
 mod pump;
 
 pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
-pub(crate) use control::{CarryConfig, CarryStatus, Role};
+pub(crate) use control::{CarryConfig, CarryStatus, PlacedBlock, Placement, Role};
 pub use process::{CarryError, run};
 
 #[cfg(test)]

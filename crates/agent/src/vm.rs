@@ -12,6 +12,7 @@ mod actor;
 mod change;
 mod destination;
 mod moving;
+mod placement;
 mod registry;
 mod source;
 mod start;

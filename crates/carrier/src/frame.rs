@@ -1,9 +1,14 @@
 //! Frames: what two carry processes say to each other. One byte kind, four bytes length, payload; integers are big-endian.
+//!
+//! Frames that move something are *sequenced*: both sides count them, and what a connection that died took with it is sent again on the
+//! next, see [`crate::Session`]. The others belong to one connection, and may be lost with it.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
+use crate::pages::MAX_PAYLOAD;
+
 /// Version of the format; both sides must name the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Largest payload of a data frame.
 pub const MAX_DATA: usize = 256 << 10;
@@ -11,8 +16,19 @@ pub const MAX_DATA: usize = 256 << 10;
 /// Largest message between the agents.
 pub const MAX_CONTROL: usize = 64 << 10;
 
+/// Most blocks of guest memory that a destination places pages in.
+pub const MAX_BLOCKS: usize = 256;
+
+/// Most digests in one frame.
+pub const MAX_DIGESTS: usize = 4096;
+
 const HEADER: usize = 5;
-const IDENTITY: usize = 2 + 16 + 16 + 8;
+const IDENTITY: usize = 2 + 16 + 16 + 8 + KEY + 8;
+const KEY: usize = 32;
+const HELD_HEADER: usize = 2 + 4;
+const DIGEST: usize = 16;
+/// Largest list of blocks: a count, and a name of up to 255 bytes and a length for each.
+const MAX_MEMORY: usize = 2 + MAX_BLOCKS * (1 + 255 + 4);
 
 /// Which move a connection belongs to. Both sides say it first and refuse anything else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,13 +41,33 @@ pub struct Identity {
     pub generation: u64,
 }
 
+/// What a side says first on every connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Greeting {
+    /// The move.
+    pub identity: Identity,
+    /// The secret of this session, drawn by the source: key of all digests. Who does not know it cannot go on with the session.
+    pub key: [u8; KEY],
+    /// How many sequenced frames of the other side have come: the next is sent first.
+    pub taken: u64,
+}
+
+/// A block of guest memory, as QEMU names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// QEMU's name, 1 to 255 bytes.
+    pub id: Bytes,
+    /// Its length in pages of 4 KiB.
+    pub pages: u32,
+}
+
 /// One frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
     /// First frame of the source.
-    Hello(Identity),
-    /// First frame of the destination: the same identity.
-    Welcome(Identity),
+    Hello(Greeting),
+    /// First frame of the destination: the same move and session.
+    Welcome(Greeting),
     /// Bytes of QEMU's stream, source to destination.
     Forward(Bytes),
     /// The source's QEMU has closed its side.
@@ -42,12 +78,27 @@ pub enum Frame {
     ReturnEnd,
     /// A message from agent to agent; carry does not look into it.
     Control(Bytes),
-    /// The destination has handed this many stream bytes in total to its QEMU.
-    Applied(u64),
+    /// This many sequenced frames in total have been dealt with: written to memory, or taken by QEMU.
+    Ack(u64),
     /// Answer with the same number.
     Ping(u64),
     /// The answer.
     Pong(u64),
+    /// A batch of pages, source to destination, see [`crate::pages`].
+    Pages(Bytes),
+    /// The blocks in which the destination places pages itself, in the order of their numbers. Pages of others travel in QEMU's stream.
+    Memory(Vec<Block>),
+    /// Digests of what consecutive pages of a block hold at the destination already. What is not named is zero.
+    Held {
+        /// Number of the block.
+        block: u16,
+        /// The first page.
+        first: u32,
+        /// A digest for each page.
+        digests: Vec<[u8; DIGEST]>,
+    },
+    /// The destination has told all that it holds.
+    HeldEnd,
 }
 
 /// Bytes that are not a frame. The connection is worthless from here on.
@@ -67,6 +118,9 @@ pub enum MalformedFrame {
     /// The peer speaks another version.
     #[error("the peer speaks version {0} of the carrier, this is version {VERSION}")]
     Version(u16),
+    /// A list that is not one.
+    #[error("a list of a frame of kind {0} is not one")]
+    List(u8),
 }
 
 mod kind {
@@ -77,46 +131,81 @@ mod kind {
     pub(super) const RETURN: u8 = 5;
     pub(super) const RETURN_END: u8 = 6;
     pub(super) const CONTROL: u8 = 7;
-    pub(super) const APPLIED: u8 = 8;
+    pub(super) const ACK: u8 = 8;
     pub(super) const PING: u8 = 9;
     pub(super) const PONG: u8 = 10;
+    pub(super) const PAGES: u8 = 11;
+    pub(super) const MEMORY: u8 = 12;
+    pub(super) const HELD: u8 = 13;
+    pub(super) const HELD_END: u8 = 14;
 }
 
 impl Frame {
+    /// Whether the frame is counted, and sent again on the next connection if this one dies.
+    #[must_use]
+    pub const fn is_sequenced(&self) -> bool {
+        !matches!(self, Self::Hello(_) | Self::Welcome(_) | Self::Control(_) | Self::Ack(_) | Self::Ping(_) | Self::Pong(_))
+    }
+
     /// Appends the frame's bytes to `out`.
     ///
-    /// A data frame must not be longer than [`MAX_DATA`], a control frame than [`MAX_CONTROL`]; the sender cuts before.
+    /// Nothing may be longer than its kind allows ([`MAX_DATA`], [`MAX_CONTROL`], [`crate::pages::MAX_PAYLOAD`], [`MAX_BLOCKS`],
+    /// [`MAX_DIGESTS`]); the sender cuts before.
     pub fn encode(&self, out: &mut BytesMut) {
         match self {
-            Self::Hello(identity) => put_identity(out, kind::HELLO, identity),
-            Self::Welcome(identity) => put_identity(out, kind::WELCOME, identity),
+            Self::Hello(greeting) => put_greeting(out, kind::HELLO, greeting),
+            Self::Welcome(greeting) => put_greeting(out, kind::WELCOME, greeting),
             Self::Forward(data) => put(out, kind::FORWARD, data),
             Self::ForwardEnd => put(out, kind::FORWARD_END, &[]),
             Self::Return(data) => put(out, kind::RETURN, data),
             Self::ReturnEnd => put(out, kind::RETURN_END, &[]),
             Self::Control(data) => put(out, kind::CONTROL, data),
-            Self::Applied(total) => put(out, kind::APPLIED, &total.to_be_bytes()),
+            Self::Ack(total) => put(out, kind::ACK, &total.to_be_bytes()),
             Self::Ping(number) => put(out, kind::PING, &number.to_be_bytes()),
             Self::Pong(number) => put(out, kind::PONG, &number.to_be_bytes()),
+            Self::Pages(batch) => put(out, kind::PAGES, batch),
+            Self::Memory(blocks) => put_blocks(out, blocks),
+            Self::Held { block, first, digests } => {
+                let mut payload = BytesMut::with_capacity(HELD_HEADER + digests.len() * DIGEST);
+                payload.put_u16(*block);
+                payload.put_u32(*first);
+                digests.iter().for_each(|digest| payload.put_slice(digest));
+                put(out, kind::HELD, &payload);
+            }
+            Self::HeldEnd => put(out, kind::HELD_END, &[]),
         }
     }
 }
 
 fn put(out: &mut BytesMut, kind: u8, payload: &[u8]) {
-    debug_assert!(payload.len() <= MAX_DATA, "the sender cuts data before framing it");
+    debug_assert!(payload.len() <= MAX_PAYLOAD.max(MAX_DATA), "the sender cuts data before framing it");
     out.reserve(HEADER + payload.len());
     out.put_u8(kind);
-    out.put_u32(u32::try_from(payload.len()).expect("payloads are at most MAX_DATA bytes"));
+    out.put_u32(u32::try_from(payload.len()).expect("payloads are far below 4 GiB"));
     out.put_slice(payload);
 }
 
-fn put_identity(out: &mut BytesMut, kind: u8, identity: &Identity) {
+fn put_greeting(out: &mut BytesMut, kind: u8, greeting: &Greeting) {
+    let Greeting { identity, key, taken } = greeting;
     let mut payload = BytesMut::with_capacity(IDENTITY);
     payload.put_u16(VERSION);
     payload.put_slice(&identity.vm);
     payload.put_slice(&identity.task);
     payload.put_u64(identity.generation);
+    payload.put_slice(key);
+    payload.put_u64(*taken);
     put(out, kind, &payload);
+}
+
+fn put_blocks(out: &mut BytesMut, blocks: &[Block]) {
+    let mut payload = BytesMut::new();
+    payload.put_u16(u16::try_from(blocks.len()).expect("at most MAX_BLOCKS"));
+    for block in blocks {
+        payload.put_u8(u8::try_from(block.id.len()).expect("a name has at most 255 bytes"));
+        payload.put_slice(&block.id);
+        payload.put_u32(block.pages);
+    }
+    put(out, kind::MEMORY, &payload);
 }
 
 /// Cuts a byte stream into frames. Never holds more than one frame beyond what it was fed, checks the length before it waits for the payload,
@@ -152,9 +241,15 @@ impl Decoder {
         let fits = match kind {
             kind::HELLO | kind::WELCOME => size == IDENTITY,
             kind::FORWARD | kind::RETURN => (1..=MAX_DATA).contains(&size),
-            kind::FORWARD_END | kind::RETURN_END => size == 0,
+            kind::FORWARD_END | kind::RETURN_END | kind::HELD_END => size == 0,
             kind::CONTROL => size <= MAX_CONTROL,
-            kind::APPLIED | kind::PING | kind::PONG => size == 8,
+            kind::ACK | kind::PING | kind::PONG => size == 8,
+            kind::PAGES => (1..=MAX_PAYLOAD).contains(&size),
+            kind::MEMORY => (2..=MAX_MEMORY).contains(&size),
+            kind::HELD => {
+                let digests = size.saturating_sub(HELD_HEADER);
+                digests % DIGEST == 0 && (1..=MAX_DIGESTS).contains(&(digests / DIGEST))
+            }
             _ => return Err(MalformedFrame::Kind(kind)),
         };
         if !fits {
@@ -167,30 +262,60 @@ impl Decoder {
         self.buffer.advance(HEADER);
         let mut payload = self.buffer.split_to(size).freeze();
         Ok(Some(match kind {
-            kind::HELLO => Frame::Hello(identity(payload)?),
-            kind::WELCOME => Frame::Welcome(identity(payload)?),
+            kind::HELLO => Frame::Hello(greeting(payload)?),
+            kind::WELCOME => Frame::Welcome(greeting(payload)?),
             kind::FORWARD => Frame::Forward(payload),
             kind::FORWARD_END => Frame::ForwardEnd,
             kind::RETURN => Frame::Return(payload),
             kind::RETURN_END => Frame::ReturnEnd,
             kind::CONTROL => Frame::Control(payload),
-            kind::APPLIED => Frame::Applied(payload.get_u64()),
+            kind::ACK => Frame::Ack(payload.get_u64()),
             kind::PING => Frame::Ping(payload.get_u64()),
-            _ => Frame::Pong(payload.get_u64()),
+            kind::PONG => Frame::Pong(payload.get_u64()),
+            kind::PAGES => Frame::Pages(payload),
+            kind::MEMORY => Frame::Memory(blocks(payload).ok_or(MalformedFrame::List(kind))?),
+            kind::HELD => held(payload),
+            _ => Frame::HeldEnd,
         }))
     }
 }
 
-/// Reads an identity from a payload whose length was checked.
-fn identity(mut payload: Bytes) -> Result<Identity, MalformedFrame> {
+/// Reads a greeting from a payload whose length was checked.
+fn greeting(mut payload: Bytes) -> Result<Greeting, MalformedFrame> {
     let version = payload.get_u16();
     if version != VERSION {
         return Err(MalformedFrame::Version(version));
     }
-    let (mut vm, mut task) = ([0; 16], [0; 16]);
+    let (mut vm, mut task, mut key) = ([0; 16], [0; 16], [0; KEY]);
     payload.copy_to_slice(&mut vm);
     payload.copy_to_slice(&mut task);
-    Ok(Identity { vm, task, generation: payload.get_u64() })
+    let generation = payload.get_u64();
+    payload.copy_to_slice(&mut key);
+    Ok(Greeting { identity: Identity { vm, task, generation }, key, taken: payload.get_u64() })
+}
+
+fn blocks(mut payload: Bytes) -> Option<Vec<Block>> {
+    let count = usize::from(payload.try_get_u16().ok()?);
+    if count > MAX_BLOCKS {
+        return None;
+    }
+    let mut blocks = Vec::with_capacity(count);
+    for _ in 0..count {
+        let length = usize::from(payload.try_get_u8().ok()?);
+        if length == 0 || length > payload.len() {
+            return None;
+        }
+        let id = payload.split_to(length);
+        blocks.push(Block { id, pages: payload.try_get_u32().ok()? });
+    }
+    payload.is_empty().then_some(blocks)
+}
+
+/// Reads digests from a payload whose length was checked.
+fn held(mut payload: Bytes) -> Frame {
+    let (block, first) = (payload.get_u16(), payload.get_u32());
+    let (digests, _) = payload.as_chunks::<DIGEST>();
+    Frame::Held { block, first, digests: digests.to_vec() }
 }
 
 #[cfg(test)]

@@ -1,10 +1,14 @@
-//! The wire between two hosts: frames, and how much may be in flight. Pure: bytes and times in, bytes and decisions out.
+//! The wire between two hosts: frames, a session that outlives its connections, how much may be in flight, and what a page of guest memory
+//! becomes on its way. Pure: bytes and times in, bytes and decisions out.
 //!
-//! The format is specified in `docs/spec/carrier.md`, whose examples the tests read. Start with [`frame::Frame`]; [`flow::Window`] keeps what is
-//! buffered between the two QEMUs small, since everything buffered when the VM stops is blackout.
+//! The format is specified in `docs/spec/carrier.md`, whose examples the tests read. Start with [`frame::Frame`], then [`Session`]; [`pages`]
+//! is what makes moves cheap; [`flow::Window`] keeps what is buffered between the two QEMUs small, since all of it is blackout when the VM stops.
 
 pub mod flow;
 pub mod frame;
+pub mod pages;
+pub mod session;
 
 pub use flow::Window;
-pub use frame::{Decoder, Frame, Identity, MalformedFrame, VERSION};
+pub use frame::{Block, Decoder, Frame, Greeting, Identity, MalformedFrame, VERSION};
+pub use session::Session;

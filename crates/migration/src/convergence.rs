@@ -16,8 +16,10 @@ pub struct WarmUp {
     pub dirty_rate: BytesPerSec,
     /// Time since QEMU last collected dirty pages: what was dirtied since is not in `remaining`.
     pub since_sync: Millis,
-    /// What the destination applies per second.
+    /// What of it reaches the destination per second.
     pub rate: BytesPerSec,
+    /// How long what is under way takes to arrive.
+    pub queued: Millis,
     /// Round trip.
     pub round_trip: Millis,
 }
@@ -33,20 +35,22 @@ impl WarmUp {
             dirty_rate,
             since_sync: qemu.since_sync,
             rate: carry.rate,
+            queued: carry.queued,
             round_trip: carry.round_trip,
         })
     }
 }
 
 /// Blackout if the VM were stopped now: the rest of this pass and what was dirtied since the last collection, at the present rate, plus
-/// two round trips and a fixed part.
+/// what is under way, two round trips and a fixed part.
 #[must_use]
 pub fn predict_blackout(warm_up: &WarmUp) -> Millis {
     let dirtied = u128::from(warm_up.dirty_rate.get()) * u128::from(warm_up.since_sync.get()) / 1_000;
     let bytes = u128::from(warm_up.remaining.get()).saturating_add(dirtied);
     let copy = bytes.saturating_mul(1_000) / u128::from(warm_up.rate.get().max(1));
     let copy = u64::try_from(copy).unwrap_or(u64::MAX);
-    Millis(copy.saturating_add(FIXED.get()).saturating_add(warm_up.round_trip.get().saturating_mul(2)))
+    let round_trips = warm_up.round_trip.get().saturating_mul(2);
+    Millis(copy.saturating_add(warm_up.queued.get()).saturating_add(FIXED.get()).saturating_add(round_trips))
 }
 
 #[cfg(test)]
@@ -60,6 +64,7 @@ mod tests {
             dirty_rate: BytesPerSec(0),
             since_sync: Millis(1_000),
             rate: BytesPerSec(100_000_000),
+            queued: Millis(0),
             round_trip: Millis(0),
         };
         assert_eq!(predict_blackout(&quiet), Millis(200));
@@ -67,6 +72,8 @@ mod tests {
         assert_eq!(predict_blackout(&busy), Millis(700));
         let far = WarmUp { round_trip: Millis(40), ..quiet };
         assert_eq!(predict_blackout(&far), Millis(280));
+        let full = WarmUp { queued: Millis(50), ..quiet };
+        assert_eq!(predict_blackout(&full), Millis(250));
     }
 
     #[test]
@@ -76,6 +83,7 @@ mod tests {
             dirty_rate: BytesPerSec(u64::MAX),
             since_sync: Millis(u64::MAX),
             rate: BytesPerSec(0),
+            queued: Millis(u64::MAX),
             round_trip: Millis(0),
         };
         assert_eq!(predict_blackout(&worst), Millis(u64::MAX));

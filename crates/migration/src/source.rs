@@ -99,6 +99,8 @@ impl Hash for Source {
 const IDLE: Millis = Millis(250);
 /// How often to look while the decision to stop may be near.
 const NEAR: Millis = Millis(20);
+/// How long the destination's QEMU may leave a question open for the VM to be stopped, beside a round trip.
+const ANSWER_LIMIT: Millis = Millis(500);
 /// How often to look during the blackout; events usually wake earlier.
 const BLACKOUT: Millis = Millis(5);
 
@@ -224,6 +226,10 @@ impl Source {
 
     fn decide_stop(&mut self, qemu: &QemuView, view: &SourceView) -> SourceAction {
         let Some(warm_up) = WarmUp::of(qemu, &view.carry) else { return SourceAction::Wait(NEAR) };
+        // Memory arrives although the destination's QEMU stands still, or the link is out for a moment: the device state would not.
+        if view.carry.unanswered.get() > ANSWER_LIMIT.get().saturating_add(view.carry.round_trip.get()) {
+            return SourceAction::Wait(NEAR);
+        }
         let blackout = predict_blackout(&warm_up);
         if blackout <= self.policy.max_blackout {
             return SourceAction::Stop;
@@ -250,7 +256,7 @@ impl Source {
             refusal(ErrorCode::Cancelled, "cancelled by request; the VM runs where it was".into(), "start it again when it suits")
         } else if !view.carry.usable {
             refusal(ErrorCode::MigrationFailed, "the connection to the destination broke during warm-up".into(), RUNS_ON)
-        } else if view.carry.stalled > self.policy.stall {
+        } else if view.carry.stalled.max(view.carry.unanswered) > self.policy.stall {
             let stall = self.policy.stall;
             refusal(ErrorCode::MigrationStalled, format!("the destination has taken nothing for {stall}"), RUNS_ON)
         } else if warming > self.policy.timeout {

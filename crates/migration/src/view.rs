@@ -72,12 +72,16 @@ pub struct CarryView {
     pub usable: bool,
     /// The peer's carry has said welcome.
     pub connected: bool,
-    /// Bytes per second that the destination applies.
+    /// Bytes of memory per second that would reach the destination if memory were sent again as it was lately.
     pub rate: BytesPerSec,
+    /// How long what is under way takes to arrive.
+    pub queued: Millis,
     /// Round trip.
     pub round_trip: Millis,
     /// How long something has been in flight without anything being applied.
     pub stalled: Millis,
+    /// How long the destination's QEMU has not answered the last question; 0 if it has.
+    pub unanswered: Millis,
 }
 
 /// How a move ended for a side.

@@ -291,6 +291,8 @@ impl World {
                 usable: self.link,
                 connected: self.link,
                 rate: BytesPerSec(100 << 20),
+                queued: Millis(0),
+                unanswered: Millis(0),
                 round_trip: Millis(1),
                 stalled: Millis(0),
             },

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use godwit_api::v1::TaskState;
-use godwit_lab::Signal;
+use godwit_lab::{LinkChange, LinkState, Signal};
 use godwit_model::{BytesPerSec, ErrorCode, MigrationPhase, MigrationPolicy};
 
 use crate::Cluster;
@@ -48,6 +48,8 @@ pub enum Action<'a> {
     Stop(Party<'a>),
     /// Lets a stopped process go on (SIGCONT).
     Continue(Party<'a>),
+    /// Cuts the link of a host, both ways, or restores it.
+    Link(&'a str, LinkState),
     /// Starts a daemon that was killed.
     Restart(Party<'a>),
     /// Lets time pass.
@@ -92,6 +94,9 @@ impl Cluster {
             Action::Kill(party) => self.kill(party)?,
             Action::Stop(party) => self.signal(party, Signal::STOP)?,
             Action::Continue(party) => self.signal(party, Signal::CONT)?,
+            Action::Link(host, state) => {
+                self.lab().set_link(host, LinkChange { state: Some(state), ..LinkChange::default() })?;
+            }
             Action::Restart(party) => self.restart(party)?,
             Action::Pass(time) => thread::sleep(time),
             Action::Cancel(vm) => {

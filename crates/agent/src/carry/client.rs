@@ -79,7 +79,7 @@ impl CarryClient {
             network: Network::Host,
             nodes: vec![],
             cgroup: None,
-            limits: relay::LIMITS.to_vec(),
+            limits: relay::limits(config.pages),
             cpus: vec![],
             keep: vec![],
             profile: Profile::Carry,
@@ -128,6 +128,11 @@ impl CarryClient {
     /// Says something to the other agent, if the connection takes it: facts are repeated until answered.
     pub(crate) fn tell_peer(&self, message: Box<serde_json::value::RawValue>) {
         let _ = self.to_carry.try_send(ToCarry::Peer(message));
+    }
+
+    /// The VM is about to be stopped, or stands still.
+    pub(crate) fn hurry(&self) {
+        let _ = self.to_carry.try_send(ToCarry::Hurry);
     }
 
     /// Ends it, kindly for a moment, then surely.

@@ -21,12 +21,14 @@ pub(crate) struct CarryConfig {
     pub(crate) peer: Name,
     /// BLAKE3 of the public keys that may speak for it: its certificate must be of one of them.
     pub(crate) peer_keys: Vec<String>,
+    /// Memory that the VM has at most, in pages of 4 KiB.
+    pub(crate) pages: u64,
     /// Our end of the socket pair whose other end QEMU holds.
     pub(crate) qemu_fd: RawFd,
     /// Listening unix socket for the agent.
     pub(crate) control_fd: RawFd,
-    /// Silence after which the connection is given up.
-    pub(crate) silence: Millis,
+    /// Time without a connection after which the session is given up.
+    pub(crate) patience: Millis,
     /// PEM: this host's certificate, its key, the cluster's authority. Passed by memory only.
     pub(crate) certificate: String,
     pub(crate) key: String,
@@ -39,8 +41,29 @@ pub(crate) struct CarryConfig {
 pub(crate) enum Role {
     /// Dials.
     Source { address: SocketAddr, bandwidth: Option<BytesPerSec> },
-    /// Accepts one connection on this listening descriptor.
-    Destination { listen_fd: RawFd },
+    /// Accepts connections on this listening descriptor.
+    Destination { listen_fd: RawFd, placement: Option<Placement> },
+}
+
+/// How the memory of the QEMU that waits is reached.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Placement {
+    /// `/proc/PID/mem`, for reading and writing.
+    pub(crate) memory_fd: RawFd,
+    /// `/proc/PID/pagemap`.
+    pub(crate) map_fd: RawFd,
+    /// Where what is.
+    pub(crate) blocks: Vec<PlacedBlock>,
+}
+
+/// A block of guest memory in the address space of its QEMU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PlacedBlock {
+    /// QEMU's name of it, which travels in the stream.
+    pub(crate) id: String,
+    pub(crate) address: u64,
+    /// Its length in pages of 4 KiB.
+    pub(crate) pages: u32,
 }
 
 /// What carry knows, told on every change of `connected` or `broken` and several times a second.
@@ -52,14 +75,33 @@ pub(crate) struct CarryStatus {
     pub(crate) broken: Option<String>,
     /// Bytes on the wire, both directions, TLS included.
     pub(crate) wire_bytes: u64,
-    /// Bytes of QEMU's stream taken from the source, or handed to the destination.
+    /// Bytes of QEMU's stream taken from the source; at the destination, of stream and memory handed on.
     pub(crate) stream_bytes: u64,
-    /// Bytes per second applied at the destination.
+    /// Bytes of guest memory per second that would be moved if memory were sent again as it was lately.
     pub(crate) rate: u64,
+    /// Bytes per second that the link takes.
+    pub(crate) link_rate: u64,
+    /// Bytes on the wire that are under way.
+    pub(crate) in_flight: u64,
+    /// Milliseconds that the destination's QEMU has not answered the last question; 0 if it has.
+    pub(crate) unanswered_ms: u64,
+    /// Pages that were sent, by how.
+    pub(crate) pages: PageCounts,
     /// Round trip in microseconds.
     pub(crate) round_trip_us: u64,
     /// Milliseconds since something in flight was last applied; 0 while nothing is in flight.
     pub(crate) stalled_ms: u64,
+}
+
+/// How pages were sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PageCounts {
+    /// Not at all: the destination had them.
+    pub(crate) same: u64,
+    pub(crate) zero: u64,
+    pub(crate) copy: u64,
+    pub(crate) patch: u64,
+    pub(crate) data: u64,
 }
 
 /// From carry to agent.
@@ -78,6 +120,8 @@ pub(super) enum FromCarry {
 pub(super) enum ToCarry {
     /// A message for the other agent.
     Peer(Box<serde_json::value::RawValue>),
+    /// The VM is about to be stopped, or stands still.
+    Hurry,
     /// End the process.
     Quit,
 }

@@ -1,6 +1,7 @@
 //! The process itself: reads its configuration, connects, pumps, and answers the agent until it is told to quit, or has been without an agent
 //! for long after everything is over.
 
+use std::convert::Infallible;
 use std::io::Read;
 use std::net::TcpListener as StdTcpListener;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -10,24 +11,32 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
-use godwit_carrier::{Decoder, Identity};
+use godwit_carrier::pages::{Digester, Encoding};
+use godwit_carrier::{Frame, Identity};
 use godwit_qemu::cage::relay::{self, RelayError};
 use tokio::io::AsyncWriteExt;
+use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
-use super::connect;
-use super::control::{CarryConfig, CarryStatus, FromCarry, MAX_LINE, Role, ToCarry};
-use super::pump::{Ends, KeepAlive, Pump, Side};
+use super::connect::{self, Acceptor, Dialler};
+use super::control::{CarryConfig, CarryStatus, FromCarry, MAX_LINE, PageCounts, Role, ToCarry};
+use super::feed::Feed;
+use super::memory::ProcessMemory;
+use super::pump::{Gauge, KeepAlive, Pump, Side};
+use super::{connections, deal};
 use crate::tls::Material;
 
 /// Time without any agent after which an orphan ends.
 const ORPHAN: Duration = Duration::from_secs(600);
-const PING_EVERY: Duration = Duration::from_secs(1);
+/// A connection that is silent for so long is dropped: dialling again is quicker than what the kernel repeats, and costs nothing.
+const KEEP_ALIVE: KeepAlive = KeepAlive { every: Duration::from_secs(1), silence: Duration::from_secs(5) };
+/// QEMU's answers are short.
+const RETURN_READ: usize = 16 << 10;
 const STATUS_EVERY: Duration = Duration::from_millis(100);
 
 /// Why a carry did not begin.
@@ -93,73 +102,31 @@ async fn serve(config: CarryConfig) -> Result<(), CarryError> {
     let (to_peer, from_agent) = mpsc::channel(64);
     let (to_agent, from_peer) = mpsc::channel(64);
     let status = Rc::new(watch::Sender::new(CarryStatus::default()));
-    let mover = tokio::task::spawn_local(carry(config, qemu, from_agent, to_agent, Rc::clone(&status)));
-    answer_agents(control, to_peer, from_peer, &status).await;
+    let identity =
+        Identity { vm: *config.vm.uuid().as_bytes(), task: *config.task.uuid().as_bytes(), generation: config.generation.0 };
+    let (side, bandwidth) = match &config.role {
+        Role::Source { bandwidth, .. } => (Side::Source, *bandwidth),
+        Role::Destination { .. } => (Side::Destination, None),
+    };
+    let (pump, frames) = Pump::new(side, identity, KEEP_ALIVE, bandwidth, to_agent);
+    let pump = Rc::new(pump);
+    let mover = tokio::task::spawn_local(carry(config, qemu, Rc::clone(&pump), frames, from_agent, Rc::clone(&status)));
+    answer_agents(control, to_peer, from_peer, &status, &pump).await;
     mover.abort();
     Ok(())
 }
 
-/// Connects and pumps; whatever ends it stands in the status afterwards.
+/// Moves the VM's bytes; whatever ends it stands in the status afterwards.
 async fn carry(
     config: CarryConfig,
     qemu: UnixStream,
-    from_agent: mpsc::Receiver<Bytes>,
-    to_agent: mpsc::Sender<Bytes>,
+    pump: Rc<Pump>,
+    frames: mpsc::UnboundedReceiver<Frame>,
+    mut from_agent: mpsc::Receiver<Bytes>,
     status: Rc<watch::Sender<CarryStatus>>,
 ) {
-    let broken = match move_bytes(config, qemu, from_agent, to_agent, &status).await {
-        Ok(never) => match never {},
-        Err(reason) => reason,
-    };
-    tracing::info!(%broken, "the connection is over");
-    status.send_modify(|status| {
-        status.connected = false;
-        status.broken = Some(broken);
-    });
-}
-
-async fn move_bytes(
-    config: CarryConfig,
-    qemu: UnixStream,
-    from_agent: mpsc::Receiver<Bytes>,
-    to_agent: mpsc::Sender<Bytes>,
-    status: &watch::Sender<CarryStatus>,
-) -> Result<std::convert::Infallible, String> {
-    let material = Material { certificate: config.certificate, key: config.key, authority: config.authority };
-    let peer = connect::Expected { host: config.peer, keys: config.peer_keys };
     let wire = Arc::new(AtomicU64::new(0));
-    let (side, bandwidth, connected) = match config.role {
-        Role::Source { address, bandwidth } => {
-            (Side::Source, bandwidth, connect::dial(address, &peer, &material, Arc::clone(&wire)).await)
-        }
-        Role::Destination { listen_fd } => {
-            let listener = StdTcpListener::from(take(listen_fd));
-            let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener));
-            let listener = listener.map_err(|error| error.to_string())?;
-            (Side::Destination, None, connect::accept(listener, &peer, &material, Arc::clone(&wire)).await)
-        }
-    };
-    let mut connection = connected.map_err(|error| error.to_string())?;
-    let identity =
-        Identity { vm: *config.vm.uuid().as_bytes(), task: *config.task.uuid().as_bytes(), generation: config.generation.0 };
-    let keep_alive = KeepAlive { every: PING_EVERY, silence: Duration::from_millis(config.silence.get()) };
-    let (pump, queues) = Pump::new(side, identity, keep_alive, bandwidth, to_agent);
-    let mut decoder = Decoder::default();
-    tokio::time::timeout(Duration::from_secs(15), pump.greet(&mut connection, &mut decoder))
-        .await
-        .map_err(|_| "the peer did not greet".to_owned())?
-        .map_err(|error| error.to_string())?;
-    status.send_modify(|status| status.connected = true);
-    let gauge = || {
-        let gauge = pump.gauge();
-        status.send_modify(|status| {
-            status.wire_bytes = wire.load(Ordering::Relaxed);
-            status.stream_bytes = gauge.stream_bytes;
-            status.rate = gauge.rate;
-            status.round_trip_us = u64::try_from(gauge.round_trip.as_micros()).unwrap_or(u64::MAX);
-            status.stalled_ms = u64::try_from(gauge.stalled.as_millis()).unwrap_or(u64::MAX);
-        });
-    };
+    let gauge = || tell_gauge(&status, pump.gauge(), wire.load(Ordering::Relaxed));
     let watch = async {
         let mut every = tokio::time::interval(STATUS_EVERY);
         loop {
@@ -167,13 +134,118 @@ async fn move_bytes(
             gauge();
         }
     };
-    let ends = Ends { connection, qemu, from_agent };
-    let error = tokio::select! {
-        error = pump.run(ends, queues, decoder) => error,
-        () = watch => unreachable!("the watch never ends"),
+    let ended = tokio::select! {
+        ended = move_bytes(config, qemu, &pump, frames, &mut from_agent, Arc::clone(&wire), &status) => ended,
+        never = watch => never,
     };
     gauge();
-    Err(error.to_string())
+    let Err(broken) = ended;
+    tracing::info!(%broken, "the session is over");
+    status.send_modify(|status| {
+        status.connected = false;
+        status.broken = Some(broken);
+    });
+}
+
+fn tell_gauge(status: &watch::Sender<CarryStatus>, gauge: Gauge, wire_bytes: u64) {
+    let Encoding { same, zero, copy, patch, data } = gauge.encoding;
+    status.send_modify(|status| {
+        status.wire_bytes = wire_bytes;
+        status.stream_bytes = gauge.stream_bytes;
+        status.rate = gauge.rate;
+        status.link_rate = gauge.link_rate;
+        status.in_flight = gauge.in_flight;
+        status.pages = PageCounts { same, zero, copy, patch, data };
+        status.round_trip_us = u64::try_from(gauge.round_trip.as_micros()).unwrap_or(u64::MAX);
+        status.unanswered_ms = u64::try_from(gauge.unanswered.as_millis()).unwrap_or(u64::MAX);
+        status.stalled_ms = u64::try_from(gauge.stalled.as_millis()).unwrap_or(u64::MAX);
+    });
+}
+
+async fn move_bytes(
+    config: CarryConfig,
+    qemu: UnixStream,
+    pump: &Pump,
+    frames: mpsc::UnboundedReceiver<Frame>,
+    from_agent: &mut mpsc::Receiver<Bytes>,
+    wire: Arc<AtomicU64>,
+    status: &watch::Sender<CarryStatus>,
+) -> Result<Infallible, String> {
+    let material = Material { certificate: config.certificate, key: config.key, authority: config.authority };
+    let peer = connect::Expected { host: config.peer, keys: config.peer_keys };
+    let patience = Duration::from_millis(config.patience.get());
+    let tell = |connected| {
+        status.send_if_modified(|status| std::mem::replace(&mut status.connected, connected) != connected);
+    };
+    let (reader, writer) = qemu.into_split();
+    match config.role {
+        Role::Source { address, .. } => {
+            let key = session_key()?;
+            let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
+            let (told, holdings) = oneshot::channel();
+            let holdings = async { holdings.await.unwrap_or_default() };
+            let feed = Feed::new(pump, Digester::new(&key));
+            tokio::select! {
+                error = connections::of_source(pump, &dialler, key, patience, from_agent, tell) => Err(text(error)),
+                error = deal::at_source(pump, writer, frames, config.pages, told) => error.map_err(text),
+                Err(error) = feed.run(&reader, holdings) => Err(text(error)),
+            }
+        }
+        Role::Destination { listen_fd, placement } => {
+            let listener = StdTcpListener::from(take(listen_fd));
+            let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener)).map_err(text)?;
+            let mut acceptor = Acceptor::new(listener, peer, &material, wire).map_err(text)?;
+            let memory =
+                placement.map(|placement| ProcessMemory::new(take(placement.memory_fd), take(placement.map_fd), placement.blocks));
+            let (told, key) = oneshot::channel();
+            let deal = async {
+                match key.await {
+                    Ok(key) => deal::at_destination(pump, writer, frames, Digester::new(&key), memory).await,
+                    Err(_) => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                error = connections::of_destination(pump, &mut acceptor, told, patience, from_agent, tell) => Err(text(error)),
+                error = deal => error.map_err(text),
+                () = return_path(pump, &reader) => unreachable!("it waits for ever"),
+            }
+        }
+    }
+}
+
+/// The destination's QEMU answers: its words go back as they are.
+pub(super) async fn return_path(pump: &Pump, qemu: &OwnedReadHalf) {
+    let mut buffer = BytesMut::new();
+    loop {
+        buffer.reserve(RETURN_READ);
+        match qemu.try_read_buf(&mut buffer) {
+            Ok(0) => break,
+            Ok(_) => {
+                let data = buffer.split().freeze();
+                let raw = data.len() as u64;
+                pump.push(&Frame::Return(data), raw);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                if qemu.readable().await.is_err() {
+                    break;
+                }
+            }
+            Err(_) => break,
+        }
+    }
+    pump.push(&Frame::ReturnEnd, 0);
+    std::future::pending().await
+}
+
+fn session_key() -> Result<[u8; 32], String> {
+    let mut key = [0; 32];
+    let provider = rustls::crypto::CryptoProvider::get_default().ok_or("there is no source of random numbers")?;
+    provider.secure_random.fill(&mut key).map_err(|_| "there are no random numbers")?;
+    Ok(key)
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
 }
 
 /// Serves one agent after the other until one says quit or none has come for long.
@@ -182,10 +254,11 @@ async fn answer_agents(
     to_peer: mpsc::Sender<Bytes>,
     mut from_peer: mpsc::Receiver<Bytes>,
     status: &watch::Sender<CarryStatus>,
+    pump: &Pump,
 ) {
     loop {
         let Ok(Ok((agent, _))) = tokio::time::timeout(ORPHAN, control.accept()).await else { return };
-        if answer_agent(agent, &to_peer, &mut from_peer, status.subscribe()).await {
+        if answer_agent(agent, &to_peer, &mut from_peer, status.subscribe(), pump).await {
             return;
         }
     }
@@ -197,6 +270,7 @@ async fn answer_agent(
     to_peer: &mpsc::Sender<Bytes>,
     from_peer: &mut mpsc::Receiver<Bytes>,
     mut status: watch::Receiver<CarryStatus>,
+    pump: &Pump,
 ) -> bool {
     let (reader, mut writer) = agent.into_split();
     let mut lines = FramedRead::new(reader, LinesCodec::new_with_max_length(MAX_LINE));
@@ -208,6 +282,7 @@ async fn answer_agent(
                 let Some(Ok(line)) = line else { return false };
                 match serde_json::from_str(&line) {
                     Ok(ToCarry::Peer(message)) => drop(to_peer.try_send(Bytes::from(message.get().to_owned()))),
+                    Ok(ToCarry::Hurry) => pump.hurry(),
                     Ok(ToCarry::Quit) => return true,
                     Err(_) => return false,
                 }

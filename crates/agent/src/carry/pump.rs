@@ -1,22 +1,27 @@
-//! Moves the bytes: four loops around one connection, one QEMU socket and one window. Ends only with an error; QEMU's own end is none.
+//! Moves the frames of a session, over one connection after the other. Ends only with an error; QEMU's own end is none.
+//!
+//! ```text
+//!   feed (source) ──push──▶ session ──▶ connection ──▶ queue ──▶ deal (destination) ──▶ memory, QEMU
+//!        ▲ waits for room      ▲                                   │ acknowledges
+//!        └─────────────────────┴───────────────────────────────────┘
+//! ```
+//! All loops run in one task; a connection that fails ends its own loops only.
 
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::{Decoder, Frame, Identity, MalformedFrame, Window};
+use godwit_carrier::pages::{Encoding, PAGE_SIZE};
+use godwit_carrier::{Decoder, Frame, Greeting, Identity, MalformedFrame, Session};
 use godwit_model::BytesPerSec;
-use rustix::net::Shutdown;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use super::connect::Connection;
 
-/// Why the bytes no longer move.
+/// Why a connection, or the session, is over.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PumpError {
     #[error("the connection failed: {0}")]
@@ -33,6 +38,13 @@ pub(super) enum PumpError {
     Unexpected(&'static str),
 }
 
+impl PumpError {
+    /// Whether another connection may go on where this one ended.
+    pub(super) const fn is_passing(&self) -> bool {
+        matches!(self, Self::Connection(_) | Self::Closed | Self::Silent(_))
+    }
+}
+
 /// Which way the stream goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
@@ -40,248 +52,316 @@ pub(super) enum Side {
     Destination,
 }
 
-/// Largest single read from QEMU.
-const READ: u64 = 64 << 10;
-/// What a peer may have under way beyond the window before it is cut off.
-const MAX_QUEUED: u64 = (64 << 20) + (1 << 20);
-/// How long the source's QEMU may keep its socket after the destination's QEMU closed: longer than it needs to close by itself.
-const LINGER: Duration = Duration::from_secs(3);
+/// What is written to a connection at once.
+const GATHER: usize = 64 << 10;
+/// Largest single read.
+const READ: usize = 64 << 10;
+/// What waits to be dealt with before nothing more is read.
+const MAX_QUEUED: usize = 64 << 20;
+/// Numbers of our questions to the destination's QEMU; QEMU's own are small.
+const OUR_QUESTIONS: u32 = 0x4757_0000;
+/// Guest memory that goes through a carry per second, as long as it was not measured.
+const FIRST_SPEED: u64 = 200 << 20;
 
-/// How a peer's life is watched.
+/// How a connection's life is watched.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KeepAlive {
     /// At most one ping in this time; also how often silence is looked for.
     pub(super) every: Duration,
-    /// How long the peer may say nothing.
+    /// How long a connection may say nothing before it is dropped.
     pub(super) silence: Duration,
 }
 
-/// One side's state, shared by its loops, which all run in one task.
+/// One side's state, shared by its loops.
 pub(super) struct Pump {
     side: Side,
     identity: Identity,
     started: Instant,
     keep_alive: KeepAlive,
-    bandwidth: Option<BytesPerSec>,
-    window: RefCell<Window>,
+    pace: RefCell<Pace>,
+    session: RefCell<Session>,
+    /// Something is to be written.
+    wake: Notify,
     room: Notify,
-    applied: Cell<u64>,
-    applied_changed: Notify,
-    queued: Cell<u64>,
-    /// Something came from the peer since the last tick.
-    heard: Cell<bool>,
-    /// Our ping that the peer has not answered yet: the next one waits for it, so that a peer that stood still finds one ping, not hundreds.
-    asked: Cell<Option<u64>>,
-    /// The peer's ping has an answer that waits to be written.
-    answering: Cell<bool>,
-    /// The peer's QEMU has closed its side.
-    peer_ended: Cell<bool>,
-    urgent: mpsc::UnboundedSender<Frame>,
-    bulk: mpsc::Sender<Frame>,
-    to_qemu: mpsc::UnboundedSender<Option<Bytes>>,
+    frames: mpsc::UnboundedSender<Frame>,
+    queued: Cell<usize>,
+    drained: Notify,
     to_agent: mpsc::Sender<Bytes>,
-}
-
-/// What the loops read from.
-pub(super) struct Ends {
-    pub(super) connection: Connection,
-    pub(super) qemu: UnixStream,
-    pub(super) from_agent: mpsc::Receiver<Bytes>,
-}
-
-/// The receiving ends that belong to a [`Pump`].
-pub(super) struct Queues {
-    urgent: mpsc::UnboundedReceiver<Frame>,
-    bulk: mpsc::Receiver<Frame>,
-    to_qemu: mpsc::UnboundedReceiver<Option<Bytes>>,
+    hurried: Cell<bool>,
+    hurry: Notify,
+    stream_bytes: Cell<u64>,
+    /// Guest memory per second that goes through this process when it has nothing to wait for.
+    speed: Cell<u64>,
+    cost: Cell<Option<u64>>,
+    encoding: Cell<Encoding>,
+    /// The last question to the destination's QEMU, and when it was asked if it was not answered.
+    question: Cell<(u32, Option<Duration>)>,
 }
 
 /// What the agent is told.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Gauge {
     pub(super) stream_bytes: u64,
+    /// Bytes of guest memory that would be moved per second if all of it were sent again as it was lately.
     pub(super) rate: u64,
+    pub(super) link_rate: u64,
+    pub(super) in_flight: u64,
     pub(super) round_trip: Duration,
     pub(super) stalled: Duration,
+    /// How long the destination's QEMU has not answered.
+    pub(super) unanswered: Duration,
+    pub(super) encoding: Encoding,
+}
+
+/// What the loops of one connection share.
+struct Life {
+    /// Something came from the peer since the last tick.
+    heard: Cell<bool>,
+    /// A ping that is to be written.
+    ask: Cell<Option<u64>>,
+    /// Our ping that the peer has not answered yet: the next one waits for it, so that a peer that stood still finds one ping, not hundreds.
+    asked: Cell<Option<u64>>,
+    /// The peer's ping whose answer waits to be written.
+    answer: Cell<Option<u64>>,
+}
+
+/// Bytes of memory that a frame takes while it waits.
+pub(super) fn size(frame: &Frame) -> usize {
+    match frame {
+        Frame::Forward(data) | Frame::Return(data) | Frame::Pages(data) | Frame::Control(data) => data.len(),
+        Frame::Held { digests, .. } => digests.len() * 16,
+        Frame::Memory(blocks) => blocks.len() * 64,
+        _ => 0,
+    }
 }
 
 impl Pump {
+    /// The pump, and the peer's sequenced frames in their order.
     pub(super) fn new(
         side: Side,
         identity: Identity,
         keep_alive: KeepAlive,
         bandwidth: Option<BytesPerSec>,
         to_agent: mpsc::Sender<Bytes>,
-    ) -> (Self, Queues) {
-        let (urgent, urgent_queue) = mpsc::unbounded_channel();
-        let (bulk, bulk_queue) = mpsc::channel(1);
-        let (to_qemu, qemu_queue) = mpsc::unbounded_channel();
-        let started = Instant::now();
+    ) -> (Self, mpsc::UnboundedReceiver<Frame>) {
+        let (frames, queue) = mpsc::unbounded_channel();
         let pump = Self {
             side,
             identity,
-            started,
+            started: Instant::now(),
             keep_alive,
-            bandwidth,
-            window: RefCell::new(Window::new(Duration::ZERO)),
+            pace: RefCell::new(Pace::new(bandwidth)),
+            session: RefCell::new(Session::new(Duration::ZERO)),
+            wake: Notify::new(),
             room: Notify::new(),
-            applied: Cell::new(0),
-            applied_changed: Notify::new(),
+            frames,
             queued: Cell::new(0),
-            heard: Cell::new(true),
-            asked: Cell::new(None),
-            answering: Cell::new(false),
-            peer_ended: Cell::new(false),
-            urgent,
-            bulk,
-            to_qemu,
+            drained: Notify::new(),
             to_agent,
+            hurried: Cell::new(false),
+            hurry: Notify::new(),
+            stream_bytes: Cell::new(0),
+            speed: Cell::new(FIRST_SPEED),
+            cost: Cell::new(None),
+            encoding: Cell::new(Encoding::default()),
+            question: Cell::new((OUR_QUESTIONS, None)),
         };
-        (pump, Queues { urgent: urgent_queue, bulk: bulk_queue, to_qemu: qemu_queue })
+        (pump, queue)
     }
 
     fn now(&self) -> Duration {
         self.started.elapsed()
     }
 
-    pub(super) fn gauge(&self) -> Gauge {
-        let window = self.window.borrow();
-        let stalled = if window.in_flight() == 0 { Duration::ZERO } else { self.now().saturating_sub(window.last_applied()) };
-        let stream_bytes = if self.side == Side::Source { window.sent() } else { self.applied.get() };
-        Gauge { stream_bytes, rate: window.rate(), round_trip: window.round_trip(), stalled }
+    pub(super) fn identity(&self) -> Identity {
+        self.identity
     }
 
-    /// Exchanges identities. The destination says nothing before it has seen the right one.
-    pub(super) async fn greet(&self, connection: &mut Connection, decoder: &mut Decoder) -> Result<(), PumpError> {
-        if self.side == Side::Source {
-            send(connection, &Frame::Hello(self.identity)).await?;
+    pub(super) fn gauge(&self) -> Gauge {
+        let session = self.session.borrow();
+        let window = session.window();
+        let stalled = if session.is_settled() { Duration::ZERO } else { self.now().saturating_sub(window.last_applied()) };
+        let link_rate = window.rate();
+        Gauge {
+            stream_bytes: self.stream_bytes.get(),
+            rate: self.rate(link_rate, window.raw_sent()),
+            link_rate,
+            in_flight: window.in_flight(),
+            round_trip: window.round_trip(),
+            stalled,
+            unanswered: self.question.get().1.map_or(Duration::ZERO, |asked| self.now().saturating_sub(asked)),
+            encoding: self.encoding.get(),
         }
-        let said = match (self.side, next_frame(connection, decoder).await?) {
-            (Side::Source, Frame::Welcome(identity)) | (Side::Destination, Frame::Hello(identity)) => identity,
-            _ => return Err(PumpError::Unexpected("no greeting")),
+    }
+
+    /// A page takes its time on the link and its time in this process.
+    fn rate(&self, link_rate: u64, raw_sent: u64) -> u64 {
+        if link_rate == 0 {
+            return 0;
+        }
+        let page = PAGE_SIZE as f64;
+        let wire = self.session.borrow().window().wire_sent() as f64;
+        // As long as hardly any page was sent again: what pages cost so far.
+        let cost = self.cost.get().map_or_else(|| (wire / raw_sent.max(1) as f64 * page).min(page), |cost| cost as f64);
+        let seconds = cost / link_rate as f64 + page / self.speed.get() as f64;
+        (page / seconds) as u64
+    }
+
+    pub(super) fn stream_bytes(&self) -> u64 {
+        self.stream_bytes.get()
+    }
+
+    /// The VM is about to stop, or stands still: nothing waits any more for the sake of a quiet host.
+    pub(super) fn hurry(&self) {
+        self.hurried.set(true);
+        self.hurry.notify_one();
+    }
+
+    pub(super) fn is_hurried(&self) -> bool {
+        self.hurried.get()
+    }
+
+    /// Waits this long, unless there is hurry.
+    pub(super) async fn pause(&self, time: Duration) {
+        if !self.hurried.get() {
+            let _ = tokio::time::timeout(time, self.hurry.notified()).await;
+        }
+    }
+
+    /// Bytes of QEMU's stream, or of the memory that stands for it, have gone by.
+    pub(super) fn on_read(&self, bytes: u64) {
+        self.stream_bytes.set(self.stream_bytes.get() + bytes);
+    }
+
+    /// So many bytes took this process so long.
+    pub(super) fn on_encoded(&self, bytes: u64, time: Duration) {
+        if bytes >= READ as u64 {
+            let speed = (bytes as f64 / time.as_secs_f64().max(1e-6)) as u64;
+            self.speed.set((self.speed.get() * 7 + speed) / 8);
+        }
+    }
+
+    /// The number of a question to the destination's QEMU, unless one is open.
+    pub(super) fn ask_qemu(&self) -> Option<u32> {
+        let (last, open) = self.question.get();
+        if open.is_some() {
+            return None;
+        }
+        let number = OUR_QUESTIONS | (last.wrapping_add(1) & 0xffff);
+        self.question.set((number, Some(self.now())));
+        Some(number)
+    }
+
+    /// The destination's QEMU has answered a question: whether it was one of ours, which its peer must not see.
+    pub(super) fn on_qemu_answered(&self, number: u32) -> bool {
+        let (last, _) = self.question.get();
+        if last == number {
+            self.question.set((last, None));
+        }
+        number & 0xffff_0000 == OUR_QUESTIONS
+    }
+
+    pub(super) fn on_cost(&self, cost: Option<u64>, encoding: Encoding) {
+        self.cost.set(cost);
+        self.encoding.set(encoding);
+    }
+
+    /// Adds a sequenced frame, which stands for `raw` bytes of memory or stream.
+    pub(super) fn push(&self, frame: &Frame, raw: u64) {
+        let mut bytes = BytesMut::new();
+        frame.encode(&mut bytes);
+        self.session.borrow_mut().push(bytes.freeze(), raw, self.now());
+        self.wake.notify_one();
+    }
+
+    /// Waits until more may be read from QEMU.
+    pub(super) async fn wait_for_room(&self) {
+        while !self.session.borrow().window().has_room() {
+            self.room.notified().await;
+        }
+    }
+
+    /// A frame of the peer's that took `size` bytes is off the queue. It is acknowledged unless it came to nothing.
+    pub(super) fn on_dealt(&self, size: usize, done: bool) {
+        self.queued.set(self.queued.get().saturating_sub(size));
+        self.drained.notify_one();
+        if done {
+            self.session.borrow_mut().on_dealt();
+            self.wake.notify_one();
+        }
+    }
+
+    /// What this side says first on a connection.
+    pub(super) fn greeting(&self, key: [u8; 32]) -> Greeting {
+        Greeting { identity: self.identity, key, taken: self.session.borrow().taken() }
+    }
+
+    /// The source's part of a greeting.
+    pub(super) async fn greet(&self, connection: &mut Connection, decoder: &mut Decoder, key: [u8; 32]) -> Result<(), PumpError> {
+        let ours = self.greeting(key);
+        send(connection, &Frame::Hello(ours)).await?;
+        let Frame::Welcome(theirs) = next_frame(connection, decoder).await? else {
+            return Err(PumpError::Unexpected("no greeting"));
         };
-        if said != self.identity {
+        if (theirs.identity, theirs.key) != (self.identity, key) {
             return Err(PumpError::Identity);
         }
-        if self.side == Side::Destination {
-            send(connection, &Frame::Welcome(self.identity)).await?;
-        }
-        Ok(())
+        self.begin(theirs.taken)
     }
 
-    /// Runs until the connection is over. Dropping the ends afterwards closes QEMU's socket.
-    pub(super) async fn run(&self, ends: Ends, queues: Queues, decoder: Decoder) -> PumpError {
-        let socket = ends.qemu.into_split();
-        let (connection_reader, connection_writer) = tokio::io::split(ends.connection);
+    /// The destination's answer to a greeting that it has found right.
+    pub(super) async fn welcome(&self, connection: &mut Connection, theirs: Greeting) -> Result<(), PumpError> {
+        send(connection, &Frame::Welcome(self.greeting(theirs.key))).await?;
+        self.begin(theirs.taken)
+    }
+
+    fn begin(&self, taken: u64) -> Result<(), PumpError> {
+        let possible = self.session.borrow_mut().on_connected(taken, self.now());
+        self.room.notify_one();
+        if possible { Ok(()) } else { Err(PumpError::Unexpected("an impossible count")) }
+    }
+
+    /// Moves frames over a connection until it is over.
+    pub(super) async fn run(&self, connection: Connection, decoder: Decoder, from_agent: &mut mpsc::Receiver<Bytes>) -> PumpError {
+        let (reader, writer) = tokio::io::split(connection);
+        let life = Life { heard: Cell::new(true), ask: Cell::new(None), asked: Cell::new(None), answer: Cell::new(None) };
         tokio::select! {
-            error = self.read_connection(connection_reader, decoder) => error,
-            error = self.write_connection(connection_writer, queues.urgent, queues.bulk, ends.from_agent) => error,
-            error = self.watch_life() => error,
-            never = self.serve_qemu(socket, queues.to_qemu) => match never {},
+            error = self.read_connection(reader, decoder, &life) => error,
+            error = self.write_connection(writer, &life, from_agent) => error,
+            error = self.watch_life(&life) => error,
         }
     }
 
     /// Asks for a sign of life and judges silence, in ticks of its own: time in which this very process stood still does not count.
-    async fn watch_life(&self) -> PumpError {
+    async fn watch_life(&self, life: &Life) -> PumpError {
         let KeepAlive { every, silence } = self.keep_alive;
         let mut tick = tokio::time::interval(every);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut silent = Duration::ZERO;
         loop {
             tick.tick().await;
-            silent = if self.heard.replace(false) { Duration::ZERO } else { silent + every };
+            silent = if life.heard.replace(false) { Duration::ZERO } else { silent + every };
             if silent > silence {
                 return PumpError::Silent(silent);
             }
-            if self.asked.get().is_none() {
+            if life.asked.get().is_none() {
                 let number = u64::try_from(self.now().as_micros()).unwrap_or(u64::MAX);
-                self.asked.set(Some(number));
-                let _ = self.urgent.send(Frame::Ping(number));
+                life.asked.set(Some(number));
+                life.ask.set(Some(number));
+                self.wake.notify_one();
             }
         }
     }
 
-    async fn serve_qemu(
-        &self,
-        (reader, writer): (OwnedReadHalf, OwnedWriteHalf),
-        queue: mpsc::UnboundedReceiver<Option<Bytes>>,
-    ) -> std::convert::Infallible {
-        tokio::join!(self.read_qemu(reader), self.write_qemu(writer, queue));
-        std::future::pending().await
-    }
-
-    async fn read_qemu(&self, mut qemu: OwnedReadHalf) {
-        let mut buffer = BytesMut::new();
-        let mut pace = Pace::new(self.bandwidth);
+    async fn read_connection(&self, mut connection: ReadHalf<Connection>, mut decoder: Decoder, life: &Life) -> PumpError {
         loop {
-            let limit = match self.side {
-                Side::Source => self.wait_for_room().await,
-                Side::Destination => READ,
-            };
-            buffer.reserve(READ as usize);
-            match (&mut qemu).take(limit).read_buf(&mut buffer).await {
-                Ok(0) | Err(_) => break,
-                Ok(count) => {
-                    let data = buffer.split().freeze();
-                    if self.side == Side::Source {
-                        pace.wait(count as u64).await;
-                        self.window.borrow_mut().on_sent(count as u64, self.now());
-                        if self.bulk.send(Frame::Forward(data)).await.is_err() {
-                            return;
-                        }
-                    } else if self.bulk.send(Frame::Return(data)).await.is_err() {
-                        return;
-                    }
-                }
+            while self.queued.get() > MAX_QUEUED {
+                self.drained.notified().await;
             }
-        }
-        match self.side {
-            Side::Source => drop(self.bulk.send(Frame::ForwardEnd).await),
-            Side::Destination => drop(self.bulk.send(Frame::ReturnEnd).await),
-        }
-    }
-
-    async fn wait_for_room(&self) -> u64 {
-        loop {
-            let room = self.window.borrow().room();
-            // Small dribbles cost a frame each: wait for some room, unless nothing at all is under way.
-            if room >= READ / 4 {
-                return room.min(READ);
-            }
-            self.room.notified().await;
-        }
-    }
-
-    async fn write_qemu(&self, mut qemu: OwnedWriteHalf, mut queue: mpsc::UnboundedReceiver<Option<Bytes>>) {
-        let mut gone = false;
-        while let Some(part) = queue.recv().await {
-            match part {
-                Some(data) => {
-                    gone = gone || qemu.write_all(&data).await.is_err();
-                    self.queued.set(self.queued.get().saturating_sub(data.len() as u64));
-                    if !gone && self.side == Side::Destination {
-                        self.applied.set(self.applied.get() + data.len() as u64);
-                        self.applied_changed.notify_one();
-                    }
-                }
-                None => {
-                    if self.side == Side::Source {
-                        tokio::time::sleep(LINGER).await;
-                    }
-                    let how = if self.side == Side::Source { Shutdown::Both } else { Shutdown::Write };
-                    // Closed already is as good.
-                    let _ = rustix::net::shutdown(qemu.as_ref(), how);
-                }
-            }
-        }
-    }
-
-    async fn read_connection(&self, mut connection: ReadHalf<Connection>, mut decoder: Decoder) -> PumpError {
-        loop {
             match next_frame(&mut connection, &mut decoder).await {
                 Ok(frame) => {
-                    self.heard.set(true);
-                    if let Err(error) = self.on_frame(frame).await {
+                    life.heard.set(true);
+                    if let Err(error) = self.on_frame(frame, life) {
                         return error;
                     }
                 }
@@ -290,44 +370,39 @@ impl Pump {
         }
     }
 
-    async fn on_frame(&self, frame: Frame) -> Result<(), PumpError> {
+    fn on_frame(&self, frame: Frame, life: &Life) -> Result<(), PumpError> {
         match (self.side, frame) {
             (_, Frame::Ping(number)) => {
-                if self.answering.replace(true) {
+                if life.answer.replace(Some(number)).is_some() {
                     return Err(PumpError::Unexpected("a ping before it had the answer to its last"));
                 }
-                let _ = self.urgent.send(Frame::Pong(number));
+                self.wake.notify_one();
             }
             (_, Frame::Pong(number)) => {
-                if self.asked.take() != Some(number) {
+                if life.asked.take() != Some(number) {
                     return Err(PumpError::Unexpected("an answer to no ping of ours"));
                 }
                 let round_trip = self.now().saturating_sub(Duration::from_micros(number));
-                self.window.borrow_mut().on_round_trip(round_trip);
+                self.session.borrow_mut().on_round_trip(round_trip);
             }
             // Facts are repeated until answered: one that finds no agent may be dropped.
             (_, Frame::Control(message)) => drop(self.to_agent.try_send(message)),
-            (Side::Source, Frame::Applied(total)) => {
-                if !self.window.borrow_mut().on_applied(total, self.now()) {
+            (_, Frame::Ack(total)) => {
+                if !self.session.borrow_mut().on_ack(total, self.now()) {
                     return Err(PumpError::Unexpected("an impossible count"));
                 }
                 self.room.notify_one();
             }
-            (Side::Source, Frame::Return(data)) | (Side::Destination, Frame::Forward(data)) => {
-                let queued = self.queued.get() + data.len() as u64;
-                if queued > MAX_QUEUED {
-                    return Err(PumpError::Unexpected("more than the window allows"));
-                }
-                self.queued.set(queued);
-                let _ = self.to_qemu.send(Some(data));
-            }
-            (Side::Source, Frame::ReturnEnd) | (Side::Destination, Frame::ForwardEnd) => {
-                if self.peer_ended.replace(true) {
-                    return Err(PumpError::Unexpected("a second end"));
-                }
-                let _ = self.to_qemu.send(None);
-            }
             (_, Frame::Hello(_) | Frame::Welcome(_)) => return Err(PumpError::Unexpected("a second greeting")),
+            (
+                Side::Source,
+                frame @ (Frame::Return(_) | Frame::ReturnEnd | Frame::Memory(_) | Frame::Held { .. } | Frame::HeldEnd),
+            )
+            | (Side::Destination, frame @ (Frame::Forward(_) | Frame::ForwardEnd | Frame::Pages(_))) => {
+                self.session.borrow_mut().on_taken();
+                self.queued.set(self.queued.get() + size(&frame));
+                let _ = self.frames.send(frame);
+            }
             _ => return Err(PumpError::Unexpected("the other side's frame")),
         }
         Ok(())
@@ -336,24 +411,26 @@ impl Pump {
     async fn write_connection(
         &self,
         mut connection: WriteHalf<Connection>,
-        mut urgent: mpsc::UnboundedReceiver<Frame>,
-        mut bulk: mpsc::Receiver<Frame>,
-        mut from_agent: mpsc::Receiver<Bytes>,
+        life: &Life,
+        from_agent: &mut mpsc::Receiver<Bytes>,
     ) -> PumpError {
         let mut out = BytesMut::new();
         loop {
-            // The writer outlives every sender: `self` holds one of each.
-            let frame = tokio::select! {
-                biased;
-                Some(frame) = urgent.recv() => frame,
-                () = self.applied_changed.notified() => Frame::Applied(self.applied.get()),
-                Some(message) = from_agent.recv() => Frame::Control(message),
-                Some(frame) = bulk.recv() => frame,
-            };
-            if matches!(frame, Frame::Pong(_)) {
-                self.answering.set(false);
+            out.clear();
+            self.gather_urgent(life, from_agent, &mut out);
+            let bulk = self.gather(&mut out);
+            if out.is_empty() {
+                tokio::select! {
+                    () = self.wake.notified() => {}
+                    Some(message) = from_agent.recv() => Frame::Control(message).encode(&mut out),
+                }
             }
-            frame.encode(&mut out);
+            if bulk > 0 {
+                let until = self.pace.borrow_mut().take(bulk);
+                if let Some(until) = until {
+                    tokio::time::sleep_until(until).await;
+                }
+            }
             let written = async {
                 connection.write_all(&out).await?;
                 connection.flush().await
@@ -361,8 +438,34 @@ impl Pump {
             if let Err(error) = written.await {
                 return PumpError::Connection(error);
             }
-            out.clear();
         }
+    }
+
+    fn gather_urgent(&self, life: &Life, from_agent: &mut mpsc::Receiver<Bytes>, out: &mut BytesMut) {
+        if let Some(number) = life.answer.take() {
+            Frame::Pong(number).encode(out);
+        }
+        if let Some(number) = life.ask.take() {
+            Frame::Ping(number).encode(out);
+        }
+        if let Some(total) = self.session.borrow_mut().ack_due() {
+            Frame::Ack(total).encode(out);
+        }
+        while let Ok(message) = from_agent.try_recv() {
+            Frame::Control(message).encode(out);
+        }
+    }
+
+    /// Sequenced frames for one write: how many bytes.
+    fn gather(&self, out: &mut BytesMut) -> u64 {
+        let mut bulk = 0;
+        while bulk < GATHER as u64
+            && let Some(frame) = self.session.borrow_mut().next_to_send()
+        {
+            out.extend_from_slice(&frame);
+            bulk += frame.len() as u64;
+        }
+        bulk
     }
 }
 
@@ -373,13 +476,17 @@ async fn send(connection: &mut Connection, frame: &Frame) -> Result<(), PumpErro
     connection.flush().await.map_err(PumpError::Connection)
 }
 
-async fn next_frame<R: tokio::io::AsyncRead + Unpin>(connection: &mut R, decoder: &mut Decoder) -> Result<Frame, PumpError> {
+/// The next frame of a connection.
+pub(super) async fn next_frame<R: tokio::io::AsyncRead + Unpin>(
+    connection: &mut R,
+    decoder: &mut Decoder,
+) -> Result<Frame, PumpError> {
     loop {
         if let Some(frame) = decoder.next_frame()? {
             return Ok(frame);
         }
         let buffer = decoder.buffer_mut();
-        buffer.reserve(READ as usize);
+        buffer.reserve(READ);
         match connection.read_buf(buffer).await {
             Ok(0) => return Err(PumpError::Closed),
             Ok(_) => {}
@@ -390,7 +497,7 @@ async fn next_frame<R: tokio::io::AsyncRead + Unpin>(connection: &mut R, decoder
     }
 }
 
-/// Keeps a rate: each piece waits until the pieces before it have had their time.
+/// Keeps a rate on the wire: each piece waits until the pieces before it have had their time.
 struct Pace {
     rate: Option<BytesPerSec>,
     free_at: Instant,
@@ -404,13 +511,12 @@ impl Pace {
         Self { rate, free_at: Instant::now() }
     }
 
-    async fn wait(&mut self, bytes: u64) {
-        let Some(rate) = self.rate else { return };
+    /// When so many bytes may go.
+    fn take(&mut self, bytes: u64) -> Option<Instant> {
+        let rate = self.rate?;
         let now = Instant::now();
         self.free_at = self.free_at.max(now.checked_sub(Self::BURST).unwrap_or(now));
         self.free_at += Duration::from_secs_f64(bytes as f64 / rate.get().max(1) as f64);
-        if self.free_at > now {
-            tokio::time::sleep_until(self.free_at).await;
-        }
+        (self.free_at > now).then_some(self.free_at)
     }
 }

@@ -1,26 +1,41 @@
-//! Two pumps over real TLS on loopback, with socket pairs in place of QEMU.
+//! Two sides over real TLS on loopback, with socket pairs in place of QEMU and this process's own memory in place of its.
 
+use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::{Decoder, Frame, Identity};
+use godwit_carrier::frame::Block;
+use godwit_carrier::pages::{Digester, PAGE_SIZE};
+use godwit_carrier::{Decoder, Frame, Greeting, Identity};
 use godwit_model::Name;
+use godwit_stream::{
+    BlockId, BlockIndex, Configuration, Element, PageContent, RamBlock, RamStart, Reader, ReturnMessage, ReturnWriter, Writer,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, UnixStream};
-use tokio::sync::mpsc;
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
 
-use super::connect::{Expected, accept, dial};
-use super::pump::{Ends, KeepAlive, Pump, PumpError, Side};
+use super::connect::{Acceptor, Dialler, Expected};
+use super::connections::{self, SessionError};
+use super::control::PlacedBlock;
+use super::deal;
+use super::feed::Feed;
+use super::memory::ProcessMemory;
+use super::pump::{KeepAlive, Pump, PumpError, Side};
 use crate::tls::Material;
 use crate::tls::tests::cluster;
 
 const IDENTITY: Identity = Identity { vm: [1; 16], task: [2; 16], generation: 3 };
 const PATIENT: KeepAlive = KeepAlive { every: Duration::from_secs(1), silence: Duration::from_secs(60) };
+const PATIENCE: Duration = Duration::from_secs(60);
+const KEY: [u8; 32] = [4; 32];
+/// Pages of the block that the destination places, and of the one that it does not.
+const PAGES: (u32, u64) = (600, 2);
 
 fn name(text: &str) -> Name {
     Name::new(text).expect("name")
@@ -33,75 +48,329 @@ fn expected(host: &str, material: &Material) -> Expected {
     Expected { host: name(host), keys: vec![blake3::hash(certificate.tbs_certificate.subject_pki.raw).to_hex().to_string()] }
 }
 
+fn dialler(address: SocketAddr, to: &str, of: &Material, own: &Material) -> Dialler {
+    Dialler::new(address, expected(to, of), own, Arc::default()).expect("a dialler")
+}
+
 /// One running side: what QEMU and the agent would hold, and how it ends.
 struct Running {
     qemu: UnixStream,
     to_peer: mpsc::Sender<Bytes>,
     from_peer: mpsc::Receiver<Bytes>,
-    ended: tokio::task::JoinHandle<PumpError>,
+    ended: tokio::task::JoinHandle<SessionError>,
 }
 
-fn start(side: Side, identity: Identity, keep_alive: KeepAlive, mut connection: super::connect::Connection) -> Running {
+fn source(dialler: Dialler, identity: Identity) -> Running {
     let (qemu, ours) = UnixStream::pair().expect("pair");
-    let (to_peer, from_agent) = mpsc::channel(8);
+    let (to_peer, mut from_agent) = mpsc::channel(8);
     let (to_agent, from_peer) = mpsc::channel(8);
     let ended = tokio::task::spawn_local(async move {
-        let (pump, queues) = Pump::new(side, identity, keep_alive, None, to_agent);
-        let mut decoder = Decoder::default();
-        match pump.greet(&mut connection, &mut decoder).await {
-            Ok(()) => pump.run(Ends { connection, qemu: ours, from_agent }, queues, decoder).await,
-            Err(error) => error,
+        let (pump, frames) = Pump::new(Side::Source, identity, PATIENT, None, to_agent);
+        let (reader, writer) = ours.into_split();
+        let (told, holdings) = oneshot::channel();
+        let feed = Feed::new(&pump, Digester::new(&KEY));
+        let feeding = async {
+            feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
+            std::future::pending().await
+        };
+        tokio::select! {
+            error = connections::of_source(&pump, &dialler, KEY, PATIENCE, &mut from_agent, |_| ()) => error,
+            Err(error) = deal::at_source(&pump, writer, frames, 10_000, told) => panic!("{error}"),
+            () = feeding => unreachable!("it waits"),
         }
     });
     Running { qemu, to_peer, from_peer, ended }
 }
 
-async fn connected(source: &Material, destination: &Material) -> (super::connect::Connection, super::connect::Connection) {
+fn destination(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive: KeepAlive) -> Running {
+    let (qemu, ours) = UnixStream::pair().expect("pair");
+    let (to_peer, mut from_agent) = mpsc::channel(8);
+    let (to_agent, from_peer) = mpsc::channel(8);
+    let ended = tokio::task::spawn_local(async move {
+        let (pump, frames) = Pump::new(Side::Destination, IDENTITY, keep_alive, None, to_agent);
+        let (reader, writer) = ours.into_split();
+        let (told, key) = oneshot::channel();
+        let dealing = async {
+            let key = key.await.expect("a session");
+            deal::at_destination(&pump, writer, frames, Digester::new(&key), memory).await
+        };
+        tokio::select! {
+            error = connections::of_destination(&pump, &mut acceptor, told, PATIENCE, &mut from_agent, |_| ()) => error,
+            Err(error) = dealing => panic!("{error}"),
+            () = super::process::return_path(&pump, &reader) => unreachable!("it waits"),
+        }
+    });
+    Running { qemu, to_peer, from_peer, ended }
+}
+
+/// Memory that a waiting QEMU would have: of this very process, and never freed.
+fn guest_memory() -> (&'static [[u8; PAGE_SIZE]], ProcessMemory) {
+    // As a QEMU's: nobody has touched it. Another process's memory is mapped in whole pages.
+    let bytes: &'static [u8] = Vec::leak(vec![0; (PAGES.0 as usize + 1) * PAGE_SIZE]);
+    let (aligned, _) =
+        bytes.get(bytes.as_ptr().align_offset(PAGE_SIZE)..).expect("a page more than is needed").as_chunks::<PAGE_SIZE>();
+    let block = PlacedBlock { id: "pc.ram".into(), address: aligned.as_ptr().addr() as u64, pages: PAGES.0 };
+    let memory = File::options().read(true).write(true).open("/proc/self/mem").expect("own memory");
+    let map = File::open("/proc/self/pagemap").expect("own page map");
+    (&aligned[..PAGES.0 as usize], ProcessMemory::new(memory.into(), map.into(), vec![block]))
+}
+
+/// A page that does not compress.
+fn noise(seed: u64) -> [u8; PAGE_SIZE] {
+    let mut page = [0; PAGE_SIZE];
+    blake3::Hasher::new().update(&seed.to_be_bytes()).finalize_xof().fill(&mut page);
+    page
+}
+
+fn page(block: u16, page: u64, content: &[u8; PAGE_SIZE]) -> Element {
+    Element::Page { block: BlockIndex(block), page, content: PageContent::Data(Bytes::copy_from_slice(content)) }
+}
+
+/// What a QEMU writes: its beginning, and then `parts` with these pages, and with the device state at the end if `ends`.
+struct Stream {
+    writer: Writer,
+    bytes: BytesMut,
+}
+
+impl Stream {
+    fn new() -> Self {
+        let mut stream = Self { writer: Writer::new(), bytes: BytesMut::new() };
+        stream.add(&Element::Header);
+        stream.add(&Element::Configuration(Configuration { machine: "pc-q35-7.2".into(), subsections: vec![] }));
+        let block = |id: &[u8], pages: u64| RamBlock { id: BlockId::new(id).expect("a name"), length: pages * PAGE_SIZE as u64 };
+        let blocks = vec![block(b"pc.ram", u64::from(PAGES.0)), block(b"pc.bios", PAGES.1)];
+        stream.add(&Element::RamStart(RamStart { section: 1, instance: 0, blocks, multifd_flush: false }));
+        stream
+    }
+
+    fn add(&mut self, element: &Element) {
+        self.writer.write(element, &mut self.bytes).expect("an element in its place");
+    }
+
+    fn part(&mut self, pages: &[Element]) {
+        self.add(&Element::PartBegin);
+        pages.iter().for_each(|page| self.add(page));
+        self.add(&Element::PartEnd);
+    }
+
+    fn end(&mut self) {
+        self.add(&Element::EndBegin);
+        self.add(&Element::EndEnd);
+        self.add(&Element::Opaque(Bytes::from_static(DEVICES)));
+    }
+
+    fn take(&mut self) -> BytesMut {
+        self.bytes.split()
+    }
+}
+
+/// The beginning of a device's section, and what only its device understands.
+const DEVICES: &[u8] = b"\x04\0\0\0\x07\x05timer\0\0\0\0\0\0\0\x02what only a device understands";
+
+/// What the destination's QEMU is to get when no page but those of `pc.bios` is to go through it.
+fn reduced(bios: &[Element]) -> BytesMut {
+    let mut stream = Stream::new();
+    stream.part(bios);
+    stream.end();
+    stream.take()
+}
+
+async fn listener() -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
-    let address: SocketAddr = listener.local_addr().expect("address");
-    let (h1, h2) = (expected("h1", source), expected("h2", destination));
-    let (dialled, accepted) = tokio::join!(
-        dial(address, &h2, source, Arc::new(AtomicU64::new(0))),
-        accept(listener, &h1, destination, Arc::new(AtomicU64::new(0))),
-    );
-    (dialled.expect("dialled"), accepted.expect("accepted"))
+    let address = listener.local_addr().expect("address");
+    (listener, address)
 }
 
-async fn pair(destination_identity: Identity) -> (Running, Running) {
+fn acceptor(listener: TcpListener, from: &str, of: &Material, own: &Material) -> Acceptor {
+    Acceptor::new(listener, expected(from, of), own, Arc::default()).expect("an acceptor")
+}
+
+async fn pair(memory: Option<ProcessMemory>) -> (Running, Running) {
     let materials = cluster(&["h1", "h2"]);
-    let (dialled, accepted) = connected(&materials[0], &materials[1]).await;
-    (start(Side::Source, IDENTITY, PATIENT, dialled), start(Side::Destination, destination_identity, PATIENT, accepted))
+    let (listener, address) = listener().await;
+    let destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), memory, PATIENT);
+    (source(dialler(address, "h2", &materials[1], &materials[0]), IDENTITY), destination)
 }
 
-fn pattern(length: usize) -> Vec<u8> {
-    (0..length).map(|index| (index * 31 % 251) as u8).collect()
+async fn read_exactly(from: &mut UnixStream, bytes: &[u8]) {
+    let mut got = vec![0; bytes.len()];
+    from.read_exact(&mut got).await.expect("read");
+    assert!(got == bytes, "the stream is another");
 }
 
 #[tokio::test]
-async fn a_stream_its_return_path_and_its_end_arrive_whole() {
+async fn pages_go_to_memory_and_everything_else_to_qemu() {
     LocalSet::new()
         .run_until(async {
-            let (mut source, mut destination) = pair(IDENTITY).await;
-            let sent = pattern(5 << 20);
-            let copy = sent.clone();
-            let writer = tokio::task::spawn_local(async move {
-                source.qemu.write_all(&copy).await.expect("written");
-                let mut back = [0; 4];
-                source.qemu.read_exact(&mut back).await.expect("return path");
-                (source, back)
-            });
-            let mut got = vec![0; sent.len()];
-            destination.qemu.read_exact(&mut got).await.expect("read");
-            assert!(got == sent, "the stream was changed");
-            destination.qemu.write_all(b"SHUT").await.expect("written");
-            let (source, back) = writer.await.expect("writer");
-            assert_eq!(&back, b"SHUT");
+            let (pages, memory) = guest_memory();
+            let (mut source, mut destination) = pair(Some(memory)).await;
+            let mut stream = Stream::new();
+            let bios = [page(1, 0, &noise(1_000)), page(1, 1, &noise(1_001))];
+            let first: Vec<Element> = (0..500).map(|number| page(0, number, &noise(number % 400))).collect();
+            stream.part(&[&first[..], &bios].concat());
+            let mut again = noise(7);
+            again[5] ^= 1;
+            stream.part(&[page(0, 7, &again)]);
+            stream.end();
+            source.qemu.write_all(&stream.take()).await.expect("written");
+            read_stream(&mut destination.qemu, &reduced(&bios)).await;
+            for (number, content) in (0..).zip(&pages[..500]) {
+                let expected = if number == 7 { again } else { noise(number % 400) };
+                assert!(*content == expected, "page {number}");
+            }
+            assert!(pages[500..].iter().all(|page| *page == [0; PAGE_SIZE]));
+
+            let shut = [0, 1, 0, 4, 0, 0, 0, 0];
+            destination.qemu.write_all(&shut).await.expect("written");
+            read_exactly(&mut source.qemu, &shut).await;
             drop(source.qemu);
-            let mut rest = Vec::new();
-            destination.qemu.read_to_end(&mut rest).await.expect("end");
-            assert!(rest.is_empty());
+            assert_eq!(destination.qemu.read(&mut [0; 1]).await.expect("end"), 0);
             source.to_peer.send(Bytes::from_static(b"{}")).await.expect("said");
             assert_eq!(destination.from_peer.recv().await, Some(Bytes::from_static(b"{}")), "agents talk on after QEMU's end");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn without_a_place_for_them_pages_go_through_qemu_and_a_stream_that_is_not_understood_too() {
+    LocalSet::new()
+        .run_until(async {
+            let (mut source, mut destination) = pair(None).await;
+            let mut stream = Stream::new();
+            stream.part(&[page(0, 3, &noise(1)), page(1, 0, &noise(2))]);
+            stream.end();
+            let whole = stream.take();
+            source.qemu.write_all(&whole).await.expect("written");
+            read_stream(&mut destination.qemu, &whole).await;
+
+            let (_, memory) = guest_memory();
+            let (mut source, mut destination) = pair(Some(memory)).await;
+            let mut stream = Stream::new();
+            let unknown: &[u8] = b"\x01\0\0\0\x02\x08novelty!\0\0\0\0\0\0\0\x01";
+            let whole = [&stream.take()[..], unknown, &noise(3)].concat();
+            source.qemu.write_all(&whole).await.expect("written");
+            read_exactly(&mut destination.qemu, &whole).await;
+        })
+        .await;
+}
+
+/// Reads what a QEMU would: `expected`, and in between questions of the source's carry, which are answered. How many they were.
+async fn read_stream(qemu: &mut UnixStream, expected: &[u8]) -> usize {
+    let (mut reader, mut writer, mut got) = (Reader::new(), Writer::new(), BytesMut::new());
+    let mut questions = 0;
+    while got.len() < expected.len() {
+        assert!(qemu.read_buf(reader.buffer_mut()).await.expect("read") > 0, "the stream ended");
+        while let Some(element) = reader.next_element().expect("a stream") {
+            if let Element::Command { number: 2, payload } = &element {
+                let pong = ReturnMessage::Pong(u32::from_be_bytes(payload[..].try_into().expect("a number")));
+                let mut answer = BytesMut::new();
+                ReturnWriter::new().write(&pong, &mut answer).expect("an answer");
+                qemu.write_all(&answer).await.expect("written");
+                questions += 1;
+            } else {
+                writer.write(&element, &mut got).expect("an element");
+            }
+        }
+    }
+    assert!(got == expected, "the stream is another");
+    questions
+}
+
+#[tokio::test]
+async fn the_destinations_qemu_is_asked_for_a_sign_of_life_and_the_sources_does_not_hear_the_answer() {
+    LocalSet::new()
+        .run_until(async {
+            let (_, memory) = guest_memory();
+            let (mut source, mut destination) = pair(Some(memory)).await;
+            let (mut stream, mut expected) = (Stream::new(), Stream::new());
+            source.qemu.write_all(&stream.take()).await.expect("written");
+            let asked = read_stream(&mut destination.qemu, &expected.take()).await;
+            // A pass with nothing to send, again and again, as QEMU makes them.
+            let mut questions = asked;
+            while questions < asked + 2 {
+                stream.part(&[]);
+                source.qemu.write_all(&stream.take()).await.expect("written");
+                let mut question = [0; 9];
+                let read = tokio::time::timeout(Duration::from_millis(20), destination.qemu.read_exact(&mut question)).await;
+                let Ok(read) = read else { continue };
+                read.expect("read");
+                let [8, 0, 2, 0, 4, number @ ..] = question else { panic!("{question:?} is no question") };
+                let answer = [&[0, 2, 0, 4][..], &number].concat();
+                destination.qemu.write_all(&answer).await.expect("written");
+                questions += 1;
+            }
+            destination.qemu.write_all(&[0, 2, 0, 4, 0, 0, 0, 1]).await.expect("written");
+            read_exactly(&mut source.qemu, &[0, 2, 0, 4, 0, 0, 0, 1]).await;
+        })
+        .await;
+}
+
+/// Passes bytes on between a listener of its own and `to`, until it is dropped: all its connections die with it.
+async fn relay(listener: Rc<TcpListener>, to: SocketAddr) {
+    let mut both = futures::stream::FuturesUnordered::new();
+    loop {
+        tokio::select! {
+            Ok((mut from, _)) = listener.accept() => both.push(async move {
+                let mut onward = TcpStream::connect(to).await?;
+                tokio::io::copy_bidirectional(&mut from, &mut onward).await
+            }),
+            Some(_) = futures::StreamExt::next(&mut both) => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn connections_that_die_cost_time_and_nothing_else() {
+    LocalSet::new()
+        .run_until(async {
+            let (pages, memory) = guest_memory();
+            let materials = cluster(&["h1", "h2"]);
+            let (listener_of_destination, address) = listener().await;
+            let acceptor = acceptor(listener_of_destination, "h1", &materials[0], &materials[1]);
+            let mut destination = destination(acceptor, Some(memory), PATIENT);
+            let (between, relayed) = listener().await;
+            let between = Rc::new(between);
+            let mut link = tokio::task::spawn_local(relay(Rc::clone(&between), address));
+            let mut source = source(dialler(relayed, "h2", &materials[1], &materials[0]), IDENTITY);
+            source.to_peer.send(Bytes::from_static(b"{}")).await.expect("said");
+            destination.from_peer.recv().await.expect("a first connection, whose failure would be an answer");
+            let mut stream = Stream::new();
+            let last = |round: u64| (0..u64::from(PAGES.0)).map(move |number| noise(round * 1_000 + number));
+            for round in 0..6 {
+                let part: Vec<Element> = (0..).zip(last(round)).map(|(number, content)| page(0, number, &content)).collect();
+                stream.part(&part);
+                let bytes = stream.take();
+                let cut = tokio::time::sleep(Duration::from_millis(3 * round));
+                let (written, ()) = tokio::join!(source.qemu.write_all(&bytes), async {
+                    cut.await;
+                    // The listener lives: who dials again is not refused, as little as by a cable that is out.
+                    link.abort();
+                    link = tokio::task::spawn_local(relay(Rc::clone(&between), address));
+                });
+                written.expect("written");
+            }
+            stream.end();
+            source.qemu.write_all(&stream.take()).await.expect("written");
+            let mut expected = Stream::new();
+            expected.end();
+            read_stream(&mut destination.qemu, &expected.take()).await;
+            for (number, (content, expected)) in pages.iter().zip(last(5)).enumerate() {
+                assert!(*content == expected, "page {number}");
+            }
+            assert!(!source.ended.is_finished() && !destination.ended.is_finished());
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_destination_that_is_gone_is_not_waited_for() {
+    LocalSet::new()
+        .run_until(async {
+            let (source, mut destination) = pair(None).await;
+            source.to_peer.send(Bytes::from_static(b"{}")).await.expect("said");
+            destination.from_peer.recv().await.expect("connected");
+            destination.ended.abort();
+            assert!(matches!(source.ended.await.expect("ended"), SessionError::Gone));
         })
         .await;
 }
@@ -110,70 +379,70 @@ async fn a_stream_its_return_path_and_its_end_arrive_whole() {
 async fn a_destination_that_does_not_read_holds_the_source_back() {
     LocalSet::new()
         .run_until(async {
-            let (source, _destination) = pair(IDENTITY).await;
-            let data = vec![0; 1 << 20];
+            let (source, _destination) = pair(None).await;
+            let mut stream = Stream::new();
+            let mut data = stream.take();
             let mut taken = 0;
             // Until nothing has been taken for a while: that is what is in flight plus the sockets' own buffers.
             while let Ok(written) = tokio::time::timeout(Duration::from_millis(500), source.qemu.writable()).await {
                 written.expect("writable");
                 match source.qemu.try_write(&data) {
-                    Ok(count) => taken += count,
+                    Ok(count) => {
+                        taken += count;
+                        drop(data.split_to(count));
+                    }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => panic!("{error}"),
                 }
+                if data.len() < 1 << 20 {
+                    let part: Vec<Element> = (0..256).map(|number| page(0, number, &noise(number))).collect();
+                    stream.part(&part);
+                    data.extend_from_slice(&stream.take());
+                }
                 assert!(taken < 4 << 20, "{taken} bytes are hidden from QEMU");
             }
-            assert!(taken >= 512 << 10, "only {taken} bytes were taken");
+            assert!(taken >= 256 << 10, "only {taken} bytes were taken");
         })
         .await;
 }
 
 #[tokio::test]
-async fn a_broken_connection_is_not_taken_for_the_end_of_the_stream() {
+async fn another_move_another_session_and_another_host_are_turned_away() {
     LocalSet::new()
         .run_until(async {
-            let (source, destination) = pair(IDENTITY).await;
-            source.ended.abort();
-            assert!(matches!(destination.ended.await.expect("ended"), PumpError::Closed | PumpError::Connection(_)));
-        })
-        .await;
-}
-
-#[tokio::test]
-async fn another_move_and_another_host_are_turned_away() {
-    LocalSet::new()
-        .run_until(async {
-            let other = Identity { generation: 4, ..IDENTITY };
-            let (source, destination) = pair(other).await;
-            assert!(matches!(destination.ended.await.expect("ended"), PumpError::Identity));
-            assert!(matches!(source.ended.await.expect("ended"), PumpError::Closed | PumpError::Connection(_)));
-
             let materials = cluster(&["h1", "h2", "h3", "h1", "h2"]);
-            let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
-            let address = listener.local_addr().expect("address");
-            let (h1, destination) = (expected("h1", &materials[0]), materials[1].clone());
-            let accepting = tokio::task::spawn_local(async move { accept(listener, &h1, &destination, Arc::default()).await });
-            let refused = dial(address, &expected("h3", &materials[2]), &materials[0], Arc::default()).await;
+            let (listener, address) = listener().await;
+            let destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), None, PATIENT);
+            let to_h2 = |own: usize| dialler(address, "h2", &materials[1], &materials[own]);
+            // Another move: the destination hangs up, and the source is told so.
+            let other = source(to_h2(0), Identity { generation: 4, ..IDENTITY });
+            assert!(matches!(other.ended.await.expect("ended"), SessionError::Pump(PumpError::Closed | PumpError::Connection(_))));
+
+            let refused = dialler(address, "h3", &materials[2], &materials[0]).dial(PATIENCE).await;
             assert!(refused.is_err(), "h2 passed for h3");
-            let h2 = expected("h2", &materials[1]);
-            for (stranger, passed) in
-                [(&materials[2], "h3 passed for h1"), (&materials[3], "an old key of h1 passed for its new one")]
-            {
-                if let Ok(mut stranger) = dial(address, &h2, stranger, Arc::default()).await {
+            for (stranger, passed) in [(2, "h3 passed for h1"), (3, "an old key of h1 passed for its new one")] {
+                if let Ok(mut stranger) = to_h2(stranger).dial(PATIENCE).await {
                     assert_eq!(stranger.read(&mut [0; 1]).await.unwrap_or(0), 0, "{passed}");
                 }
             }
-            let refused = dial(address, &expected("h2", &materials[4]), &materials[2], Arc::default()).await;
+            let refused = dialler(address, "h2", &materials[4], &materials[2]).dial(PATIENCE).await;
             assert!(refused.is_err(), "h2 passed with a key that may no longer speak for it");
             let foreign = cluster(&["h1"]);
-            let cut = match dial(address, &h2, &foreign[0], Arc::default()).await {
+            let cut = match dialler(address, "h2", &materials[1], &foreign[0]).dial(PATIENCE).await {
                 Ok(mut connection) => connection.read(&mut [0; 1]).await.unwrap_or(0) == 0,
                 Err(_) => true,
             };
             assert!(cut, "a host of another cluster was let in");
-            assert!(!accepting.is_finished());
-            dial(address, &h2, &materials[0], Arc::default()).await.expect("the right one is still welcome");
-            accepting.await.expect("joined").expect("accepted");
+
+            let mut right = source(to_h2(0), IDENTITY);
+            destination.to_peer.send(Bytes::from_static(b"{}")).await.expect("said");
+            assert!(right.from_peer.recv().await.is_some(), "the right one is still welcome");
+            // The right host, another session: whoever began this one holds its key.
+            let mut thief = ByHand { connection: to_h2(0).dial(PATIENCE).await.expect("dialled"), decoder: Decoder::default() };
+            thief.send(&[Frame::Hello(Greeting { identity: IDENTITY, key: [5; 32], taken: 0 })]).await;
+            assert_eq!(thief.next().await, None, "another session was taken");
+            right.to_peer.send(Bytes::from_static(b"{}")).await.expect("said");
+            assert!(!destination.ended.is_finished() && !right.ended.is_finished());
         })
         .await;
 }
@@ -205,17 +474,58 @@ impl ByHand {
         self.connection.write_all(&out).await.expect("written");
         self.connection.flush().await.expect("flushed");
     }
+
+    /// The next frame that is no ping.
+    async fn next_but_pings(&mut self) -> Option<Frame> {
+        loop {
+            match self.next().await {
+                Some(Frame::Ping(_)) => {}
+                other => return other,
+            }
+        }
+    }
 }
 
-/// A pump as destination, and its source by hand, after the greeting.
-async fn against_a_source_by_hand(keep_alive: KeepAlive) -> (Running, ByHand) {
+/// A destination, and its source by hand, after the greeting and what the destination says of its memory.
+async fn against_a_source_by_hand(keep_alive: KeepAlive, memory: Option<ProcessMemory>) -> (Running, ByHand) {
     let materials = cluster(&["h1", "h2"]);
-    let (connection, accepted) = connected(&materials[0], &materials[1]).await;
-    let running = start(Side::Destination, IDENTITY, keep_alive, accepted);
+    let (listener, address) = listener().await;
+    let running = destination(acceptor(listener, "h1", &materials[0], &materials[1]), memory, keep_alive);
+    let connection = dialler(address, "h2", &materials[1], &materials[0]).dial(PATIENCE).await.expect("dialled");
     let mut source = ByHand { connection, decoder: Decoder::default() };
-    source.send(&[Frame::Hello(IDENTITY)]).await;
-    assert_eq!(source.next().await, Some(Frame::Welcome(IDENTITY)));
+    let greeting = Greeting { identity: IDENTITY, key: KEY, taken: 0 };
+    source.send(&[Frame::Hello(greeting)]).await;
+    assert_eq!(source.next().await, Some(Frame::Welcome(greeting)));
     (running, source)
+}
+
+#[tokio::test]
+async fn a_destination_says_what_it_holds_already() {
+    LocalSet::new()
+        .run_until(async {
+            let (_, mut memory) = guest_memory();
+            for number in [3, 4, 9] {
+                godwit_carrier::pages::GuestMemory::write(&mut memory, 0, number, &noise(u64::from(number))).expect("written");
+            }
+            let (_running, mut source) = against_a_source_by_hand(PATIENT, Some(memory)).await;
+            let expected = Block { id: Bytes::from_static(b"pc.ram"), pages: PAGES.0 };
+            assert_eq!(source.next_but_pings().await, Some(Frame::Memory(vec![expected])));
+            let digester = Digester::new(&KEY);
+            let mut held = vec![[0; 16]; PAGES.0 as usize];
+            loop {
+                match source.next_but_pings().await {
+                    Some(Frame::Held { block: 0, first, digests }) => {
+                        held[first as usize..first as usize + digests.len()].copy_from_slice(&digests);
+                    }
+                    other => break assert_eq!(other, Some(Frame::HeldEnd)),
+                }
+            }
+            for (number, digest) in (0..).zip(held) {
+                let content = if [3, 4, 9].contains(&number) { noise(number) } else { [0; PAGE_SIZE] };
+                assert_eq!(digest, digester.page(&content), "page {number}");
+            }
+        })
+        .await;
 }
 
 #[tokio::test]
@@ -223,26 +533,39 @@ async fn a_peer_that_stands_still_gets_one_ping_and_is_asked_again_once_it_has_a
     LocalSet::new()
         .run_until(async {
             let every = Duration::from_millis(5);
-            let (destination, mut source) = against_a_source_by_hand(KeepAlive { every, silence: 20 * every }).await;
-            for _ in 0..3 {
-                let Some(Frame::Ping(number)) = source.next().await else { panic!("no ping") };
-                source.send(&[Frame::Pong(number)]).await;
+            let keep_alive = KeepAlive { every, silence: 20 * every };
+            let (destination, mut source) = against_a_source_by_hand(keep_alive, None).await;
+            let mut asked = 0;
+            while asked < 3 {
+                if let Some(Frame::Ping(number)) = source.next().await {
+                    source.send(&[Frame::Pong(number)]).await;
+                    asked += 1;
+                }
             }
-            assert!(matches!(destination.ended.await.expect("ended"), PumpError::Silent(_)));
             assert!(matches!(source.next().await, Some(Frame::Ping(_))));
             assert_eq!(source.next().await, None, "twenty ticks of silence, and more than one ping was waiting");
+            assert!(!destination.ended.is_finished(), "another connection may come");
         })
         .await;
 }
 
 #[tokio::test]
-async fn a_peer_that_only_asks_or_answers_what_was_not_asked_is_cut_off() {
+async fn a_peer_that_does_what_is_not_its_part_ends_the_session() {
     LocalSet::new()
         .run_until(async {
-            for frames in [[Frame::Ping(1), Frame::Ping(2)], [Frame::Ping(1), Frame::Pong(u64::MAX)]] {
-                let (destination, mut source) = against_a_source_by_hand(PATIENT).await;
-                source.send(&frames).await;
-                assert!(matches!(destination.ended.await.expect("ended"), PumpError::Unexpected(_)), "{frames:?}");
+            let table: [&[Frame]; 6] = [
+                &[Frame::Ping(1), Frame::Ping(2)],
+                &[Frame::Ping(1), Frame::Pong(u64::MAX)],
+                &[Frame::Ack(100)],
+                &[Frame::Return(Bytes::from_static(b"x"))],
+                &[Frame::HeldEnd],
+                &[Frame::Hello(Greeting { identity: IDENTITY, key: KEY, taken: 0 })],
+            ];
+            for frames in table {
+                let (destination, mut source) = against_a_source_by_hand(PATIENT, None).await;
+                source.send(frames).await;
+                let ended = destination.ended.await.expect("ended");
+                assert!(matches!(ended, SessionError::Pump(PumpError::Unexpected(_))), "{frames:?}: {ended}");
             }
         })
         .await;
@@ -253,18 +576,17 @@ async fn a_silent_stranger_does_not_keep_the_source_waiting() {
     LocalSet::new()
         .run_until(async {
             let materials = cluster(&["h1", "h2"]);
-            let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
-            let address = listener.local_addr().expect("address");
+            let (listener, address) = listener().await;
             let mut strangers = Vec::new();
             for _ in 0..20 {
-                strangers.push(tokio::net::TcpStream::connect(address).await.expect("connected"));
+                strangers.push(TcpStream::connect(address).await.expect("connected"));
             }
-            let (h1, h2, destination) = (expected("h1", &materials[0]), expected("h2", &materials[1]), materials[1].clone());
-            let accepting = tokio::task::spawn_local(async move { accept(listener, &h1, &destination, Arc::default()).await });
+            let destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), None, PATIENT);
+            let mut source = source(dialler(address, "h2", &materials[1], &materials[0]), IDENTITY);
+            destination.to_peer.send(Bytes::from_static(b"{}")).await.expect("said");
             // Less than the time that a stranger has for its handshake.
-            let dialled = tokio::time::timeout(Duration::from_secs(10), dial(address, &h2, &materials[0], Arc::default()));
-            dialled.await.expect("the source waited for strangers").expect("dialled");
-            accepting.await.expect("joined").expect("accepted");
+            let heard = tokio::time::timeout(Duration::from_secs(10), source.from_peer.recv()).await;
+            assert!(heard.expect("the source waited for strangers").is_some());
         })
         .await;
 }

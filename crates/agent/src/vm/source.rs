@@ -79,6 +79,8 @@ impl SourceMove {
         let carry = outgoing.carry.as_ref().and_then(|identity| {
             CarryClient::adopt(identity, &host.carry_socket(vm), notices.clone())
                 .inspect_err(|error| tracing::warn!(error = error as &dyn std::error::Error, "no carry"))
+                // The VM may have been stopped by the agent before this one.
+                .inspect(CarryClient::hurry)
                 .ok()
         });
         Self::new(outgoing.grant.clone(), outgoing.policy, carry, outgoing.held)
@@ -198,9 +200,10 @@ impl Actor {
             generation: grant.generation,
             peer: peer.clone(),
             peer_keys,
+            pages: self.record.as_ref().map_or(0, |record| record.spec.memory_with_dimms().get().div_ceil(4096)),
             qemu_fd: fds.pass(qemu),
             control_fd: -1,
-            silence: Millis(stall.get() + 30_000),
+            patience: Millis(stall.get() + 30_000),
             certificate: material.certificate,
             key: material.key,
             authority: material.authority,
@@ -321,6 +324,7 @@ impl Actor {
             SourceAction::Stop => {
                 if let Some(Moving::Source(moving)) = &mut self.moving {
                     moving.stopped = Some(Instant::now());
+                    moving.carry.iter().for_each(CarryClient::hurry);
                 }
                 self.stop_first().await
             }
@@ -424,7 +428,7 @@ impl Actor {
             Outcome::Stayed(reason) => PeerMessage::Aborted { reason: reason.clone() },
         };
         tell(&self.host, moving.carry.as_ref(), &moving.grant, &moving.grant.destination, last);
-        tracing::info!(?outcome, figures = ?ended.figures, "the move has ended here");
+        tracing::info!(?outcome, figures = ?ended.figures, pages = ?status.pages, "the move has ended here");
         let Some(Moving::Source(moving)) = self.moving.take() else { return None };
         if let Some(carry) = moving.carry {
             // The last fact is on its way through the controller, too.

@@ -14,21 +14,26 @@ fn decoder(bytes: &[u8]) -> Decoder {
     Decoder { buffer: BytesMut::from(bytes), broken: None }
 }
 
-const IDENTITY_EXAMPLE: Identity = Identity { vm: [0x11; 16], task: [0x22; 16], generation: 3 };
+const GREETING: Greeting =
+    Greeting { identity: Identity { vm: [0x11; 16], task: [0x22; 16], generation: 3 }, key: [0x33; 32], taken: 5 };
 
 /// One of each kind; the names are those of the specification.
 fn examples() -> Vec<(&'static str, Frame)> {
     vec![
-        ("hello", Frame::Hello(IDENTITY_EXAMPLE)),
-        ("welcome", Frame::Welcome(IDENTITY_EXAMPLE)),
+        ("hello", Frame::Hello(GREETING)),
+        ("welcome", Frame::Welcome(GREETING)),
         ("forward", Frame::Forward(Bytes::from_static(b"QEVM"))),
         ("forward_end", Frame::ForwardEnd),
         ("return", Frame::Return(Bytes::from_static(&[0, 2, 0, 4, 0, 0, 0, 1]))),
         ("return_end", Frame::ReturnEnd),
         ("control", Frame::Control(Bytes::from_static(b"{}"))),
-        ("applied", Frame::Applied(1_048_576)),
+        ("ack", Frame::Ack(1_048_576)),
         ("ping", Frame::Ping(7)),
         ("pong", Frame::Pong(7)),
+        ("pages", Frame::Pages(Bytes::from_static(&[0, 0, 0, 0, 9, 0, 0, 0, 5, 0, 0, 0, 0x81, 7]))),
+        ("memory", Frame::Memory(vec![Block { id: Bytes::from_static(b"pc.ram"), pages: 65_536 }])),
+        ("held", Frame::Held { block: 0, first: 7, digests: vec![[0x44; 16], [0x55; 16]] }),
+        ("held_end", Frame::HeldEnd),
     ]
 }
 
@@ -71,7 +76,7 @@ fn a_hostile_length_is_refused_before_anything_is_allocated() {
 
 #[test]
 fn another_version_is_named() {
-    let mut bytes = encoded(&Frame::Hello(IDENTITY_EXAMPLE));
+    let mut bytes = encoded(&Frame::Hello(GREETING));
     bytes[HEADER + 1] = 9;
     assert_eq!(decoder(&bytes).next_frame(), Err(MalformedFrame::Version(9)));
 }
@@ -80,15 +85,23 @@ fn any_frame() -> impl Strategy<Value = Frame> {
     let data = prop::collection::vec(any::<u8>(), 1..300).prop_map(Bytes::from);
     let identity =
         (any::<[u8; 16]>(), any::<[u8; 16]>(), any::<u64>()).prop_map(|(vm, task, generation)| Identity { vm, task, generation });
+    let greeting = (identity, any::<[u8; 32]>(), any::<u64>()).prop_map(|(identity, key, taken)| Greeting { identity, key, taken });
+    let block =
+        (prop::collection::vec(any::<u8>(), 1..=255), any::<u32>()).prop_map(|(id, pages)| Block { id: Bytes::from(id), pages });
+    let held = (any::<u16>(), any::<u32>(), prop::collection::vec(any::<[u8; 16]>(), 1..20));
     prop_oneof![
-        identity.clone().prop_map(Frame::Hello),
-        identity.prop_map(Frame::Welcome),
+        greeting.clone().prop_map(Frame::Hello),
+        greeting.prop_map(Frame::Welcome),
+        prop::collection::vec(block, 0..5).prop_map(Frame::Memory),
+        held.prop_map(|(block, first, digests)| Frame::Held { block, first, digests }),
+        data.clone().prop_map(Frame::Pages),
+        Just(Frame::HeldEnd),
         data.clone().prop_map(Frame::Forward),
         data.clone().prop_map(Frame::Return),
         data.prop_map(Frame::Control),
         Just(Frame::ForwardEnd),
         Just(Frame::ReturnEnd),
-        any::<u64>().prop_map(Frame::Applied),
+        any::<u64>().prop_map(Frame::Ack),
         any::<u64>().prop_map(Frame::Ping),
         any::<u64>().prop_map(Frame::Pong),
     ]

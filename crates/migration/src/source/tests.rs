@@ -15,7 +15,15 @@ fn view(vcpus: Vcpus, migration: QemuMigration) -> SourceView {
             dirty_rate: Some(BytesPerSec(1 << 20)),
             since_sync: Millis(100),
         }),
-        carry: CarryView { usable: true, connected: true, rate: BytesPerSec(100 << 20), round_trip: Millis(1), stalled: Millis(0) },
+        carry: CarryView {
+            usable: true,
+            connected: true,
+            rate: BytesPerSec(100 << 20),
+            queued: Millis(0),
+            round_trip: Millis(1),
+            stalled: Millis(0),
+            unanswered: Millis(0),
+        },
         declined: None,
         running: false,
         cancel: false,
@@ -34,6 +42,21 @@ fn the_vm_is_stopped_when_the_budget_holds_and_not_before() {
     assert_eq!(source().decide(SourceRecord::Offered, &far), SourceAction::Stop);
     far.qemu.as_mut().expect("alive").dirty_rate = None;
     assert!(matches!(source().decide(SourceRecord::Offered, &far), SourceAction::Wait(_)), "an unknown dirty rate is no promise");
+}
+
+#[test]
+fn the_vm_is_not_stopped_while_the_destinations_qemu_does_not_answer() {
+    let mut near = view(Vcpus::Running, QemuMigration::Active);
+    near.qemu.as_mut().expect("alive").remaining = Bytes(1 << 20);
+    assert_eq!(source().decide(SourceRecord::Offered, &near), SourceAction::Stop);
+    near.carry.unanswered = Millis(550);
+    assert!(matches!(source().decide(SourceRecord::Offered, &near), SourceAction::Wait(_)));
+    near.carry.round_trip = Millis(60);
+    assert_eq!(source().decide(SourceRecord::Offered, &near), SourceAction::Stop, "it is far, not silent");
+    near.carry.unanswered = Millis(MigrationPolicy::default().stall.get() + 1);
+    let mut source = source();
+    assert_eq!(source.decide(SourceRecord::Offered, &near), SourceAction::CancelQemu);
+    assert_eq!(source.giving_up().map(|reason| reason.code), Some(ErrorCode::MigrationStalled));
 }
 
 #[test]

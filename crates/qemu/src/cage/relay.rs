@@ -13,15 +13,21 @@ use seccompiler::SeccompCmpOp;
 use super::calls::{self, CallsError};
 use super::{Limit, LimitedResource};
 
-/// Limits of a relay.
-pub const LIMITS: &[Limit] = &[
-    Limit { resource: LimitedResource::Core, value: 0 },
-    Limit { resource: LimitedResource::OpenFiles, value: 256 },
-    Limit { resource: LimitedResource::LockedMemory, value: 0 },
-    Limit { resource: LimitedResource::AddressSpace, value: 1 << 30 },
-    // Sockets and pipes are no files.
-    Limit { resource: LimitedResource::FileSize, value: 0 },
-];
+/// Bytes that a relay keeps of each page: what the other side holds.
+const OF_A_PAGE: u64 = 32;
+
+/// Limits of a relay for a VM of so many pages.
+#[must_use]
+pub fn limits(pages: u64) -> Vec<Limit> {
+    vec![
+        Limit { resource: LimitedResource::Core, value: 0 },
+        Limit { resource: LimitedResource::OpenFiles, value: 256 },
+        Limit { resource: LimitedResource::LockedMemory, value: 0 },
+        Limit { resource: LimitedResource::AddressSpace, value: (1 << 30) + pages.saturating_mul(OF_A_PAGE) },
+        // Sockets and pipes are no files, nor is the memory of a process.
+        Limit { resource: LimitedResource::FileSize, value: 0 },
+    ]
+}
 
 /// Why a relay was not confined. It must not begin then.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +83,9 @@ fn renounce_files(dials: Option<u16>) -> Result<RulesetCreated, RulesetError> {
 const RELAYING: &[libc::c_long] = &[
     libc::SYS_readv,
     libc::SYS_writev,
+    // The memory of the QEMU that waits, through descriptors that it was given.
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
     libc::SYS_recvfrom,
     libc::SYS_sendto,
     libc::SYS_recvmsg,

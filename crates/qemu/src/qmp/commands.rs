@@ -345,6 +345,17 @@ impl Qmp {
         }
     }
 
+    /// Where QEMU has the guest's memory at a guest address: the name of the block, and the address in QEMU's own address space; `None` if it
+    /// does not say. There is no command of QMP's own for it: this is the monitor's `gpa2hva`.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn host_address(&self, guest: u64) -> Result<Option<(String, u64)>, QmpError> {
+        let line = format!("gpa2hva {guest:#x}");
+        let said = self.execute("human-monitor-command", json!({"command-line": line})).await?;
+        Ok(said.as_str().and_then(|said| host_address(guest, said)))
+    }
+
     /// RAM of the VM, from `query-memory-size-summary`.
     ///
     /// # Errors
@@ -352,5 +363,28 @@ impl Qmp {
     pub async fn query_memory(&self) -> Result<Bytes, QmpError> {
         let summary: Value = self.ask("query-memory-size-summary").await?;
         Ok(Bytes(summary.get("base-memory").and_then(Value::as_u64).unwrap_or(0)))
+    }
+}
+
+/// Reads `Host virtual address for 0x0 (pc.ram) is 0x7f0000000000`.
+fn host_address(guest: u64, said: &str) -> Option<(String, u64)> {
+    let rest = said.trim().strip_prefix(&format!("Host virtual address for {guest:#x} ("))?;
+    let (name, address) = rest.rsplit_once(") is 0x")?;
+    Some((name.to_owned(), u64::from_str_radix(address, 16).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_memory_is_is_read_from_what_qemu_says_and_from_nothing_else() {
+        let said = "Host virtual address for 0x0 (pc.ram) is 0x7f4dcbe00000\r\n";
+        assert_eq!(host_address(0, said), Some(("pc.ram".into(), 0x7f4d_cbe0_0000)));
+        let dimm = "Host virtual address for 0x180000000 (/objects/dimm0-memory) is 0x7f574be00000\r\n";
+        assert_eq!(host_address(0x1_8000_0000, dimm), Some(("/objects/dimm0-memory".into(), 0x7f57_4be0_0000)));
+        for other in ["", "No memory is mapped at address 0x0\r\n", "Memory at address 0x0 is not RAM\r\n", &said[..50], dimm] {
+            assert_eq!(host_address(0, other), None, "{other}");
+        }
     }
 }

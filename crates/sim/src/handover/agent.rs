@@ -262,6 +262,8 @@ fn decide_source(
             usable: matches!(wire, Wire::Connected),
             connected: wire == Wire::Connected,
             rate: BytesPerSec(1 << 20),
+            queued: Millis(0),
+            unanswered: Millis(0),
             round_trip: Millis(0),
             stalled: Millis(0),
         },

@@ -1,0 +1,221 @@
+//! What becomes of the peer's frames, in their order: the destination's go to memory and QEMU, the source's to QEMU and to the [`super::feed`].
+
+use std::io;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use godwit_carrier::Frame;
+use godwit_carrier::frame::{Block, MAX_DIGESTS};
+use godwit_carrier::pages::{Applier, ApplyError, Digest, Digester, GuestMemory, PAGE_SIZE};
+use godwit_stream::{ReturnError, ReturnMessage, ReturnReader, ReturnWriteError, ReturnWriter};
+use rustix::net::Shutdown;
+use tokio::io::AsyncWriteExt;
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::sync::{mpsc, oneshot};
+
+use super::feed::Holdings;
+use super::memory::ProcessMemory;
+use super::pump::{Pump, size};
+
+/// How long the source's QEMU may keep its socket after the destination's QEMU closed: longer than it needs to close by itself.
+const LINGER: Duration = Duration::from_secs(3);
+
+/// Why the peer's frames cannot be dealt with.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DealError {
+    #[error("the peer's pages cannot be applied: {0}")]
+    Apply(String),
+    #[error("the memory of the destination's QEMU cannot be looked at: {0}")]
+    Memory(#[from] io::Error),
+    #[error("the return path is not understood: {0}")]
+    Return(#[from] ReturnError),
+    #[error("the return path cannot be written again: {0}")]
+    ReturnWrite(#[from] ReturnWriteError),
+    #[error("the peer sent {0}, which is not its part")]
+    Unexpected(&'static str),
+}
+
+impl From<ApplyError<io::Error>> for DealError {
+    fn from(error: ApplyError<io::Error>) -> Self {
+        match error {
+            ApplyError::Memory(error) => Self::Memory(error),
+            other => Self::Apply(other.to_string()),
+        }
+    }
+}
+
+/// Writes to a QEMU until it is gone, which is for others to find out.
+struct ToQemu {
+    qemu: OwnedWriteHalf,
+    gone: bool,
+}
+
+impl ToQemu {
+    async fn write(&mut self, data: &Bytes) {
+        self.gone = self.gone || self.qemu.write_all(data).await.is_err();
+    }
+
+    fn close(&self, how: Shutdown) {
+        // Closed already is as good.
+        let _ = rustix::net::shutdown(self.qemu.as_ref(), how);
+    }
+}
+
+/// The destination: never returns but with an error.
+pub(super) async fn at_destination(
+    pump: &Pump,
+    qemu: OwnedWriteHalf,
+    mut frames: mpsc::UnboundedReceiver<Frame>,
+    digester: Digester,
+    mut memory: Option<ProcessMemory>,
+) -> Result<std::convert::Infallible, DealError> {
+    tell_holdings(pump, &digester, memory.as_mut()).await?;
+    let lengths = memory.iter().flat_map(ProcessMemory::blocks).map(|block| block.pages).collect();
+    let mut applier = Applier::new(digester, lengths);
+    let mut qemu = ToQemu { qemu, gone: false };
+    let mut ended = false;
+    while let Some(frame) = frames.recv().await {
+        match &frame {
+            Frame::Forward(data) => {
+                qemu.write(data).await;
+                pump.on_read(data.len() as u64);
+            }
+            Frame::Pages(payload) => {
+                let memory = memory.as_mut().ok_or(DealError::Unexpected("pages that it was not asked for"))?;
+                let applied = applier.apply(payload, memory)?;
+                pump.on_read(u64::from(applied.pages) * PAGE_SIZE as u64);
+                tokio::task::yield_now().await;
+            }
+            Frame::ForwardEnd if !ended => {
+                ended = true;
+                qemu.close(Shutdown::Write);
+            }
+            _ => return Err(DealError::Unexpected("a second end")),
+        }
+        // What QEMU did not take was not dealt with: the source must not go on.
+        pump.on_dealt(size(&frame), !qemu.gone);
+    }
+    std::future::pending().await
+}
+
+/// Says where pages are placed and what is there already: a QEMU that waits has hardly touched its memory.
+async fn tell_holdings(pump: &Pump, digester: &Digester, memory: Option<&mut ProcessMemory>) -> Result<(), DealError> {
+    let Some(memory) = memory else {
+        pump.push(&Frame::Memory(vec![]), 0);
+        pump.push(&Frame::HeldEnd, 0);
+        return Ok(());
+    };
+    let blocks: Vec<Block> =
+        memory.blocks().iter().map(|block| Block { id: Bytes::from(block.id.clone()), pages: block.pages }).collect();
+    let lengths: Vec<u32> = blocks.iter().map(|block| block.pages).collect();
+    pump.push(&Frame::Memory(blocks), 0);
+    for (block, pages) in (0..).zip(lengths) {
+        let mut next = 0;
+        while next < pages {
+            let (touched, then) = memory.touched(block, next)?;
+            next = then;
+            let mut run: Option<(u32, Vec<Digest>)> = None;
+            for page in touched {
+                let mut content = [0; PAGE_SIZE];
+                memory.read(block, page, &mut content)?;
+                let digest = digester.page(&content);
+                run = match run.take() {
+                    Some((first, mut digests)) if first + digests.len() as u32 == page && digests.len() < MAX_DIGESTS => {
+                        digests.push(digest);
+                        Some((first, digests))
+                    }
+                    before => {
+                        tell_run(pump, block, before);
+                        Some((page, vec![digest]))
+                    }
+                };
+            }
+            tell_run(pump, block, run);
+            tokio::task::yield_now().await;
+        }
+    }
+    pump.push(&Frame::HeldEnd, 0);
+    Ok(())
+}
+
+fn tell_run(pump: &Pump, block: u16, run: Option<(u32, Vec<Digest>)>) {
+    if let Some((first, digests)) = run
+        && digests.iter().any(|digest| *digest != [0; 16])
+    {
+        pump.push(&Frame::Held { block, first, digests }, 0);
+    }
+}
+
+/// The return path: the answers to our own questions are taken out, everything else is QEMU's.
+#[derive(Default)]
+struct Answers {
+    reader: ReturnReader,
+    writer: ReturnWriter,
+}
+
+impl Answers {
+    fn pass(&mut self, pump: &Pump, data: &Bytes) -> Result<Bytes, DealError> {
+        self.reader.buffer_mut().extend_from_slice(data);
+        let mut kept = BytesMut::new();
+        while let Some(message) = self.reader.next_message()? {
+            if !matches!(message, ReturnMessage::Pong(number) if pump.on_qemu_answered(number)) {
+                self.writer.write(&message, &mut kept)?;
+            }
+        }
+        Ok(kept.freeze())
+    }
+}
+
+/// The source: never returns but with an error. `pages` is how many pages the VM has at most.
+pub(super) async fn at_source(
+    pump: &Pump,
+    qemu: OwnedWriteHalf,
+    mut frames: mpsc::UnboundedReceiver<Frame>,
+    pages: u64,
+    told: oneshot::Sender<Holdings>,
+) -> Result<std::convert::Infallible, DealError> {
+    let mut qemu = ToQemu { qemu, gone: false };
+    let mut answers = Answers::default();
+    let mut listening = Some(told);
+    let mut holdings: Option<Holdings> = None;
+    let mut digests_left = pages;
+    let mut ended = false;
+    while let Some(frame) = frames.recv().await {
+        let frame_size = size(&frame);
+        match frame {
+            Frame::Return(data) => {
+                let kept = answers.pass(pump, &data)?;
+                qemu.write(&kept).await;
+            }
+            Frame::ReturnEnd if !ended => {
+                ended = true;
+                tokio::time::sleep(LINGER).await;
+                qemu.close(Shutdown::Both);
+            }
+            Frame::Memory(blocks) if holdings.is_none() && listening.is_some() => {
+                let told: u64 = blocks.iter().map(|block| u64::from(block.pages)).sum();
+                if told > pages {
+                    return Err(DealError::Unexpected("more memory than the VM has"));
+                }
+                holdings = Some(Holdings { blocks, held: Vec::new() });
+            }
+            Frame::Held { block, first, digests } => {
+                let holdings = holdings.as_mut().ok_or(DealError::Unexpected("digests of no memory"))?;
+                digests_left = digests_left
+                    .checked_sub(digests.len() as u64)
+                    .ok_or(DealError::Unexpected("more digests than the VM has pages"))?;
+                holdings.held.push((block, first, digests));
+            }
+            Frame::HeldEnd => {
+                let (Some(holdings), Some(listening)) = (holdings.take(), listening.take()) else {
+                    return Err(DealError::Unexpected("an end of digests"));
+                };
+                // Nobody listens any more: then QEMU has closed before it began.
+                let _ = listening.send(holdings);
+            }
+            _ => return Err(DealError::Unexpected("a frame twice")),
+        }
+        pump.on_dealt(frame_size, true);
+    }
+    std::future::pending().await
+}

@@ -1,0 +1,145 @@
+//! The memory of the QEMU that waits at the destination, reached through `/proc/PID/mem` and `/proc/PID/pagemap`, which the agent has opened.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use godwit_carrier::pages::{GuestMemory, PAGE_SIZE, Page};
+use rustix::io::{Errno, pread, pwrite};
+
+use super::control::PlacedBlock;
+
+/// A page is there, in memory or swapped out.
+const PRESENT: u64 = 0b11 << 62;
+/// Entries of a page map that are read at once.
+const ENTRIES: usize = 8192;
+
+/// Blocks of the memory of a process.
+pub(super) struct ProcessMemory {
+    memory: OwnedFd,
+    map: OwnedFd,
+    blocks: Vec<PlacedBlock>,
+}
+
+impl ProcessMemory {
+    pub(super) fn new(memory: OwnedFd, map: OwnedFd, blocks: Vec<PlacedBlock>) -> Self {
+        Self { memory, map, blocks }
+    }
+
+    pub(super) fn blocks(&self) -> &[PlacedBlock] {
+        &self.blocks
+    }
+
+    fn address(&self, block: u16, page: u32, pages: u64) -> io::Result<u64> {
+        let block = self.blocks.get(usize::from(block)).ok_or(io::ErrorKind::InvalidInput)?;
+        let end = u64::from(page).saturating_add(pages);
+        if end > u64::from(block.pages) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(block.address + u64::from(page) * PAGE_SIZE as u64)
+    }
+
+    /// The pages from `first` on that were ever touched, of as many as are looked at in one go; and the page to go on with.
+    pub(super) fn touched(&self, block: u16, first: u32) -> io::Result<(Vec<u32>, u32)> {
+        let pages = self.blocks.get(usize::from(block)).map_or(0, |block| block.pages);
+        let count = usize::try_from(pages.saturating_sub(first)).unwrap_or(ENTRIES).min(ENTRIES);
+        let address = self.address(block, first, count as u64)?;
+        let mut entries = vec![0; count * 8];
+        read_whole(&self.map, &mut entries, address / PAGE_SIZE as u64 * 8)?;
+        let (entries, _) = entries.as_chunks::<8>();
+        let numbered = (first..).zip(entries);
+        let touched = numbered.filter(|(_, entry)| u64::from_ne_bytes(**entry) & PRESENT != 0).map(|(page, _)| page).collect();
+        Ok((touched, first.saturating_add(u32::try_from(count).unwrap_or(u32::MAX))))
+    }
+}
+
+impl GuestMemory for ProcessMemory {
+    type Error = io::Error;
+
+    fn read(&mut self, block: u16, page: u32, into: &mut Page) -> io::Result<()> {
+        let address = self.address(block, page, 1)?;
+        read_whole(&self.memory, into, address)
+    }
+
+    fn write(&mut self, block: u16, page: u32, mut content: &[u8]) -> io::Result<()> {
+        let mut address = self.address(block, page, content.len().div_ceil(PAGE_SIZE) as u64)?;
+        while !content.is_empty() {
+            match pwrite(&self.memory, content, address) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    content = content.get(count..).unwrap_or_default();
+                    address += count as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_whole(fd: impl AsFd, mut into: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !into.is_empty() {
+        match pread(&fd, &mut *into, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => {
+                into = into.get_mut(count..).unwrap_or_default();
+                offset += count as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    /// A block of this very process.
+    fn own(pages: &[Page]) -> ProcessMemory {
+        let open =
+            |name: &str, write| File::options().read(true).write(write).open(format!("/proc/self/{name}")).expect("own memory");
+        let block = PlacedBlock {
+            id: "pc.ram".into(),
+            address: u64::try_from(pages.as_ptr().addr()).expect("an address"),
+            pages: u32::try_from(pages.len()).expect("few"),
+        };
+        ProcessMemory::new(open("mem", true).into(), open("pagemap", false).into(), vec![block])
+    }
+
+    #[test]
+    fn pages_are_written_and_read_within_their_block_only() {
+        let pages = vec![[0; PAGE_SIZE]; 8];
+        let mut memory = own(&pages);
+        memory.write(0, 2, &[7; 2 * PAGE_SIZE]).expect("written");
+        let mut page = [0; PAGE_SIZE];
+        for (number, byte) in [(1, 0), (2, 7), (3, 7), (4, 0)] {
+            memory.read(0, number, &mut page).expect("read");
+            assert_eq!(page, [byte; PAGE_SIZE], "page {number}");
+        }
+        assert!(memory.write(0, 7, &[1; 2 * PAGE_SIZE]).is_err() && memory.read(0, 8, &mut page).is_err());
+        assert!(memory.write(1, 0, &page).is_err() && memory.read(0, u32::MAX, &mut page).is_err());
+        assert_eq!(std::hint::black_box(&pages)[3], [7; PAGE_SIZE]);
+    }
+
+    #[test]
+    fn what_was_never_touched_is_told_from_what_was() {
+        // The C library maps what is as large as this anew, and nobody has touched it.
+        let mut bytes = vec![0_u8; 20_000 * PAGE_SIZE];
+        let start = bytes.as_ptr().align_offset(PAGE_SIZE);
+        bytes[start + 12_000 * PAGE_SIZE] = 1;
+        let block = PlacedBlock { address: bytes[start..].as_ptr().addr() as u64, pages: 19_000, id: "pc.ram".into() };
+        let memory = ProcessMemory { blocks: vec![block], ..own(&[]) };
+        let (mut touched, mut next) = (Vec::new(), 0);
+        while next < 19_000 {
+            let (more, then) = memory.touched(0, next).expect("the page map");
+            touched.extend(more);
+            next = then;
+        }
+        assert!(touched.contains(&12_000), "{touched:?}");
+        assert!(touched.len() < 9_000, "{} of 19,000 pages were touched", touched.len());
+    }
+}

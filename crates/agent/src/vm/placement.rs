@@ -1,0 +1,44 @@
+//! Where a waiting QEMU has the guest's memory, so that carry writes pages straight into it.
+
+use std::fs::File;
+use std::io;
+
+use godwit_model::ResolvedSpec;
+use godwit_qemu::process::ProcessIdentity;
+use godwit_qemu::qmp::Qmp;
+use godwit_qemu::{PassedFds, QmpError};
+
+use crate::carry::{PlacedBlock, Placement};
+
+const PAGE: u64 = 4096;
+
+/// Why pages travel through QEMU's own socket instead.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoPlacement {
+    #[error("QEMU does not say where its memory is")]
+    Qmp(#[from] QmpError),
+    #[error("QEMU names no memory at guest address {0:#x}")]
+    Nowhere(u64),
+    #[error("the memory of QEMU cannot be opened")]
+    Open(#[from] io::Error),
+}
+
+/// Finds the RAM and the DIMMs of `spec` in a QEMU that waits for it.
+pub(super) async fn placement(
+    qmp: &Qmp,
+    process: &ProcessIdentity,
+    spec: &ResolvedSpec,
+    fds: &mut PassedFds,
+) -> Result<Placement, NoPlacement> {
+    let dimms = spec.dimms().iter().map(|dimm| (dimm.address.0, dimm.size.get()));
+    let mut blocks = Vec::new();
+    for (guest, size) in std::iter::once((0, spec.memory.get())).chain(dimms) {
+        let (id, address) = qmp.host_address(guest).await?.ok_or(NoPlacement::Nowhere(guest))?;
+        // A DIMM of more than 16 TiB is nobody's.
+        let Ok(pages) = u32::try_from(size / PAGE) else { continue };
+        blocks.push(PlacedBlock { id, address, pages });
+    }
+    let memory = File::options().read(true).write(true).open(format!("/proc/{}/mem", process.pid))?;
+    let map = File::open(format!("/proc/{}/pagemap", process.pid))?;
+    Ok(Placement { memory_fd: fds.pass(memory), map_fd: fds.pass(map), blocks })
+}

@@ -1,0 +1,39 @@
+//! Pages of guest memory on the wire: each in the cheapest way that is still exact.
+//!
+//! The source knows by digest what every page holds at the destination, since it was the source that sent it, or the destination that told it
+//! ([`crate::Frame::Held`]). A page is sent as
+//!
+//! - nothing, if the destination holds that very content there already;
+//! - *zero*;
+//! - *copy* of another page that the destination holds at that point of the sequence;
+//! - *patch*: the pieces of 64 bytes that differ from what the destination holds there;
+//! - *data*: all of it, compressed together with the rest of its batch.
+//!
+//! What is rebuilt from content that the destination holds carries a check: the destination never trusts that it holds what the source
+//! believes. [`Encoder`] is the source's half, [`Applier`] the destination's, [`batch`] the bytes between them.
+
+pub mod apply;
+pub mod batch;
+pub mod digest;
+pub mod encode;
+mod signature;
+
+pub use apply::{Applied, Applier, ApplyError, GuestMemory};
+pub use batch::{MAX_PAYLOAD, MalformedBatch};
+pub use digest::{Digest, Digester};
+pub use encode::{Encoder, EncoderLimits, Encoding, Place};
+
+/// Bytes of a page.
+pub const PAGE_SIZE: usize = 4096;
+
+/// The content of a page.
+pub type Page = [u8; PAGE_SIZE];
+
+/// Bytes of the pieces that a patch consists of.
+pub const PIECE: usize = 64;
+
+/// Pieces of a page: as many as a mask has bits.
+pub const PIECES: usize = PAGE_SIZE / PIECE;
+
+#[cfg(test)]
+mod tests;

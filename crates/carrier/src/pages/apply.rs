@@ -1,0 +1,171 @@
+//! The destination's half: writes what a batch says into guest memory.
+
+use zstd::bulk::Decompressor;
+
+use super::batch::{self, Entry, MalformedBatch};
+use super::digest::CHECK;
+use super::{Digester, PAGE_SIZE, PIECE, Page};
+
+/// Guest memory by block and page.
+pub trait GuestMemory {
+    /// Why it could not be reached.
+    type Error;
+
+    /// Reads a page.
+    ///
+    /// # Errors
+    /// If the memory cannot be reached.
+    fn read(&mut self, block: u16, page: u32, into: &mut Page) -> Result<(), Self::Error>;
+
+    /// Writes consecutive pages, from `page` on; `content` is a whole number of them.
+    ///
+    /// # Errors
+    /// If the memory cannot be reached.
+    fn write(&mut self, block: u16, page: u32, content: &[u8]) -> Result<(), Self::Error>;
+}
+
+/// Why a batch was not applied. What came before the entry at fault is.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError<E> {
+    /// Its bytes are not a batch.
+    #[error(transparent)]
+    Malformed(#[from] MalformedBatch),
+    /// It names a page that is none.
+    #[error("a page beyond the end of block {block}")]
+    Page {
+        /// The block.
+        block: u16,
+    },
+    /// What the destination holds is not what the source believes.
+    #[error("page {page} of block {block} would not become what the source has")]
+    Check {
+        /// The block.
+        block: u16,
+        /// The page.
+        page: u32,
+    },
+    /// Guest memory.
+    #[error("guest memory")]
+    Memory(#[source] E),
+}
+
+/// What a batch did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Pages that were written.
+    pub pages: u32,
+}
+
+/// Applies batches to blocks of known length.
+pub struct Applier {
+    digester: Digester,
+    blocks: Vec<u32>,
+    decompressor: Decompressor<'static>,
+    scratch: Vec<u8>,
+}
+
+impl std::fmt::Debug for Applier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Applier").field("blocks", &self.blocks).finish_non_exhaustive()
+    }
+}
+
+/// Data pages that follow each other are written at once.
+struct Run<'a> {
+    block: u16,
+    first: u32,
+    pages: u32,
+    content: &'a [u8],
+}
+
+impl Applier {
+    /// For a session; `blocks` are the lengths in pages, by number.
+    ///
+    /// # Panics
+    /// If there is no memory for a decompressor.
+    #[must_use]
+    pub fn new(digester: Digester, blocks: Vec<u32>) -> Self {
+        Self { digester, blocks, decompressor: Decompressor::new().expect("memory for a decompressor"), scratch: Vec::new() }
+    }
+
+    /// Applies a batch, entry by entry.
+    ///
+    /// # Errors
+    /// See [`ApplyError`]: there is no way on from any of them.
+    pub fn apply<M: GuestMemory>(&mut self, payload: &[u8], memory: &mut M) -> Result<Applied, ApplyError<M::Error>> {
+        let Self { digester, blocks, decompressor, scratch } = self;
+        let body = batch::body(payload, scratch, |bytes, out| decompressor.decompress_to_buffer(bytes, out).ok())?;
+        let mut entries = batch::Reader::new(body)?;
+        let inside = |block: u16, page: u32| {
+            let pages = blocks.get(usize::from(block)).copied().unwrap_or(0);
+            if page < pages { Ok(()) } else { Err(ApplyError::Page { block }) }
+        };
+        let mut run: Option<Run<'_>> = None;
+        let mut applied = Applied::default();
+        while let Some((block, page, entry)) = entries.entry()? {
+            inside(block, page)?;
+            applied.pages += 1;
+            if let Entry::Data(content) = entry {
+                run = Some(extend(run, block, page, content, body, memory).map_err(ApplyError::Memory)?);
+                continue;
+            }
+            if let Some(run) = run.take() {
+                memory.write(run.block, run.first, run.content).map_err(ApplyError::Memory)?;
+            }
+            let mut content = [0; PAGE_SIZE];
+            let check = match entry {
+                Entry::Zero | Entry::Data(_) => None,
+                Entry::Copy { block, page, check } => {
+                    inside(block, page)?;
+                    memory.read(block, page, &mut content).map_err(ApplyError::Memory)?;
+                    Some(check)
+                }
+                Entry::Patch { mask, pieces, check } => {
+                    memory.read(block, page, &mut content).map_err(ApplyError::Memory)?;
+                    patch(&mut content, mask, pieces);
+                    Some(check)
+                }
+            };
+            if check.is_some_and(|check| digester.page(&content).first_chunk::<CHECK>() != Some(&check)) {
+                return Err(ApplyError::Check { block, page });
+            }
+            memory.write(block, page, &content).map_err(ApplyError::Memory)?;
+        }
+        if let Some(run) = run {
+            memory.write(run.block, run.first, run.content).map_err(ApplyError::Memory)?;
+        }
+        Ok(applied)
+    }
+}
+
+/// Adds a page to the run if it follows it, or writes the run and begins another. Contents lie one after the other at the end of `body`.
+fn extend<'a, M: GuestMemory>(
+    run: Option<Run<'a>>,
+    block: u16,
+    page: u32,
+    content: &'a Page,
+    body: &'a [u8],
+    memory: &mut M,
+) -> Result<Run<'a>, M::Error> {
+    match run {
+        Some(run) if run.block == block && run.first.checked_add(run.pages) == Some(page) => {
+            // The contents of a run are neighbours in the body, since the run has every data entry between its first and its last.
+            let start = run.content.as_ptr().addr() - body.as_ptr().addr();
+            let longer = body.get(start..start + run.content.len() + PAGE_SIZE).unwrap_or(run.content);
+            Ok(Run { pages: run.pages + 1, content: longer, ..run })
+        }
+        Some(run) => {
+            memory.write(run.block, run.first, run.content)?;
+            Ok(Run { block, first: page, pages: 1, content })
+        }
+        None => Ok(Run { block, first: page, pages: 1, content }),
+    }
+}
+
+fn patch(page: &mut Page, mask: u64, pieces: &[u8]) {
+    let (targets, _) = page.as_chunks_mut::<PIECE>();
+    let chosen = targets.iter_mut().enumerate().filter(|(index, _)| mask >> index & 1 == 1);
+    for ((_, target), piece) in chosen.zip(pieces.as_chunks::<PIECE>().0) {
+        *target = *piece;
+    }
+}

@@ -1,0 +1,92 @@
+//! What tells contents of pages apart: keyed hashes, so that no guest can make two pages that are taken for one.
+
+use std::hash::{BuildHasherDefault, Hasher};
+
+use siphasher::sip::SipHasher13;
+
+use super::{PIECE, PIECES, Page};
+
+/// The first 16 bytes of a page's BLAKE3 under the session's key; [`ZERO`] stands for a page of zeros.
+pub type Digest = [u8; 16];
+
+/// A page of zeros.
+pub const ZERO: Digest = [0; 16];
+
+/// Bytes of a digest that travel as a check.
+pub const CHECK: usize = 8;
+
+/// Hashes pages and pieces under the key of one session.
+#[derive(Clone)]
+pub struct Digester {
+    page: [u8; 32],
+    piece: SipHasher13,
+}
+
+impl std::fmt::Debug for Digester {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Digester")
+    }
+}
+
+impl Digester {
+    /// Of the session with this key.
+    #[must_use]
+    pub fn new(key: &[u8; 32]) -> Self {
+        let piece_key = blake3::derive_key("godwit carrier 2026-11-26 pieces of pages", key);
+        let (first, _) = piece_key.split_first_chunk::<16>().expect("a key has 32 bytes");
+        Self { page: *key, piece: SipHasher13::new_with_key(first) }
+    }
+
+    /// The digest of a page.
+    #[must_use]
+    pub fn page(&self, page: &Page) -> Digest {
+        if is_zero(page) {
+            return ZERO;
+        }
+        let hash = blake3::keyed_hash(&self.page, page);
+        let (first, _) = hash.as_bytes().split_first_chunk::<16>().expect("a hash has 32 bytes");
+        // One in 2^128: such a page is sent as if it had changed.
+        *first
+    }
+
+    /// The hash of each piece of a page.
+    #[must_use]
+    pub(super) fn pieces(&self, page: &Page) -> [u64; PIECES] {
+        let (pieces, _) = page.as_chunks::<PIECE>();
+        let mut hashes = [0; PIECES];
+        for (hash, piece) in hashes.iter_mut().zip(pieces) {
+            let mut hasher = self.piece;
+            hasher.write(piece);
+            *hash = hasher.finish();
+        }
+        hashes
+    }
+}
+
+/// Whether a page holds nothing but zeros.
+#[must_use]
+pub fn is_zero(page: &Page) -> bool {
+    let (words, _) = page.as_chunks::<64>();
+    words.iter().all(|word| word == &[0; 64])
+}
+
+/// Digests are hashes under a secret key: a map need not hash them again.
+pub(super) type ByDigest = BuildHasherDefault<DigestHasher>;
+
+#[derive(Default)]
+pub(super) struct DigestHasher(u64);
+
+impl Hasher for DigestHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        // A digest, or the length that goes before it.
+        if let Some(first) = bytes.first_chunk() {
+            self.0 = u64::from_ne_bytes(*first);
+        }
+    }
+
+    fn write_usize(&mut self, _length: usize) {}
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}

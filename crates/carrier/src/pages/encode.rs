@@ -1,0 +1,319 @@
+//! The source's half: decides how each page is sent, and remembers what the destination holds then.
+
+#[expect(clippy::disallowed_types, reason = "only looked up, never walked: its order is nobody's")]
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use zstd::bulk::Compressor;
+
+use super::batch::{Entry, Writer};
+use super::digest::{ByDigest, CHECK, ZERO};
+use super::signature::Signatures;
+use super::{Digest, Digester, PAGE_SIZE, PIECE, PIECES, Page};
+
+/// Where a content is. Digests are hashes under a secret key.
+#[expect(clippy::disallowed_types, reason = "only looked up, never walked: its order is nobody's")]
+type Contents = HashMap<Digest, u32, ByDigest>;
+
+/// A page of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Number of the block.
+    pub block: u16,
+    /// Number of the page in it.
+    pub page: u32,
+}
+
+/// How much memory an encoder may take beyond 20 bytes for each page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EncoderLimits {
+    /// Bytes for what patches are made from, 520 for each page.
+    pub signatures: u64,
+    /// Bytes for finding equal pages, about 40 for each content.
+    pub contents: u64,
+}
+
+impl Default for EncoderLimits {
+    fn default() -> Self {
+        Self { signatures: 256 << 20, contents: 128 << 20 }
+    }
+}
+
+/// Bytes that an entry of the map of contents takes, room for growth included.
+const CONTENT_SIZE: u64 = 40;
+/// From so many pieces on all of the page is sent: it may compress, and needs no check.
+const MOST_PIECES: u32 = 48;
+/// How many pages that were sent before give a cost.
+const COST_SPAN: u64 = 1024;
+
+/// How pages were sent so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Encoding {
+    /// Not at all: the destination holds that very content.
+    pub same: u64,
+    /// As zeros.
+    pub zero: u64,
+    /// As a copy of another page.
+    pub copy: u64,
+    /// As the pieces that differ.
+    pub patch: u64,
+    /// As a whole.
+    pub data: u64,
+}
+
+impl Encoding {
+    /// All pages.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.same + self.zero + self.copy + self.patch + self.data
+    }
+}
+
+/// What pages cost that are sent again, counted over the last some thousand of them.
+#[derive(Clone, Copy, Debug, Default)]
+struct Cost {
+    pages: u64,
+    bytes: u64,
+    last: Option<u64>,
+}
+
+impl Cost {
+    fn add(&mut self, pages: u64, bytes: u64) {
+        self.pages += pages;
+        self.bytes += bytes;
+        if self.pages >= COST_SPAN {
+            self.last = Some(self.bytes / self.pages);
+            (self.pages, self.bytes) = (0, 0);
+        }
+    }
+}
+
+/// Encodes the pages of one session.
+pub struct Encoder {
+    digester: Digester,
+    compressor: Compressor<'static>,
+    /// First number of each block's pages, and their count.
+    blocks: Vec<(u32, u32)>,
+    /// What each page holds at the destination, once it has dealt with all batches.
+    held: Vec<Digest>,
+    /// The page was sent in this session.
+    sent: Vec<u64>,
+    /// A page that holds the content.
+    contents: Contents,
+    most_contents: usize,
+    signatures: Signatures,
+    batch: Writer,
+    /// Of the present batch: bytes without compression of pages that are sent again, their number, and all bytes.
+    again: (u64, u64, u64),
+    raw: u64,
+    cost: Cost,
+    encoding: Encoding,
+}
+
+impl std::fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Encoder").field("encoding", &self.encoding).finish_non_exhaustive()
+    }
+}
+
+/// A batch that is to be sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// The payload of a [`crate::Frame::Pages`].
+    pub payload: Bytes,
+    /// Bytes of guest memory that it writes, or that went by with it because the destination has them.
+    pub raw: u64,
+}
+
+impl Encoder {
+    /// For a destination that places `blocks`, whose lengths in pages are given, all of them zero until [`Encoder::on_held`] says otherwise.
+    ///
+    /// # Panics
+    /// If there is no memory for a compressor.
+    #[must_use]
+    pub fn new(digester: Digester, blocks: &[u32], limits: EncoderLimits) -> Self {
+        let mut total = 0_u32;
+        let blocks: Vec<(u32, u32)> = blocks
+            .iter()
+            .map(|pages| {
+                let first = total;
+                total = total.saturating_add(*pages);
+                (first, *pages)
+            })
+            .collect();
+        let pages = total as usize;
+        let signatures = usize::try_from(limits.signatures / Signatures::SIZE).unwrap_or(usize::MAX).min(pages);
+        Self {
+            digester,
+            compressor: Compressor::new(1).expect("memory for a compressor"),
+            blocks,
+            held: vec![ZERO; pages],
+            sent: vec![0; pages.div_ceil(64)],
+            contents: Contents::default(),
+            most_contents: usize::try_from(limits.contents / CONTENT_SIZE).unwrap_or(usize::MAX),
+            signatures: Signatures::new(pages, signatures),
+            batch: Writer::default(),
+            again: (0, 0, 0),
+            raw: 0,
+            cost: Cost::default(),
+            encoding: Encoding::default(),
+        }
+    }
+
+    /// How pages were sent so far.
+    #[must_use]
+    pub const fn encoding(&self) -> Encoding {
+        self.encoding
+    }
+
+    /// Bytes on the wire for a page that is sent again, lately; `None` before enough of them were.
+    #[must_use]
+    pub const fn cost_again(&self) -> Option<u64> {
+        self.cost.last
+    }
+
+    /// Sets zstd's level for the batches to come.
+    pub fn set_level(&mut self, level: i32) {
+        // A level that zstd does not have is taken for its nearest.
+        let _ = self.compressor.set_compression_level(level);
+    }
+
+    /// The destination holds this there. Whether there is such a page.
+    pub fn on_held(&mut self, place: Place, digest: Digest) -> bool {
+        let Some(number) = self.number(place) else { return false };
+        self.set_held(number, digest);
+        true
+    }
+
+    /// Encodes a page, `None` for zeros. Whether there is such a page.
+    ///
+    /// There must be room: [`Encoder::is_full`] is asked before, and answered by [`Encoder::take`].
+    pub fn encode(&mut self, place: Place, content: Option<&Page>) -> bool {
+        let Some(number) = self.number(place) else { return false };
+        self.raw += PAGE_SIZE as u64;
+        let digest = content.map_or(ZERO, |content| self.digester.page(content));
+        let before = self.held.get(number as usize).copied().unwrap_or(ZERO);
+        let again = self.mark_sent(number);
+        let bytes = match content {
+            _ if digest == before => {
+                self.encoding.same += 1;
+                0
+            }
+            Some(content) if digest != ZERO => {
+                let bytes = self.put_content(place, number, content, &digest);
+                self.set_held(number, digest);
+                bytes
+            }
+            _ => {
+                self.encoding.zero += 1;
+                self.signatures.forget(number);
+                self.set_held(number, ZERO);
+                self.batch.put(place.block, place.page, &Entry::Zero)
+            }
+        };
+        self.again.2 += bytes as u64;
+        if again {
+            self.again.0 += bytes as u64;
+            self.again.1 += 1;
+        }
+        true
+    }
+
+    fn put_content(&mut self, place: Place, number: u32, content: &Page, digest: &Digest) -> usize {
+        let check = *digest.first_chunk::<CHECK>().expect("a digest is longer than a check");
+        let pieces = self.digester.pieces(content);
+        let same = self.contents.get(digest).copied().filter(|same| self.held.get(*same as usize) == Some(digest));
+        let patched = self.signatures.get(number).map(|before| differing(before, &pieces));
+        self.signatures.set(number, pieces);
+        if let Some(from) = same.and_then(|same| self.place(same)) {
+            self.encoding.copy += 1;
+            let entry = Entry::Copy { block: from.block, page: from.page, check };
+            return self.batch.put(place.block, place.page, &entry);
+        }
+        if let Some(mask) = patched.filter(|mask| mask.count_ones() <= MOST_PIECES) {
+            self.encoding.patch += 1;
+            let mut buffer = [0; PAGE_SIZE];
+            let pieces = chosen(content, mask, &mut buffer);
+            return self.batch.put(place.block, place.page, &Entry::Patch { mask, pieces, check });
+        }
+        self.encoding.data += 1;
+        self.batch.put(place.block, place.page, &Entry::Data(content))
+    }
+
+    /// Whether the batch must be taken before the next page.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        !self.batch.has_room()
+    }
+
+    /// Guest memory in the present batch, and what went by since the last: bytes.
+    #[must_use]
+    pub const fn pending(&self) -> u64 {
+        self.raw
+    }
+
+    /// The batch of all pages since the last call, unless none of them had to be sent.
+    pub fn take(&mut self) -> Option<Batch> {
+        let (again, pages, all) = std::mem::take(&mut self.again);
+        if self.batch.is_empty() {
+            self.cost.add(pages, 0);
+            return None;
+        }
+        let compressor = &mut self.compressor;
+        let payload = self.batch.finish(|body| compressor.compress(body).ok());
+        let share = (payload.len() as u64).saturating_mul(again) / all.max(1);
+        self.cost.add(pages, share);
+        Some(Batch { payload, raw: std::mem::take(&mut self.raw) })
+    }
+
+    fn number(&self, place: Place) -> Option<u32> {
+        let (first, pages) = *self.blocks.get(usize::from(place.block))?;
+        (place.page < pages).then(|| first + place.page)
+    }
+
+    fn place(&self, number: u32) -> Option<Place> {
+        let after = self.blocks.partition_point(|(first, _)| *first <= number);
+        // Blocks without pages begin where the next begins, and have none.
+        let block = after.checked_sub(1)?;
+        let (first, pages) = *self.blocks.get(block)?;
+        let page = number - first;
+        (page < pages).then_some(Place { block: u16::try_from(block).ok()?, page })
+    }
+
+    fn set_held(&mut self, number: u32, digest: Digest) {
+        let Some(held) = self.held.get_mut(number as usize) else { return };
+        let before = std::mem::replace(held, digest);
+        if before != ZERO && self.contents.get(&before) == Some(&number) {
+            self.contents.remove(&before);
+        }
+        if digest != ZERO && (self.contents.len() < self.most_contents || self.contents.contains_key(&digest)) {
+            self.contents.insert(digest, number);
+        }
+    }
+
+    /// Whether it was sent before.
+    fn mark_sent(&mut self, number: u32) -> bool {
+        let Some(word) = self.sent.get_mut(number as usize / 64) else { return false };
+        let bit = 1 << (number % 64);
+        let before = *word & bit != 0;
+        *word |= bit;
+        before
+    }
+}
+
+fn differing(before: &[u64; PIECES], now: &[u64; PIECES]) -> u64 {
+    let pairs = before.iter().zip(now).enumerate();
+    pairs.filter(|(_, (before, now))| before != now).fold(0, |mask, (index, _)| mask | 1 << index)
+}
+
+fn chosen<'a>(page: &Page, mask: u64, buffer: &'a mut Page) -> &'a [u8] {
+    let (pieces, _) = page.as_chunks::<PIECE>();
+    let (targets, _) = buffer.as_chunks_mut::<PIECE>();
+    let wanted = pieces.iter().enumerate().filter(|(index, _)| mask >> index & 1 == 1);
+    let mut count = 0;
+    for ((_, piece), target) in wanted.zip(targets) {
+        *target = *piece;
+        count += 1;
+    }
+    buffer.get(..count * PIECE).unwrap_or_default()
+}

@@ -1,0 +1,283 @@
+//! What the source sends makes the destination's memory the source's, byte for byte, and cheaply; what lies is found out.
+
+use std::convert::Infallible;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::pages::encode::Batch;
+
+const KEY: [u8; 32] = [7; 32];
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Memory(Vec<Vec<Page>>);
+
+impl Memory {
+    fn new(blocks: &[u32]) -> Self {
+        Self(blocks.iter().map(|pages| vec![[0; PAGE_SIZE]; *pages as usize]).collect())
+    }
+}
+
+impl GuestMemory for Memory {
+    type Error = Infallible;
+
+    fn read(&mut self, block: u16, page: u32, into: &mut Page) -> Result<(), Infallible> {
+        *into = self.0[usize::from(block)][page as usize];
+        Ok(())
+    }
+
+    fn write(&mut self, block: u16, page: u32, content: &[u8]) -> Result<(), Infallible> {
+        let (pages, rest) = content.as_chunks::<PAGE_SIZE>();
+        assert!(rest.is_empty() && !pages.is_empty());
+        for (target, source) in self.0[usize::from(block)][page as usize..].iter_mut().zip(pages) {
+            *target = *source;
+        }
+        Ok(())
+    }
+}
+
+/// Both halves, and the memory at each side.
+struct Pair {
+    encoder: Encoder,
+    applier: Applier,
+    source: Memory,
+    destination: Memory,
+    wire: usize,
+}
+
+impl Pair {
+    fn new(blocks: &[u32], limits: EncoderLimits) -> Self {
+        let digester = Digester::new(&KEY);
+        Self {
+            encoder: Encoder::new(digester.clone(), blocks, limits),
+            applier: Applier::new(digester, blocks.to_vec()),
+            source: Memory::new(blocks),
+            destination: Memory::new(blocks),
+            wire: 0,
+        }
+    }
+
+    fn write(&mut self, block: u16, page: u32, content: Page) {
+        self.source.0[usize::from(block)][page as usize] = content;
+        if self.encoder.is_full() {
+            self.flush();
+        }
+        let content = (!digest::is_zero(&content)).then_some(&content);
+        assert!(self.encoder.encode(Place { block, page }, content));
+    }
+
+    fn flush(&mut self) -> Option<Batch> {
+        let batch = self.encoder.take()?;
+        assert!(batch.payload.len() <= MAX_PAYLOAD);
+        self.wire += batch.payload.len();
+        self.applier.apply(&batch.payload, &mut self.destination).expect("what the encoder says");
+        Some(batch)
+    }
+
+    /// Bytes on the wire since the last call.
+    fn cost(&mut self) -> usize {
+        self.flush();
+        assert!(self.source == self.destination, "the memories differ");
+        std::mem::take(&mut self.wire)
+    }
+}
+
+fn noise(seed: u64) -> Page {
+    let mut page = [0; PAGE_SIZE];
+    blake3::Hasher::new().update(&seed.to_be_bytes()).finalize_xof().fill(&mut page);
+    page
+}
+
+fn changed(page: &Page, at: usize) -> Page {
+    let mut page = *page;
+    page[at] ^= 0xff;
+    page
+}
+
+#[test]
+fn each_page_goes_the_cheapest_way() {
+    let mut pair = Pair::new(&[200, 10], EncoderLimits::default());
+    for page in 0..100 {
+        pair.write(0, page, noise(u64::from(page)));
+    }
+    let noise_cost = pair.cost();
+    assert!((100 * PAGE_SIZE..100 * PAGE_SIZE + 500).contains(&noise_cost), "{noise_cost} for noise");
+    for page in 0..100 {
+        pair.write(0, page, noise(u64::from(page)));
+    }
+    assert_eq!(pair.cost(), 0, "the same again");
+    for page in 0..100 {
+        pair.write(0, 100 + page, noise(5));
+    }
+    assert!(pair.cost() < 100 * 16, "copies");
+    for page in 0..100 {
+        pair.write(0, page, changed(&noise(u64::from(page)), 77));
+    }
+    let patches = pair.cost();
+    assert!(patches < 100 * 90, "{patches} for a byte changed in each");
+    for page in 0..10 {
+        pair.write(1, page, [b'a' + page as u8; PAGE_SIZE]);
+    }
+    assert!(pair.cost() < 200, "ten pages of one letter each compress");
+    for page in 0..100 {
+        pair.write(0, page, [0; PAGE_SIZE]);
+    }
+    assert!(pair.cost() < 120, "zeros");
+    let expected = Encoding { same: 100, zero: 100, copy: 100, patch: 100, data: 110 };
+    assert_eq!(pair.encoder.encoding(), expected);
+}
+
+#[test]
+fn what_pages_cost_that_are_sent_again_is_known() {
+    let mut pair = Pair::new(&[4096], EncoderLimits::default());
+    for page in 0..4096 {
+        pair.write(0, page, noise(u64::from(page)));
+    }
+    pair.flush();
+    assert_eq!(pair.encoder.cost_again(), None, "nothing was sent again");
+    for page in 0..2048 {
+        pair.write(0, page, changed(&noise(u64::from(page)), 3));
+    }
+    pair.flush();
+    let cost = pair.encoder.cost_again().expect("known");
+    assert!((64..100).contains(&cost), "{cost}");
+}
+
+#[test]
+fn what_the_destination_holds_already_is_not_sent_if_it_says_so() {
+    let mut pair = Pair::new(&[10], EncoderLimits::default());
+    pair.destination.0[0][3] = noise(3);
+    pair.destination.0[0][4] = noise(4);
+    for page in [3, 4] {
+        assert!(pair.encoder.on_held(Place { block: 0, page }, Digester::new(&KEY).page(&noise(u64::from(page)))));
+    }
+    assert!(
+        !pair.encoder.on_held(Place { block: 0, page: 10 }, [1; 16]) && !pair.encoder.on_held(Place { block: 1, page: 0 }, [1; 16])
+    );
+    pair.write(0, 3, noise(3));
+    pair.write(0, 5, noise(4));
+    pair.write(0, 4, [0; PAGE_SIZE]);
+    assert!(pair.cost() < 40);
+    assert_eq!(pair.encoder.encoding(), Encoding { same: 1, copy: 1, zero: 1, ..Encoding::default() });
+}
+
+#[test]
+fn a_destination_that_does_not_hold_what_it_said_finds_out_itself() {
+    for (before, after) in [(noise(1), noise(1)), (noise(1), changed(&noise(1), 9))] {
+        let mut pair = Pair::new(&[10], EncoderLimits::default());
+        pair.write(0, 0, before);
+        pair.cost();
+        pair.destination.0[0][0] = noise(2);
+        let target = u32::from(before == after);
+        assert!(pair.encoder.encode(Place { block: 0, page: target }, Some(&after)));
+        let batch = pair.encoder.take().expect("a batch");
+        let refused = pair.applier.apply(&batch.payload, &mut pair.destination);
+        assert!(matches!(refused, Err(ApplyError::Check { block: 0, page }) if page == target), "{refused:?}");
+    }
+}
+
+#[test]
+fn a_page_beyond_a_block_is_refused_on_both_sides() {
+    let mut wide = Pair::new(&[10, 10], EncoderLimits::default());
+    for (block, page) in [(0, 10), (2, 0), (u16::MAX, u32::MAX)] {
+        assert!(!wide.encoder.encode(Place { block, page }, None));
+    }
+    assert!(wide.encoder.encode(Place { block: 1, page: 9 }, Some(&noise(1))));
+    let batch = wide.encoder.take().expect("a batch");
+    for blocks in [vec![10], vec![10, 9]] {
+        let mut memory = Memory::new(&blocks);
+        let refused = Applier::new(Digester::new(&KEY), blocks).apply(&batch.payload, &mut memory);
+        assert!(matches!(refused, Err(ApplyError::Page { block: 1 })), "{refused:?}");
+    }
+}
+
+#[test]
+fn a_batch_cut_at_any_length_or_longer_is_refused() {
+    for compressible in [false, true] {
+        let mut pair = Pair::new(&[10], EncoderLimits::default());
+        let content = |page: u64| if compressible { [b'a' + page as u8; PAGE_SIZE] } else { noise(page) };
+        for page in 0..3 {
+            pair.write(0, page as u32, content(page));
+        }
+        pair.write(0, 3, content(1));
+        pair.write(0, 0, changed(&content(0), 1));
+        let payload = pair.flush().expect("a batch").payload;
+        for cut in 0..payload.len() {
+            let refused = pair.applier.apply(&payload[..cut], &mut pair.destination);
+            assert!(matches!(refused, Err(ApplyError::Malformed(_))), "cut at {cut}: {refused:?}");
+        }
+        let longer = [&payload[..], &[0]].concat();
+        assert!(matches!(pair.applier.apply(&longer, &mut pair.destination), Err(ApplyError::Malformed(_))));
+    }
+}
+
+#[test]
+fn a_batch_that_claims_to_be_huge_is_refused_before_anything_is_allocated() {
+    let mut applier = Applier::new(Digester::new(&KEY), vec![10]);
+    for how in 0..=2 {
+        let refused = applier.apply(&[how, 0xff, 0xff, 0xff, 0xff, 1], &mut Memory::new(&[10]));
+        assert!(matches!(refused, Err(ApplyError::Malformed(MalformedBatch::Length))), "{refused:?}");
+    }
+    // Entries that write more than a batch may: a few bytes each.
+    let entries: Vec<u8> = [0, 0, 0].into_iter().chain(std::iter::repeat_n([0x81, 0], batch::MAX_ENTRIES).flatten()).collect();
+    let body = [&u32::try_from(entries.len()).expect("small").to_be_bytes()[..], &entries].concat();
+    let payload = [&[0][..], &u32::try_from(body.len()).expect("small").to_be_bytes(), &body].concat();
+    let refused = applier.apply(&payload, &mut Memory::new(&[10]));
+    assert!(matches!(refused, Err(ApplyError::Malformed(MalformedBatch::Entries))), "{refused:?}");
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Write {
+    Zero,
+    Noise(u64),
+    Letter(u8),
+    Change(usize),
+    CopyOf(u32),
+}
+
+fn any_write() -> impl Strategy<Value = Write> {
+    prop_oneof![
+        Just(Write::Zero),
+        (0..20_u64).prop_map(Write::Noise),
+        (0..4_u8).prop_map(Write::Letter),
+        (0..PAGE_SIZE).prop_map(Write::Change),
+        (0..40_u32).prop_map(Write::CopyOf),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn prop_the_destination_becomes_what_the_source_is(
+        writes in prop::collection::vec((0..2_u16, 0..40_u32, any_write(), prop::bool::weighted(0.1)), 1..400),
+        signatures in 0..40_u64,
+        contents in 0..40_u64,
+    ) {
+        let limits = EncoderLimits { signatures: signatures * 520, contents: contents * 40 };
+        let mut pair = Pair::new(&[40, 40], limits);
+        for (block, page, write, flush) in writes {
+            let now = pair.source.0[usize::from(block)][page as usize];
+            let content = match write {
+                Write::Zero => [0; PAGE_SIZE],
+                Write::Noise(seed) => noise(seed),
+                Write::Letter(letter) => [b'a' + letter; PAGE_SIZE],
+                Write::Change(at) => changed(&now, at),
+                Write::CopyOf(other) => pair.source.0[0][other as usize],
+            };
+            pair.write(block, page, content);
+            if flush {
+                pair.cost();
+            }
+        }
+        pair.cost();
+    }
+
+    #[test]
+    fn prop_no_bytes_make_the_destination_panic(payload in prop::collection::vec(any::<u8>(), 0..600)) {
+        let mut memory = Memory::new(&[3, 3]);
+        let mut applier = Applier::new(Digester::new(&KEY), vec![3, 3]);
+        let _ = applier.apply(&payload, &mut memory);
+        let length = u32::try_from(payload.len()).expect("small").to_be_bytes();
+        let framed = [&[0][..], &length, &payload].concat();
+        let _ = applier.apply(&framed, &mut memory);
+    }
+}
