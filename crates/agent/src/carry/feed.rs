@@ -13,9 +13,10 @@ use super::pump::Pump;
 
 /// Room for one read from QEMU: so much is encoded before anything else is looked at.
 const READ: usize = 256 << 10;
-/// While QEMU has nothing to send it goes through its memory again and again, as fast as we read. So much is read then, so often.
-const IDLE_READ: usize = 256;
-const IDLE_PAUSE: Duration = Duration::from_millis(10);
+/// While QEMU has nothing to send it goes through its memory again and again, as fast as it is read: a core for nothing. So much is read
+/// then, three sections at most, and so often. What piles up in the socket meanwhile is less than a quarter of a MiB, and flows at once when there is hurry.
+const IDLE_READ: usize = 64;
+const IDLE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Between two questions to the destination's QEMU.
 const ASK_EVERY: Duration = Duration::from_millis(250);

@@ -8,6 +8,7 @@
 //! All loops run in one task; a connection that fails ends its own loops only.
 
 use std::cell::{Cell, RefCell};
+use std::convert::Infallible;
 use std::io;
 use std::time::Duration;
 
@@ -327,7 +328,7 @@ impl Pump {
         let life = Life { heard: Cell::new(true), ask: Cell::new(None), asked: Cell::new(None), answer: Cell::new(None) };
         tokio::select! {
             error = self.read_connection(reader, decoder, &life) => error,
-            error = self.write_connection(writer, &life, from_agent) => error,
+            Err(error) = self.write_connection(writer, &life, from_agent) => error,
             error = self.watch_life(&life) => error,
         }
     }
@@ -413,32 +414,43 @@ impl Pump {
         mut connection: WriteHalf<Connection>,
         life: &Life,
         from_agent: &mut mpsc::Receiver<Bytes>,
-    ) -> PumpError {
+    ) -> Result<Infallible, PumpError> {
         let mut out = BytesMut::new();
         loop {
-            out.clear();
             self.gather_urgent(life, from_agent, &mut out);
-            let bulk = self.gather(&mut out);
+            if out.is_empty()
+                && let Some(until) = self.gather(&mut out)
+            {
+                self.write_until(until, &mut connection, life, from_agent).await?;
+            }
             if out.is_empty() {
                 tokio::select! {
                     () = self.wake.notified() => {}
                     Some(message) = from_agent.recv() => Frame::Control(message).encode(&mut out),
                 }
             }
-            if bulk > 0 {
-                let until = self.pace.borrow_mut().take(bulk);
-                if let Some(until) = until {
-                    tokio::time::sleep_until(until).await;
-                }
-            }
-            let written = async {
-                connection.write_all(&out).await?;
-                connection.flush().await
-            };
-            if let Err(error) = written.await {
-                return PumpError::Connection(error);
-            }
+            write(&mut connection, &mut out).await?;
         }
+    }
+
+    /// Writes what cannot wait until bulk may go, at the rate that is allowed.
+    async fn write_until(
+        &self,
+        until: Instant,
+        connection: &mut WriteHalf<Connection>,
+        life: &Life,
+        from_agent: &mut mpsc::Receiver<Bytes>,
+    ) -> Result<(), PumpError> {
+        let mut out = BytesMut::new();
+        while Instant::now() < until {
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => {}
+                () = self.wake.notified() => {}
+            }
+            self.gather_urgent(life, from_agent, &mut out);
+            write(connection, &mut out).await?;
+        }
+        Ok(())
     }
 
     fn gather_urgent(&self, life: &Life, from_agent: &mut mpsc::Receiver<Bytes>, out: &mut BytesMut) {
@@ -456,17 +468,24 @@ impl Pump {
         }
     }
 
-    /// Sequenced frames for one write: how many bytes.
-    fn gather(&self, out: &mut BytesMut) -> u64 {
-        let mut bulk = 0;
-        while bulk < GATHER as u64
+    /// Sequenced frames for one write, and the moment from which they may go, unless that is now.
+    fn gather(&self, out: &mut BytesMut) -> Option<Instant> {
+        while out.len() < GATHER
             && let Some(frame) = self.session.borrow_mut().next_to_send()
         {
             out.extend_from_slice(&frame);
-            bulk += frame.len() as u64;
         }
-        bulk
+        if out.is_empty() { None } else { self.pace.borrow_mut().take(out.len() as u64) }
     }
+}
+
+async fn write(connection: &mut WriteHalf<Connection>, out: &mut BytesMut) -> Result<(), PumpError> {
+    if !out.is_empty() {
+        connection.write_all(out).await.map_err(PumpError::Connection)?;
+        connection.flush().await.map_err(PumpError::Connection)?;
+        out.clear();
+    }
+    Ok(())
 }
 
 async fn send(connection: &mut Connection, frame: &Frame) -> Result<(), PumpError> {

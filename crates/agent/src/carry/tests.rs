@@ -1,5 +1,6 @@
 //! Two sides over real TLS on loopback, with socket pairs in place of QEMU and this process's own memory in place of its.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
@@ -11,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use godwit_carrier::frame::Block;
 use godwit_carrier::pages::{Digester, PAGE_SIZE};
 use godwit_carrier::{Decoder, Frame, Greeting, Identity};
-use godwit_model::Name;
+use godwit_model::{BytesPerSec, Name};
 use godwit_stream::{
     BlockId, BlockIndex, Configuration, Element, PageContent, RamBlock, RamStart, Reader, ReturnMessage, ReturnWriter, Writer,
 };
@@ -58,14 +59,22 @@ struct Running {
     to_peer: mpsc::Sender<Bytes>,
     from_peer: mpsc::Receiver<Bytes>,
     ended: tokio::task::JoinHandle<SessionError>,
+    /// How many connections there were; of a source.
+    connections: Rc<Cell<u32>>,
 }
 
 fn source(dialler: Dialler, identity: Identity) -> Running {
+    source_at(dialler, identity, PATIENT, None)
+}
+
+fn source_at(dialler: Dialler, identity: Identity, keep_alive: KeepAlive, rate: Option<BytesPerSec>) -> Running {
+    let connections = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&connections);
     let (qemu, ours) = UnixStream::pair().expect("pair");
     let (to_peer, mut from_agent) = mpsc::channel(8);
     let (to_agent, from_peer) = mpsc::channel(8);
     let ended = tokio::task::spawn_local(async move {
-        let (pump, frames) = Pump::new(Side::Source, identity, PATIENT, None, to_agent);
+        let (pump, frames) = Pump::new(Side::Source, identity, keep_alive, rate, to_agent);
         let (reader, writer) = ours.into_split();
         let (told, holdings) = oneshot::channel();
         let feed = Feed::new(&pump, Digester::new(&KEY));
@@ -73,13 +82,14 @@ fn source(dialler: Dialler, identity: Identity) -> Running {
             feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
             std::future::pending().await
         };
+        let tell = |connected| counted.set(counted.get() + u32::from(connected));
         tokio::select! {
-            error = connections::of_source(&pump, &dialler, KEY, PATIENCE, &mut from_agent, |_| ()) => error,
+            error = connections::of_source(&pump, &dialler, KEY, PATIENCE, &mut from_agent, tell) => error,
             Err(error) = deal::at_source(&pump, writer, frames, 10_000, told) => panic!("{error}"),
             () = feeding => unreachable!("it waits"),
         }
     });
-    Running { qemu, to_peer, from_peer, ended }
+    Running { qemu, to_peer, from_peer, ended, connections }
 }
 
 fn destination(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive: KeepAlive) -> Running {
@@ -100,7 +110,7 @@ fn destination(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive
             () = super::process::return_path(&pump, &reader) => unreachable!("it waits"),
         }
     });
-    Running { qemu, to_peer, from_peer, ended }
+    Running { qemu, to_peer, from_peer, ended, connections: Rc::default() }
 }
 
 /// Memory that a waiting QEMU would have: of this very process, and never freed.
@@ -358,6 +368,30 @@ async fn connections_that_die_cost_time_and_nothing_else() {
                 assert!(*content == expected, "page {number}");
             }
             assert!(!source.ended.is_finished() && !destination.ended.is_finished());
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_connection_that_may_carry_little_is_not_taken_for_dead() {
+    LocalSet::new()
+        .run_until(async {
+            let materials = cluster(&["h1", "h2"]);
+            let (listener, address) = listener().await;
+            let every = Duration::from_millis(20);
+            let keep_alive = KeepAlive { every, silence: 15 * every };
+            let mut destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), None, keep_alive);
+            let dialler = dialler(address, "h2", &materials[1], &materials[0]);
+            // What the stream takes at this rate is longer than the silence that is borne.
+            let mut source = source_at(dialler, IDENTITY, keep_alive, Some(BytesPerSec(60_000)));
+            let mut stream = Stream::new();
+            let part: Vec<Element> = (0..15).map(|number| page(0, number, &noise(number))).collect();
+            stream.part(&part);
+            stream.end();
+            let whole = stream.take();
+            source.qemu.write_all(&whole).await.expect("written");
+            read_stream(&mut destination.qemu, &whole).await;
+            assert_eq!(source.connections.get(), 1, "it was dropped in between");
         })
         .await;
 }
