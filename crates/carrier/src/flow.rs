@@ -143,9 +143,17 @@ impl Window {
             self.busy_bytes += wire;
         }
         if self.busy >= SPAN {
-            self.rate = per_second(self.busy_bytes, self.busy).max(1);
+            // Too little for a rate: somebody stood still.
+            if self.busy_bytes >= BUSY {
+                self.rate = per_second(self.busy_bytes, self.busy).max(1);
+            }
             (self.busy, self.busy_bytes) = (Duration::ZERO, 0);
         }
+    }
+
+    /// A connection begins: the time without one says nothing about what the link takes.
+    pub(crate) fn on_connected(&mut self, now: Duration) {
+        (self.last_event, self.busy, self.busy_bytes) = (now, Duration::ZERO, 0);
     }
 
     /// Time has gone by to `now`; whether the link was used in it.
@@ -215,6 +223,18 @@ mod tests {
         small.on_sent(10_000, 0, Duration::from_secs(5));
         small.on_applied(10_000, 0, Duration::from_millis(5_100));
         assert_eq!(small.rate(), 100_000, "better than nothing");
+    }
+
+    #[test]
+    fn a_link_that_was_out_is_no_slower_for_it() {
+        let mut window = Window::new(Duration::ZERO);
+        window.on_sent(10 * MIB, 0, Duration::ZERO);
+        window.on_applied(9 * MIB, 0, Duration::from_secs(1));
+        window.on_connected(Duration::from_secs(20));
+        window.on_applied(1_000, 0, Duration::from_millis(20_010));
+        assert_eq!(window.rate(), 9 * MIB);
+        window.on_applied(1_000, 0, Duration::from_secs(30));
+        assert_eq!(window.rate(), 9 * MIB, "a destination that stood still");
     }
 
     #[test]

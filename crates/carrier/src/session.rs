@@ -76,6 +76,12 @@ impl Session {
         self.kept.is_empty()
     }
 
+    /// How many frames the peer is known to have taken.
+    #[must_use]
+    pub const fn acknowledged(&self) -> u64 {
+        self.first
+    }
+
     /// The peer has dealt with `total` frames. More than it was ever sent, or fewer than before, is refused: the peer lies.
     #[must_use]
     pub fn on_ack(&mut self, total: u64, now: Duration) -> bool {
@@ -122,6 +128,7 @@ impl Session {
     /// goes again. Whether that can be.
     #[must_use]
     pub fn on_connected(&mut self, taken: u64, now: Duration) -> bool {
+        self.window.on_connected(now);
         let possible = self.on_ack(taken, now);
         self.given = 0;
         self.told = self.taken;

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use bytes::Bytes;
-use godwit_carrier::Decoder;
+use godwit_carrier::{Decoder, Greeting};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -16,6 +16,8 @@ const FIRST_DIAL: Duration = Duration::from_secs(10);
 /// Time for a later one. The kernel repeats what was lost after one second, then more and more seldom: better to begin anew.
 const NEXT_DIAL: Duration = Duration::from_secs(1);
 const GREETING: Duration = Duration::from_secs(15);
+/// Time for all of a later attempt: handshake and greeting are a few round trips.
+const NEXT_ATTEMPT: Duration = Duration::from_secs(4);
 const PAUSE: Duration = Duration::from_millis(200);
 /// So much of one attempt counts as time without a connection: in the rest this very process may have stood still.
 const COUNTS: Duration = Duration::from_secs(2);
@@ -95,13 +97,14 @@ async fn attempt(
     key: [u8; 32],
     again: bool,
 ) -> Result<(super::connect::Connection, Decoder), SessionError> {
-    let mut connection = dialler.dial(if again { NEXT_DIAL } else { FIRST_DIAL }).await?;
-    let mut decoder = Decoder::default();
-    match tokio::time::timeout(GREETING, pump.greet(&mut connection, &mut decoder, key)).await {
-        Ok(greeted) => greeted?,
-        Err(_) => return Err(PumpError::Silent(GREETING).into()),
-    }
-    Ok((connection, decoder))
+    let (dial, limit) = if again { (NEXT_DIAL, NEXT_ATTEMPT) } else { (FIRST_DIAL, FIRST_DIAL + GREETING) };
+    let greeted = async {
+        let mut connection = dialler.dial(dial).await?;
+        let mut decoder = Decoder::default();
+        pump.greet(&mut connection, &mut decoder, key).await?;
+        Ok((connection, decoder))
+    };
+    tokio::time::timeout(limit, greeted).await.unwrap_or_else(|_| Err(PumpError::Silent(limit).into()))
 }
 
 /// The destination's side: takes every connection of this move, the newest instead of the one before. `key` is told the session's, once.
@@ -166,10 +169,14 @@ async fn next(pump: &Pump, acceptor: &mut Acceptor, session: Option<[u8; 32]>, l
 async fn of_this_move(pump: &Pump, acceptor: &mut Acceptor, session: Option<[u8; 32]>) -> Result<Greeted, ConnectError> {
     loop {
         let greeted = acceptor.next().await?;
-        let key = greeted.greeting.key;
-        if greeted.greeting.identity == pump.identity() && session.is_none_or(|session| session == key) {
+        let Greeting { identity, key, taken } = greeted.greeting;
+        if identity != pump.identity() || session.is_some_and(|session| session != key) {
+            tracing::warn!("turned away a connection of another move");
+        } else if taken < pump.acknowledged() {
+            // It was under way for long, and the source has gone on with a later one.
+            tracing::info!("a greeting that is out of date");
+        } else {
             return Ok(greeted);
         }
-        tracing::warn!("turned away a connection of another move");
     }
 }

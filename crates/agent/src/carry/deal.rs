@@ -88,6 +88,8 @@ pub(super) async fn at_destination(
             }
             Frame::ForwardEnd if !ended => {
                 ended = true;
+                // The VM may run from here on: nobody writes to its memory any more.
+                memory = None;
                 qemu.close(Shutdown::Write);
             }
             _ => return Err(DealError::Unexpected("a second end")),
@@ -201,6 +203,10 @@ pub(super) async fn at_source(
             }
             Frame::Held { block, first, digests } => {
                 let holdings = holdings.as_mut().ok_or(DealError::Unexpected("digests of no memory"))?;
+                let pages = holdings.blocks.get(usize::from(block)).map_or(0, |block| u64::from(block.pages));
+                if u64::from(first) + digests.len() as u64 > pages {
+                    return Err(DealError::Unexpected("digests of pages beyond a block"));
+                }
                 digests_left = digests_left
                     .checked_sub(digests.len() as u64)
                     .ok_or(DealError::Unexpected("more digests than the VM has pages"))?;

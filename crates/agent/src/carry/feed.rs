@@ -91,19 +91,19 @@ impl<'a> Feed<'a> {
     /// Runs until QEMU closes its side, which is passed on.
     pub(super) async fn run(mut self, qemu: &OwnedReadHalf, holdings: impl Future<Output = Holdings>) -> Result<(), FeedError> {
         let mut holdings = Some(Box::pin(holdings));
-        while self.read(qemu).await {
-            let began = Instant::now();
-            let before = self.pump.stream_bytes();
+        while let Some(count) = self.read(qemu).await {
+            let mut began = Instant::now();
             self.idle = true;
             while let Some(element) = self.reader.next_element()? {
                 if let Element::RamStart(start) = &element
                     && let Some(holdings) = holdings.take()
                 {
                     self.begin(start, holdings.await);
+                    began = Instant::now();
                 }
                 self.pass(element)?;
             }
-            self.pump.on_encoded(self.pump.stream_bytes() - before, began.elapsed());
+            self.pump.on_encoded(count, began.elapsed());
             tokio::task::yield_now().await;
         }
         self.flush();
@@ -111,8 +111,8 @@ impl<'a> Feed<'a> {
         Ok(())
     }
 
-    /// Reads what there is; what was read before goes out if there is nothing. False at the end.
-    async fn read(&mut self, qemu: &OwnedReadHalf) -> bool {
+    /// Reads what there is, and answers how many bytes; what was read before goes out if there is nothing. `None` at the end.
+    async fn read(&mut self, qemu: &OwnedReadHalf) -> Option<u64> {
         self.pump.wait_for_room().await;
         if self.idle && !self.ended && self.section == Section::None && self.encoder.is_some() {
             self.flush();
@@ -123,18 +123,18 @@ impl<'a> Feed<'a> {
             let buffer = self.reader.buffer_mut();
             buffer.reserve(READ);
             match qemu.try_read_buf(&mut bytes::BufMut::limit(buffer, limit)) {
-                Ok(0) => return false,
+                Ok(0) => return None,
                 Ok(count) => {
                     self.pump.on_read(count as u64);
-                    return true;
+                    return Some(count as u64);
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                     self.flush();
                     if qemu.readable().await.is_err() {
-                        return false;
+                        return None;
                     }
                 }
-                Err(_) => return false,
+                Err(_) => return None,
             }
         }
     }
@@ -165,6 +165,10 @@ impl<'a> Feed<'a> {
                 self.section = Section::None;
                 if std::mem::take(&mut self.part_open) {
                     self.writer.write(&element, &mut self.forward)?;
+                }
+                // QEMU keeps a section's last bytes until it has more: while pages flow, this is the one moment between sections.
+                if self.asked.elapsed() >= ASK_EVERY {
+                    self.flush();
                 }
             }
             Element::Page { block, page, content } => {

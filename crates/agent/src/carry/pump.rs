@@ -61,8 +61,12 @@ const READ: usize = 64 << 10;
 const MAX_QUEUED: usize = 64 << 20;
 /// Numbers of our questions to the destination's QEMU; QEMU's own are small.
 const OUR_QUESTIONS: u32 = 0x4757_0000;
+/// What a frame takes beside its content.
+const FRAME: usize = 128;
 /// Guest memory that goes through a carry per second, as long as it was not measured.
 const FIRST_SPEED: u64 = 200 << 20;
+/// So many bytes give a speed.
+const MEASURED: u64 = 4 << 20;
 
 /// How a connection's life is watched.
 #[derive(Clone, Copy, Debug)]
@@ -93,6 +97,8 @@ pub(super) struct Pump {
     stream_bytes: Cell<u64>,
     /// Guest memory per second that goes through this process when it has nothing to wait for.
     speed: Cell<u64>,
+    /// Bytes that went through, and their time, since the speed was last measured.
+    measured: Cell<(u64, Duration)>,
     cost: Cell<Option<u64>>,
     encoding: Cell<Encoding>,
     /// The last question to the destination's QEMU, and when it was asked if it was not answered.
@@ -128,12 +134,13 @@ struct Life {
 
 /// Bytes of memory that a frame takes while it waits.
 pub(super) fn size(frame: &Frame) -> usize {
-    match frame {
+    let content = match frame {
         Frame::Forward(data) | Frame::Return(data) | Frame::Pages(data) | Frame::Control(data) => data.len(),
         Frame::Held { digests, .. } => digests.len() * 16,
         Frame::Memory(blocks) => blocks.len() * 64,
         _ => 0,
-    }
+    };
+    content + FRAME
 }
 
 impl Pump {
@@ -163,6 +170,7 @@ impl Pump {
             hurry: Notify::new(),
             stream_bytes: Cell::new(0),
             speed: Cell::new(FIRST_SPEED),
+            measured: Cell::default(),
             cost: Cell::new(None),
             encoding: Cell::new(Encoding::default()),
             question: Cell::new((OUR_QUESTIONS, None)),
@@ -185,7 +193,7 @@ impl Pump {
         let link_rate = window.rate();
         Gauge {
             stream_bytes: self.stream_bytes.get(),
-            rate: self.rate(link_rate, window.raw_sent()),
+            rate: self.rate(link_rate, window.wire_sent()),
             link_rate,
             in_flight: window.in_flight(),
             round_trip: window.round_trip(),
@@ -196,20 +204,17 @@ impl Pump {
     }
 
     /// A page takes its time on the link and its time in this process.
-    fn rate(&self, link_rate: u64, raw_sent: u64) -> u64 {
+    fn rate(&self, link_rate: u64, wire_sent: u64) -> u64 {
         if link_rate == 0 {
             return 0;
         }
         let page = PAGE_SIZE as f64;
-        let wire = self.session.borrow().window().wire_sent() as f64;
-        // As long as hardly any page was sent again: what pages cost so far.
-        let cost = self.cost.get().map_or_else(|| (wire / raw_sent.max(1) as f64 * page).min(page), |cost| cost as f64);
+        // As long as hardly any page was sent again: what those cost that had to be sent. Pages of zeros say nothing about others.
+        let Encoding { copy, patch, data, .. } = self.encoding.get();
+        let first = || (wire_sent as f64 / (copy + patch + data).max(1) as f64).min(page);
+        let cost = self.cost.get().map_or_else(first, |cost| cost as f64);
         let seconds = cost / link_rate as f64 + page / self.speed.get() as f64;
         (page / seconds) as u64
-    }
-
-    pub(super) fn stream_bytes(&self) -> u64 {
-        self.stream_bytes.get()
     }
 
     /// The VM is about to stop, or stands still: nothing waits any more for the sake of a quiet host.
@@ -236,10 +241,15 @@ impl Pump {
 
     /// So many bytes took this process so long.
     pub(super) fn on_encoded(&self, bytes: u64, time: Duration) {
-        if bytes >= READ as u64 {
-            let speed = (bytes as f64 / time.as_secs_f64().max(1e-6)) as u64;
-            self.speed.set((self.speed.get() * 7 + speed) / 8);
+        let (before, spent) = self.measured.get();
+        let (bytes, time) = (before + bytes, spent + time);
+        if bytes < MEASURED {
+            self.measured.set((bytes, time));
+            return;
         }
+        self.measured.set((0, Duration::ZERO));
+        let speed = (bytes as f64 / time.as_secs_f64().max(1e-6)) as u64;
+        self.speed.set((self.speed.get().saturating_mul(3).saturating_add(speed) / 4).max(1));
     }
 
     /// The number of a question to the destination's QEMU, unless one is open.
@@ -265,6 +275,11 @@ impl Pump {
     pub(super) fn on_cost(&self, cost: Option<u64>, encoding: Encoding) {
         self.cost.set(cost);
         self.encoding.set(encoding);
+    }
+
+    /// How many of this side's frames the peer is known to have.
+    pub(super) fn acknowledged(&self) -> u64 {
+        self.session.borrow().acknowledged()
     }
 
     /// Adds a sequenced frame, which stands for `raw` bytes of memory or stream.
@@ -359,9 +374,8 @@ impl Pump {
             while self.queued.get() > MAX_QUEUED {
                 self.drained.notified().await;
             }
-            match next_frame(&mut connection, &mut decoder).await {
+            match next_frame_heard(&mut connection, &mut decoder, &life.heard).await {
                 Ok(frame) => {
-                    life.heard.set(true);
                     if let Err(error) = self.on_frame(frame, life) {
                         return error;
                     }
@@ -500,6 +514,15 @@ pub(super) async fn next_frame<R: tokio::io::AsyncRead + Unpin>(
     connection: &mut R,
     decoder: &mut Decoder,
 ) -> Result<Frame, PumpError> {
+    next_frame_heard(connection, decoder, &Cell::default()).await
+}
+
+/// The next frame; `heard` is set with every byte, since a large frame takes its time on a slow link.
+async fn next_frame_heard<R: tokio::io::AsyncRead + Unpin>(
+    connection: &mut R,
+    decoder: &mut Decoder,
+    heard: &Cell<bool>,
+) -> Result<Frame, PumpError> {
     loop {
         if let Some(frame) = decoder.next_frame()? {
             return Ok(frame);
@@ -508,7 +531,7 @@ pub(super) async fn next_frame<R: tokio::io::AsyncRead + Unpin>(
         buffer.reserve(READ);
         match connection.read_buf(buffer).await {
             Ok(0) => return Err(PumpError::Closed),
-            Ok(_) => {}
+            Ok(_) => heard.set(true),
             // A process that ends does not say goodbye to TLS; every end that counts is a frame of ours.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(PumpError::Closed),
             Err(error) => return Err(PumpError::Connection(error)),

@@ -50,6 +50,8 @@ pub(super) struct SourceMove {
     /// How long QEMU may take to stop the VM.
     stop_limit: Duration,
     stopped: Option<Instant>,
+    /// Carry knows that the VM stands still.
+    hurried: bool,
     blackout: Option<Millis>,
     told: Option<(Instant, MigrationPhase, u16)>,
 }
@@ -69,6 +71,7 @@ impl SourceMove {
             held,
             stop_limit: Duration::from_millis(policy.stop_limit.get()),
             stopped: None,
+            hurried: false,
             blackout: None,
             told: None,
         }
@@ -270,6 +273,10 @@ impl Actor {
         };
         let Some(Moving::Source(moving)) = &mut self.moving else { return Some(RETRY) };
         let action = moving.machine.decide(record, &view);
+        // Whoever stopped it.
+        if moving.machine.stopped().is_some() && !std::mem::replace(&mut moving.hurried, true) {
+            moving.carry.iter().for_each(CarryClient::hurry);
+        }
         if !matches!(action, SourceAction::Wait(_) | SourceAction::Tell(..)) {
             tracing::info!(?action, qemu = ?view.qemu, rate = %view.carry.rate, "source");
         }

@@ -1,6 +1,6 @@
 //! What tells contents of pages apart: keyed hashes, so that no guest can make two pages that are taken for one.
 
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::Hasher;
 
 use siphasher::sip::SipHasher13;
 
@@ -68,25 +68,4 @@ impl Digester {
 pub fn is_zero(page: &Page) -> bool {
     let (words, _) = page.as_chunks::<64>();
     words.iter().all(|word| word == &[0; 64])
-}
-
-/// Digests are hashes under a secret key: a map need not hash them again.
-pub(super) type ByDigest = BuildHasherDefault<DigestHasher>;
-
-#[derive(Default)]
-pub(super) struct DigestHasher(u64);
-
-impl Hasher for DigestHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        // A digest, or the length that goes before it.
-        if let Some(first) = bytes.first_chunk() {
-            self.0 = u64::from_ne_bytes(*first);
-        }
-    }
-
-    fn write_usize(&mut self, _length: usize) {}
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
 }

@@ -1,19 +1,14 @@
 //! The source's half: decides how each page is sent, and remembers what the destination holds then.
 
-#[expect(clippy::disallowed_types, reason = "only looked up, never walked: its order is nobody's")]
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use zstd::bulk::Compressor;
 
 use super::batch::{Entry, Writer};
-use super::digest::{ByDigest, CHECK, ZERO};
+use super::digest::{CHECK, ZERO};
 use super::signature::Signatures;
 use super::{Digest, Digester, PAGE_SIZE, PIECE, PIECES, Page};
-
-/// Where a content is. Digests are hashes under a secret key.
-#[expect(clippy::disallowed_types, reason = "only looked up, never walked: its order is nobody's")]
-type Contents = HashMap<Digest, u32, ByDigest>;
 
 /// A page of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +34,8 @@ impl Default for EncoderLimits {
     }
 }
 
-/// Bytes that an entry of the map of contents takes, room for growth included.
+/// Bytes that an entry of the map of contents takes, with the map's own. A map by hashes would be quicker, until a peer chooses digests
+/// that all fall together.
 const CONTENT_SIZE: u64 = 40;
 /// From so many pieces on all of the page is sent: it may compress, and needs no check.
 const MOST_PIECES: u32 = 48;
@@ -99,7 +95,7 @@ pub struct Encoder {
     /// The page was sent in this session.
     sent: Vec<u64>,
     /// A page that holds the content.
-    contents: Contents,
+    contents: BTreeMap<Digest, u32>,
     most_contents: usize,
     signatures: Signatures,
     batch: Writer,
@@ -149,7 +145,7 @@ impl Encoder {
             blocks,
             held: vec![ZERO; pages],
             sent: vec![0; pages.div_ceil(64)],
-            contents: Contents::default(),
+            contents: BTreeMap::new(),
             most_contents: usize::try_from(limits.contents / CONTENT_SIZE).unwrap_or(usize::MAX),
             signatures: Signatures::new(pages, signatures),
             batch: Writer::default(),
