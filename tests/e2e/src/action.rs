@@ -63,9 +63,9 @@ pub enum Action<'a> {
 }
 
 /// The rate of a migration that shall last long enough to be caught in its middle.
-const SLOW: BytesPerSec = BytesPerSec(10_000_000);
+const SLOW: BytesPerSec = BytesPerSec(5_000_000);
 /// Bytes on the wire by which the warm-up is well under way.
-const MIDDLE: u64 = 6_000_000;
+const MIDDLE: u64 = 3_000_000;
 const PATIENCE: Duration = Duration::from_secs(150);
 
 impl Cluster {
