@@ -90,12 +90,6 @@ impl Window {
         self.wire.sent
     }
 
-    /// Bytes of guest memory and stream that were sent so far, in whatever form.
-    #[must_use]
-    pub const fn raw_sent(&self) -> u64 {
-        self.raw.sent
-    }
-
     /// Bytes of frames that the destination took per second while the link was used, lately; on average before it ever was. 0 before
     /// anything was taken.
     #[must_use]

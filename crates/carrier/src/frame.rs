@@ -141,12 +141,6 @@ mod kind {
 }
 
 impl Frame {
-    /// Whether the frame is counted, and sent again on the next connection if this one dies.
-    #[must_use]
-    pub const fn is_sequenced(&self) -> bool {
-        !matches!(self, Self::Hello(_) | Self::Welcome(_) | Self::Control(_) | Self::Ack(_) | Self::Ping(_) | Self::Pong(_))
-    }
-
     /// Appends the frame's bytes to `out`.
     ///
     /// Nothing may be longer than its kind allows ([`MAX_DATA`], [`MAX_CONTROL`], [`crate::pages::MAX_PAYLOAD`], [`MAX_BLOCKS`],

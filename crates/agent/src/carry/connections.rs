@@ -35,10 +35,6 @@ pub(super) enum SessionError {
     Patience(Duration),
 }
 
-/// Told whether there is a connection.
-pub(super) trait Tells: Fn(bool) {}
-impl<F: Fn(bool)> Tells for F {}
-
 /// How long there has been no connection.
 struct Lost {
     patience: Duration,
@@ -52,14 +48,14 @@ impl Lost {
     }
 }
 
-/// The source's side: dials until the destination's carry is gone or `patience` is over.
+/// The source's side: dials until the destination's carry is gone or `patience` is over, and tells whether there is a connection.
 pub(super) async fn of_source(
     pump: &Pump,
     dialler: &Dialler,
     key: [u8; 32],
     patience: Duration,
     from_agent: &mut mpsc::Receiver<Bytes>,
-    tell: impl Tells,
+    tell: impl Fn(bool),
 ) -> SessionError {
     let mut lost = Lost { patience, time: Duration::ZERO };
     let mut connected = false;
@@ -107,14 +103,15 @@ async fn attempt(
     tokio::time::timeout(limit, greeted).await.unwrap_or_else(|_| Err(PumpError::Silent(limit).into()))
 }
 
-/// The destination's side: takes every connection of this move, the newest instead of the one before. `key` is told the session's, once.
+/// The destination's side: takes every connection of this move, the newest instead of the one before, and tells whether there is one.
+/// `key` is told the session's, once.
 pub(super) async fn of_destination(
     pump: &Pump,
     acceptor: &mut Acceptor,
     key: oneshot::Sender<[u8; 32]>,
     patience: Duration,
     from_agent: &mut mpsc::Receiver<Bytes>,
-    tell: impl Tells,
+    tell: impl Fn(bool),
 ) -> SessionError {
     let mut lost = Lost { patience, time: Duration::ZERO };
     let (mut session, mut untold, mut newer) = (None, Some(key), None);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::Frame;
 use godwit_carrier::frame::{Block, MAX_DIGESTS};
+use godwit_carrier::pages::digest::ZERO;
 use godwit_carrier::pages::{Applier, ApplyError, Digest, Digester, GuestMemory, PAGE_SIZE};
 use godwit_stream::{ReturnError, ReturnMessage, ReturnReader, ReturnWriteError, ReturnWriter};
 use rustix::net::Shutdown;
@@ -142,7 +143,7 @@ async fn tell_holdings(pump: &Pump, digester: &Digester, memory: Option<&mut Pro
 
 fn tell_run(pump: &Pump, block: u16, run: Option<(u32, Vec<Digest>)>) {
     if let Some((first, digests)) = run
-        && digests.iter().any(|digest| *digest != [0; 16])
+        && digests.iter().any(|digest| *digest != ZERO)
     {
         pump.push(&Frame::Held { block, first, digests }, 0);
     }

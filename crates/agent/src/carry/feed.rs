@@ -30,6 +30,8 @@ pub(super) enum FeedError {
     Stream(#[from] StreamError),
     #[error("QEMU's stream cannot be written again: {0}")]
     Write(#[from] WriteError),
+    #[error("page {page} of block {block} is none")]
+    Page { block: u16, page: u32 },
 }
 
 /// What the destination has said of its memory.
@@ -153,7 +155,14 @@ impl<'a> Feed<'a> {
                 encoder.on_held(Place { block, page }, digest);
             }
         }
-        let placed = self.placed.iter().flatten().count();
+        let (placed, told) = (self.placed.iter().flatten().count(), lengths.len());
+        if placed < told {
+            tracing::warn!(
+                placed,
+                told,
+                "the destination names blocks of memory that QEMU does not have: they go through its socket"
+            );
+        }
         tracing::info!(blocks = start.blocks.len(), placed, "memory begins");
         self.encoder = Some(encoder);
     }
@@ -176,7 +185,7 @@ impl<'a> Feed<'a> {
                 let place = self.placed.get(usize::from(block.0)).copied().flatten();
                 let page = u32::try_from(*page).ok();
                 match (place, page, &mut self.encoder) {
-                    (Some(block), Some(page), Some(_)) => self.encode(Place { block, page }, content),
+                    (Some(block), Some(page), Some(_)) => self.encode(Place { block, page }, content)?,
                     _ => self.write_page(&element)?,
                 }
             }
@@ -197,16 +206,24 @@ impl<'a> Feed<'a> {
         Ok(())
     }
 
-    fn encode(&mut self, place: Place, content: &PageContent) {
-        let Some(encoder) = &mut self.encoder else { return };
+    fn encode(&mut self, place: Place, content: &PageContent) -> Result<(), FeedError> {
+        let none = FeedError::Page { block: place.block, page: place.page };
+        let Some(encoder) = &mut self.encoder else { return Err(none) };
         let content = match content {
             PageContent::Zero => None,
-            PageContent::Data(data) => data.first_chunk::<PAGE_SIZE>(),
+            PageContent::Data(data) => match data.first_chunk::<PAGE_SIZE>() {
+                Some(page) => Some(page),
+                None => return Err(none),
+            },
         };
-        encoder.encode(place, content);
+        // A page that is left out is a VM that is another.
+        if !encoder.encode(place, content) {
+            return Err(none);
+        }
         if encoder.is_full() {
             self.flush_pages();
         }
+        Ok(())
     }
 
     /// A page of a block that the destination's carry does not place travels in the stream.

@@ -207,14 +207,14 @@ async fn move_bytes(
             tokio::select! {
                 error = connections::of_destination(pump, &mut acceptor, told, patience, from_agent, tell) => Err(text(error)),
                 error = deal => error.map_err(text),
-                () = return_path(pump, &reader) => unreachable!("it waits for ever"),
+                never = return_path(pump, &reader) => match never {},
             }
         }
     }
 }
 
 /// The destination's QEMU answers: its words go back as they are.
-pub(super) async fn return_path(pump: &Pump, qemu: &OwnedReadHalf) {
+pub(super) async fn return_path(pump: &Pump, qemu: &OwnedReadHalf) -> Infallible {
     let mut buffer = BytesMut::new();
     loop {
         buffer.reserve(RETURN_READ);

@@ -16,7 +16,7 @@ use bytes::{Bytes, BytesMut};
 use godwit_carrier::pages::{Encoding, PAGE_SIZE};
 use godwit_carrier::{Decoder, Frame, Greeting, Identity, MalformedFrame, Session};
 use godwit_model::BytesPerSec;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
@@ -314,8 +314,7 @@ impl Pump {
 
     /// The source's part of a greeting.
     pub(super) async fn greet(&self, connection: &mut Connection, decoder: &mut Decoder, key: [u8; 32]) -> Result<(), PumpError> {
-        let ours = self.greeting(key);
-        send(connection, &Frame::Hello(ours)).await?;
+        say(connection, &Frame::Hello(self.greeting(key))).await?;
         let Frame::Welcome(theirs) = next_frame(connection, decoder).await? else {
             return Err(PumpError::Unexpected("no greeting"));
         };
@@ -327,7 +326,7 @@ impl Pump {
 
     /// The destination's answer to a greeting that it has found right.
     pub(super) async fn welcome(&self, connection: &mut Connection, theirs: Greeting) -> Result<(), PumpError> {
-        send(connection, &Frame::Welcome(self.greeting(theirs.key))).await?;
+        say(connection, &Frame::Welcome(self.greeting(theirs.key))).await?;
         self.begin(theirs.taken)
     }
 
@@ -493,7 +492,7 @@ impl Pump {
     }
 }
 
-async fn write(connection: &mut WriteHalf<Connection>, out: &mut BytesMut) -> Result<(), PumpError> {
+async fn write<W: AsyncWrite + Unpin>(connection: &mut W, out: &mut BytesMut) -> Result<(), PumpError> {
     if !out.is_empty() {
         connection.write_all(out).await.map_err(PumpError::Connection)?;
         connection.flush().await.map_err(PumpError::Connection)?;
@@ -502,23 +501,19 @@ async fn write(connection: &mut WriteHalf<Connection>, out: &mut BytesMut) -> Re
     Ok(())
 }
 
-async fn send(connection: &mut Connection, frame: &Frame) -> Result<(), PumpError> {
+async fn say(connection: &mut Connection, frame: &Frame) -> Result<(), PumpError> {
     let mut out = BytesMut::new();
     frame.encode(&mut out);
-    connection.write_all(&out).await.map_err(PumpError::Connection)?;
-    connection.flush().await.map_err(PumpError::Connection)
+    write(connection, &mut out).await
 }
 
 /// The next frame of a connection.
-pub(super) async fn next_frame<R: tokio::io::AsyncRead + Unpin>(
-    connection: &mut R,
-    decoder: &mut Decoder,
-) -> Result<Frame, PumpError> {
+pub(super) async fn next_frame<R: AsyncRead + Unpin>(connection: &mut R, decoder: &mut Decoder) -> Result<Frame, PumpError> {
     next_frame_heard(connection, decoder, &Cell::default()).await
 }
 
 /// The next frame; `heard` is set with every byte, since a large frame takes its time on a slow link.
-async fn next_frame_heard<R: tokio::io::AsyncRead + Unpin>(
+async fn next_frame_heard<R: AsyncRead + Unpin>(
     connection: &mut R,
     decoder: &mut Decoder,
     heard: &Cell<bool>,

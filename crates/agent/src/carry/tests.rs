@@ -107,7 +107,7 @@ fn destination(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive
         tokio::select! {
             error = connections::of_destination(&pump, &mut acceptor, told, PATIENCE, &mut from_agent, |_| ()) => error,
             Err(error) = dealing => panic!("{error}"),
-            () = super::process::return_path(&pump, &reader) => unreachable!("it waits"),
+            never = super::process::return_path(&pump, &reader) => match never {},
         }
     });
     Running { qemu, to_peer, from_peer, ended, connections: Rc::default() }

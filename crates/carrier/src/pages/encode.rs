@@ -39,6 +39,8 @@ impl Default for EncoderLimits {
 const CONTENT_SIZE: u64 = 40;
 /// From so many pieces on all of the page is sent: it may compress, and needs no check.
 const MOST_PIECES: u32 = 48;
+/// Of zstd: the quickest of its ordinary ones.
+const LEVEL: i32 = 1;
 /// How many pages that were sent before give a cost.
 const COST_SPAN: u64 = 1024;
 
@@ -55,14 +57,6 @@ pub struct Encoding {
     pub patch: u64,
     /// As a whole.
     pub data: u64,
-}
-
-impl Encoding {
-    /// All pages.
-    #[must_use]
-    pub const fn pages(&self) -> u64 {
-        self.same + self.zero + self.copy + self.patch + self.data
-    }
 }
 
 /// What pages cost that are sent again, counted over the last some thousand of them.
@@ -141,7 +135,7 @@ impl Encoder {
         let signatures = usize::try_from(limits.signatures / Signatures::SIZE).unwrap_or(usize::MAX).min(pages);
         Self {
             digester,
-            compressor: Compressor::new(1).expect("memory for a compressor"),
+            compressor: Compressor::new(LEVEL).expect("memory for a compressor"),
             blocks,
             held: vec![ZERO; pages],
             sent: vec![0; pages.div_ceil(64)],
@@ -168,12 +162,6 @@ impl Encoder {
         self.cost.last
     }
 
-    /// Sets zstd's level for the batches to come.
-    pub fn set_level(&mut self, level: i32) {
-        // A level that zstd does not have is taken for its nearest.
-        let _ = self.compressor.set_compression_level(level);
-    }
-
     /// The destination holds this there. Whether there is such a page.
     pub fn on_held(&mut self, place: Place, digest: Digest) -> bool {
         let Some(number) = self.number(place) else { return false };
@@ -184,6 +172,7 @@ impl Encoder {
     /// Encodes a page, `None` for zeros. Whether there is such a page.
     ///
     /// There must be room: [`Encoder::is_full`] is asked before, and answered by [`Encoder::take`].
+    #[must_use = "a page that is none was not sent"]
     pub fn encode(&mut self, place: Place, content: Option<&Page>) -> bool {
         let Some(number) = self.number(place) else { return false };
         self.raw += PAGE_SIZE as u64;
@@ -240,12 +229,6 @@ impl Encoder {
     #[must_use]
     pub fn is_full(&self) -> bool {
         !self.batch.has_room()
-    }
-
-    /// Guest memory in the present batch, and what went by since the last: bytes.
-    #[must_use]
-    pub const fn pending(&self) -> u64 {
-        self.raw
     }
 
     /// The batch of all pages since the last call, unless none of them had to be sent.
