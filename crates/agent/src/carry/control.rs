@@ -40,15 +40,17 @@ pub(crate) struct CarryConfig {
 #[serde(tag = "role", rename_all = "snake_case")]
 pub(crate) enum Role {
     /// Dials.
-    Source { address: SocketAddr, bandwidth: Option<BytesPerSec> },
+    ///
+    /// `own` is where the guest's memory is, if QEMU emulates its vCPUs and may miss a write.
+    Source { address: SocketAddr, bandwidth: Option<BytesPerSec>, own: Option<Placement> },
     /// Accepts connections on this listening descriptor.
     Destination { listen_fd: RawFd, placement: Option<Placement> },
 }
 
-/// How the memory of the QEMU that waits is reached.
+/// How the memory of a QEMU is reached.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Placement {
-    /// `/proc/PID/mem`, for reading and writing.
+    /// `/proc/PID/mem`; for writing, too, at the destination.
     pub(crate) memory_fd: RawFd,
     /// `/proc/PID/pagemap`.
     pub(crate) map_fd: RawFd,

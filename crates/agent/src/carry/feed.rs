@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::Frame;
 use godwit_carrier::frame::{Block, MAX_DATA};
-use godwit_carrier::pages::{Digest, Digester, Encoder, EncoderLimits, Place};
-use godwit_stream::{Element, PAGE_SIZE, PageContent, RamStart, Reader, StreamError, WriteError, Writer};
+use godwit_carrier::pages::digest::is_zero;
+use godwit_carrier::pages::{Digest, Digester, Encoder, EncoderLimits, GuestMemory, PAGE_SIZE, Page, Place};
+use godwit_stream::{Element, PageContent, RamStart, Reader, StreamError, WriteError, Writer};
 use tokio::net::unix::OwnedReadHalf;
 
+use super::memory::ProcessMemory;
 use super::pump::Pump;
 
 /// Room for one read from QEMU: so much is encoded before anything else is looked at.
@@ -16,7 +18,9 @@ const READ: usize = 256 << 10;
 /// While QEMU has nothing to send it goes through its memory again and again, as fast as it is read: a core for nothing. So much is read
 /// then, three sections at most, and so often. What piles up in the socket meanwhile is less than a quarter of a MiB, and flows at once when there is hurry.
 const IDLE_READ: usize = 64;
-const IDLE_PAUSE: Duration = Duration::from_millis(100);
+/// The pause grows to the second: each time it goes through its memory, an emulating QEMU may miss a write, see [`Feed::look_again`].
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Between two questions to the destination's QEMU.
 const ASK_EVERY: Duration = Duration::from_millis(250);
@@ -32,6 +36,8 @@ pub(super) enum FeedError {
     Write(#[from] WriteError),
     #[error("page {page} of block {block} is none")]
     Page { block: u16, page: u32 },
+    #[error("the memory of QEMU cannot be looked at: {0}")]
+    Memory(#[from] std::io::Error),
 }
 
 /// What the destination has said of its memory.
@@ -60,6 +66,8 @@ pub(super) struct Feed<'a> {
     /// What the destination's QEMU is to read, not yet in a frame.
     forward: BytesMut,
     encoder: Option<Encoder>,
+    /// Names of the blocks that the destination places.
+    told: Vec<Bytes>,
     /// For each block of the stream its number at the destination, if that places its pages.
     placed: Vec<Option<u16>>,
     section: Section,
@@ -69,11 +77,15 @@ pub(super) struct Feed<'a> {
     idle: bool,
     /// RAM is through: from here on all is device state, and the VM stands still.
     ended: bool,
+    /// The guest's own memory, of a QEMU that may have missed a write; see [`Feed::look_again`].
+    own: Option<ProcessMemory>,
+    /// How long to pause while QEMU has nothing to send.
+    idle_pause: Duration,
     asked: Instant,
 }
 
 impl<'a> Feed<'a> {
-    pub(super) fn new(pump: &'a Pump, digester: Digester) -> Self {
+    pub(super) fn new(pump: &'a Pump, digester: Digester, own: Option<ProcessMemory>) -> Self {
         Self {
             pump,
             digester,
@@ -81,11 +93,14 @@ impl<'a> Feed<'a> {
             writer: Writer::new(),
             forward: BytesMut::new(),
             encoder: None,
+            told: Vec::new(),
             placed: Vec::new(),
             section: Section::None,
             part_open: false,
             idle: false,
             ended: false,
+            own,
+            idle_pause: FIRST_PAUSE,
             asked: Instant::now(),
         }
     }
@@ -118,7 +133,8 @@ impl<'a> Feed<'a> {
         self.pump.wait_for_room().await;
         if self.idle && !self.ended && self.section == Section::None && self.encoder.is_some() {
             self.flush();
-            self.pump.pause(IDLE_PAUSE).await;
+            self.pump.pause(self.idle_pause).await;
+            self.idle_pause = (self.idle_pause * 2).min(LONGEST_PAUSE);
         }
         loop {
             let limit = if self.idle && !self.ended && !self.pump.is_hurried() { IDLE_READ } else { READ };
@@ -149,6 +165,7 @@ impl<'a> Feed<'a> {
         };
         self.placed = start.blocks.iter().map(|block| number(block.id.as_bytes(), block.pages())).collect();
         let lengths: Vec<u32> = holdings.blocks.iter().map(|block| block.pages).collect();
+        self.told = holdings.blocks.iter().map(|block| block.id.clone()).collect();
         let mut encoder = Encoder::new(self.digester.clone(), &lengths, EncoderLimits::default());
         for (block, first, digests) in holdings.held {
             for (page, digest) in (first..).zip(digests) {
@@ -181,7 +198,7 @@ impl<'a> Feed<'a> {
                 }
             }
             Element::Page { block, page, content } => {
-                self.idle = false;
+                (self.idle, self.idle_pause) = (false, FIRST_PAUSE);
                 let place = self.placed.get(usize::from(block.0)).copied().flatten();
                 let page = u32::try_from(*page).ok();
                 match (place, page, &mut self.encoder) {
@@ -196,6 +213,9 @@ impl<'a> Feed<'a> {
                 if matches!(element, Element::Opaque(_)) {
                     self.ended = true;
                 }
+                if let Element::EndEnd = element {
+                    self.look_again()?;
+                }
                 self.idle = false;
                 self.writer.write(&element, &mut self.forward)?;
             }
@@ -207,15 +227,18 @@ impl<'a> Feed<'a> {
     }
 
     fn encode(&mut self, place: Place, content: &PageContent) -> Result<(), FeedError> {
+        match content {
+            PageContent::Zero => self.encode_page(place, None),
+            PageContent::Data(data) => match data.first_chunk() {
+                Some(page) => self.encode_page(place, Some(page)),
+                None => Err(FeedError::Page { block: place.block, page: place.page }),
+            },
+        }
+    }
+
+    fn encode_page(&mut self, place: Place, content: Option<&Page>) -> Result<(), FeedError> {
         let none = FeedError::Page { block: place.block, page: place.page };
         let Some(encoder) = &mut self.encoder else { return Err(none) };
-        let content = match content {
-            PageContent::Zero => None,
-            PageContent::Data(data) => match data.first_chunk::<PAGE_SIZE>() {
-                Some(page) => Some(page),
-                None => return Err(none),
-            },
-        };
         // A page that is left out is a VM that is another.
         if !encoder.encode(place, content) {
             return Err(none);
@@ -223,6 +246,25 @@ impl<'a> Feed<'a> {
         if encoder.is_full() {
             self.flush_pages();
         }
+        Ok(())
+    }
+
+    /// An emulating QEMU can miss a write: its vCPU takes a page for watched no longer at the very moment at which the watch begins anew. So
+    /// every page that was ever written to while it was watched is compared once more, now that the VM stands still.
+    fn look_again(&mut self) -> Result<(), FeedError> {
+        let (Some(mut own), Some(encoder)) = (self.own.take(), &self.encoder) else { return Ok(()) };
+        let began = Instant::now();
+        let (places, before) = (encoder.sent_again(), encoder.encoding().same);
+        for place in &places {
+            let Some(id) = self.told.get(usize::from(place.block)) else { continue };
+            let Some(number) = own.blocks().iter().position(|block| block.id.as_bytes() == id) else { continue };
+            let mut page = [0; PAGE_SIZE];
+            own.read(u16::try_from(number).unwrap_or(u16::MAX), place.page, &mut page)?;
+            self.encode_page(*place, (!is_zero(&page)).then_some(&page))?;
+        }
+        let same = self.encoder.as_ref().map_or(before, |encoder| encoder.encoding().same) - before;
+        let missed = places.len() as u64 - same;
+        tracing::info!(pages = places.len(), missed, took = ?began.elapsed(), "looked again at what the guest wrote to");
         Ok(())
     }
 

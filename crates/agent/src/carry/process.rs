@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::connect::{self, Acceptor, Dialler};
-use super::control::{CarryConfig, CarryStatus, FromCarry, MAX_LINE, PageCounts, Role, ToCarry};
+use super::control::{CarryConfig, CarryStatus, FromCarry, MAX_LINE, PageCounts, Placement, Role, ToCarry};
 use super::feed::Feed;
 use super::memory::ProcessMemory;
 use super::pump::{Gauge, KeepAlive, Pump, Side};
@@ -179,12 +179,12 @@ async fn move_bytes(
     };
     let (reader, writer) = qemu.into_split();
     match config.role {
-        Role::Source { address, .. } => {
+        Role::Source { address, own, .. } => {
             let key = session_key()?;
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
             let (told, holdings) = oneshot::channel();
             let holdings = async { holdings.await.unwrap_or_default() };
-            let feed = Feed::new(pump, Digester::new(&key));
+            let feed = Feed::new(pump, Digester::new(&key), own.map(memory));
             tokio::select! {
                 error = connections::of_source(pump, &dialler, key, patience, from_agent, tell) => Err(text(error)),
                 error = deal::at_source(pump, writer, frames, config.pages, told) => error.map_err(text),
@@ -195,8 +195,7 @@ async fn move_bytes(
             let listener = StdTcpListener::from(take(listen_fd));
             let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener)).map_err(text)?;
             let mut acceptor = Acceptor::new(listener, peer, &material, wire).map_err(text)?;
-            let memory =
-                placement.map(|placement| ProcessMemory::new(take(placement.memory_fd), take(placement.map_fd), placement.blocks));
+            let memory = placement.map(memory);
             let (told, key) = oneshot::channel();
             let deal = async {
                 match key.await {
@@ -211,6 +210,10 @@ async fn move_bytes(
             }
         }
     }
+}
+
+fn memory(placement: Placement) -> ProcessMemory {
+    ProcessMemory::new(take(placement.memory_fd), take(placement.map_fd), placement.blocks)
 }
 
 /// The destination's QEMU answers: its words go back as they are.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::frame::Block;
-use godwit_carrier::pages::{Digester, PAGE_SIZE};
+use godwit_carrier::pages::{Digester, GuestMemory, PAGE_SIZE};
 use godwit_carrier::{Decoder, Frame, Greeting, Identity};
 use godwit_model::{BytesPerSec, Name};
 use godwit_stream::{
@@ -64,10 +64,16 @@ struct Running {
 }
 
 fn source(dialler: Dialler, identity: Identity) -> Running {
-    source_at(dialler, identity, PATIENT, None)
+    source_at(dialler, identity, PATIENT, None, None)
 }
 
-fn source_at(dialler: Dialler, identity: Identity, keep_alive: KeepAlive, rate: Option<BytesPerSec>) -> Running {
+fn source_at(
+    dialler: Dialler,
+    identity: Identity,
+    keep_alive: KeepAlive,
+    rate: Option<BytesPerSec>,
+    own: Option<ProcessMemory>,
+) -> Running {
     let connections = Rc::new(Cell::new(0));
     let counted = Rc::clone(&connections);
     let (qemu, ours) = UnixStream::pair().expect("pair");
@@ -77,7 +83,7 @@ fn source_at(dialler: Dialler, identity: Identity, keep_alive: KeepAlive, rate: 
         let (pump, frames) = Pump::new(Side::Source, identity, keep_alive, rate, to_agent);
         let (reader, writer) = ours.into_split();
         let (told, holdings) = oneshot::channel();
-        let feed = Feed::new(&pump, Digester::new(&KEY));
+        let feed = Feed::new(&pump, Digester::new(&KEY), own);
         let feeding = async {
             feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
             std::future::pending().await
@@ -242,6 +248,36 @@ async fn pages_go_to_memory_and_everything_else_to_qemu() {
 }
 
 #[tokio::test]
+async fn a_write_that_an_emulating_qemu_missed_is_found_at_the_end() {
+    LocalSet::new()
+        .run_until(async {
+            let (pages, memory) = guest_memory();
+            let (own_pages, mut own) = guest_memory();
+            let materials = cluster(&["h1", "h2"]);
+            let (listener, address) = listener().await;
+            let mut destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), Some(memory), PATIENT);
+            for number in [1, 2, 3] {
+                own.write(0, number, &noise(100 + u64::from(number))).expect("written");
+            }
+            let dialler = dialler(address, "h2", &materials[1], &materials[0]);
+            let mut source = source_at(dialler, IDENTITY, PATIENT, None, Some(own));
+            let mut stream = Stream::new();
+            stream.part(&[page(0, 1, &noise(1)), page(0, 2, &noise(2)), page(0, 3, &noise(3)), page(0, 4, &noise(4))]);
+            // 1 was written to and told, and then once more, which was missed. 4 has become zero.
+            stream.part(&[page(0, 1, &noise(11)), page(0, 3, &noise(103)), page(0, 4, &noise(14))]);
+            stream.end();
+            source.qemu.write_all(&stream.take()).await.expect("written");
+            let mut expected = Stream::new();
+            expected.end();
+            read_stream(&mut destination.qemu, &expected.take()).await;
+            assert!(pages[1] == noise(101) && pages[1] == own_pages[1], "what was missed is there before the devices' state");
+            assert!(pages[2] == noise(2), "what came once was never watched");
+            assert!(pages[3] == noise(103) && pages[4] == [0; PAGE_SIZE]);
+        })
+        .await;
+}
+
+#[tokio::test]
 async fn without_a_place_for_them_pages_go_through_qemu_and_a_stream_that_is_not_understood_too() {
     LocalSet::new()
         .run_until(async {
@@ -383,7 +419,7 @@ async fn a_connection_that_may_carry_little_is_not_taken_for_dead() {
             let mut destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), None, keep_alive);
             let dialler = dialler(address, "h2", &materials[1], &materials[0]);
             // What the stream takes at this rate is longer than the silence that is borne.
-            let mut source = source_at(dialler, IDENTITY, keep_alive, Some(BytesPerSec(60_000)));
+            let mut source = source_at(dialler, IDENTITY, keep_alive, Some(BytesPerSec(60_000)), None);
             let mut stream = Stream::new();
             let part: Vec<Element> = (0..15).map(|number| page(0, number, &noise(number))).collect();
             stream.part(&part);

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 
 use super::actor::{Actor, Answer, Moving, RETRY, qemu_failed};
 use super::moving::{Watch, millis, tell};
-use super::placement;
+use super::placement::{self, Access};
 use crate::carry::{CarryClient, CarryNotice, Placement, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Incoming, VmRecord};
@@ -142,7 +142,7 @@ impl Actor {
         let source = grant.source.clone().ok_or_else(|| Refusal::new(ErrorCode::BadRequest, "the grant names no source"))?;
         let mut fds = PassedFds::new();
         let listen_fd = fds.pass(listener);
-        let placement = self.placement(&qmp, &mut fds).await;
+        let placement = self.placement(&qmp, Access::Write, &mut fds).await;
         let role = Role::Destination { listen_fd, placement };
         let carry = self.start_carry(role, grant, &source, ours.into(), policy.stall, fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
@@ -159,12 +159,14 @@ impl Actor {
         Ok(carry)
     }
 
-    /// Where the waiting QEMU has its memory. Without it pages go through QEMU's socket, which is slower and takes more bytes on the wire.
-    async fn placement(&self, qmp: &godwit_qemu::Qmp, fds: &mut PassedFds) -> Option<Placement> {
+    /// Where QEMU has its memory. Without it pages go through QEMU's socket, which is slower and takes more bytes on the wire.
+    pub(super) async fn placement(&self, qmp: &godwit_qemu::Qmp, access: Access, fds: &mut PassedFds) -> Option<Placement> {
         let (process, record) = (self.process.as_ref()?, self.record.as_ref()?);
-        placement::placement(qmp, process.identity(), &record.spec, fds)
+        placement::placement(qmp, process.identity(), &record.spec, access, fds)
             .await
-            .inspect_err(|error| tracing::warn!(error = error as &dyn std::error::Error, "pages go through QEMU's socket"))
+            .inspect_err(|error| {
+                tracing::warn!(error = error as &dyn std::error::Error, "the guest's memory is not reached directly")
+            })
             .ok()
     }
 

@@ -1,4 +1,4 @@
-//! Where a waiting QEMU has the guest's memory, so that carry writes pages straight into it.
+//! Where a QEMU has the guest's memory, so that carry reads it, or writes pages straight into that of a QEMU that waits.
 
 use std::fs::File;
 use std::io;
@@ -23,11 +23,19 @@ pub(super) enum NoPlacement {
     Open(#[from] io::Error),
 }
 
-/// Finds the RAM and the DIMMs of `spec` in a QEMU that waits for it.
+/// What carry may do with the memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    Read,
+    Write,
+}
+
+/// Finds the RAM and the DIMMs of `spec` in its QEMU.
 pub(super) async fn placement(
     qmp: &Qmp,
     process: &ProcessIdentity,
     spec: &ResolvedSpec,
+    access: Access,
     fds: &mut PassedFds,
 ) -> Result<Placement, NoPlacement> {
     let dimms = spec.dimms().iter().map(|dimm| (dimm.address.0, dimm.size.get()));
@@ -38,7 +46,7 @@ pub(super) async fn placement(
         let Ok(pages) = u32::try_from(size / PAGE) else { continue };
         blocks.push(PlacedBlock { id, address, pages });
     }
-    let memory = File::options().read(true).write(true).open(format!("/proc/{}/mem", process.pid))?;
+    let memory = File::options().read(true).write(access == Access::Write).open(format!("/proc/{}/mem", process.pid))?;
     let map = File::open(format!("/proc/{}/pagemap", process.pid))?;
     Ok(Placement { memory_fd: fds.pass(memory), map_fd: fds.pass(map), blocks })
 }

@@ -11,8 +11,8 @@ use godwit_migration::{
     Outcome, Peer, PeerMessage, QemuMigration, Source, SourceAction, SourceRecord, SourceView, Vcpus, WarmUp, predict_blackout,
 };
 use godwit_model::{
-    Bytes, BytesPerSec, ErrorCode, Grant, MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress, Millis, Refusal,
-    RunState, TaskId, VmId,
+    Accelerator, Bytes, BytesPerSec, ErrorCode, Grant, MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress,
+    Millis, Refusal, RunState, TaskId, VmId,
 };
 use godwit_qemu::PassedFds;
 use godwit_qemu::qmp::Qmp;
@@ -21,12 +21,15 @@ use tokio::sync::mpsc;
 
 use super::actor::{Actor, Moving, RETRY, qemu_failed};
 use super::moving::{Watch, carry_view, millis, tell};
+use super::placement::Access;
 use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Outgoing};
 
 /// The name under which QEMU holds the socket to carry.
 const MIGRATION_FD: &str = "godwit-migration";
+/// Of QEMU's socket to carry.
+const SEND_BUFFER: usize = 32 << 10;
 /// QEMU must never be what limits the rate: carry does.
 const UNLIMITED: BytesPerSec = BytesPerSec(16 << 30);
 /// QEMU's own switch-over is to come as late as it lets us ask.
@@ -169,9 +172,15 @@ impl Actor {
         let qmp = self.monitor()?.clone();
         let held = prepare_source(&qmp).await?;
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+        // What QEMU has put there is behind the present; and each time it has nothing to say, it says so until there is no room.
+        let shortened = rustix::net::sockopt::set_socket_send_buffer_size(&qemus, SEND_BUFFER);
+        shortened.map_err(|error| host_failed("no socket pair", &std::io::Error::from(error)))?;
         qmp.getfd(MIGRATION_FD, qemus.into()).await.map_err(qemu_failed)?;
-        let role = Role::Source { address, bandwidth: policy.bandwidth };
-        let carry = self.start_carry(role, grant, &grant.destination, ours.into(), policy.stall, PassedFds::new()).await?;
+        let mut fds = PassedFds::new();
+        let emulated = self.host.facts.accelerator == Accelerator::Tcg;
+        let own = if emulated { self.placement(&qmp, Access::Read, &mut fds).await } else { None };
+        let role = Role::Source { address, bandwidth: policy.bandwidth, own };
+        let carry = self.start_carry(role, grant, &grant.destination, ours.into(), policy.stall, fds).await?;
         if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
             outgoing.carry = Some(carry.identity().clone());
             outgoing.held = held;

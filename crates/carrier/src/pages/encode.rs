@@ -86,15 +86,16 @@ pub struct Encoder {
     blocks: Vec<(u32, u32)>,
     /// What each page holds at the destination, once it has dealt with all batches.
     held: Vec<Digest>,
-    /// The page was sent in this session.
+    /// The page was sent in this session, and more than once.
     sent: Vec<u64>,
+    again: Vec<u64>,
     /// A page that holds the content.
     contents: BTreeMap<Digest, u32>,
     most_contents: usize,
     signatures: Signatures,
     batch: Writer,
     /// Of the present batch: bytes without compression of pages that are sent again, their number, and all bytes.
-    again: (u64, u64, u64),
+    shares: (u64, u64, u64),
     raw: u64,
     cost: Cost,
     encoding: Encoding,
@@ -139,11 +140,12 @@ impl Encoder {
             blocks,
             held: vec![ZERO; pages],
             sent: vec![0; pages.div_ceil(64)],
+            again: vec![0; pages.div_ceil(64)],
             contents: BTreeMap::new(),
             most_contents: usize::try_from(limits.contents / CONTENT_SIZE).unwrap_or(usize::MAX),
             signatures: Signatures::new(pages, signatures),
             batch: Writer::default(),
-            again: (0, 0, 0),
+            shares: (0, 0, 0),
             raw: 0,
             cost: Cost::default(),
             encoding: Encoding::default(),
@@ -196,10 +198,10 @@ impl Encoder {
                 self.batch.put(place.block, place.page, &Entry::Zero)
             }
         };
-        self.again.2 += bytes as u64;
+        self.shares.2 += bytes as u64;
         if again {
-            self.again.0 += bytes as u64;
-            self.again.1 += 1;
+            self.shares.0 += bytes as u64;
+            self.shares.1 += 1;
         }
         true
     }
@@ -233,7 +235,7 @@ impl Encoder {
 
     /// The batch of all pages since the last call, unless none of them had to be sent.
     pub fn take(&mut self) -> Option<Batch> {
-        let (again, pages, all) = std::mem::take(&mut self.again);
+        let (again, pages, all) = std::mem::take(&mut self.shares);
         if self.batch.is_empty() {
             self.cost.add(pages, 0);
             return None;
@@ -272,11 +274,22 @@ impl Encoder {
 
     /// Whether it was sent before.
     fn mark_sent(&mut self, number: u32) -> bool {
-        let Some(word) = self.sent.get_mut(number as usize / 64) else { return false };
-        let bit = 1 << (number % 64);
-        let before = *word & bit != 0;
-        *word |= bit;
+        let (at, bit) = (number as usize / 64, 1 << (number % 64));
+        let (Some(sent), Some(again)) = (self.sent.get_mut(at), self.again.get_mut(at)) else { return false };
+        let before = *sent & bit != 0;
+        *sent |= bit;
+        *again |= if before { bit } else { 0 };
         before
+    }
+
+    /// The pages that came more than once: those that the guest wrote to while it was watched.
+    #[must_use]
+    pub fn sent_again(&self) -> Vec<Place> {
+        let numbers = (0_u32..).zip(&self.again).flat_map(|(word, bits)| {
+            let bits = *bits;
+            (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| word * 64 + bit)
+        });
+        numbers.filter_map(|number| self.place(number)).collect()
     }
 }
 
