@@ -16,7 +16,7 @@ use ::aws_lc_rs::digest as aws_lc_rs_digest;
 use godwit_link::certificate::{CONTROLLER, host_dns_name, host_of_dns_name};
 use godwit_link::statement::{self, Purpose};
 use godwit_link::{encode, v1};
-use godwit_model::{ErrorCode, Grant, Name, Refusal, UnixMillis};
+use godwit_model::{ErrorCode, Grant, Name, Refusal, UnixMillis, VmId};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PublicKeyData, SanType,
@@ -134,6 +134,7 @@ pub(crate) struct Authority {
     advertised: Vec<SanType>,
     host_lifetime: Duration,
     serving: RwLock<Arc<CertifiedKey>>,
+    secret: sealed::Secret,
 }
 
 /// A certificate for a host, and the hash of the key that it is for.
@@ -153,7 +154,7 @@ impl std::fmt::Debug for Authority {
 impl Authority {
     /// Loads the authority, or makes it at the first start.
     pub(crate) fn open(files: &AuthorityFiles, advertise: &[String], now: UnixMillis) -> Result<Self, AuthorityError> {
-        let Loaded { root, root_pem, intermediate, intermediate_pem, key } = files.load(now)?;
+        let Loaded { root, root_pem, intermediate, intermediate_pem, key, secret } = files.load(now)?;
         let issuer = Issuer::from_ca_cert_der(&intermediate, key)?;
         let ends = validity_of(&intermediate).map_or(now, |(_, ends)| ends);
         let advertised = advertise.iter().map(|name| san(name)).collect::<Result<Vec<_>, _>>()?;
@@ -161,13 +162,24 @@ impl Authority {
         believable(&root, &serving, now)?;
         let serving = RwLock::new(serving);
         let host_lifetime = HOST_LIFETIME;
-        Ok(Self { issuer, intermediate, intermediate_pem, ends, root, root_pem, advertised, host_lifetime, serving })
+        Ok(Self { issuer, intermediate, intermediate_pem, ends, root, root_pem, advertised, host_lifetime, serving, secret })
     }
 
     /// With another life for hosts' certificates, as tests need it.
     pub(crate) fn with_host_lifetime(mut self, lifetime: Duration) -> Self {
         self.host_lifetime = lifetime;
         self
+    }
+
+    /// The key under which hosts seal what they keep of a VM's memory. It is gone with the VM's salt.
+    pub(crate) fn memory_key(&self, vm: VmId, salt: &str) -> Result<Vec<u8>, Refusal> {
+        let failed = |error: SealError| Refusal::new(ErrorCode::Internal, format!("no key for what is kept of memory: {error}"));
+        self.secret.memory_key(vm.uuid(), salt).map(Vec::from).map_err(failed)
+    }
+
+    /// A salt for [`Authority::memory_key`].
+    pub(crate) fn draw_salt(&self) -> Result<String, Refusal> {
+        sealed::draw_salt().map_err(|error| Refusal::new(ErrorCode::Internal, error.to_string()))
     }
 
     /// The root's certificate, PEM: what users and hosts trust.

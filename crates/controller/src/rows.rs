@@ -217,6 +217,9 @@ pub(crate) struct VmRow {
     /// Why its QEMU would not let it move, in QEMU's words.
     #[serde(default)]
     pub(crate) blocked: Vec<String>,
+    /// What the key of its memory that hosts keep is derived with; drawn at its first move, and gone with the VM. Empty: not drawn yet.
+    #[serde(default)]
+    pub(crate) memory_salt: String,
 }
 
 /// What became of each generation of a VM.
@@ -293,6 +296,7 @@ impl VmRow {
             not_started: None,
             leaving: BTreeSet::new(),
             blocked: Vec::new(),
+            memory_salt: String::new(),
         }
     }
 

@@ -69,6 +69,7 @@ pub(super) struct Loaded {
     pub(super) intermediate: CertificateDer<'static>,
     pub(super) intermediate_pem: String,
     pub(super) key: KeyPair,
+    pub(super) secret: Secret,
 }
 
 impl AuthorityFiles {
@@ -217,7 +218,7 @@ impl AuthorityFiles {
         let intermediate = self.certificate(&file.certificate, "intermediate.sealed")?;
         let key = KeyPair::from_pem(&secret.open(INTERMEDIATE_KEY, &file.key)?)?;
         self.belongs(&intermediate, &key, "intermediate.sealed")?;
-        Ok(Loaded { root, root_pem, intermediate, intermediate_pem: file.certificate, key })
+        Ok(Loaded { root, root_pem, intermediate, intermediate_pem: file.certificate, key, secret })
     }
 
     fn sign_intermediate(

@@ -116,6 +116,16 @@ impl Secret {
         UnboundKey::new(&AES_256_GCM, &key).map(LessSafeKey::new).map_err(|_| SealError::Cipher)
     }
 
+    /// The key of what hosts keep of a VM's memory. It can be derived again as long as `salt` is known, and by nobody without the secret.
+    pub(super) fn memory_key(&self, vm: uuid::Uuid, salt: &str) -> Result<[u8; 32], SealError> {
+        let mut key = [0; 32];
+        let prk = hkdf::Salt::new(hkdf::HKDF_SHA256, salt.as_bytes()).extract(&self.0);
+        let info: [&[u8]; 2] = [b"godwit memory left behind v1", vm.as_bytes()];
+        let derived = prk.expand(&info, hkdf::HKDF_SHA256).map_err(|_| SealError::Cipher)?;
+        derived.fill(&mut key).map_err(|_| SealError::Cipher)?;
+        Ok(key)
+    }
+
     /// Seals `text`. `what` is bound to it: one thing cannot be put in the place of another.
     pub(super) fn seal(&self, what: &'static str, text: &str) -> Result<Sealed, SealError> {
         let (mut salt, mut nonce) = ([0; SALT], [0; NONCE_LEN]);
@@ -139,6 +149,13 @@ impl Secret {
             .map_err(|_| closed())?;
         String::from_utf8(opened.to_vec()).map_err(|_| closed())
     }
+}
+
+/// 256 random bits, in hexadecimal digits.
+pub(super) fn draw_salt() -> Result<String, SealError> {
+    let mut salt = [0; SALT];
+    rand::fill(&mut salt).map_err(|_| SealError::Cipher)?;
+    Ok(hex(&salt))
 }
 
 /// Hexadecimal digits.

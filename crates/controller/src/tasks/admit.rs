@@ -271,6 +271,9 @@ impl Tasks {
         blocked(&vm.blocked).map_or(Ok(()), Err)?;
         check_move(spec, Candidate::new(&source, &here), to)?;
         check_networks(spec, &self.networks_of(&vm.team).await?, to)?;
+        if vm.memory_salt.is_empty() {
+            vm.memory_salt = self.authority.draw_salt()?;
+        }
         let generation = vm.issue(destination, id);
         vm.pending = Some(PendingGrant { destination: destination.clone(), generation, task: id });
         Ok(Work::Migrate(Box::new(MigrateWork {

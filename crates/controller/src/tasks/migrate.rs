@@ -97,7 +97,11 @@ impl Tasks {
             Ok(grant) => Some(grant),
             Err(refusal) => return self.give_up(id, Some(&refusal)).await,
         };
-        let action = Action::Prepare(v1::PrepareIncoming { grant, spec: encode(spec), policy: encode(&work.policy) });
+        let memory_key = match self.authority.memory_key(vm.id, &vm.memory_salt) {
+            Ok(key) => key,
+            Err(refusal) => return self.give_up(id, Some(&refusal)).await,
+        };
+        let action = Action::Prepare(v1::PrepareIncoming { grant, spec: encode(spec), policy: encode(&work.policy), memory_key });
         let answer = self.command_until(id, destination, &format!("prepare {}", work.attempt), action, self.cancelled(id)).await?;
         let port = match answer {
             None => return self.give_up(id, None).await,
@@ -142,7 +146,12 @@ impl Tasks {
             Ok(grant) => Some(grant),
             Err(refusal) => return self.give_up(id, Some(&refusal)).await,
         };
-        let action = Action::Migrate(v1::MigrateOut { grant, address, carry_port: port.into(), policy: encode(&work.policy) });
+        let memory_key = match self.authority.memory_key(vm.id, &vm.memory_salt) {
+            Ok(key) => key,
+            Err(refusal) => return self.give_up(id, Some(&refusal)).await,
+        };
+        let policy = encode(&work.policy);
+        let action = Action::Migrate(v1::MigrateOut { grant, address, carry_port: port.into(), policy, memory_key });
         match self.command(id, source, &format!("move {}", work.attempt), action).await? {
             Ok(_) => self.set_stage(id, Stage::Moving).await,
             Err(refusal) => self.give_up(id, Some(&refusal)).await,
