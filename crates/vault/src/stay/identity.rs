@@ -46,7 +46,11 @@ pub enum InvalidIdentity {
 }
 
 impl Identity {
-    pub(super) fn encode(&self) -> Result<Vec<u8>, InvalidIdentity> {
+    /// The bytes of it, as they are sealed.
+    ///
+    /// # Errors
+    /// [`InvalidIdentity`]
+    pub fn encode(&self) -> Result<Vec<u8>, InvalidIdentity> {
         self.check()?;
         let mut out = Vec::new();
         out.put_slice(self.vm.uuid().as_bytes());
@@ -60,7 +64,11 @@ impl Identity {
         Ok(out)
     }
 
-    pub(super) fn decode(mut bytes: &[u8]) -> Result<Self, InvalidIdentity> {
+    /// What these bytes say.
+    ///
+    /// # Errors
+    /// [`InvalidIdentity`]
+    pub fn decode(mut bytes: &[u8]) -> Result<Self, InvalidIdentity> {
         let (vm, rest) = bytes.split_first_chunk::<16>().ok_or(InvalidIdentity::Length)?;
         bytes = rest;
         let generation = bytes.try_get_u64().map_err(|_| InvalidIdentity::Length)?;

@@ -99,6 +99,43 @@ fn the_specification_shows_the_bytes_that_are_written() {
     assert_eq!(read(&bytes, &key).expect("read"), (identity, pages));
 }
 
+/// What the file of version 1 holds, which is never written again.
+fn golden() -> (Identity, Pages) {
+    let blocks = vec![Block { id: "pc.ram".into(), pages: 5_000 }, Block { id: "dimm0".into(), pages: 64 }];
+    let identity = Identity { vm: VmId::new(Uuid::from_u128(0x600d)), generation: Generation(41), blocks };
+    let letters = (100..200).map(|page| (0, page, [page as u8; PAGE_SIZE]));
+    let pages = letters.chain([(0, 4_999, noise(1)), (1, 0, noise(2)), (1, 63, [1; PAGE_SIZE])]).collect();
+    (identity, pages)
+}
+
+#[test]
+fn a_stay_of_version_1_is_read_for_ever() {
+    let bytes = include_bytes!("../../tests/stays/version-1.stay");
+    assert_eq!(read(bytes, &StayKey::new([0x22; 32])).expect("read"), golden());
+}
+
+/// The fuzzer starts from the same files; the key is that of the specification's example.
+#[test]
+fn corpus_every_stored_stay_is_taken_without_panic() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/stay");
+    let (mut inputs, mut stays, mut chunks, mut identities) = (0, 0, 0, 0);
+    let mut unpacker = Unpacker::new().expect("made");
+    for entry in std::fs::read_dir(folder).expect("the corpus is checked in") {
+        let bytes = std::fs::read(entry.expect("an entry").path()).expect("readable");
+        inputs += 1;
+        stays += usize::from(read(&bytes, &StayKey::new([0x22; 32])).is_ok());
+        if let Ok(chunk) = unpacker.unpack(&bytes) {
+            assert_eq!(chunk.pages().count(), chunk.len());
+            chunks += 1;
+        }
+        if let Ok(identity) = Identity::decode(&bytes) {
+            assert_eq!(identity.encode().as_deref(), Ok(&bytes[..]));
+            identities += 1;
+        }
+    }
+    assert!(inputs >= 12 && stays >= 2 && chunks >= 3 && identities >= 2, "{inputs} inputs: {stays}, {chunks}, {identities}");
+}
+
 #[test]
 fn pages_of_zeros_are_left_out() {
     let pages = vec![(0, 0, [0; PAGE_SIZE]), (0, 1, noise(1)), (0, 2, [0; PAGE_SIZE]), (1, 0, [0; PAGE_SIZE])];
