@@ -16,12 +16,14 @@ mod connections;
 mod control;
 mod deal;
 mod feed;
+mod home;
 mod memory;
 mod process;
 mod pump;
 
 pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
-pub(crate) use control::{CarryConfig, CarryStatus, PlacedBlock, Placement, Role};
+pub(crate) use control::{CarryConfig, CarryStatus, KeptMemory, PlacedBlock, Placement, Role};
+pub(crate) use memory::ProcessMemory;
 pub use process::{CarryError, run};
 
 #[cfg(test)]

@@ -98,6 +98,7 @@ mod tests {
             grant: grant(),
             address: SocketAddr::from(([127, 0, 0, 1], 1)),
             policy: MigrationPolicy::default(),
+            memory_key: None,
         };
         assert_eq!(check(&command, &name("h1"), NOW), Ok(()));
         let code = |me: &str, now| check(&command, &name(me), now).expect_err("refused").code;

@@ -13,6 +13,7 @@ use godwit_link::v1::{self, AgentMessage};
 use godwit_model::{Bytes, ErrorCode, HostFacts, HostLoad, HugePages, Name, Refusal, Retry, UnixMillis, VmId};
 use godwit_qemu::cage::{KeptLog, Launcher};
 use godwit_qemu::cgroup::{self, CgroupLimits, VmCgroup};
+use godwit_vault::Shelf;
 use tokio::sync::{Notify, mpsc};
 use tonic::transport::Channel;
 
@@ -34,6 +35,8 @@ pub(crate) struct Host {
     pub(crate) journal: Journal,
     pub(crate) pools: Arc<Pools>,
     pub(crate) images: ImageCache,
+    /// What is kept of the memory of VMs that left; none if nothing is to be kept, or can be.
+    pub(crate) stays: Option<Shelf>,
     pub(crate) network: HostNetwork,
     pub(crate) facts: HostFacts,
     pub(crate) launcher: Launcher,

@@ -34,6 +34,7 @@ use std::time::Duration;
 
 use godwit_model::{Bytes, HostCondition, Name};
 use godwit_qemu::Launcher;
+use godwit_vault::{Limits, Shelf};
 use tokio::sync::{Notify, watch};
 
 pub use identity::{JoinError, JoinOptions, join};
@@ -46,6 +47,9 @@ use network::{FleetNetworks, HostNetwork};
 use session::Sessions;
 use storage::{ImageCache, PoolConfig, Pools};
 use vm::{Registry, Uids};
+
+/// What the memory of VMs that left does not take of the file system.
+const STAYS_RESERVE: Bytes = Bytes::mib(2_048);
 
 /// What `godwit agent` is given.
 #[derive(Clone, Debug)]
@@ -68,6 +72,8 @@ pub struct AgentOptions {
     pub vteps: Vec<IpAddr>,
     /// The address at which carry listens, if not the one that the host joined with.
     pub migration_address: Option<IpAddr>,
+    /// Disk for the memory of VMs that left, so that they come home quickly; zero keeps nothing.
+    pub stays: Bytes,
     /// Whether this host may set `vm.unprivileged_userfaultfd=1`, which QEMU 7.2 needs for post-copy and RAM snapshots.
     pub unprivileged_userfaultfd: bool,
 }
@@ -141,6 +147,7 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     let pools = Pools::open(options.pool_configs()).map_err(begin("a pool cannot be used"))?;
     let pools = Arc::new(pools.with_cage(&launcher));
     let images = ImageCache::open(options.state_dir.join("images")).map_err(begin("the image cache cannot be used"))?;
+    let stays = open_shelf(&options);
     let network = HostNetwork::open(identity.address).await.map_err(begin("the network cannot be used"))?;
     inventory::end_orphans(&records, options.uid_base);
     let nic = |vm, slot| {
@@ -170,6 +177,7 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
         journal,
         pools,
         images,
+        stays,
         network,
         facts,
         launcher,
@@ -227,6 +235,17 @@ async fn keep_filters(host: Arc<Host>) {
         let _ = tokio::time::timeout(EVERY, host.interfaces_ended.notified()).await;
         host.network.tend().await;
     }
+}
+
+/// Where memory of VMs that left is kept. Whatever is in the way costs bytes when they come home, and nothing else.
+fn open_shelf(options: &AgentOptions) -> Option<Shelf> {
+    if options.stays == Bytes(0) {
+        return None;
+    }
+    let limits = Limits { stays: options.stays, reserve: STAYS_RESERVE };
+    Shelf::open(&options.state_dir.join("stays"), limits)
+        .inspect_err(|error| tracing::warn!(error = error as &dyn std::error::Error, "no memory is kept of VMs that leave"))
+        .ok()
 }
 
 fn lock(state_dir: &std::path::Path) -> Result<std::fs::File, AgentError> {

@@ -28,7 +28,7 @@ use crate::host::{SharedHost, ended_message, unix_now};
 use crate::identity::RenewError;
 use crate::network::{FleetNetwork, FleetNetworks, Kind};
 use crate::tls::TlsError;
-use crate::vm::{Answer, Registry, VmCommand};
+use crate::vm::{Answer, Registry, VmCommand, stays};
 use crate::{console, grants, guest};
 
 /// Wait between two attempts to reach the controller, growing from the first to the second.
@@ -351,7 +351,8 @@ fn vm_command(
         Action::Prepare(prepare) => {
             let grant = granted(prepare.grant)?;
             let policy: MigrationPolicy = decode("policy", &prepare.policy)?;
-            (grant.vm, VmCommand::Prepare { spec: decode("spec", &prepare.spec)?, grant, policy })
+            let memory_key = stays::key(&prepare.memory_key);
+            (grant.vm, VmCommand::Prepare { spec: decode("spec", &prepare.spec)?, grant, policy, memory_key })
         }
         Action::Migrate(migrate) => {
             let grant = granted(migrate.grant)?;
@@ -359,7 +360,8 @@ fn vm_command(
             let ip: IpAddr = migrate.address.parse().map_err(|_| malformed("address"))?;
             let port = u16::try_from(migrate.carry_port).map_err(|_| malformed("carry_port"))?;
             let policy = decode("policy", &migrate.policy)?;
-            (grant.vm, VmCommand::Migrate { grant, address: SocketAddr::new(ip, port), policy })
+            let memory_key = stays::key(&migrate.memory_key);
+            (grant.vm, VmCommand::Migrate { grant, address: SocketAddr::new(ip, port), policy, memory_key })
         }
         Action::Cancel(cancel) => (convert::vm_id(&cancel.vm)?, VmCommand::Cancel { task: convert::task_id(task)? }),
         Action::Settle(settle) => (

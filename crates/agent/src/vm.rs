@@ -16,6 +16,7 @@ mod placement;
 mod registry;
 mod source;
 mod start;
+pub(crate) mod stays;
 mod tpm;
 
 pub(crate) use actor::{Answer, VmCommand};

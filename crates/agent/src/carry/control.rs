@@ -44,7 +44,7 @@ pub(crate) enum Role {
     /// `own` is where the guest's memory is, if QEMU emulates its vCPUs and may miss a write.
     Source { address: SocketAddr, bandwidth: Option<BytesPerSec>, own: Option<Placement> },
     /// Accepts connections on this listening descriptor.
-    Destination { listen_fd: RawFd, placement: Option<Placement> },
+    Destination { listen_fd: RawFd, placement: Option<Placement>, kept: Option<KeptMemory> },
 }
 
 /// How the memory of a QEMU is reached.
@@ -56,6 +56,15 @@ pub(crate) struct Placement {
     pub(crate) map_fd: RawFd,
     /// Where what is.
     pub(crate) blocks: Vec<PlacedBlock>,
+}
+
+/// Memory of the VM that this host kept when the VM left it.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct KeptMemory {
+    /// A stay, for reading.
+    pub(crate) file_fd: RawFd,
+    /// What it is sealed with.
+    pub(crate) key: [u8; 32],
 }
 
 /// A block of guest memory in the address space of its QEMU.

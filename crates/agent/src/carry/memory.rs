@@ -1,4 +1,4 @@
-//! The memory of the QEMU that waits at the destination, reached through `/proc/PID/mem` and `/proc/PID/pagemap`, which the agent has opened.
+//! The memory of a QEMU, reached through `/proc/PID/mem` and `/proc/PID/pagemap`, which the agent has opened.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,18 +14,18 @@ const PRESENT: u64 = 0b11 << 62;
 const ENTRIES: usize = 8192;
 
 /// Blocks of the memory of a process.
-pub(super) struct ProcessMemory {
+pub(crate) struct ProcessMemory {
     memory: OwnedFd,
     map: OwnedFd,
     blocks: Vec<PlacedBlock>,
 }
 
 impl ProcessMemory {
-    pub(super) fn new(memory: OwnedFd, map: OwnedFd, blocks: Vec<PlacedBlock>) -> Self {
+    pub(crate) fn new(memory: OwnedFd, map: OwnedFd, blocks: Vec<PlacedBlock>) -> Self {
         Self { memory, map, blocks }
     }
 
-    pub(super) fn blocks(&self) -> &[PlacedBlock] {
+    pub(crate) fn blocks(&self) -> &[PlacedBlock] {
         &self.blocks
     }
 
@@ -39,7 +39,7 @@ impl ProcessMemory {
     }
 
     /// The pages from `first` on that were ever touched, of as many as are looked at in one go; and the page to go on with.
-    pub(super) fn touched(&self, block: u16, first: u32) -> io::Result<(Vec<u32>, u32)> {
+    pub(crate) fn touched(&self, block: u16, first: u32) -> io::Result<(Vec<u32>, u32)> {
         let pages = self.blocks.get(usize::from(block)).map_or(0, |block| block.pages);
         let count = usize::try_from(pages.saturating_sub(first)).unwrap_or(ENTRIES).min(ENTRIES);
         let address = self.address(block, first, count as u64)?;

@@ -28,7 +28,7 @@ use super::control::{CarryConfig, CarryStatus, FromCarry, MAX_LINE, PageCounts, 
 use super::feed::Feed;
 use super::memory::ProcessMemory;
 use super::pump::{Gauge, KeepAlive, Pump, Side};
-use super::{connections, deal};
+use super::{connections, deal, home};
 use crate::tls::Material;
 
 /// Time without any agent after which an orphan ends.
@@ -191,13 +191,19 @@ async fn move_bytes(
                 Err(error) = feed.run(&reader, holdings) => Err(text(error)),
             }
         }
-        Role::Destination { listen_fd, placement } => {
+        Role::Destination { listen_fd, placement, kept } => {
             let listener = StdTcpListener::from(take(listen_fd));
             let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener)).map_err(text)?;
             let mut acceptor = Acceptor::new(listener, peer, &material, wire).map_err(text)?;
-            let memory = placement.map(memory);
+            let mut memory = placement.map(memory);
+            let kept = kept.map(|kept| (std::fs::File::from(take(kept.file_fd)), kept.key));
             let (told, key) = oneshot::channel();
             let deal = async {
+                if let (Some(memory), Some((file, key))) = (&mut memory, kept)
+                    && let Err(error) = home::bring_back(file, key, memory).await
+                {
+                    tracing::info!(error = &error as &dyn std::error::Error, "what was kept of the memory is of no use");
+                }
                 match key.await {
                     Ok(key) => deal::at_destination(pump, writer, frames, Digester::new(&key), memory).await,
                     Err(_) => std::future::pending().await,

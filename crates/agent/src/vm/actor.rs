@@ -11,6 +11,7 @@ use godwit_model::{
 };
 use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
 use godwit_qemu::qmp::{ConnectError, Ending, Notice, Notices, Qmp, QmpError};
+use godwit_vault::StayKey;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -61,11 +62,13 @@ pub(crate) enum VmCommand {
         grant: Grant,
         spec: ResolvedSpec,
         policy: MigrationPolicy,
+        memory_key: Option<StayKey>,
     },
     Migrate {
         grant: Grant,
         address: std::net::SocketAddr,
         policy: MigrationPolicy,
+        memory_key: Option<StayKey>,
     },
     Cancel {
         task: TaskId,
@@ -423,8 +426,10 @@ impl Actor {
     async fn on_command(&mut self, command: VmCommand) -> Result<Answer, Refusal> {
         match command {
             VmCommand::Start { grant, spec } => self.start(grant, spec).await.map(|()| Answer::default()),
-            VmCommand::Prepare { grant, spec, policy } => self.prepare(grant, spec, policy).await,
-            VmCommand::Migrate { grant, address, policy } => self.migrate(grant, address, policy).await.map(|()| Answer::default()),
+            VmCommand::Prepare { grant, spec, policy, memory_key } => self.prepare(grant, spec, policy, memory_key).await,
+            VmCommand::Migrate { grant, address, policy, memory_key } => {
+                self.migrate(grant, address, policy, memory_key).await.map(|()| Answer::default())
+            }
             VmCommand::Cancel { task } => self.cancel(task).map(|()| Answer::default()),
             VmCommand::Settle { task, generation } => self.settle(task, generation).await.map(|()| Answer::default()),
             VmCommand::Forget => self.forget().map(|()| Answer::default()),
@@ -574,6 +579,11 @@ impl Actor {
         }
         if self.moving.is_some() {
             return Err(Refusal::new(ErrorCode::VmBusy, "the VM is being moved").retry(Retry::Safe));
+        }
+        if let Some(shelf) = &self.host.stays
+            && let Err(error) = shelf.remove(self.vm)
+        {
+            tracing::warn!(error = &error as &dyn std::error::Error, "what is kept of the VM's memory could not be removed");
         }
         self.drop_record();
         Ok(())

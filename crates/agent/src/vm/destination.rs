@@ -13,6 +13,7 @@ use godwit_model::{
 };
 use godwit_qemu::qmp::commands::AnnounceSchedule;
 use godwit_qemu::{PassedFds, Start};
+use godwit_vault::StayKey;
 use tokio::sync::mpsc;
 
 use super::actor::{Actor, Answer, Moving, RETRY, qemu_failed};
@@ -85,7 +86,13 @@ impl DestinationMove {
 
 impl Actor {
     /// Prepares for a VM that is to come.
-    pub(super) async fn prepare(&mut self, grant: Grant, spec: ResolvedSpec, policy: MigrationPolicy) -> Result<Answer, Refusal> {
+    pub(super) async fn prepare(
+        &mut self,
+        grant: Grant,
+        spec: ResolvedSpec,
+        policy: MigrationPolicy,
+        memory_key: Option<StayKey>,
+    ) -> Result<Answer, Refusal> {
         if let Some(record) = &self.record {
             match &record.holding {
                 Holding::Destination(incoming)
@@ -111,7 +118,7 @@ impl Actor {
         let incoming = Incoming { grant: grant.clone(), record: DestinationRecord::Prepared, carry: None, carry_port };
         let record = VmRecord::new(spec, Generation(0), 0, Holding::Destination(incoming));
         self.begin(record, Start::Incoming).await?;
-        match self.begin_destination(&grant, listener, policy).await {
+        match self.begin_destination(&grant, listener, policy, memory_key).await {
             Ok(carry) => {
                 self.moving = Some(Moving::Destination(Box::new(DestinationMove::new(grant, Some(carry)))));
                 Ok(Answer { carry_port, ..Answer::default() })
@@ -130,6 +137,7 @@ impl Actor {
         grant: &Grant,
         listener: TcpListener,
         policy: MigrationPolicy,
+        memory_key: Option<StayKey>,
     ) -> Result<CarryClient, Refusal> {
         let qmp = self.monitor()?.clone();
         let known = qmp.query_migrate_capabilities().await.map_err(qemu_failed)?;
@@ -143,7 +151,8 @@ impl Actor {
         let mut fds = PassedFds::new();
         let listen_fd = fds.pass(listener);
         let placement = self.placement(&qmp, Access::Write, &mut fds).await;
-        let role = Role::Destination { listen_fd, placement };
+        let kept = memory_key.and_then(|key| self.lend_memory(&key, &mut fds));
+        let role = Role::Destination { listen_fd, placement, kept };
         let carry = self.start_carry(role, grant, &source, ours.into(), policy.stall, fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
             incoming.carry = Some(carry.identity().clone());

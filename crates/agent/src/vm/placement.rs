@@ -31,13 +31,7 @@ pub(super) enum Access {
 }
 
 /// Finds the RAM and the DIMMs of `spec` in its QEMU.
-pub(super) async fn placement(
-    qmp: &Qmp,
-    process: &ProcessIdentity,
-    spec: &ResolvedSpec,
-    access: Access,
-    fds: &mut PassedFds,
-) -> Result<Placement, NoPlacement> {
+pub(super) async fn blocks(qmp: &Qmp, spec: &ResolvedSpec) -> Result<Vec<PlacedBlock>, NoPlacement> {
     let dimms = spec.dimms().iter().map(|dimm| (dimm.address.0, dimm.size.get()));
     let mut blocks = Vec::new();
     for (guest, size) in std::iter::once((0, spec.memory.get())).chain(dimms) {
@@ -46,7 +40,24 @@ pub(super) async fn placement(
         let Ok(pages) = u32::try_from(size / PAGE) else { continue };
         blocks.push(PlacedBlock { id, address, pages });
     }
+    Ok(blocks)
+}
+
+/// Memory and page map of a process.
+pub(super) fn open(process: &ProcessIdentity, access: Access) -> io::Result<(File, File)> {
     let memory = File::options().read(true).write(access == Access::Write).open(format!("/proc/{}/mem", process.pid))?;
-    let map = File::open(format!("/proc/{}/pagemap", process.pid))?;
+    Ok((memory, File::open(format!("/proc/{}/pagemap", process.pid))?))
+}
+
+/// All of it, for carry.
+pub(super) async fn placement(
+    qmp: &Qmp,
+    process: &ProcessIdentity,
+    spec: &ResolvedSpec,
+    access: Access,
+    fds: &mut PassedFds,
+) -> Result<Placement, NoPlacement> {
+    let blocks = blocks(qmp, spec).await?;
+    let (memory, map) = open(process, access)?;
     Ok(Placement { memory_fd: fds.pass(memory), map_fd: fds.pass(map), blocks })
 }

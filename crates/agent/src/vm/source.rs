@@ -17,6 +17,7 @@ use godwit_model::{
 use godwit_qemu::PassedFds;
 use godwit_qemu::qmp::Qmp;
 use godwit_qemu::qmp::commands::{MigrationParameters, StoppedBy};
+use godwit_vault::StayKey;
 use tokio::sync::mpsc;
 
 use super::actor::{Actor, Moving, RETRY, qemu_failed};
@@ -57,6 +58,8 @@ pub(super) struct SourceMove {
     hurried: bool,
     blackout: Option<Millis>,
     told: Option<(Instant, MigrationPhase, u16)>,
+    /// Under which the VM's memory is kept here; it is in no journal, and so is not known to an agent that began after the move.
+    memory_key: Option<StayKey>,
 }
 
 impl SourceMove {
@@ -77,6 +80,7 @@ impl SourceMove {
             hurried: false,
             blackout: None,
             told: None,
+            memory_key: None,
         }
     }
 
@@ -115,7 +119,13 @@ impl SourceMove {
 
 impl Actor {
     /// Accepts a move away from here.
-    pub(super) async fn migrate(&mut self, grant: Grant, address: SocketAddr, policy: MigrationPolicy) -> Result<(), Refusal> {
+    pub(super) async fn migrate(
+        &mut self,
+        grant: Grant,
+        address: SocketAddr,
+        policy: MigrationPolicy,
+        memory_key: Option<StayKey>,
+    ) -> Result<(), Refusal> {
         if let Some(Moving::Source(moving)) = &self.moving
             && moving.grant == grant
         {
@@ -153,7 +163,8 @@ impl Actor {
         };
         match begun.await {
             Ok((carry, held)) => {
-                self.moving = Some(Moving::Source(Box::new(SourceMove::new(grant, policy, Some(carry), held))));
+                let moving = SourceMove::new(grant, policy, Some(carry), held);
+                self.moving = Some(Moving::Source(Box::new(SourceMove { memory_key, ..moving })));
                 Ok(())
             }
             Err(refusal) => {
@@ -455,6 +466,9 @@ impl Actor {
             Outcome::Moved => {
                 if let Some(record) = &mut self.record {
                     record.end_wanted = true;
+                }
+                if let Some(key) = moving.memory_key {
+                    self.keep_memory(key, ended.generation).await;
                 }
                 self.end_process().await;
                 self.drop_record();

@@ -49,6 +49,9 @@ pub(crate) struct AgentArgs {
     /// Address at which other hosts reach this one's moves [default: what it joined with]
     #[arg(long, value_name = "ADDRESS")]
     migration_address: Option<IpAddr>,
+    /// Disk that the memory of VMs which left may take, encrypted, so that they come home quickly; 0 keeps nothing
+    #[arg(long, value_name = "SIZE", default_value = "16GiB")]
+    stays: Bytes,
     /// Let the agent set vm.unprivileged_userfaultfd=1, which QEMU 7.2 needs for post-copy and RAM snapshots
     #[arg(long)]
     unprivileged_userfaultfd: bool,
@@ -85,6 +88,7 @@ impl AgentArgs {
             uid_base: self.uid_base,
             vteps: self.vteps,
             migration_address: self.migration_address,
+            stays: self.stays,
             unprivileged_userfaultfd: self.unprivileged_userfaultfd,
         })
     }

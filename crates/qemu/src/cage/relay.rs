@@ -86,6 +86,8 @@ const RELAYING: &[libc::c_long] = &[
     // The memory of the QEMU that waits, through descriptors that it was given.
     libc::SYS_pread64,
     libc::SYS_pwrite64,
+    // What the host kept of a VM's memory is read from its end, too.
+    libc::SYS_lseek,
     libc::SYS_recvfrom,
     libc::SYS_sendto,
     libc::SYS_recvmsg,
