@@ -55,7 +55,7 @@ impl<R: Read + Seek> StayReader<R> {
         let found = fill(&mut file, &mut head)?;
         let sealer = Sealer::new(key, Head::read(head.get(..found).unwrap_or_default())?);
         let mut sealed = vec![0; MAX_CONTENT.max(MAX_IDENTITY) + TAG];
-        let (kind, content) = next_record(&mut file, &mut sealed)?.ok_or(StayError::Torn)?;
+        let (kind, content) = next_record(&mut file, &mut sealed, MAX_IDENTITY)?.ok_or(StayError::Torn)?;
         let bytes = (HEAD + RECORD_HEAD + content.len()) as u64;
         let content = sealer.open(Kind::Identity, 0, content).filter(|_| kind == Kind::Identity as u8).ok_or(StayError::Key)?;
         let identity = Identity::decode(content).map_err(MalformedStay::Identity)?;
@@ -93,7 +93,7 @@ impl<R: Read + Seek> StayReader<R> {
             return Ok(None);
         }
         let changed = StayError::Changed(self.at.chunks);
-        let content = match next_record(&mut self.file, &mut self.sealed)? {
+        let content = match next_record(&mut self.file, &mut self.sealed, MAX_CONTENT)? {
             Some((kind, content)) if kind == Kind::Chunk as u8 => content,
             _ => return Err(changed),
         };
@@ -128,14 +128,14 @@ fn read_end<R: Read + Seek>(file: &mut BufReader<R>, sealer: &Sealer, length: u6
     if end.bytes == bytes { Ok(end) } else { Err(MalformedStay::Count.into()) }
 }
 
-/// Kind and sealed bytes of the record at which the file stands; `None` if it ends before, or is longer than any may be.
-fn next_record<'a>(file: &mut impl Read, room: &'a mut [u8]) -> io::Result<Option<(u8, &'a mut [u8])>> {
+/// Kind and sealed bytes of the record at which the file stands; `None` if the file ends before, or its content would be longer than `most`.
+fn next_record<'a>(file: &mut impl Read, room: &'a mut [u8], most: usize) -> io::Result<Option<(u8, &'a mut [u8])>> {
     let mut head = [0; RECORD_HEAD];
     if fill(file, &mut head)? != RECORD_HEAD {
         return Ok(None);
     }
     let Some((kind, length)) = read_record_head(&head) else { return Ok(None) };
-    let Some(sealed) = room.get_mut(..length) else { return Ok(None) };
+    let Some(sealed) = room.get_mut(..length).filter(|sealed| sealed.len() <= most + TAG) else { return Ok(None) };
     Ok(if fill(file, sealed)? == length { Some((kind, sealed)) } else { None })
 }
 
