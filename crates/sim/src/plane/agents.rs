@@ -32,6 +32,7 @@ pub(super) struct Agents {
     destination_ended: Option<Outcome>,
     /// Our `stop` has found the VM running.
     stopped: bool,
+    frozen_until: [Micros; 2],
     // What the source has heard.
     declined: Option<Refusal>,
     running: bool,
@@ -46,13 +47,14 @@ pub(super) struct Agents {
 impl Agents {
     pub(super) fn new(plan: &Plan) -> Self {
         Self {
-            source: Source::new(plan.policy.clone(), EXPIRES, Millis(0)),
+            source: Source::new(plan.policy, EXPIRES, Millis(0)),
             source_record: SourceRecord::Offered,
             source_ended: None,
             destination: Destination::new(EXPIRES),
             destination_record: DestinationRecord::Prepared,
             destination_ended: None,
             stopped: false,
+            frozen_until: [0; 2],
             declined: None,
             running: false,
             cancel: false,
@@ -94,6 +96,10 @@ impl World {
 
     pub(super) fn on_agent(&mut self, side: Side) -> Result<(), Broken> {
         if self.agents.is_done(side) {
+            return Ok(());
+        }
+        if self.now < self.agents.frozen_until[side as usize] {
+            self.at(self.agents.frozen_until[side as usize], Event::Agent(side));
             return Ok(());
         }
         let wait = match side {
@@ -390,6 +396,7 @@ impl World {
 
     fn freeze(&mut self, party: Party, until: Micros) {
         match party {
+            Party::Agent(side) => self.agents.frozen_until[side as usize] = until,
             Party::Carry(side) => self.carry(side).frozen_until = until,
             Party::Qemu(Side::Source) => self.source_qemu_frozen_until = until,
             Party::Qemu(Side::Destination) => self.destination_qemu.frozen_until = until,
@@ -398,6 +405,8 @@ impl World {
 
     fn kill(&mut self, party: Party) {
         match party {
+            // What becomes of an agent that dies is explored in `crate::handover`.
+            Party::Agent(_) => {}
             Party::Carry(side) => self.end_carry(side, Ended::Gone),
             Party::Qemu(Side::Source) => self.source_qemu.alive = false,
             Party::Qemu(Side::Destination) => self.destination_qemu.alive = false,

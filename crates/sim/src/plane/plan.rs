@@ -32,6 +32,8 @@ impl Side {
 /// A process that can be killed or stand still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Party {
+    /// Is never killed.
+    Agent(Side),
     Carry(Side),
     Qemu(Side),
 }
@@ -202,13 +204,14 @@ impl Plan {
     fn harm(random: &mut Random, link_only: bool) -> Harm {
         let side = random.pick(&Side::BOTH);
         let party = if random.one_in(2) { Party::Carry(side) } else { Party::Qemu(side) };
+        let frozen = if random.one_in(4) { Party::Agent(side) } else { party };
         match random.below(if link_only { 14 } else { 24 }) {
             0..=4 => Harm::Cut,
             5..=7 => Harm::Silent(side),
             8 => Harm::Down(random.between(10, 9_000) * MILLISECOND),
             9..=10 => Harm::Slow(random.between(100, 600) << 10, random.between(100, 4_000) * MILLISECOND),
             11..=13 => Harm::LateGreeting(random.between(3_000, 9_000) * MILLISECOND),
-            14..=17 => Harm::Freeze(party, random.between(50, 14_000) * MILLISECOND),
+            14..=17 => Harm::Freeze(frozen, random.between(50, 14_000) * MILLISECOND),
             18..=21 => Harm::Kill(party),
             22 => Harm::NoController(random.between(1, 20) * SECOND),
             _ => Harm::Cancel,
