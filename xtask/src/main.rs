@@ -1,6 +1,6 @@
 //! Chores of this repository: `cargo xtask ci` runs everything that CI runs, `cargo xtask tidy` checks the house rules
-//! that a machine can check, `cargo xtask faults` does real harm to moves, `cargo xtask bench` compares
-//! them with QEMU's own. Depends on little, so that it is built in seconds.
+//! that a machine can check, `cargo xtask sim` breaks simulated moves and `cargo xtask faults` real ones, `cargo xtask bench`
+//! compares them with QEMU's own. Depends on little, so that it is built in seconds.
 
 mod bench;
 mod ci;
@@ -8,7 +8,7 @@ mod faults;
 mod tidy;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
@@ -20,6 +20,8 @@ Commands:
   tidy                 house rules: crate edges, file heads and lengths, links, names
   model [ROUTE FAULTS QEMU]...
                        explores the hand-over further than CI does: half an hour
+  sim [--seeds N] [--seed S]
+                       the data plane of thousands of moves in simulated time, with faults, from seeds: docs/reliability.md
   faults [--count N] [--seed S] [--out FILE]
                        real faults at random moments of real moves, judged from outside: docs/reliability.md
   bench migration [--pairs N] [--scenario A,R] [--link 200mbit] [--system godwit,…] [--quick] [--table] [--out FILE]
@@ -60,17 +62,21 @@ fn run(arguments: &[String]) -> Result<bool> {
             }
             Ok(complaints.is_empty())
         }
-        ("model", rest) => {
-            let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-            cargo.current_dir(repository()?).args(["run", "--locked", "--package", "godwit-sim", "--"]).args(rest);
-            Ok(cargo.status().context("start cargo")?.success())
-        }
+        ("model", rest) => run_sim(&[], rest),
+        ("sim", rest) => run_sim(&["plane"], rest),
         ("help" | "--help" | "-h", _) => {
             println!("{USAGE}");
             Ok(true)
         }
         _ => bail!("unknown: {}\n\n{USAGE}", arguments.join(" ")),
     }
+}
+
+/// Runs the program of `crates/sim`. Not as it is released: what costs time is optimised in every profile, and is built for the tests already.
+fn run_sim(command: &[&str], arguments: &[String]) -> Result<bool> {
+    let mut cargo = ci::runner::cargo(&repository()?);
+    cargo.args(["run", "--locked", "--package", "godwit-sim", "--"]).args(command).args(arguments);
+    Ok(cargo.status().context("start cargo")?.success())
 }
 
 /// The root of the repository: the folder above this package.

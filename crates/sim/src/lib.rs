@@ -5,6 +5,7 @@
 
 pub mod explore;
 pub mod handover;
+pub mod plane;
 
 pub use explore::{Explored, Model, NO_GOOD_END, Violation, explore};
 pub use handover::{HandOver, Route, Wrong};

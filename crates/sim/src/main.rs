@@ -1,4 +1,7 @@
-//! Explores the hand-over of a VM further than CI has time for, and prints what was found, as a table for `docs/reliability.md`.
+//! Explores the hand-over of a VM further than CI has time for, and prints what was found, as a table for `docs/reliability.md`; or, with
+//! `plane`, runs the data plane of thousands of moves.
+
+mod many;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -8,7 +11,9 @@ use godwit_sim::{HandOver, Route, Wrong, explore};
 /// States that fit into some 16 GiB.
 const LIMIT: usize = 120_000_000;
 
-const USAGE: &str = "Usage: godwit-sim [ROUTE FAULTS QEMU]...   where ROUTE is once, back or onward, and QEMU is 7.2 or 10.0";
+const USAGE: &str = "\
+Usage: godwit-sim [ROUTE FAULTS QEMU]...          where ROUTE is once, back or onward, and QEMU is 7.2 or 10.0
+       godwit-sim plane [--seeds N] [--seed S]    N moves from seed S on, or that of seed S";
 
 /// What is explored if nothing else is said.
 const ALL: &[&str] = &[
@@ -18,6 +23,12 @@ const ALL: &[&str] = &[
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if let Some(("plane", rest)) = arguments.split_first().map(|(first, rest)| (*first, rest)) {
+        return many::main(rest).unwrap_or_else(|| {
+            eprintln!("{USAGE}");
+            ExitCode::from(2)
+        });
+    }
     if arguments.is_empty() {
         arguments = ALL.to_vec();
     }

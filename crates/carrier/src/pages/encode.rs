@@ -164,6 +164,13 @@ impl Encoder {
         self.cost.last
     }
 
+    /// How much memory of what it may take it takes.
+    #[must_use]
+    pub fn used(&self) -> EncoderLimits {
+        let signatures = self.signatures.count() as u64 * Signatures::SIZE;
+        EncoderLimits { signatures, contents: self.contents.len() as u64 * CONTENT_SIZE }
+    }
+
     /// The destination holds this there. Whether there is such a page.
     pub fn on_held(&mut self, place: Place, digest: Digest) -> bool {
         let Some(number) = self.number(place) else { return false };

@@ -24,6 +24,11 @@ impl Signatures {
         Self { index: vec![0; pages], slots: Vec::new(), pages: Vec::new(), capacity, hand: 0 }
     }
 
+    /// How many signatures there is memory taken for.
+    pub(super) const fn count(&self) -> usize {
+        self.slots.len()
+    }
+
     pub(super) fn get(&mut self, page: u32) -> Option<&Signature> {
         let slot = self.slot(page)?;
         if let Some((_, used)) = self.pages.get_mut(slot) {

@@ -144,6 +144,21 @@ fn what_pages_cost_that_are_sent_again_is_known() {
 }
 
 #[test]
+fn an_encoder_takes_no_more_memory_than_it_may() {
+    let limits = EncoderLimits { signatures: 10 * 520, contents: 7 * 40 };
+    let mut pair = Pair::new(&[100], limits);
+    for seed in 0..5 {
+        for page in 0..100 {
+            pair.write(0, page, noise(seed * 1000 + u64::from(page)));
+            let used = pair.encoder.used();
+            assert!(used.signatures <= limits.signatures && used.contents <= limits.contents, "{used:?}");
+        }
+        pair.cost();
+    }
+    assert_eq!(pair.encoder.used(), limits);
+}
+
+#[test]
 fn what_the_destination_holds_already_is_not_sent_if_it_says_so() {
     let mut pair = Pair::new(&[10], EncoderLimits::default());
     pair.destination.0[0][3] = noise(3);
