@@ -5,10 +5,10 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use crate::pages::MAX_PAYLOAD;
+use crate::pages::{MAX_PAYLOAD, PIECES, Pieces};
 
 /// Version of the format; both sides must name the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Largest payload of a data frame.
 pub const MAX_DATA: usize = 256 << 10;
@@ -22,11 +22,17 @@ pub const MAX_BLOCKS: usize = 256;
 /// Most digests in one frame.
 pub const MAX_DIGESTS: usize = 4096;
 
+/// Most pages whose pieces are asked for, or told, in one frame.
+pub const MAX_WANTED: usize = 256;
+
 const HEADER: usize = 5;
 const IDENTITY: usize = 2 + 16 + 16 + 8 + KEY + 8;
 const KEY: usize = 32;
 const HELD_HEADER: usize = 2 + 4;
 const DIGEST: usize = 16;
+const BLOCK: usize = 2;
+const PAGE: usize = 4;
+const PIECE_HASHES: usize = PIECES * 4;
 /// Largest list of blocks: a count, and a name of up to 255 bytes and a length for each.
 const MAX_MEMORY: usize = 2 + MAX_BLOCKS * (1 + 255 + 4);
 
@@ -99,6 +105,20 @@ pub enum Frame {
     },
     /// The destination has told all that it holds.
     HeldEnd,
+    /// The source asks for the pieces of these pages, as they are at this point of the sequence.
+    Wanted {
+        /// Number of the block.
+        block: u16,
+        /// The pages.
+        pages: Vec<u32>,
+    },
+    /// The answer: for each page the hashes of its pieces.
+    Pieces {
+        /// Number of the block.
+        block: u16,
+        /// The pages.
+        pages: Vec<(u32, Pieces)>,
+    },
 }
 
 /// Bytes that are not a frame. The connection is worthless from here on.
@@ -138,13 +158,15 @@ mod kind {
     pub(super) const MEMORY: u8 = 12;
     pub(super) const HELD: u8 = 13;
     pub(super) const HELD_END: u8 = 14;
+    pub(super) const WANTED: u8 = 15;
+    pub(super) const PIECES: u8 = 16;
 }
 
 impl Frame {
     /// Appends the frame's bytes to `out`.
     ///
     /// Nothing may be longer than its kind allows ([`MAX_DATA`], [`MAX_CONTROL`], [`crate::pages::MAX_PAYLOAD`], [`MAX_BLOCKS`],
-    /// [`MAX_DIGESTS`]); the sender cuts before.
+    /// [`MAX_DIGESTS`], [`MAX_WANTED`]); the sender cuts before.
     pub fn encode(&self, out: &mut BytesMut) {
         match self {
             Self::Hello(greeting) => put_greeting(out, kind::HELLO, greeting),
@@ -167,6 +189,21 @@ impl Frame {
                 put(out, kind::HELD, &payload);
             }
             Self::HeldEnd => put(out, kind::HELD_END, &[]),
+            Self::Wanted { block, pages } => {
+                let mut payload = BytesMut::with_capacity(BLOCK + pages.len() * PAGE);
+                payload.put_u16(*block);
+                pages.iter().for_each(|page| payload.put_u32(*page));
+                put(out, kind::WANTED, &payload);
+            }
+            Self::Pieces { block, pages } => {
+                let mut payload = BytesMut::with_capacity(BLOCK + pages.len() * (PAGE + PIECE_HASHES));
+                payload.put_u16(*block);
+                for (page, pieces) in pages {
+                    payload.put_u32(*page);
+                    pieces.iter().for_each(|piece| payload.put_u32(*piece));
+                }
+                put(out, kind::PIECES, &payload);
+            }
         }
     }
 }
@@ -244,6 +281,8 @@ impl Decoder {
                 let digests = size.saturating_sub(HELD_HEADER);
                 digests % DIGEST == 0 && (1..=MAX_DIGESTS).contains(&(digests / DIGEST))
             }
+            kind::WANTED => is_list(size, PAGE),
+            kind::PIECES => is_list(size, PAGE + PIECE_HASHES),
             _ => return Err(MalformedFrame::Kind(kind)),
         };
         if !fits {
@@ -269,6 +308,8 @@ impl Decoder {
             kind::PAGES => Frame::Pages(payload),
             kind::MEMORY => Frame::Memory(blocks(payload).ok_or(MalformedFrame::List(kind))?),
             kind::HELD => held(payload),
+            kind::WANTED => wanted(payload),
+            kind::PIECES => pieces(payload),
             _ => Frame::HeldEnd,
         }))
     }
@@ -303,6 +344,30 @@ fn blocks(mut payload: Bytes) -> Option<Vec<Block>> {
         blocks.push(Block { id, pages: payload.try_get_u32().ok()? });
     }
     payload.is_empty().then_some(blocks)
+}
+
+/// Whether a block and 1 to [`MAX_WANTED`] of what has `each` bytes take `size` bytes.
+const fn is_list(size: usize, each: usize) -> bool {
+    let list = size.saturating_sub(BLOCK);
+    list != 0 && list % each == 0 && list / each <= MAX_WANTED
+}
+
+/// Reads pages from a payload whose length was checked.
+fn wanted(mut payload: Bytes) -> Frame {
+    let block = payload.get_u16();
+    let (pages, _) = payload.as_chunks::<PAGE>();
+    Frame::Wanted { block, pages: pages.iter().map(|page| u32::from_be_bytes(*page)).collect() }
+}
+
+/// Reads pages and their pieces from a payload whose length was checked.
+fn pieces(mut payload: Bytes) -> Frame {
+    let block = payload.get_u16();
+    let mut pages = Vec::with_capacity(payload.len() / (PAGE + PIECE_HASHES));
+    while payload.has_remaining() {
+        let page = payload.get_u32();
+        pages.push((page, std::array::from_fn(|_| payload.get_u32())));
+    }
+    Frame::Pieces { block, pages }
 }
 
 /// Reads digests from a payload whose length was checked.

@@ -6,7 +6,8 @@
 //! - nothing, if the destination holds that very content there already;
 //! - *zero*;
 //! - *copy* of another page that the destination holds at that point of the sequence;
-//! - *patch*: the pieces of 64 bytes that differ from what the destination holds there;
+//! - *patch*: the pieces of 64 bytes that differ from what the destination holds there, which the source remembers, or asks for
+//!   ([`crate::Frame::Wanted`]) where the destination has only told a digest;
 //! - *data*: all of it, compressed together with the rest of its batch.
 //!
 //! What is rebuilt from content that the destination holds carries a check: the destination never trusts that it holds what the source
@@ -17,11 +18,13 @@ pub mod batch;
 pub mod digest;
 pub mod encode;
 mod signature;
+mod wanted;
 
 pub use apply::{Applied, Applier, ApplyError, GuestMemory};
 pub use batch::{MAX_PAYLOAD, MalformedBatch};
 pub use digest::{Digest, Digester};
 pub use encode::{Encoder, EncoderLimits, Encoding, Place};
+pub use wanted::Pieces;
 
 /// Bytes of a page.
 pub const PAGE_SIZE: usize = 4096;

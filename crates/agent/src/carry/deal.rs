@@ -14,7 +14,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, oneshot};
 
-use super::feed::Holdings;
+use super::feed::{Holdings, ToldPieces};
 use super::memory::ProcessMemory;
 use super::pump::{Pump, size};
 
@@ -72,7 +72,7 @@ pub(super) async fn at_destination(
 ) -> Result<std::convert::Infallible, DealError> {
     tell_holdings(pump, &digester, memory.as_mut()).await?;
     let lengths = memory.iter().flat_map(ProcessMemory::blocks).map(|block| block.pages).collect();
-    let mut applier = Applier::new(digester, lengths);
+    let mut applier = Applier::new(digester.clone(), lengths);
     let mut qemu = ToQemu { qemu, gone: false };
     let mut ended = false;
     while let Some(frame) = frames.recv().await {
@@ -86,6 +86,16 @@ pub(super) async fn at_destination(
                 let applied = applier.apply(payload, memory)?;
                 pump.on_read(u64::from(applied.pages) * PAGE_SIZE as u64);
                 tokio::task::yield_now().await;
+            }
+            Frame::Wanted { block, pages } => {
+                let memory = memory.as_mut().ok_or(DealError::Unexpected("questions about pages after the end"))?;
+                let mut told = Vec::with_capacity(pages.len());
+                for page in pages {
+                    let mut content = [0; PAGE_SIZE];
+                    memory.read(*block, *page, &mut content)?;
+                    told.push((*page, digester.told_pieces(&content)));
+                }
+                pump.push(&Frame::Pieces { block: *block, pages: told }, 0);
             }
             Frame::ForwardEnd if !ended => {
                 ended = true;
@@ -176,6 +186,7 @@ pub(super) async fn at_source(
     mut frames: mpsc::UnboundedReceiver<Frame>,
     pages: u64,
     told: oneshot::Sender<Holdings>,
+    pieces: mpsc::UnboundedSender<ToldPieces>,
 ) -> Result<std::convert::Infallible, DealError> {
     let mut qemu = ToQemu { qemu, gone: false };
     let mut answers = Answers::default();
@@ -219,6 +230,13 @@ pub(super) async fn at_source(
                 };
                 // Nobody listens any more: then QEMU has closed before it began.
                 let _ = listening.send(holdings);
+            }
+            Frame::Pieces { block, pages } => {
+                if !pump.on_pieces(pages.len()) {
+                    return Err(DealError::Unexpected("pieces of pages that it was not asked for"));
+                }
+                // Nobody listens any more: then QEMU has closed.
+                let _ = pieces.send((block, pages));
             }
             _ => return Err(DealError::Unexpected("a frame twice")),
         }

@@ -4,11 +4,12 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::Frame;
-use godwit_carrier::frame::{Block, MAX_DATA};
+use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
 use godwit_carrier::pages::digest::is_zero;
-use godwit_carrier::pages::{Digest, Digester, Encoder, EncoderLimits, GuestMemory, PAGE_SIZE, Page, Place};
+use godwit_carrier::pages::{Digest, Digester, Encoder, EncoderLimits, GuestMemory, PAGE_SIZE, Page, Pieces, Place};
 use godwit_stream::{Element, PageContent, RamStart, Reader, StreamError, WriteError, Writer};
 use tokio::net::unix::OwnedReadHalf;
+use tokio::sync::mpsc;
 
 use super::memory::ProcessMemory;
 use super::pump::Pump;
@@ -49,6 +50,9 @@ pub(super) struct Holdings {
     pub(super) held: Vec<(u16, u32, Vec<Digest>)>,
 }
 
+/// Pages of a block with the hashes of their pieces, as the destination has told them.
+pub(super) type ToldPieces = (u16, Vec<(u32, Pieces)>);
+
 /// Which section of RAM the reader is in.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Section {
@@ -66,6 +70,7 @@ pub(super) struct Feed<'a> {
     /// What the destination's QEMU is to read, not yet in a frame.
     forward: BytesMut,
     encoder: Option<Encoder>,
+    pieces: mpsc::UnboundedReceiver<ToldPieces>,
     /// Names of the blocks that the destination places.
     told: Vec<Bytes>,
     /// For each block of the stream its number at the destination, if that places its pages.
@@ -85,7 +90,12 @@ pub(super) struct Feed<'a> {
 }
 
 impl<'a> Feed<'a> {
-    pub(super) fn new(pump: &'a Pump, digester: Digester, own: Option<ProcessMemory>) -> Self {
+    pub(super) fn new(
+        pump: &'a Pump,
+        digester: Digester,
+        own: Option<ProcessMemory>,
+        pieces: mpsc::UnboundedReceiver<ToldPieces>,
+    ) -> Self {
         Self {
             pump,
             digester,
@@ -93,6 +103,7 @@ impl<'a> Feed<'a> {
             writer: Writer::new(),
             forward: BytesMut::new(),
             encoder: None,
+            pieces,
             told: Vec::new(),
             placed: Vec::new(),
             section: Section::None,
@@ -133,10 +144,15 @@ impl<'a> Feed<'a> {
         self.pump.wait_for_room().await;
         if self.idle && !self.ended && self.section == Section::None && self.encoder.is_some() {
             self.flush();
-            self.pump.pause(self.idle_pause).await;
-            self.idle_pause = (self.idle_pause * 2).min(LONGEST_PAUSE);
+            tokio::select! {
+                () = self.pump.pause(self.idle_pause) => self.idle_pause = (self.idle_pause * 2).min(LONGEST_PAUSE),
+                Some(told) = self.pieces.recv() => self.on_pieces(&told),
+            }
         }
         loop {
+            while let Ok(told) = self.pieces.try_recv() {
+                self.on_pieces(&told);
+            }
             let limit = if self.idle && !self.ended && !self.pump.is_hurried() { IDLE_READ } else { READ };
             let buffer = self.reader.buffer_mut();
             buffer.reserve(READ);
@@ -148,11 +164,39 @@ impl<'a> Feed<'a> {
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                     self.flush();
-                    if qemu.readable().await.is_err() {
-                        return None;
+                    tokio::select! {
+                        readable = qemu.readable() => if readable.is_err() {
+                            return None;
+                        },
+                        Some(told) = self.pieces.recv() => self.on_pieces(&told),
                     }
                 }
                 Err(_) => return None,
+            }
+        }
+    }
+
+    /// Pages that have waited for this go out, as the pieces that differ.
+    fn on_pieces(&mut self, (block, pages): &ToldPieces) {
+        for (page, pieces) in pages {
+            if self.encoder.as_ref().is_some_and(Encoder::is_full) {
+                self.flush_pages();
+            }
+            if let Some(encoder) = &mut self.encoder {
+                encoder.on_pieces(Place { block: *block, page: *page }, pieces);
+            }
+        }
+        self.flush_pages();
+    }
+
+    /// Nothing waits any more.
+    fn wait_no_longer(&mut self) {
+        while let Some(encoder) = &mut self.encoder {
+            encoder.set_asks(false);
+            if encoder.is_full() {
+                self.flush_pages();
+            } else if !encoder.wait_no_longer() {
+                break;
             }
         }
     }
@@ -214,6 +258,7 @@ impl<'a> Feed<'a> {
                     self.ended = true;
                 }
                 if let Element::EndEnd = element {
+                    self.wait_no_longer();
                     self.look_again()?;
                 }
                 self.idle = false;
@@ -239,6 +284,7 @@ impl<'a> Feed<'a> {
     fn encode_page(&mut self, place: Place, content: Option<&Page>) -> Result<(), FeedError> {
         let none = FeedError::Page { block: place.block, page: place.page };
         let Some(encoder) = &mut self.encoder else { return Err(none) };
+        encoder.set_asks(!self.ended && !self.pump.is_hurried());
         // A page that is left out is a VM that is another.
         if !encoder.encode(place, content) {
             return Err(none);
@@ -246,7 +292,25 @@ impl<'a> Feed<'a> {
         if encoder.is_full() {
             self.flush_pages();
         }
+        if self.encoder.as_ref().is_some_and(|encoder| encoder.unasked() >= MAX_WANTED) {
+            self.ask_for_pieces();
+        }
         Ok(())
+    }
+
+    /// Asks for the pieces of what waits. What the encoder has put together goes first: the destination answers as things stand then.
+    fn ask_for_pieces(&mut self) {
+        self.flush_pages();
+        let Some(encoder) = &mut self.encoder else { return };
+        let mut asked: Option<(u16, Vec<u32>)> = None;
+        while let Some(place) = encoder.ask() {
+            match &mut asked {
+                Some((block, pages)) if *block == place.block && pages.len() < MAX_WANTED => pages.push(place.page),
+                _ => push_wanted(self.pump, asked.replace((place.block, vec![place.page]))),
+            }
+        }
+        push_wanted(self.pump, asked);
+        self.pump.set_waiting(encoder.waiting());
     }
 
     /// An emulating QEMU can miss a write: its vCPU takes a page for watched no longer at the very moment at which the watch begins anew. So
@@ -283,6 +347,7 @@ impl<'a> Feed<'a> {
             self.pump.push(&Frame::Pages(batch.payload), batch.raw);
         }
         self.pump.on_cost(encoder.cost_again(), encoder.encoding());
+        self.pump.set_waiting(encoder.waiting());
     }
 
     /// Pages go to memory past the destination's QEMU: whether that lives must be asked. Between sections it takes questions.
@@ -303,11 +368,18 @@ impl<'a> Feed<'a> {
     /// Everything that was taken in goes out: pages first, since what follows may rely on them.
     fn flush(&mut self) {
         self.ask();
-        self.flush_pages();
+        self.ask_for_pieces();
         while !self.forward.is_empty() {
             let piece = self.forward.split_to(self.forward.len().min(MAX_DATA)).freeze();
             let raw = piece.len() as u64;
             self.pump.push(&Frame::Forward(piece), raw);
         }
+    }
+}
+
+fn push_wanted(pump: &Pump, asked: Option<(u16, Vec<u32>)>) {
+    if let Some((block, pages)) = asked {
+        pump.on_wanted(pages.len());
+        pump.push(&Frame::Wanted { block, pages }, 0);
     }
 }

@@ -184,10 +184,11 @@ async fn move_bytes(
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
             let (told, holdings) = oneshot::channel();
             let holdings = async { holdings.await.unwrap_or_default() };
-            let feed = Feed::new(pump, Digester::new(&key), own.map(memory));
+            let (told_pieces, pieces) = mpsc::unbounded_channel();
+            let feed = Feed::new(pump, Digester::new(&key), own.map(memory), pieces);
             tokio::select! {
                 error = connections::of_source(pump, &dialler, key, patience, from_agent, tell) => Err(text(error)),
-                error = deal::at_source(pump, writer, frames, config.pages, told) => error.map_err(text),
+                error = deal::at_source(pump, writer, frames, config.pages, told, told_pieces) => error.map_err(text),
                 Err(error) = feed.run(&reader, holdings) => Err(text(error)),
             }
         }

@@ -13,7 +13,7 @@ use std::io;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::pages::{Encoding, PAGE_SIZE};
+use godwit_carrier::pages::{Encoding, PAGE_SIZE, Pieces};
 use godwit_carrier::{Decoder, Frame, Greeting, Identity, MalformedFrame, Session};
 use godwit_model::BytesPerSec;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -103,6 +103,10 @@ pub(super) struct Pump {
     encoding: Cell<Encoding>,
     /// The last question to the destination's QEMU, and when it was asked if it was not answered.
     question: Cell<(u32, Option<Duration>)>,
+    /// Pages that wait in the feed for an answer of the destination.
+    waiting: Cell<usize>,
+    /// Pages whose pieces were asked for and not told yet.
+    wanted: Cell<usize>,
 }
 
 /// What the agent is told.
@@ -138,6 +142,8 @@ pub(super) fn size(frame: &Frame) -> usize {
         Frame::Forward(data) | Frame::Return(data) | Frame::Pages(data) | Frame::Control(data) => data.len(),
         Frame::Held { digests, .. } => digests.len() * 16,
         Frame::Memory(blocks) => blocks.len() * 64,
+        Frame::Wanted { pages, .. } => pages.len() * size_of::<u32>(),
+        Frame::Pieces { pages, .. } => pages.len() * size_of::<(u32, Pieces)>(),
         _ => 0,
     };
     content + FRAME
@@ -174,6 +180,8 @@ impl Pump {
             cost: Cell::new(None),
             encoding: Cell::new(Encoding::default()),
             question: Cell::new((OUR_QUESTIONS, None)),
+            waiting: Cell::new(0),
+            wanted: Cell::new(0),
         };
         (pump, queue)
     }
@@ -195,7 +203,7 @@ impl Pump {
             stream_bytes: self.stream_bytes.get(),
             rate: self.rate(link_rate, window.wire_sent()),
             link_rate,
-            in_flight: window.in_flight(),
+            in_flight: window.in_flight() + (self.waiting.get() * PAGE_SIZE) as u64,
             round_trip: window.round_trip(),
             stalled,
             unanswered: self.question.get().1.map_or(Duration::ZERO, |asked| self.now().saturating_sub(asked)),
@@ -250,6 +258,23 @@ impl Pump {
         self.measured.set((0, Duration::ZERO));
         let speed = (bytes as f64 / time.as_secs_f64().max(1e-6)) as u64;
         self.speed.set((self.speed.get().saturating_mul(3).saturating_add(speed) / 4).max(1));
+    }
+
+    /// So many pages wait in the feed.
+    pub(super) fn set_waiting(&self, pages: usize) {
+        self.waiting.set(pages);
+    }
+
+    /// The pieces of so many pages are asked for.
+    pub(super) fn on_wanted(&self, pages: usize) {
+        self.wanted.set(self.wanted.get() + pages);
+    }
+
+    /// The pieces of so many pages were told. Whether as many were asked for.
+    pub(super) fn on_pieces(&self, pages: usize) -> bool {
+        let left = self.wanted.get().checked_sub(pages);
+        self.wanted.set(left.unwrap_or(0));
+        left.is_some()
     }
 
     /// The number of a question to the destination's QEMU, unless one is open.
@@ -410,9 +435,14 @@ impl Pump {
             (_, Frame::Hello(_) | Frame::Welcome(_)) => return Err(PumpError::Unexpected("a second greeting")),
             (
                 Side::Source,
-                frame @ (Frame::Return(_) | Frame::ReturnEnd | Frame::Memory(_) | Frame::Held { .. } | Frame::HeldEnd),
+                frame @ (Frame::Return(_)
+                | Frame::ReturnEnd
+                | Frame::Memory(_)
+                | Frame::Held { .. }
+                | Frame::HeldEnd
+                | Frame::Pieces { .. }),
             )
-            | (Side::Destination, frame @ (Frame::Forward(_) | Frame::ForwardEnd | Frame::Pages(_))) => {
+            | (Side::Destination, frame @ (Frame::Forward(_) | Frame::ForwardEnd | Frame::Pages(_) | Frame::Wanted { .. })) => {
                 self.session.borrow_mut().on_taken();
                 self.queued.set(self.queued.get() + size(&frame));
                 let _ = self.frames.send(frame);

@@ -6,6 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -21,7 +22,7 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
 
-use super::connect::{Acceptor, Dialler, Expected};
+use super::connect::{Acceptor, Dialler, Expected, Greeted};
 use super::connections::{self, SessionError};
 use super::control::PlacedBlock;
 use super::deal;
@@ -83,7 +84,8 @@ fn source_at(
         let (pump, frames) = Pump::new(Side::Source, identity, keep_alive, rate, to_agent);
         let (reader, writer) = ours.into_split();
         let (told, holdings) = oneshot::channel();
-        let feed = Feed::new(&pump, Digester::new(&KEY), own);
+        let (told_pieces, pieces) = mpsc::unbounded_channel();
+        let feed = Feed::new(&pump, Digester::new(&KEY), own, pieces);
         let feeding = async {
             feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
             std::future::pending().await
@@ -91,7 +93,7 @@ fn source_at(
         let tell = |connected| counted.set(counted.get() + u32::from(connected));
         tokio::select! {
             error = connections::of_source(&pump, &dialler, KEY, PATIENCE, &mut from_agent, tell) => error,
-            Err(error) = deal::at_source(&pump, writer, frames, 10_000, told) => panic!("{error}"),
+            Err(error) = deal::at_source(&pump, writer, frames, 10_000, told, told_pieces) => panic!("{error}"),
             () = feeding => unreachable!("it waits"),
         }
     });
@@ -594,6 +596,64 @@ async fn a_destination_says_what_it_holds_already() {
                 let content = if [3, 4, 9].contains(&number) { noise(number) } else { [0; PAGE_SIZE] };
                 assert_eq!(digest, digester.page(&content), "page {number}");
             }
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_vm_that_comes_home_finds_its_memory_there() {
+    LocalSet::new()
+        .run_until(async {
+            let (pages, mut memory) = guest_memory();
+            (0..500).for_each(|number| memory.write(0, number, &noise(u64::from(number))).expect("written"));
+            let materials = cluster(&["h1", "h2"]);
+            let (listener, address) = listener().await;
+            let mut destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), Some(memory), PATIENT);
+            let wire = Arc::new(AtomicU64::new(0));
+            let dialler =
+                Dialler::new(address, expected("h2", &materials[1]), &materials[0], Arc::clone(&wire)).expect("a dialler");
+            let mut source = source(dialler, IDENTITY);
+            let now = |number: u64| {
+                let mut content = noise(number);
+                content[2_000] ^= u8::from(number % 5 == 0);
+                content
+            };
+            let mut stream = Stream::new();
+            let all: Vec<Element> = (0..500).map(|number| page(0, number, &now(number))).collect();
+            stream.part(&all);
+            stream.add(&Element::PartBegin);
+            stream.add(&Element::PartEnd);
+            source.qemu.write_all(&stream.take()).await.expect("written");
+            // The end must not come before the answers: what waits then is sent whole.
+            while std::hint::black_box(pages)[495] != now(495) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            stream.end();
+            source.qemu.write_all(&stream.take()).await.expect("written");
+            let mut expected = Stream::new();
+            expected.end();
+            read_stream(&mut destination.qemu, &expected.take()).await;
+            (0..).zip(&pages[..500]).for_each(|(number, content)| assert!(*content == now(number), "page {number}"));
+            let moved = wire.load(Ordering::Relaxed);
+            assert!(moved < 25 * PAGE_SIZE as u64, "{moved} bytes for a hundred pages that differ in a piece");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn pieces_that_nobody_asked_for_end_the_session() {
+    LocalSet::new()
+        .run_until(async {
+            let materials = cluster(&["h1", "h2"]);
+            let (listener, address) = listener().await;
+            let mut acceptor = acceptor(listener, "h1", &materials[0], &materials[1]);
+            let source = source(dialler(address, "h2", &materials[1], &materials[0]), IDENTITY);
+            let Greeted { connection, decoder, greeting } = acceptor.next().await.expect("a source");
+            let mut destination = ByHand { connection, decoder };
+            destination.send(&[Frame::Welcome(greeting)]).await;
+            destination.send(&[Frame::Memory(vec![]), Frame::Pieces { block: 0, pages: vec![(0, [0; 64])] }]).await;
+            let ended = source.ended.await;
+            assert!(ended.is_err_and(|error| error.is_panic()), "it went on");
         })
         .await;
 }

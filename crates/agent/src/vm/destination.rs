@@ -18,8 +18,8 @@ use tokio::sync::mpsc;
 
 use super::actor::{Actor, Answer, Moving, RETRY, qemu_failed};
 use super::moving::{Watch, millis, tell};
-use super::placement::{self, Access};
-use crate::carry::{CarryClient, CarryNotice, Placement, Role};
+use super::placement::Access;
+use crate::carry::{CarryClient, CarryNotice, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Incoming, VmRecord};
 
@@ -150,7 +150,7 @@ impl Actor {
         let source = grant.source.clone().ok_or_else(|| Refusal::new(ErrorCode::BadRequest, "the grant names no source"))?;
         let mut fds = PassedFds::new();
         let listen_fd = fds.pass(listener);
-        let placement = self.placement(&qmp, Access::Write, &mut fds).await;
+        let placement = self.memory_blocks(&qmp).await.and_then(|blocks| self.place(blocks, Access::Write, &mut fds));
         let kept = memory_key.and_then(|key| self.lend_memory(&key, &mut fds));
         let role = Role::Destination { listen_fd, placement, kept };
         let carry = self.start_carry(role, grant, &source, ours.into(), policy.stall, fds).await?;
@@ -166,17 +166,6 @@ impl Actor {
             return Err(refusal);
         }
         Ok(carry)
-    }
-
-    /// Where QEMU has its memory. Without it pages go through QEMU's socket, which is slower and takes more bytes on the wire.
-    pub(super) async fn placement(&self, qmp: &godwit_qemu::Qmp, access: Access, fds: &mut PassedFds) -> Option<Placement> {
-        let (process, record) = (self.process.as_ref()?, self.record.as_ref()?);
-        placement::placement(qmp, process.identity(), &record.spec, access, fds)
-            .await
-            .inspect_err(|error| {
-                tracing::warn!(error = error as &dyn std::error::Error, "the guest's memory is not reached directly")
-            })
-            .ok()
     }
 
     /// The controller gives the task up, or knows how it ended at the source: without a release the destination declines.

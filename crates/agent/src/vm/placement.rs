@@ -8,19 +8,18 @@ use godwit_qemu::process::ProcessIdentity;
 use godwit_qemu::qmp::Qmp;
 use godwit_qemu::{PassedFds, QmpError};
 
+use super::actor::Actor;
 use crate::carry::{PlacedBlock, Placement};
 
 const PAGE: u64 = 4096;
 
-/// Why pages travel through QEMU's own socket instead.
+/// Why the memory is not found.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum NoPlacement {
+enum NoPlacement {
     #[error("QEMU does not say where its memory is")]
     Qmp(#[from] QmpError),
     #[error("QEMU names no memory at guest address {0:#x}")]
     Nowhere(u64),
-    #[error("the memory of QEMU cannot be opened")]
-    Open(#[from] io::Error),
 }
 
 /// What carry may do with the memory.
@@ -31,7 +30,7 @@ pub(super) enum Access {
 }
 
 /// Finds the RAM and the DIMMs of `spec` in its QEMU.
-pub(super) async fn blocks(qmp: &Qmp, spec: &ResolvedSpec) -> Result<Vec<PlacedBlock>, NoPlacement> {
+async fn blocks(qmp: &Qmp, spec: &ResolvedSpec) -> Result<Vec<PlacedBlock>, NoPlacement> {
     let dimms = spec.dimms().iter().map(|dimm| (dimm.address.0, dimm.size.get()));
     let mut blocks = Vec::new();
     for (guest, size) in std::iter::once((0, spec.memory.get())).chain(dimms) {
@@ -49,15 +48,18 @@ pub(super) fn open(process: &ProcessIdentity, access: Access) -> io::Result<(Fil
     Ok((memory, File::open(format!("/proc/{}/pagemap", process.pid))?))
 }
 
-/// All of it, for carry.
-pub(super) async fn placement(
-    qmp: &Qmp,
-    process: &ProcessIdentity,
-    spec: &ResolvedSpec,
-    access: Access,
-    fds: &mut PassedFds,
-) -> Result<Placement, NoPlacement> {
-    let blocks = blocks(qmp, spec).await?;
-    let (memory, map) = open(process, access)?;
-    Ok(Placement { memory_fd: fds.pass(memory), map_fd: fds.pass(map), blocks })
+impl Actor {
+    /// Where QEMU has the VM's memory.
+    pub(super) async fn memory_blocks(&self, qmp: &Qmp) -> Option<Vec<PlacedBlock>> {
+        let found = blocks(qmp, &self.record.as_ref()?.spec).await;
+        found.inspect_err(|error| tracing::warn!(error = error as &dyn std::error::Error, "the VM's memory is not found")).ok()
+    }
+
+    /// That memory, for carry. Without it pages go through QEMU's socket, which is slower and takes more bytes on the wire.
+    pub(super) fn place(&self, blocks: Vec<PlacedBlock>, access: Access, fds: &mut PassedFds) -> Option<Placement> {
+        let (memory, map) = open(self.process.as_ref()?.identity(), access)
+            .inspect_err(|error| tracing::warn!(%error, "the VM's memory is not reached"))
+            .ok()?;
+        Some(Placement { memory_fd: fds.pass(memory), map_fd: fds.pass(map), blocks })
+    }
 }

@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use super::actor::{Actor, Moving, RETRY, qemu_failed};
 use super::moving::{Watch, carry_view, millis, tell};
 use super::placement::Access;
-use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, Role};
+use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, PlacedBlock, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Outgoing};
 
@@ -58,8 +58,8 @@ pub(super) struct SourceMove {
     hurried: bool,
     blackout: Option<Millis>,
     told: Option<(Instant, MigrationPhase, u16)>,
-    /// Under which the VM's memory is kept here; it is in no journal, and so is not known to an agent that began after the move.
-    memory_key: Option<StayKey>,
+    /// Key and places of the VM's memory, which is kept when it has left. The key is in no journal: an agent that began after the move has none.
+    keep: Option<(StayKey, Vec<PlacedBlock>)>,
 }
 
 impl SourceMove {
@@ -80,7 +80,7 @@ impl SourceMove {
             hurried: false,
             blackout: None,
             told: None,
-            memory_key: None,
+            keep: None,
         }
     }
 
@@ -162,9 +162,10 @@ impl Actor {
             self.begin_source(&grant, address, policy).await
         };
         match begun.await {
-            Ok((carry, held)) => {
+            Ok((carry, held, blocks)) => {
                 let moving = SourceMove::new(grant, policy, Some(carry), held);
-                self.moving = Some(Moving::Source(Box::new(SourceMove { memory_key, ..moving })));
+                let keep = memory_key.zip(blocks);
+                self.moving = Some(Moving::Source(Box::new(SourceMove { keep, ..moving })));
                 Ok(())
             }
             Err(refusal) => {
@@ -179,7 +180,7 @@ impl Actor {
         grant: &Grant,
         address: SocketAddr,
         policy: MigrationPolicy,
-    ) -> Result<(CarryClient, bool), Refusal> {
+    ) -> Result<(CarryClient, bool, Option<Vec<PlacedBlock>>), Refusal> {
         let qmp = self.monitor()?.clone();
         let held = prepare_source(&qmp).await?;
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
@@ -189,7 +190,9 @@ impl Actor {
         qmp.getfd(MIGRATION_FD, qemus.into()).await.map_err(qemu_failed)?;
         let mut fds = PassedFds::new();
         let emulated = self.host.facts.accelerator == Accelerator::Tcg;
-        let own = if emulated { self.placement(&qmp, Access::Read, &mut fds).await } else { None };
+        // Later QEMU may hang, and nothing is to wait for it.
+        let blocks = self.memory_blocks(&qmp).await;
+        let own = blocks.clone().filter(|_| emulated).and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
         let role = Role::Source { address, bandwidth: policy.bandwidth, own };
         let carry = self.start_carry(role, grant, &grant.destination, ours.into(), policy.stall, fds).await?;
         if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
@@ -200,7 +203,7 @@ impl Actor {
             carry.end().await;
             return Err(refusal);
         }
-        Ok((carry, held))
+        Ok((carry, held, blocks))
     }
 
     /// Starts this side's carry for a move with `peer`.
@@ -467,8 +470,8 @@ impl Actor {
                 if let Some(record) = &mut self.record {
                     record.end_wanted = true;
                 }
-                if let Some(key) = moving.memory_key {
-                    self.keep_memory(key, ended.generation).await;
+                if let Some((key, blocks)) = moving.keep {
+                    self.keep_memory(key, blocks, ended.generation).await;
                 }
                 self.end_process().await;
                 self.drop_record();

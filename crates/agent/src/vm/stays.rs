@@ -13,8 +13,8 @@ use godwit_qemu::PassedFds;
 use godwit_vault::{Block, Draft, Identity, Shelf, StayKey};
 
 use super::actor::Actor;
-use super::placement;
-use crate::carry::{KeptMemory, ProcessMemory};
+use super::placement::{self, Access};
+use crate::carry::{KeptMemory, PlacedBlock, ProcessMemory};
 
 /// The process of a VM that has left is not kept for longer than this for its memory's sake.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -26,15 +26,11 @@ pub(crate) fn key(bytes: &[u8]) -> Option<StayKey> {
 
 impl Actor {
     /// Keeps the memory of the VM, which has left and whose process is still here. What is in the way of that is not in the way of anything else.
-    pub(super) async fn keep_memory(&self, key: StayKey, generation: Generation) {
-        let Some(shelf) = self.host.stays.clone() else { return };
-        let (Ok(qmp), Some(process), Some(record)) = (self.monitor(), &self.process, &self.record) else { return };
+    pub(super) async fn keep_memory(&self, key: StayKey, blocks: Vec<PlacedBlock>, generation: Generation) {
+        let (Some(shelf), Some(process)) = (self.host.stays.clone(), &self.process) else { return };
         let began = Instant::now();
-        let memory = match placement::blocks(qmp, &record.spec).await {
-            Ok(blocks) => placement::open(process.identity(), placement::Access::Read)
-                .map(|(memory, map)| ProcessMemory::new(memory.into(), map.into(), blocks)),
-            Err(error) => Err(io::Error::other(error)),
-        };
+        let memory = placement::open(process.identity(), Access::Read)
+            .map(|(memory, map)| ProcessMemory::new(memory.into(), map.into(), blocks));
         let vm = self.vm;
         let over = Arc::new(AtomicBool::new(false));
         let ends = Arc::clone(&over);

@@ -34,6 +34,8 @@ fn examples() -> Vec<(&'static str, Frame)> {
         ("memory", Frame::Memory(vec![Block { id: Bytes::from_static(b"pc.ram"), pages: 65_536 }])),
         ("held", Frame::Held { block: 0, first: 7, digests: vec![[0x44; 16], [0x55; 16]] }),
         ("held_end", Frame::HeldEnd),
+        ("wanted", Frame::Wanted { block: 0, pages: vec![7, 300] }),
+        ("pieces", Frame::Pieces { block: 0, pages: vec![(7, std::array::from_fn(|index| index as u32))] }),
     ]
 }
 

@@ -4,7 +4,7 @@ use std::hash::Hasher;
 
 use siphasher::sip::SipHasher13;
 
-use super::{PIECE, PIECES, Page};
+use super::{PIECE, PIECES, Page, Pieces};
 
 /// The first 16 bytes of a page's BLAKE3 under the session's key; [`ZERO`] stands for a page of zeros.
 pub type Digest = [u8; 16];
@@ -47,6 +47,12 @@ impl Digester {
         let (first, _) = hash.as_bytes().split_first_chunk::<16>().expect("a hash has 32 bytes");
         // One in 2^128, which must not pass for zeros.
         if *first == ZERO { [0xff; 16] } else { *first }
+    }
+
+    /// The hash of each piece of a page, cut to what a [`crate::Frame::Pieces`] tells of it.
+    #[must_use]
+    pub fn told_pieces(&self, page: &Page) -> Pieces {
+        self.pieces(page).map(|hash| hash as u32)
     }
 
     /// The hash of each piece of a page.

@@ -8,6 +8,7 @@ use zstd::bulk::Compressor;
 use super::batch::{Entry, Writer};
 use super::digest::{CHECK, ZERO};
 use super::signature::Signatures;
+use super::wanted::{Pieces, Wanted};
 use super::{Digest, Digester, PAGE_SIZE, PIECE, PIECES, Page};
 
 /// A page of a block.
@@ -19,7 +20,7 @@ pub struct Place {
     pub page: u32,
 }
 
-/// How much memory an encoder may take beyond 20 bytes for each page.
+/// How much memory an encoder may take beyond 21 bytes for each page and 4 MiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EncoderLimits {
     /// Bytes for what patches are made from, 520 for each page.
@@ -93,6 +94,8 @@ pub struct Encoder {
     contents: BTreeMap<Digest, u32>,
     most_contents: usize,
     signatures: Signatures,
+    wanted: Wanted,
+    asks: bool,
     batch: Writer,
     /// Of the present batch: bytes without compression of pages that are sent again, their number, and all bytes.
     shares: (u64, u64, u64),
@@ -144,6 +147,8 @@ impl Encoder {
             contents: BTreeMap::new(),
             most_contents: usize::try_from(limits.contents / CONTENT_SIZE).unwrap_or(usize::MAX),
             signatures: Signatures::new(pages, signatures),
+            wanted: Wanted::new(pages),
+            asks: false,
             batch: Writer::default(),
             shares: (0, 0, 0),
             raw: 0,
@@ -175,7 +180,57 @@ impl Encoder {
     pub fn on_held(&mut self, place: Place, digest: Digest) -> bool {
         let Some(number) = self.number(place) else { return false };
         self.set_held(number, digest);
+        self.wanted.set_told(number, digest != ZERO);
         true
+    }
+
+    /// Whether pages may wait for an answer of the destination. They do not at first.
+    pub const fn set_asks(&mut self, asks: bool) {
+        self.asks = asks;
+    }
+
+    /// How many pages wait until the destination has told the pieces of its version.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.wanted.len()
+    }
+
+    /// How many of them were not asked for yet.
+    #[must_use]
+    pub fn unasked(&self) -> usize {
+        self.wanted.unasked()
+    }
+
+    /// A page whose pieces the destination is to be asked for now, before anything else is sent to it.
+    pub fn ask(&mut self) -> Option<Place> {
+        let number = self.wanted.ask()?;
+        self.place(number)
+    }
+
+    /// The destination has told the pieces of a page that it was asked for; there must be room. A page that does not wait any more is left alone.
+    pub fn on_pieces(&mut self, place: Place, pieces: &Pieces) {
+        let Some(number) = self.number(place) else { return };
+        let Some(content) = self.wanted.take(number) else { return };
+        let now = self.digester.pieces(&content);
+        let mask = mask(pieces.iter().zip(&now).map(|(before, now)| *before != *now as u32));
+        self.wanted.on_answer(mask.count_ones() <= MOST_PIECES);
+        self.put_waiting(place, number, &content, Some(mask));
+    }
+
+    /// Encodes a page that waits, without its answer; there must be room. Whether there was one.
+    pub fn wait_no_longer(&mut self) -> bool {
+        let Some(number) = self.wanted.first() else { return false };
+        if let (Some(content), Some(place)) = (self.wanted.take(number), self.place(number)) {
+            self.put_waiting(place, number, &content, None);
+        }
+        true
+    }
+
+    fn put_waiting(&mut self, place: Place, number: u32, content: &Page, mask: Option<u64>) {
+        let digest = self.digester.page(content);
+        let bytes = self.put_content(place, number, content, &digest, mask);
+        self.set_held(number, digest);
+        self.shares.2 += bytes as u64;
     }
 
     /// Encodes a page, `None` for zeros. Whether there is such a page.
@@ -188,13 +243,19 @@ impl Encoder {
         let digest = content.map_or(ZERO, |content| self.digester.page(content));
         let before = self.held.get(number as usize).copied().unwrap_or(ZERO);
         let again = self.mark_sent(number);
+        // What waited is out of date.
+        drop(self.wanted.take(number));
         let bytes = match content {
             _ if digest == before => {
                 self.encoding.same += 1;
                 0
             }
+            Some(content) if digest != ZERO && self.asks && self.wanted.is_worth(number) && self.same(&digest).is_none() => {
+                self.wanted.put(number, content);
+                return true;
+            }
             Some(content) if digest != ZERO => {
-                let bytes = self.put_content(place, number, content, &digest);
+                let bytes = self.put_content(place, number, content, &digest, None);
                 self.set_held(number, digest);
                 bytes
             }
@@ -213,13 +274,20 @@ impl Encoder {
         true
     }
 
-    fn put_content(&mut self, place: Place, number: u32, content: &Page, digest: &Digest) -> usize {
+    /// A page that holds this content at the destination.
+    fn same(&self, digest: &Digest) -> Option<Place> {
+        let same = self.contents.get(digest).copied().filter(|same| self.held.get(*same as usize) == Some(digest));
+        same.and_then(|same| self.place(same))
+    }
+
+    /// `told` are the pieces that differ, if the destination has told its own.
+    fn put_content(&mut self, place: Place, number: u32, content: &Page, digest: &Digest, told: Option<u64>) -> usize {
         let check = *digest.first_chunk::<CHECK>().expect("a digest is longer than a check");
         let pieces = self.digester.pieces(content);
-        let same = self.contents.get(digest).copied().filter(|same| self.held.get(*same as usize) == Some(digest));
-        let patched = self.signatures.get(number).map(|before| differing(before, &pieces));
+        let same = self.same(digest);
+        let patched = told.or_else(|| self.signatures.get(number).map(|before| differing(before, &pieces)));
         self.signatures.set(number, pieces);
-        if let Some(from) = same.and_then(|same| self.place(same)) {
+        if let Some(from) = same {
             self.encoding.copy += 1;
             let entry = Entry::Copy { block: from.block, page: from.page, check };
             return self.batch.put(place.block, place.page, &entry);
@@ -270,6 +338,7 @@ impl Encoder {
 
     fn set_held(&mut self, number: u32, digest: Digest) {
         let Some(held) = self.held.get_mut(number as usize) else { return };
+        self.wanted.set_told(number, false);
         let before = std::mem::replace(held, digest);
         if before != ZERO && self.contents.get(&before) == Some(&number) {
             self.contents.remove(&before);
@@ -292,17 +361,19 @@ impl Encoder {
     /// The pages that came more than once: those that the guest wrote to while it was watched.
     #[must_use]
     pub fn sent_again(&self) -> Vec<Place> {
-        let numbers = (0_u32..).zip(&self.again).flat_map(|(word, bits)| {
-            let bits = *bits;
-            (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| word * 64 + bit)
-        });
+        let written = (0_u32..).zip(&self.again).filter(|(_, bits)| **bits != 0);
+        let numbers =
+            written.flat_map(|(word, bits)| (0..64).filter(move |bit| *bits >> bit & 1 == 1).map(move |bit| word * 64 + bit));
         numbers.filter_map(|number| self.place(number)).collect()
     }
 }
 
 fn differing(before: &[u64; PIECES], now: &[u64; PIECES]) -> u64 {
-    let pairs = before.iter().zip(now).enumerate();
-    pairs.filter(|(_, (before, now))| before != now).fold(0, |mask, (index, _)| mask | 1 << index)
+    mask(before.iter().zip(now).map(|(before, now)| before != now))
+}
+
+fn mask(differs: impl Iterator<Item = bool>) -> u64 {
+    differs.enumerate().fold(0, |mask, (index, differs)| mask | u64::from(differs) << index)
 }
 
 fn chosen<'a>(page: &Page, mask: u64, buffer: &'a mut Page) -> &'a [u8] {

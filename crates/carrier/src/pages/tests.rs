@@ -74,8 +74,28 @@ impl Pair {
         Some(batch)
     }
 
+    /// The destination holds this from an earlier stay, and has told so.
+    fn tell(&mut self, block: u16, page: u32, content: Page) {
+        self.source.0[usize::from(block)][page as usize] = content;
+        self.destination.0[usize::from(block)][page as usize] = content;
+        assert!(self.encoder.on_held(Place { block, page }, Digester::new(&KEY).page(&content)));
+    }
+
+    /// The destination answers what it is asked.
+    fn answer(&mut self) {
+        self.flush();
+        while let Some(place) = self.encoder.ask() {
+            let pieces = Digester::new(&KEY).told_pieces(&self.destination.0[usize::from(place.block)][place.page as usize]);
+            if self.encoder.is_full() {
+                self.flush();
+            }
+            self.encoder.on_pieces(place, &pieces);
+        }
+    }
+
     /// Bytes on the wire since the last call.
     fn cost(&mut self) -> usize {
+        self.answer();
         self.flush();
         assert!(self.source == self.destination, "the memories differ");
         std::mem::take(&mut self.wire)
@@ -177,6 +197,63 @@ fn what_the_destination_holds_already_is_not_sent_if_it_says_so() {
 }
 
 #[test]
+fn of_a_version_that_was_only_told_the_pieces_are_asked_for() {
+    let mut pair = Pair::new(&[400], EncoderLimits::default());
+    (0..300).for_each(|page| pair.tell(0, page, noise(u64::from(page))));
+    pair.write(0, 0, changed(&noise(0), 5));
+    assert!((PAGE_SIZE..PAGE_SIZE + 100).contains(&pair.cost()), "nobody waits unasked");
+    pair.encoder.set_asks(true);
+    (1..300).for_each(|page| pair.write(0, page, changed(&noise(u64::from(page)), 5)));
+    assert_eq!((pair.flush(), pair.encoder.waiting(), pair.encoder.unasked()), (None, 299, 299));
+    let cost = pair.cost();
+    assert!(cost < 299 * (PIECE + 20), "{cost}");
+    assert_eq!((pair.encoder.waiting(), pair.encoder.encoding().patch), (0, 299));
+    // It is known from now on.
+    pair.write(0, 7, changed(&noise(7), 9));
+    assert_eq!(pair.encoder.waiting(), 0);
+    assert!(pair.cost() < 2 * PIECE);
+}
+
+#[test]
+fn what_waits_is_sent_as_it_was_last() {
+    let mut pair = Pair::new(&[10], EncoderLimits::default());
+    (0..10).for_each(|page| pair.tell(0, page, noise(u64::from(page))));
+    pair.encoder.set_asks(true);
+    (0..10).for_each(|page| pair.write(0, page, changed(&noise(u64::from(page)), 5)));
+    pair.write(0, 0, changed(&noise(0), 900));
+    pair.write(0, 1, [0; PAGE_SIZE]);
+    pair.write(0, 2, noise(2));
+    let late: Vec<Place> = std::iter::from_fn(|| pair.encoder.ask()).collect();
+    pair.write(0, 3, noise(77));
+    pair.write(0, 4, [0; PAGE_SIZE]);
+    assert_eq!((late.len(), pair.encoder.waiting()), (8, 7));
+    for place in late {
+        let pieces = Digester::new(&KEY).told_pieces(&pair.destination.0[0][place.page as usize]);
+        pair.encoder.on_pieces(place, &pieces);
+    }
+    pair.cost();
+    // Without an answer, whole.
+    pair.tell(0, 9, noise(9));
+    pair.write(0, 9, noise(90));
+    assert!(pair.encoder.wait_no_longer() && !pair.encoder.wait_no_longer());
+    assert!(pair.cost() >= PAGE_SIZE);
+}
+
+#[test]
+fn a_destination_that_tells_wrong_pieces_finds_out_itself() {
+    let mut pair = Pair::new(&[10], EncoderLimits::default());
+    pair.tell(0, 1, noise(1));
+    pair.encoder.set_asks(true);
+    let content = changed(&changed(&noise(1), 5), 900);
+    pair.write(0, 1, content);
+    let place = pair.encoder.ask().expect("a question");
+    pair.encoder.on_pieces(place, &Digester::new(&KEY).told_pieces(&changed(&content, 5)));
+    let payload = pair.encoder.take().expect("a batch").payload;
+    let refused = pair.applier.apply(&payload, &mut pair.destination);
+    assert!(matches!(refused, Err(ApplyError::Check { .. })), "{refused:?}");
+}
+
+#[test]
 fn a_destination_that_does_not_hold_what_it_said_finds_out_itself() {
     for (before, after) in [(noise(1), noise(1)), (noise(1), changed(&noise(1), 9))] {
         let mut pair = Pair::new(&[10], EncoderLimits::default());
@@ -266,9 +343,23 @@ proptest! {
         writes in prop::collection::vec((0..2_u16, 0..40_u32, any_write(), prop::bool::weighted(0.1)), 1..400),
         signatures in 0..40_u64,
         contents in 0..40_u64,
+        kept in prop::collection::vec(0..4_u8, 80),
     ) {
         let limits = EncoderLimits { signatures: signatures * 520, contents: contents * 40 };
         let mut pair = Pair::new(&[40, 40], limits);
+        // What an earlier stay has left there: nothing, the same, an older version, something else.
+        pair.encoder.set_asks(signatures % 2 == 0);
+        for ((block, page), kept) in (0..2).flat_map(|block| (0..40).map(move |page| (block, page))).zip(kept) {
+            let seed = 1_000 + u64::from(page);
+            if kept > 0 {
+                pair.tell(block, page, noise(seed));
+            }
+            match kept {
+                0 | 3 => pair.write(block, page, noise(seed + 100)),
+                1 => pair.write(block, page, noise(seed)),
+                _ => pair.write(block, page, changed(&noise(seed), page as usize)),
+            }
+        }
         for (block, page, write, flush) in writes {
             let now = pair.source.0[usize::from(block)][page as usize];
             let content = match write {
