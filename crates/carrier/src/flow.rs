@@ -15,8 +15,9 @@ const BUSY: u64 = 64 << 10;
 /// How much busy time gives a rate.
 const SPAN: Duration = Duration::from_millis(300);
 /// Round trips that are remembered; the shortest of them counts, so that one that waited (in a queue, or for a process that stood still)
-/// does not widen the window.
-const ROUND_TRIPS: usize = 8;
+/// does not widen the window. They are of a minute: while a link is full all of them have waited in the queue that the window itself makes, and
+/// each widening would justify the next.
+const ROUND_TRIPS: usize = 64;
 
 /// Counts what is in flight, and measures round trip and rate. Times are since any fixed moment.
 #[derive(Clone, Debug)]

@@ -11,12 +11,16 @@ const SHORT_MS: u64 = 400;
 const NOISE: u64 = 3;
 /// Migrations of a whole demo.
 const MOVES: usize = 3;
+/// The way home may take one byte in so many of the way out.
+const HOME_SAVES: u64 = 3;
 
 /// `target/demo/report.json`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Every migration in order.
     pub migrations: Vec<MigrationReport>,
+    /// The last of them, home, beside the first, out.
+    pub way_home: WayHomeReport,
     /// What the guest found.
     pub guest: GuestReport,
     /// What the stream went through.
@@ -46,6 +50,15 @@ pub struct MigrationReport {
     pub ram_bytes: u64,
     /// Passes over memory.
     pub rounds: u32,
+}
+
+/// What it costs to come back to a host that still has the VM's memory as it was when the VM left.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WayHomeReport {
+    /// Bytes between the hosts on the way out.
+    pub out_wire_bytes: u64,
+    /// And on the way home.
+    pub home_wire_bytes: u64,
 }
 
 /// What the guest found.
@@ -105,6 +118,12 @@ impl Report {
                 faults.push(format!("no {what}: nothing is proven"));
             }
         }
+        let WayHomeReport { out_wire_bytes, home_wire_bytes } = self.way_home;
+        if home_wire_bytes.saturating_mul(HOME_SAVES) >= out_wire_bytes {
+            faults.push(format!(
+                "the way home took {home_wire_bytes} bytes, the way out {out_wire_bytes}: the memory left there was of no use"
+            ));
+        }
         for MigrationReport { from, to, outage_ms, control_outage_ms, .. } in &self.migrations {
             if *outage_ms >= SHORT_MS && *outage_ms >= NOISE * control_outage_ms {
                 faults.push(format!(
@@ -143,12 +162,13 @@ impl Report {
             // Writing to a string cannot fail.
             let _ = writeln!(text, "{}", cells.join("  ").trim_end());
         }
-        let Self { guest, tcp, witness, .. } = self;
+        let Self { guest, tcp, witness, way_home, .. } = self;
         let _ = write!(
             text,
             "\nguest    {} pages checked, {} wrong, {} clock jumps\n\
              tcp      {} verified on one connection, {} resets, {} stalls over 1 s\n\
-             witness  {} records, {} of a second runner\n",
+             witness  {} records, {} of a second runner\n\
+             home     {} on the wire, {} on the way out\n",
             guest.pages_checked,
             guest.page_errors,
             guest.clock_jumps,
@@ -156,7 +176,9 @@ impl Report {
             tcp.resets,
             tcp.stalls_over_1s,
             witness.records,
-            witness.interleaved
+            witness.interleaved,
+            Bytes(way_home.home_wire_bytes),
+            Bytes(way_home.out_wire_bytes)
         );
         text
     }
@@ -171,6 +193,7 @@ mod tests {
             MigrationReport { from: "h1".into(), to: "h2".into(), outage_ms: 120, control_outage_ms: 10, ..Default::default() };
         Report {
             migrations: vec![migration; 3],
+            way_home: WayHomeReport { out_wire_bytes: 100, home_wire_bytes: 10 },
             guest: GuestReport { pages_checked: 1, ..Default::default() },
             tcp: TcpReport { bytes: 1, ..Default::default() },
             witness: WitnessReport { records: 1, interleaved: 0 },
@@ -180,7 +203,7 @@ mod tests {
     #[test]
     fn each_fault_is_found_and_noise_is_none() {
         assert_eq!(good().faults(), Vec::<String>::new());
-        let spoil: [fn(&mut Report); 8] = [
+        let spoil: [fn(&mut Report); 9] = [
             |report| drop(report.migrations.pop()),
             |report| report.guest.page_errors = 1,
             |report| report.tcp.resets = 1,
@@ -189,6 +212,7 @@ mod tests {
             |report| report.tcp.bytes = 0,
             |report| report.witness.records = 0,
             |report| report.migrations[1].outage_ms = 400,
+            |report| report.way_home.home_wire_bytes = 34,
         ];
         for (number, spoil) in spoil.iter().enumerate() {
             let mut report = good();
@@ -204,7 +228,8 @@ mod tests {
     fn the_file_has_the_documented_shape() {
         let value = serde_json::to_value(good()).unwrap();
         let keys = |value: &serde_json::Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
-        assert_eq!(keys(&value), "guest migrations tcp witness");
+        assert_eq!(keys(&value), "guest migrations tcp way_home witness");
+        assert_eq!(keys(&value["way_home"]), "home_wire_bytes out_wire_bytes");
         let migration = "blackout_ms control_outage_ms from outage_ms ram_bytes rounds to total_ms wire_bytes";
         assert_eq!(keys(&value["migrations"][0]), migration);
         assert_eq!(keys(&value["guest"]), "clock_jumps page_errors pages_checked");

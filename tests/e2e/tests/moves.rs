@@ -35,6 +35,30 @@ fn a_vm_with_a_shared_disk_moves_there_and_back_and_nobody_notices() -> Result<(
 }
 
 #[test]
+fn a_vm_that_comes_home_costs_a_fraction_of_the_way_out() -> Result<()> {
+    let mut cluster = ClusterSpec::new(3)?.up()?;
+    cluster.boot(&GuestSpec::small("web").knob("touch_total=64M").knob("dirty=1M").knob("check=8M"), "h1")?;
+    let mut wire = |cluster: &mut Cluster, to: &'static str| -> Result<u64> {
+        let task = cluster.migrate("web", to)?;
+        Ok(task.figures.context("the migration has no figures")?.wire_bytes.get())
+    };
+    let (out, onward) = (wire(&mut cluster, "h2")?, wire(&mut cluster, "h3")?);
+    let home = wire(&mut cluster, "h1")?;
+    eprintln!("out {out}, onward {onward}, home {home}");
+    ensure!(out.min(onward) > 8 * home, "out {out} bytes, onward {onward}, home {home}");
+    let kept = |cluster: &Cluster| -> Result<Vec<std::path::PathBuf>> {
+        let dir = cluster.lab().status()?.dir.join("h1/state/stays");
+        Ok(std::fs::read_dir(&dir)
+            .with_context(|| format!("read {}", dir.display()))?
+            .flatten()
+            .map(|entry| entry.path())
+            .collect())
+    };
+    ensure!(!kept(&cluster)?.is_empty(), "nothing was kept");
+    cluster.finish()
+}
+
+#[test]
 fn a_migration_that_cannot_work_is_refused_before_anything_starts() -> Result<()> {
     let mut cluster = ClusterSpec::new(3)?.agent("h2", &["--memory", "150MiB"]).up()?;
     cluster.boot(&GuestSpec::small("web"), "h1")?;

@@ -201,6 +201,22 @@ mod tests {
     }
 
     #[test]
+    fn a_key_of_memory_is_of_one_vm_and_of_one_salt() {
+        let dir = tempfile::tempdir().expect("dir");
+        let secret = Secret::create(&dir.path().join("secret")).expect("made");
+        let other = Secret::create(&dir.path().join("other")).expect("made");
+        let (vm, salt) = (uuid::Uuid::from_u128(1), draw_salt().expect("a salt"));
+        let key = secret.memory_key(vm, &salt).expect("a key");
+        assert_eq!(secret.memory_key(vm, &salt).expect("a key"), key, "it can be derived again");
+        let others = [
+            secret.memory_key(uuid::Uuid::from_u128(2), &salt),
+            secret.memory_key(vm, &draw_salt().expect("a salt")),
+            other.memory_key(vm, &salt),
+        ];
+        assert!(others.into_iter().all(|other| other.expect("a key") != key));
+    }
+
+    #[test]
     fn a_secret_that_others_can_read_or_that_is_none_is_refused() {
         let dir = tempfile::tempdir().expect("dir");
         let path = dir.path().join("secret");

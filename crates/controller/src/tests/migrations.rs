@@ -33,7 +33,8 @@ impl Pair {
     async fn begin(&mut self, generation: u64) {
         let prepare = self.a2.command().await;
         let Some(Action::Prepare(body)) = &prepare.action else { panic!("{prepare:?}") };
-        let incoming = grant(body.grant.clone());
+        let (incoming, memory_key) = (grant(body.grant.clone()), body.memory_key.clone());
+        assert_eq!(memory_key.len(), 32);
         assert_eq!(
             (incoming.generation, incoming.source, incoming.destination),
             (Generation(generation), Some(name("h1")), name("h2"))
@@ -43,6 +44,7 @@ impl Pair {
         let Some(Action::Migrate(body)) = &out.action else { panic!("{out:?}") };
         assert_eq!((body.address.as_str(), body.carry_port), ("10.0.0.2", 4_711));
         assert_eq!(grant(body.grant.clone()).generation, Generation(generation));
+        assert!(body.memory_key == memory_key, "both hosts seal and open with the same key");
         assert_eq!(decode::<MigrationPolicy>("policy", &body.policy).expect("policy"), MigrationPolicy::default());
         self.a1.done(&out, 0).await;
     }

@@ -1,4 +1,4 @@
-//! `make demo`: three lab hosts, a VM that moves h1 to h2 to h3 to h1 while it is watched from outside, and what that cost.
+//! `make demo`: three lab hosts, a VM that moves h1 to h2 to h3 and home to h1 while it is watched from outside, and what that cost.
 //!
 //! Prints a table, writes `target/demo/report.json`, and fails when anybody could have noticed more than a short outage.
 
@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use anyhow::{Context, Result};
-use godwit_e2e::{Cluster, ClusterSpec, GuestReport, GuestSpec, MigrationReport, Report, TcpReport, WitnessReport, other_qemu};
+use godwit_e2e::{
+    Cluster, ClusterSpec, GuestReport, GuestSpec, MigrationReport, Report, TcpReport, WayHomeReport, WitnessReport, other_qemu,
+};
 use godwit_model::Bytes;
 
 const HOSTS: [&str; 3] = ["h1", "h2", "h3"];
@@ -81,6 +83,9 @@ fn run() -> Result<Report> {
             ram_bytes: figures.ram_bytes.get(),
             rounds: figures.rounds,
         });
+    }
+    if let [out, .., home] = &report.migrations[..] {
+        report.way_home = WayHomeReport { out_wire_bytes: out.wire_bytes, home_wire_bytes: home.wire_bytes };
     }
     let status = cluster.status("wanderer")?;
     report.guest =
