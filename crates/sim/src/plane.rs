@@ -44,6 +44,8 @@ pub enum Wrong {
     HoldsWhatIsOutdated,
     /// The same, and a check that fails is passed over.
     IgnoresChecks,
+    /// What the destination held in a block that QEMU itself writes to is taken to be there for ever.
+    CopiesFromWhatQemuWrites,
     /// Device state does not wait for the pages before it.
     LetsTheStreamOvertakePages,
     /// More is read from QEMU than the window allows.

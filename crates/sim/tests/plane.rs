@@ -92,6 +92,11 @@ fn checks_that_are_passed_over_are_found_out() {
 }
 
 #[test]
+fn copies_of_pages_that_qemu_itself_writes_to_are_found_out() {
+    is_found_out(Wrong::CopiesFromWhatQemuWrites, rules::NO_END_WITHOUT_CAUSE);
+}
+
+#[test]
 fn device_state_that_overtakes_pages_is_found_out() {
     is_found_out(Wrong::LetsTheStreamOvertakePages, rules::MEMORY_EQUAL);
 }

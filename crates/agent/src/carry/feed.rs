@@ -208,8 +208,10 @@ impl<'a> Feed<'a> {
             holdings.blocks.iter().position(same).and_then(|number| u16::try_from(number).ok())
         };
         self.placed = start.blocks.iter().map(|block| number(block.id.as_bytes(), block.pages())).collect();
-        let lengths: Vec<u32> = holdings.blocks.iter().map(|block| block.pages).collect();
         self.told = holdings.blocks.iter().map(|block| block.id.clone()).collect();
+        // Of a block whose pages travel in the stream nothing is known: QEMU writes to it, and so no page is a copy of one of its.
+        let length = |(number, block): (u16, &Block)| if self.placed.contains(&Some(number)) { block.pages } else { 0 };
+        let lengths: Vec<u32> = (0..).zip(&holdings.blocks).map(length).collect();
         let mut encoder = Encoder::new(self.digester.clone(), &lengths, EncoderLimits::default());
         for (block, first, digests) in holdings.held {
             for (page, digest) in (first..).zip(digests) {

@@ -121,6 +121,8 @@ pub struct Batch {
 
 impl Encoder {
     /// For a destination that places `blocks`, whose lengths in pages are given, all of them zero until [`Encoder::on_held`] says otherwise.
+    /// A block that anybody else writes to has the length 0 here, whatever the destination says of it: a page that is taken for a copy of one
+    /// of its pages would not be.
     ///
     /// # Panics
     /// If there is no memory for a compressor.

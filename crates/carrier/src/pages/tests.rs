@@ -254,6 +254,16 @@ fn a_destination_that_tells_wrong_pieces_finds_out_itself() {
 }
 
 #[test]
+fn what_is_held_in_a_block_that_others_write_to_is_no_source_of_copies() {
+    let mut pair = Pair::new(&[10, 10], EncoderLimits::default());
+    pair.encoder = Encoder::new(Digester::new(&KEY), &[0, 10], EncoderLimits::default());
+    assert!(!pair.encoder.on_held(Place { block: 0, page: 3 }, Digester::new(&KEY).page(&noise(3))));
+    pair.write(1, 5, noise(3));
+    assert!(pair.cost() > PAGE_SIZE);
+    assert_eq!(pair.encoder.encoding(), Encoding { data: 1, ..Encoding::default() });
+}
+
+#[test]
 fn a_destination_that_does_not_hold_what_it_said_finds_out_itself() {
     for (before, after) in [(noise(1), noise(1)), (noise(1), changed(&noise(1), 9))] {
         let mut pair = Pair::new(&[10], EncoderLimits::default());

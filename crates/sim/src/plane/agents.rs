@@ -9,7 +9,7 @@ use godwit_model::{Bytes, BytesPerSec, ErrorCode, Millis, Refusal, UnixMillis};
 
 use super::Wrong;
 use super::carry::Ended;
-use super::plan::{Harm, MILLISECOND, Mark, Micros, Party, Plan, SECOND, Side};
+use super::plan::{Fault, Harm, MILLISECOND, Mark, Micros, Party, Plan, SECOND, Side};
 use super::rules::{self, Broken, broken};
 use super::world::{Event, World};
 
@@ -331,10 +331,12 @@ impl World {
         let killed = !self.killed.is_empty();
         let slow = |harm: &Harm| !matches!(harm, Harm::Cancel | Harm::NoController(_));
         let was_slow = self.struck.iter().any(|fault| slow(&fault.harm));
+        let broke_once = matches!(self.struck[..], [Fault { harm: Harm::Cut | Harm::Silent(_), .. }]);
         let excused = match reason.code {
             ErrorCode::Cancelled => self.agents.cancel,
             ErrorCode::QemuFirst => !self.plan.held_back,
-            ErrorCode::MigrationStalled => was_slow,
+            // One break is missed after six seconds at the latest, and mended before any limit.
+            ErrorCode::MigrationStalled => was_slow && !broke_once,
             // A session outlives whatever happens to the link, once there was one.
             _ => killed || (was_slow && self.source.ended == Some(Ended::NeverConnected)),
         };

@@ -54,7 +54,7 @@ pub(super) fn tell_holdings(world: &mut World) {
     let placed = world.at_destination.placed.clone();
     let name = |place: &usize| {
         let block = &world.plan.blocks[*place];
-        Block { id: block.name.as_bytes().into(), pages: block.pages }
+        Block { id: block.name.as_bytes().into(), pages: block.told() }
     };
     let mut frames = vec![Frame::Memory(placed.iter().map(name).collect())];
     for (number, place) in (0_u16..).zip(&placed) {

@@ -212,7 +212,11 @@ impl Feed {
             holdings.blocks.iter().position(same).and_then(|number| u16::try_from(number).ok())
         };
         self.placed = start.blocks.iter().map(|block| number(block.id.as_bytes(), block.pages())).collect();
-        let lengths: Vec<u32> = holdings.blocks.iter().map(|block| block.pages).collect();
+        let length = |(number, block): (u16, &Block)| {
+            let known = self.placed.contains(&Some(number)) || self.wrong == Wrong::CopiesFromWhatQemuWrites;
+            if known { block.pages } else { 0 }
+        };
+        let lengths: Vec<u32> = (0..).zip(&holdings.blocks).map(length).collect();
         let mut encoder = Encoder::new(self.digester.clone(), &lengths, self.limits);
         for (block, first, digests) in holdings.held {
             for (page, digest) in (first..).zip(digests) {

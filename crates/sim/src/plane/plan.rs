@@ -100,6 +100,24 @@ pub(super) struct BlockPlan {
     pub(super) pages: u32,
     /// The destination's carry writes to it itself.
     pub(super) placed: bool,
+    /// But it takes it for longer than it is: then the source sends its pages in QEMU's stream.
+    pub(super) mistaken: bool,
+}
+
+impl BlockPlan {
+    fn draw(name: &'static str, pages: u64, placed: bool, random: &mut Random) -> Self {
+        Self { name, pages: pages as u32, placed, mistaken: random.one_in(12) }
+    }
+
+    /// Pages as the destination's carry counts them.
+    pub(super) const fn told(&self) -> u32 {
+        self.pages + self.mistaken as u32
+    }
+
+    /// Whether its pages are written by the destination's carry.
+    pub(super) const fn goes_past_qemu(&self) -> bool {
+        self.placed && !self.mistaken
+    }
 }
 
 /// How the guest writes.
@@ -141,11 +159,10 @@ pub(super) struct Plan {
 impl Plan {
     pub(super) fn draw(random: &mut Random) -> Self {
         let ram = if random.one_in(4) { random.between(300, 1_500) } else { random.between(60, 260) };
-        let mut blocks = vec![
-            BlockPlan { name: "pc.ram", pages: ram as u32, placed: !random.one_in(10) },
-            BlockPlan { name: "vga.vram", pages: random.between(4, 40) as u32, placed: !random.one_in(3) },
-            BlockPlan { name: "/rom@etc/acpi/tables", pages: random.between(1, 8) as u32, placed: random.one_in(2) },
-        ];
+        let kinds = [("pc.ram", ram, !random.one_in(10)), ("vga.vram", random.between(4, 40), !random.one_in(3))];
+        let tables = ("/rom@etc/acpi/tables", random.between(1, 8), random.one_in(2));
+        let mut blocks: Vec<BlockPlan> =
+            kinds.into_iter().chain([tables]).map(|(name, pages, placed)| BlockPlan::draw(name, pages, placed, random)).collect();
         let rate = random.pick(&[2 << 20, 10 << 20, 40 << 20, 120 << 20]);
         let latency = random.pick(&[50, 500, 5_000, 40_000]);
         // What a guest that is quiet costs in any case, and a bit more.

@@ -12,7 +12,7 @@ use super::deal::{AtDestination, AtSource};
 use super::destination_qemu::DestinationQemu;
 use super::feed::Feed;
 use super::network::Dial;
-use super::plan::{Fault, Mark, Micros, Plan, SECOND, Side, Trigger};
+use super::plan::{BlockPlan, Fault, Mark, Micros, Plan, SECOND, Side, Trigger};
 use super::random::Random;
 use super::rules::{self, Broken, Ledger, broken};
 use super::source_qemu::SourceQemu;
@@ -126,10 +126,10 @@ impl World {
             placed.reverse();
         }
         let digester = Digester::new(&KEY);
-        let lengths = placed.iter().map(|place| plan.blocks[*place].pages).collect();
+        let lengths = placed.iter().map(|place| plan.blocks[*place].told()).collect();
         let applier = Applier::new(digester.clone(), lengths);
         let pages = plan.blocks.iter().map(|block| u64::from(block.pages)).sum();
-        let is_placed = plan.blocks.iter().map(|block| block.placed).collect();
+        let is_placed = plan.blocks.iter().map(BlockPlan::goes_past_qemu).collect();
         let mut world = Self {
             ledger: Ledger::new(destination_qemu.memory.clone(), is_placed, pages),
             wire: Wire::new(&plan),
