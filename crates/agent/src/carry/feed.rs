@@ -150,7 +150,8 @@ impl<'a> Feed<'a> {
             }
         }
         loop {
-            while let Ok(told) = self.pieces.try_recv() {
+            // One answer for each read, which found room.
+            if let Ok(told) = self.pieces.try_recv() {
                 self.on_pieces(&told);
             }
             let limit = if self.idle && !self.ended && !self.pump.is_hurried() { IDLE_READ } else { READ };
@@ -195,7 +196,7 @@ impl<'a> Feed<'a> {
             encoder.set_asks(false);
             if encoder.is_full() {
                 self.flush_pages();
-            } else if !encoder.wait_no_longer() {
+            } else if encoder.wait_no_longer().is_none() {
                 break;
             }
         }
@@ -259,8 +260,10 @@ impl<'a> Feed<'a> {
                 if matches!(element, Element::Opaque(_)) {
                     self.ended = true;
                 }
-                if let Element::EndEnd = element {
+                if matches!(element, Element::EndEnd | Element::Opaque(_)) {
                     self.wait_no_longer();
+                }
+                if let Element::EndEnd = element {
                     self.look_again()?;
                 }
                 self.idle = false;

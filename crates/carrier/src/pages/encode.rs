@@ -219,13 +219,18 @@ impl Encoder {
         self.put_waiting(place, number, &content, Some(mask));
     }
 
-    /// Encodes a page that waits, without its answer; there must be room. Whether there was one.
-    pub fn wait_no_longer(&mut self) -> bool {
-        let Some(number) = self.wanted.first() else { return false };
-        if let (Some(content), Some(place)) = (self.wanted.take(number), self.place(number)) {
-            self.put_waiting(place, number, &content, None);
-        }
-        true
+    /// Encodes a page that waits, without its answer; there must be room. Which it was.
+    pub fn wait_no_longer(&mut self) -> Option<Place> {
+        let number = self.wanted.first()?;
+        let (content, place) = (self.wanted.take(number)?, self.place(number)?);
+        self.put_waiting(place, number, &content, None);
+        Some(place)
+    }
+
+    /// Whether this page waits.
+    #[must_use]
+    pub fn is_waiting(&self, place: Place) -> bool {
+        self.number(place).is_some_and(|number| self.wanted.waits(number))
     }
 
     fn put_waiting(&mut self, place: Place, number: u32, content: &Page, mask: Option<u64>) {

@@ -235,7 +235,10 @@ fn what_waits_is_sent_as_it_was_last() {
     // Without an answer, whole.
     pair.tell(0, 9, noise(9));
     pair.write(0, 9, noise(90));
-    assert!(pair.encoder.wait_no_longer() && !pair.encoder.wait_no_longer());
+    let place = Place { block: 0, page: 9 };
+    assert!(pair.encoder.is_waiting(place));
+    assert_eq!((pair.encoder.wait_no_longer(), pair.encoder.wait_no_longer()), (Some(place), None));
+    assert!(!pair.encoder.is_waiting(place));
     assert!(pair.cost() >= PAGE_SIZE);
 }
 

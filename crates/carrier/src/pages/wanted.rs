@@ -59,6 +59,10 @@ impl Wanted {
         self.waiting.remove(&page)
     }
 
+    pub(super) fn waits(&self, page: u32) -> bool {
+        self.waiting.contains_key(&page)
+    }
+
     /// One that waits.
     pub(super) fn first(&self) -> Option<u32> {
         self.waiting.first_key_value().map(|(page, _)| *page)

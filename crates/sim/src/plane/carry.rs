@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use godwit_carrier::pages::Pieces;
 use godwit_carrier::{Decoder, Frame, Greeting, Identity, Session};
 
 use super::Wrong;
@@ -89,6 +90,8 @@ fn size(frame: &Frame) -> usize {
         Frame::Forward(data) | Frame::Return(data) | Frame::Pages(data) | Frame::Control(data) => data.len(),
         Frame::Held { digests, .. } => digests.len() * 16,
         Frame::Memory(blocks) => blocks.len() * 64,
+        Frame::Wanted { pages, .. } => pages.len() * 4,
+        Frame::Pieces { pages, .. } => pages.len() * size_of::<(u32, Pieces)>(),
         _ => 0,
     };
     content + FRAME
@@ -235,9 +238,14 @@ impl Carry {
             }
             (
                 Side::Source,
-                frame @ (Frame::Return(_) | Frame::ReturnEnd | Frame::Memory(_) | Frame::Held { .. } | Frame::HeldEnd),
+                frame @ (Frame::Return(_)
+                | Frame::ReturnEnd
+                | Frame::Memory(_)
+                | Frame::Held { .. }
+                | Frame::HeldEnd
+                | Frame::Pieces { .. }),
             )
-            | (Side::Destination, frame @ (Frame::Forward(_) | Frame::ForwardEnd | Frame::Pages(_))) => {
+            | (Side::Destination, frame @ (Frame::Forward(_) | Frame::ForwardEnd | Frame::Pages(_) | Frame::Wanted { .. })) => {
                 ledger.on_taken(self.side.peer(), &frame)?;
                 self.session.on_taken();
                 if self.wrong == Wrong::AcknowledgesWhatWaits {

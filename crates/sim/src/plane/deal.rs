@@ -97,6 +97,10 @@ impl World {
     }
 
     pub(super) fn feed_on(&mut self) -> Result<(), Broken> {
+        if !self.feed.told.is_empty() && self.feed.has_begun() {
+            self.feed.on_pieces(&mut self.source, self.now, &mut self.ledger);
+            return Ok(());
+        }
         let most = self.feed.limit();
         let most = most.min(1 + self.random.index(most));
         let count = self.source_qemu.socket.len().min(most);
@@ -130,6 +134,10 @@ impl World {
             Frame::Held { block, first, digests } => {
                 let holdings = self.at_source.holdings.as_mut().ok_or("digests of no memory");
                 holdings.map(|holdings| holdings.held.push((*block, *first, digests.clone()))).map_err(str::to_owned)
+            }
+            Frame::Pieces { block, pages } => {
+                self.feed.told.push_back((*block, pages.clone()));
+                Ok(())
             }
             _ => {
                 self.feed.holdings = self.at_source.holdings.take();
@@ -195,6 +203,13 @@ impl World {
                         return Ok(());
                     }
                 }
+            }
+            Frame::Wanted { block, pages } => {
+                let AtDestination { digester, placed, .. } = &self.at_destination;
+                let place = placed.get(usize::from(*block)).copied().unwrap_or_default();
+                let told = |page: &u32| (*page, digester.told_pieces(self.destination_qemu.memory.page((place, *page))));
+                let answer = Frame::Pieces { block: *block, pages: pages.iter().map(told).collect() };
+                self.destination.push(answer, 0, vec![], self.now, &mut self.ledger);
             }
             Frame::ForwardEnd => self.destination_qemu.input_ended = true,
             _ => {}

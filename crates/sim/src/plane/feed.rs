@@ -1,9 +1,11 @@
 //! The source's half of the way out, around the real stream reader and page encoder: what `crates/agent/src/carry/feed.rs` does.
 
+use std::collections::{BTreeMap, VecDeque};
+
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::Frame;
-use godwit_carrier::frame::{Block, MAX_DATA};
-use godwit_carrier::pages::{Digest, Digester, Encoder, EncoderLimits, Encoding, Place};
+use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
+use godwit_carrier::pages::{Digest, Digester, Encoder, EncoderLimits, Encoding, Pieces, Place};
 use godwit_stream::{Element, PAGE_SIZE, PageContent, RamStart, Reader, Writer};
 
 use super::Wrong;
@@ -58,6 +60,9 @@ pub(super) struct Feed {
     pub(super) holdings: Option<Holdings>,
     /// Pages that were taken in since the last frame.
     writes: Vec<Write>,
+    /// Pages that wait for their pieces, and those pieces as the destination has told them.
+    kept_back: BTreeMap<(u16, u32), Write>,
+    pub(super) told: VecDeque<(u16, Vec<(u32, Pieces)>)>,
     /// Those that are left are the same at the destination.
     quiet: bool,
     streamed: u64,
@@ -86,6 +91,8 @@ impl Feed {
             waiting: None,
             holdings: None,
             writes: vec![],
+            kept_back: BTreeMap::new(),
+            told: VecDeque::new(),
             quiet: true,
             streamed: 0,
             wrong,
@@ -112,12 +119,60 @@ impl Feed {
             return self.holdings.is_some();
         }
         let room = carry.session.window().has_room() || self.wrong == Wrong::ReadsWithoutRoom;
-        !self.closed && now >= self.paused_until && room && (readable || self.has_taken())
+        let told = !self.told.is_empty();
+        !self.closed && (told || now >= self.paused_until) && room && (readable || told || self.has_taken())
     }
 
     /// Something was taken in that is not in a frame yet.
     fn has_taken(&self) -> bool {
-        !self.forward.is_empty() || !self.quiet
+        !self.forward.is_empty() || !self.quiet || self.encoder.as_ref().is_some_and(|encoder| encoder.unasked() > 0)
+    }
+
+    /// Pages that have waited for this go out, as the pieces that differ.
+    pub(super) fn on_pieces(&mut self, carry: &mut Carry, now: Micros, ledger: &mut Ledger) {
+        ledger.on_read(&carry.session);
+        let Some((block, pages)) = self.told.pop_front() else { return };
+        for (page, pieces) in pages {
+            if self.encoder.as_ref().is_some_and(Encoder::is_full) {
+                self.flush_pages(carry, now, ledger);
+            }
+            if let Some(encoder) = &mut self.encoder {
+                encoder.on_pieces(Place { block, page }, &pieces);
+                self.writes.extend(self.kept_back.remove(&(block, page)));
+            }
+        }
+        self.flush_pages(carry, now, ledger);
+    }
+
+    /// Nothing waits any more.
+    fn wait_no_longer(&mut self, carry: &mut Carry, now: Micros, ledger: &mut Ledger) {
+        while let Some(encoder) = &mut self.encoder {
+            encoder.set_asks(false);
+            if encoder.is_full() {
+                self.flush_pages(carry, now, ledger);
+            } else if let Some(Place { block, page }) = encoder.wait_no_longer() {
+                self.writes.extend(self.kept_back.remove(&(block, page)));
+                self.quiet = false;
+            } else {
+                break;
+            }
+        }
+    }
+
+    /// Asks for the pieces of what waits.
+    fn ask_for_pieces(&mut self, carry: &mut Carry, now: Micros, ledger: &mut Ledger) {
+        self.flush_pages(carry, now, ledger);
+        let Some(encoder) = &mut self.encoder else { return };
+        let mut asked: Vec<(u16, Vec<u32>)> = vec![];
+        while let Some(place) = encoder.ask() {
+            match asked.last_mut() {
+                Some((block, pages)) if *block == place.block && pages.len() < MAX_WANTED => pages.push(place.page),
+                _ => asked.push((place.block, vec![place.page])),
+            }
+        }
+        for (block, pages) in asked {
+            carry.push(Frame::Wanted { block, pages }, 0, vec![], now, ledger);
+        }
     }
 
     /// How long the destination's QEMU has not answered.
@@ -253,6 +308,9 @@ impl Feed {
                 if let Element::EndBegin = element {
                     (self.section, self.ended) = (Section::End, true);
                 }
+                if matches!(element, Element::EndEnd | Element::Opaque(_)) {
+                    self.wait_no_longer(carry, now, ledger);
+                }
                 if matches!(element, Element::Opaque(_)) {
                     self.ended = true;
                 }
@@ -284,13 +342,23 @@ impl Feed {
             PageContent::Zero => (None, None),
             PageContent::Data(data) => (data.first_chunk::<PAGE_SIZE>(), Some(data.clone())),
         };
+        encoder.set_asks(!self.ended && !self.hurried);
         if !encoder.encode(place, page) {
             return Err(format!("page {place:?} is none"));
         }
-        self.writes.push((at, kept));
+        self.kept_back.remove(&(place.block, place.page));
+        if encoder.is_waiting(place) {
+            self.kept_back.insert((place.block, place.page), (at, kept));
+        } else {
+            self.writes.push((at, kept));
+        }
         self.quiet = false;
+        let asks = encoder.unasked() >= MAX_WANTED;
         if encoder.is_full() {
             self.flush_pages(carry, now, ledger);
+        }
+        if asks {
+            self.ask_for_pieces(carry, now, ledger);
         }
         Ok(())
     }
@@ -329,7 +397,7 @@ impl Feed {
     fn flush(&mut self, carry: &mut Carry, now: Micros, ledger: &mut Ledger) {
         self.ask(now);
         if self.wrong != Wrong::LetsTheStreamOvertakePages {
-            self.flush_pages(carry, now, ledger);
+            self.ask_for_pieces(carry, now, ledger);
         }
         while !self.forward.is_empty() {
             let piece = self.forward.split_to(self.forward.len().min(MAX_DATA)).freeze();

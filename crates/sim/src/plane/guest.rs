@@ -31,16 +31,17 @@ impl Memory {
         memory
     }
 
-    /// Of a QEMU that waits: in places it holds what the VM holds there or elsewhere, or something else.
+    /// Of a QEMU that waits: in places it holds what the VM holds there or elsewhere, an older version of it, or something else.
     pub(super) fn of_destination(plan: &Plan, source: &Self, random: &mut Random) -> Self {
         let mut memory = Self::empty(plan);
         for at in memory.places() {
             if random.below(100) < plan.held {
                 let other = random.pick(&source.places());
-                let content = match random.below(6) {
+                let content = match random.below(8) {
                     0..=2 => *source.page(at),
                     3 => *source.page(other),
                     4 => random.page(),
+                    5..=6 => older(source.page(at), random),
                     _ => ZERO,
                 };
                 memory.set(at, content);
@@ -65,6 +66,14 @@ impl Memory {
     pub(super) fn difference(&self, other: &Self) -> Option<At> {
         if self == other { None } else { self.places().into_iter().find(|at| self.page(*at) != other.page(*at)) }
     }
+}
+
+fn older(page: &Page, random: &mut Random) -> Page {
+    let mut page = *page;
+    for _ in 0..=random.index(4) {
+        page[random.index(4096)] ^= 1;
+    }
+    page
 }
 
 fn content(memory: &Memory, at: At, random: &mut Random) -> Page {

@@ -42,9 +42,9 @@ pub const COMES_TO_AN_END: &str = "the move ends soon after the last fault has h
 /// And exactly one runs, unless a QEMU that held the VM was killed.
 pub const GOOD_END: &str = "both sides agree, and the VM runs";
 
-/// One read from QEMU, what was taken in before it and is not yet in a frame, and what stands in no relation to its size: headers of frames
-/// and entries.
-const ONE_READ: u64 = (256 << 10) * 2 + batch::MAX_PAYLOAD as u64 + (64 << 10);
+/// One read from QEMU, what was taken in before it and is not yet in a frame, pages that wait for their pieces and wait no longer, and what
+/// stands in no relation to its size: headers of frames and entries.
+const ONE_READ: u64 = (256 << 10) * 2 + batch::MAX_PAYLOAD as u64 + (64 << 10) + 1024 * 4096;
 
 /// A rule that was broken.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,8 +94,8 @@ pub(super) struct Ledger {
 impl Ledger {
     pub(super) fn new(destination: Memory, placed: Vec<bool>, pages: u64) -> Self {
         let mut ledger = Self { books: Default::default(), expected: destination, placed, said: vec![], heard: 0 };
-        // Digests and the answers of QEMU, which wait for no room.
-        ledger.books[Side::Destination as usize].allowed = (64 << 10) + 48 * pages;
+        // Digests, pieces and the answers of QEMU, which wait for no room.
+        ledger.books[Side::Destination as usize].allowed = (64 << 10) + (48 + 280) * pages;
         ledger
     }
 
