@@ -38,7 +38,7 @@ fn a_vm_with_a_shared_disk_moves_there_and_back_and_nobody_notices() -> Result<(
 fn a_vm_that_comes_home_costs_a_fraction_of_the_way_out() -> Result<()> {
     let mut cluster = ClusterSpec::new(3)?.up()?;
     cluster.boot(&GuestSpec::small("web").knob("touch_total=64M").knob("dirty=1M").knob("check=8M"), "h1")?;
-    let mut wire = |cluster: &mut Cluster, to: &'static str| -> Result<u64> {
+    let wire = |cluster: &mut Cluster, to: &'static str| -> Result<u64> {
         let task = cluster.migrate("web", to)?;
         Ok(task.figures.context("the migration has no figures")?.wire_bytes.get())
     };

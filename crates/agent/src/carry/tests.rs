@@ -615,7 +615,7 @@ async fn a_vm_that_comes_home_finds_its_memory_there() {
             let mut source = source(dialler, IDENTITY);
             let now = |number: u64| {
                 let mut content = noise(number);
-                content[2_000] ^= u8::from(number % 5 == 0);
+                content[2_000] ^= u8::from(number.is_multiple_of(5));
                 content
             };
             let mut stream = Stream::new();
