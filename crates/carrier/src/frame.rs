@@ -349,7 +349,7 @@ fn blocks(mut payload: Bytes) -> Option<Vec<Block>> {
 /// Whether a block and 1 to [`MAX_WANTED`] of what has `each` bytes take `size` bytes.
 const fn is_list(size: usize, each: usize) -> bool {
     let list = size.saturating_sub(BLOCK);
-    list != 0 && list % each == 0 && list / each <= MAX_WANTED
+    list != 0 && list.is_multiple_of(each) && list / each <= MAX_WANTED
 }
 
 /// Reads pages from a payload whose length was checked.
