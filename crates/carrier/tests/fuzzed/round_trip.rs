@@ -196,7 +196,7 @@ impl Move {
         assert!(self.encoder.unasked() <= self.encoder.waiting() && self.encoder.waiting() <= self.source.places().len());
     }
 
-    /// The VM stands still: all of it is sent once more.
+    /// The VM stands still: what waits goes out, and what the guest has never written to.
     fn end(&mut self) -> Result<(), Refused> {
         self.encoder.set_asks(false);
         loop {
@@ -206,6 +206,9 @@ impl Move {
             }
         }
         for (block, page) in self.source.places() {
+            if self.encoded.contains_key(&(block, page)) {
+                continue;
+            }
             self.make_room()?;
             let content = *self.source.get(block, page).expect("it is there");
             self.encode(Place { block, page }, &content);
