@@ -1,7 +1,6 @@
 //! The guest agent's decoder: any bytes, cut anywhere, give the same pieces within the limits, and never a panic.
 //!
-//! `cargo +nightly fuzz run qga fuzz/corpus/qga crates/qemu/tests/corpus/qga`; what it finds goes into the second folder, which an
-//! ordinary test runs through.
+//! `scripts/fuzz qga`; what it finds goes into `crates/qemu/tests/corpus/qga`, which an ordinary test runs through.
 #![no_main]
 
 use godwit_qemu::qga::codec::{Decoder, Limits, Piece, read};

@@ -1,7 +1,6 @@
 //! The QMP decoder: any bytes, cut anywhere, give the same messages or an error, and never a panic.
 //!
-//! `cargo +nightly fuzz run qmp fuzz/corpus/qmp crates/qemu/tests/corpus/qmp`; what it finds goes into the second folder, which an
-//! ordinary test runs through.
+//! `scripts/fuzz qmp`; what it finds goes into `crates/qemu/tests/corpus/qmp`, which an ordinary test runs through.
 #![no_main]
 
 use godwit_qemu::qmp::{LineDecoder, Message};

@@ -1,7 +1,6 @@
 //! The return path: any bytes, cut anywhere, give the same messages or the same error; what was read is written again byte for byte.
 //!
-//! `cargo +nightly fuzz run return_path fuzz/corpus/return_path crates/stream/tests/corpus/return_path`; what it finds goes into the second
-//! folder, which an ordinary test runs through.
+//! `scripts/fuzz return_path`; what it finds goes into `crates/stream/tests/corpus/return_path`, which an ordinary test runs through.
 #![no_main]
 
 use bytes::BytesMut;

@@ -1,7 +1,6 @@
 //! Stays, and what is inside their sealed records: any bytes give chunks and an identity within the bounds or an error, never a panic.
 //!
-//! `cargo +nightly fuzz run stay fuzz/corpus/stay crates/vault/tests/corpus/stay`; what it finds goes into the second folder, which an
-//! ordinary test runs through.
+//! `scripts/fuzz stay`; what it finds goes into `crates/vault/tests/corpus/stay`, which an ordinary test runs through.
 #![no_main]
 
 use std::cell::RefCell;

@@ -1,8 +1,7 @@
 //! The migration stream: any bytes, cut anywhere, give the same elements or the same error; what was read can be written, and is then read
 //! as the same again.
 //!
-//! `cargo +nightly fuzz run stream fuzz/corpus/stream crates/stream/tests/corpus/stream`; what it finds goes into the second folder, which
-//! an ordinary test runs through.
+//! `scripts/fuzz stream`; what it finds goes into `crates/stream/tests/corpus/stream`, which an ordinary test runs through.
 #![no_main]
 
 use bytes::BytesMut;

@@ -24,7 +24,7 @@ pub trait GuestMemory {
     fn write(&mut self, block: u16, page: u32, content: &[u8]) -> Result<(), Self::Error>;
 }
 
-/// Why a batch was not applied. What came before the entry at fault is.
+/// Why a batch was not applied. What came before the entry at fault is, but for data pages that follow each other right before it.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError<E> {
     /// Its bytes are not a batch.

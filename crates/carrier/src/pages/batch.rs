@@ -8,7 +8,7 @@
 //!            3 patch: u64 mask of pieces (bit 0 is the first), the pieces, check    4 data
 //! check    = the first 8 bytes of the digest of what the page holds then
 //! ```
-//! A position that is not given is the page after that of the entry before.
+//! A position that is not given is the page after that of the entry before; behind a block one is given.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
