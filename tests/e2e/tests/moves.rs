@@ -143,7 +143,8 @@ fn an_agent_killed_and_started_again_adopts_its_vm_and_the_guest_notices_nothing
 
 #[test]
 fn a_link_that_is_out_for_ten_seconds_in_the_middle_of_a_move_costs_time_and_nothing_else() -> Result<()> {
-    let mut cluster = ClusterSpec::new(2)?.up()?;
+    // With its memory there, the way home would be over before its middle.
+    let mut cluster = ClusterSpec::new(2)?.agent("h1", &["--stays", "0"]).up()?;
     cluster.boot(&GuestSpec::small("web"), "h1")?;
     cluster.run(&[
         Action::IntoTheMiddle("web", "h2"),

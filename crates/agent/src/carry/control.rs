@@ -42,7 +42,8 @@ pub(crate) enum Role {
     /// Dials.
     ///
     /// `own` is where the guest's memory is, if QEMU emulates its vCPUs and may miss a write.
-    Source { address: SocketAddr, bandwidth: Option<BytesPerSec>, own: Option<Placement> },
+    /// `held` says that QEMU cannot switch over by itself; one that can must not be through before the agent has looked.
+    Source { address: SocketAddr, bandwidth: Option<BytesPerSec>, own: Option<Placement>, held: bool },
     /// Accepts connections on this listening descriptor.
     Destination { listen_fd: RawFd, placement: Option<Placement>, kept: Option<KeptMemory> },
 }

@@ -23,6 +23,10 @@ const IDLE_READ: usize = 64;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// Bytes per second that are read of a QEMU that may switch over by itself: where the destination has most of memory already, it would be through with it
+/// before the agent could stop the VM.
+const UNHELD_RATE: f64 = 100e6;
+
 /// Between two questions to the destination's QEMU.
 const ASK_EVERY: Duration = Duration::from_millis(250);
 /// QEMU's command that asks its peer for a sign of life, which comes back over the return path with the same number.
@@ -84,6 +88,8 @@ pub(super) struct Feed<'a> {
     ended: bool,
     /// The guest's own memory, of a QEMU that may have missed a write; see [`Feed::look_again`].
     own: Option<ProcessMemory>,
+    /// QEMU cannot switch over by itself.
+    held: bool,
     /// How long to pause while QEMU has nothing to send.
     idle_pause: Duration,
     asked: Instant,
@@ -94,6 +100,7 @@ impl<'a> Feed<'a> {
         pump: &'a Pump,
         digester: Digester,
         own: Option<ProcessMemory>,
+        held: bool,
         pieces: mpsc::UnboundedReceiver<ToldPieces>,
     ) -> Self {
         Self {
@@ -111,6 +118,7 @@ impl<'a> Feed<'a> {
             idle: false,
             ended: false,
             own,
+            held,
             idle_pause: FIRST_PAUSE,
             asked: Instant::now(),
         }
@@ -161,6 +169,9 @@ impl<'a> Feed<'a> {
                 Ok(0) => return None,
                 Ok(count) => {
                     self.pump.on_read(count as u64);
+                    if !self.held && !self.ended {
+                        self.pump.pause(Duration::from_secs_f64(count as f64 / UNHELD_RATE)).await;
+                    }
                     return Some(count as u64);
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {

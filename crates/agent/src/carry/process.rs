@@ -179,13 +179,13 @@ async fn move_bytes(
     };
     let (reader, writer) = qemu.into_split();
     match config.role {
-        Role::Source { address, own, .. } => {
+        Role::Source { address, own, held, .. } => {
             let key = session_key()?;
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
             let (told, holdings) = oneshot::channel();
             let holdings = async { holdings.await.unwrap_or_default() };
             let (told_pieces, pieces) = mpsc::unbounded_channel();
-            let feed = Feed::new(pump, Digester::new(&key), own.map(memory), pieces);
+            let feed = Feed::new(pump, Digester::new(&key), own.map(memory), held, pieces);
             tokio::select! {
                 error = connections::of_source(pump, &dialler, key, patience, from_agent, tell) => Err(text(error)),
                 error = deal::at_source(pump, writer, frames, config.pages, told, told_pieces) => error.map_err(text),

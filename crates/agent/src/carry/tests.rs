@@ -85,7 +85,7 @@ fn source_at(
         let (reader, writer) = ours.into_split();
         let (told, holdings) = oneshot::channel();
         let (told_pieces, pieces) = mpsc::unbounded_channel();
-        let feed = Feed::new(&pump, Digester::new(&KEY), own, pieces);
+        let feed = Feed::new(&pump, Digester::new(&KEY), own, true, pieces);
         let feeding = async {
             feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
             std::future::pending().await
