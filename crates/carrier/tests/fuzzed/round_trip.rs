@@ -105,7 +105,9 @@ impl Move {
                 _ if step & 8 == 0 => self.flush()?,
                 _ => {
                     self.make_room()?;
-                    self.encoder.wait_no_longer();
+                    let before = self.encoder.waiting();
+                    let sent = self.encoder.wait_no_longer();
+                    assert_eq!(self.encoder.waiting() + usize::from(sent.is_some()), before);
                 }
             }
             self.check_limits();
@@ -201,7 +203,7 @@ impl Move {
         self.encoder.set_asks(false);
         loop {
             self.make_room()?;
-            if !self.encoder.wait_no_longer() {
+            if self.encoder.wait_no_longer().is_none() {
                 break;
             }
         }
