@@ -47,6 +47,26 @@ pub struct Identity {
     pub generation: u64,
 }
 
+/// A side of the move; also the direction in which it sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Side {
+    /// Where the VM leaves. It dials.
+    Source,
+    /// Where it goes.
+    Destination,
+}
+
+impl Side {
+    /// The other one.
+    #[must_use]
+    pub const fn peer(self) -> Self {
+        match self {
+            Self::Source => Self::Destination,
+            Self::Destination => Self::Source,
+        }
+    }
+}
+
 /// What a side says first on every connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Greeting {
@@ -163,6 +183,33 @@ mod kind {
 }
 
 impl Frame {
+    /// Which side sends it, if it is sequenced; the others belong to one connection.
+    #[must_use]
+    pub const fn sequenced_by(&self) -> Option<Side> {
+        match self {
+            Self::Forward(_) | Self::ForwardEnd | Self::Pages(_) | Self::Wanted { .. } => Some(Side::Source),
+            Self::Return(_) | Self::ReturnEnd | Self::Memory(_) | Self::Held { .. } | Self::HeldEnd | Self::Pieces { .. } => {
+                Some(Side::Destination)
+            }
+            Self::Hello(_) | Self::Welcome(_) | Self::Control(_) | Self::Ack(_) | Self::Ping(_) | Self::Pong(_) => None,
+        }
+    }
+
+    /// Bytes of memory that the frame takes while it waits, about.
+    #[must_use]
+    pub fn memory(&self) -> usize {
+        const ITSELF: usize = 128;
+        let content = match self {
+            Self::Forward(data) | Self::Return(data) | Self::Pages(data) | Self::Control(data) => data.len(),
+            Self::Held { digests, .. } => digests.len() * DIGEST,
+            Self::Memory(blocks) => blocks.len() * 64,
+            Self::Wanted { pages, .. } => pages.len() * PAGE,
+            Self::Pieces { pages, .. } => pages.len() * size_of::<(u32, Pieces)>(),
+            _ => 0,
+        };
+        content + ITSELF
+    }
+
     /// Appends the frame's bytes to `out`.
     ///
     /// Nothing may be longer than its kind allows ([`MAX_DATA`], [`MAX_CONTROL`], [`crate::pages::MAX_PAYLOAD`], [`MAX_BLOCKS`],
@@ -277,12 +324,9 @@ impl Decoder {
             kind::ACK | kind::PING | kind::PONG => size == 8,
             kind::PAGES => (1..=MAX_PAYLOAD).contains(&size),
             kind::MEMORY => (2..=MAX_MEMORY).contains(&size),
-            kind::HELD => {
-                let digests = size.saturating_sub(HELD_HEADER);
-                digests % DIGEST == 0 && (1..=MAX_DIGESTS).contains(&(digests / DIGEST))
-            }
-            kind::WANTED => is_list(size, PAGE),
-            kind::PIECES => is_list(size, PAGE + PIECE_HASHES),
+            kind::HELD => is_list(size, HELD_HEADER, DIGEST, MAX_DIGESTS),
+            kind::WANTED => is_list(size, BLOCK, PAGE, MAX_WANTED),
+            kind::PIECES => is_list(size, BLOCK, PAGE + PIECE_HASHES, MAX_WANTED),
             _ => return Err(MalformedFrame::Kind(kind)),
         };
         if !fits {
@@ -346,10 +390,10 @@ fn blocks(mut payload: Bytes) -> Option<Vec<Block>> {
     payload.is_empty().then_some(blocks)
 }
 
-/// Whether a block and 1 to [`MAX_WANTED`] of what has `each` bytes take `size` bytes.
-const fn is_list(size: usize, each: usize) -> bool {
-    let list = size.saturating_sub(BLOCK);
-    list != 0 && list.is_multiple_of(each) && list / each <= MAX_WANTED
+/// Whether `head` bytes and 1 to `most` of what has `each` bytes take `size` bytes.
+const fn is_list(size: usize, head: usize, each: usize, most: usize) -> bool {
+    let list = size.saturating_sub(head);
+    list != 0 && list.is_multiple_of(each) && list / each <= most
 }
 
 /// Reads pages from a payload whose length was checked.

@@ -10,5 +10,5 @@ pub mod pages;
 pub mod session;
 
 pub use flow::Window;
-pub use frame::{Block, Decoder, Frame, Greeting, Identity, MalformedFrame, VERSION};
+pub use frame::{Block, Decoder, Frame, Greeting, Identity, MalformedFrame, Side, VERSION};
 pub use session::Session;

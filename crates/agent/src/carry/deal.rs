@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::feed::{Holdings, ToldPieces};
 use super::memory::ProcessMemory;
-use super::pump::{Pump, size};
+use super::pump::Pump;
 
 /// How long the source's QEMU may keep its socket after the destination's QEMU closed: longer than it needs to close by itself.
 const LINGER: Duration = Duration::from_secs(3);
@@ -89,6 +89,8 @@ pub(super) async fn at_destination(
             }
             Frame::Wanted { block, pages } => {
                 let memory = memory.as_mut().ok_or(DealError::Unexpected("questions about pages after the end"))?;
+                // A question is a fraction of its answer: who does not take the answers gets no more of them.
+                pump.wait_for_room().await;
                 let mut told = Vec::with_capacity(pages.len());
                 for page in pages {
                     let mut content = [0; PAGE_SIZE];
@@ -106,7 +108,7 @@ pub(super) async fn at_destination(
             _ => return Err(DealError::Unexpected("a second end")),
         }
         // What QEMU did not take was not dealt with: the source must not go on.
-        pump.on_dealt(size(&frame), !qemu.gone);
+        pump.on_dealt(frame.memory(), !qemu.gone);
     }
     std::future::pending().await
 }
@@ -195,7 +197,7 @@ pub(super) async fn at_source(
     let mut digests_left = pages;
     let mut ended = false;
     while let Some(frame) = frames.recv().await {
-        let frame_size = size(&frame);
+        let frame_size = frame.memory();
         match frame {
             Frame::Return(data) => {
                 let kept = answers.pass(pump, &data)?;

@@ -23,9 +23,11 @@ const IDLE_READ: usize = 64;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Bytes per second that are read of a QEMU that may switch over by itself: where the destination has most of memory already, it would be through with it
-/// before the agent could stop the VM.
-const UNHELD_RATE: f64 = 100e6;
+/// How long a QEMU that may switch over by itself takes at least for what the destination holds already. No link slows that down, and it would be
+/// through before the agent could stop the VM.
+const UNHELD_PASS: Duration = Duration::from_secs(2);
+/// Shorter pauses are saved up: timers are no finer.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
 
 /// Between two questions to the destination's QEMU.
 const ASK_EVERY: Duration = Duration::from_millis(250);
@@ -90,6 +92,9 @@ pub(super) struct Feed<'a> {
     own: Option<ProcessMemory>,
     /// QEMU cannot switch over by itself.
     held: bool,
+    /// How long a byte of its stream takes at least, and until when what was read lasts.
+    byte: Duration,
+    paced: Instant,
     /// How long to pause while QEMU has nothing to send.
     idle_pause: Duration,
     asked: Instant,
@@ -119,6 +124,8 @@ impl<'a> Feed<'a> {
             ended: false,
             own,
             held,
+            byte: Duration::ZERO,
+            paced: Instant::now(),
             idle_pause: FIRST_PAUSE,
             asked: Instant::now(),
         }
@@ -169,9 +176,7 @@ impl<'a> Feed<'a> {
                 Ok(0) => return None,
                 Ok(count) => {
                     self.pump.on_read(count as u64);
-                    if !self.held && !self.ended {
-                        self.pump.pause(Duration::from_secs_f64(count as f64 / UNHELD_RATE)).await;
-                    }
+                    self.keep_pace(count).await;
                     return Some(count as u64);
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
@@ -185,6 +190,16 @@ impl<'a> Feed<'a> {
                 }
                 Err(_) => return None,
             }
+        }
+    }
+
+    async fn keep_pace(&mut self, count: usize) {
+        let now = Instant::now();
+        let time = self.byte.saturating_mul(u32::try_from(count).unwrap_or(u32::MAX));
+        self.paced = self.paced.max(now) + time;
+        let ahead = self.paced - now;
+        if ahead >= SHORTEST_PAUSE && !self.ended {
+            self.pump.pause(ahead).await;
         }
     }
 
@@ -225,6 +240,10 @@ impl<'a> Feed<'a> {
         let length = |(number, block): (u16, &Block)| if self.placed.contains(&Some(number)) { block.pages } else { 0 };
         let lengths: Vec<u32> = (0..).zip(&holdings.blocks).map(length).collect();
         let mut encoder = Encoder::new(self.digester.clone(), &lengths, EncoderLimits::default());
+        let held: usize = holdings.held.iter().map(|(_, _, digests)| digests.len()).sum();
+        if held > 0 && !self.held {
+            self.byte = UNHELD_PASS / u32::try_from(held * PAGE_SIZE).unwrap_or(u32::MAX);
+        }
         for (block, first, digests) in holdings.held {
             for (page, digest) in (first..).zip(digests) {
                 encoder.on_held(Place { block, page }, digest);

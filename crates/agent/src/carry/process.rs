@@ -14,7 +14,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use godwit_carrier::pages::{Digester, Encoding};
-use godwit_carrier::{Frame, Identity};
+use godwit_carrier::{Frame, Identity, Side};
 use godwit_qemu::cage::relay::{self, RelayError};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::OwnedReadHalf;
@@ -27,7 +27,7 @@ use super::connect::{self, Acceptor, Dialler};
 use super::control::{CarryConfig, CarryStatus, FromCarry, MAX_LINE, PageCounts, Placement, Role, ToCarry};
 use super::feed::Feed;
 use super::memory::ProcessMemory;
-use super::pump::{Gauge, KeepAlive, Pump, Side};
+use super::pump::{Gauge, KeepAlive, Pump};
 use super::{connections, deal, home};
 use crate::tls::Material;
 

@@ -13,8 +13,8 @@ use std::io;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::pages::{Encoding, PAGE_SIZE, Pieces};
-use godwit_carrier::{Decoder, Frame, Greeting, Identity, MalformedFrame, Session};
+use godwit_carrier::pages::{Encoding, PAGE_SIZE};
+use godwit_carrier::{Decoder, Frame, Greeting, Identity, MalformedFrame, Session, Side};
 use godwit_model::BytesPerSec;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{Notify, mpsc};
@@ -46,13 +46,6 @@ impl PumpError {
     }
 }
 
-/// Which way the stream goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Side {
-    Source,
-    Destination,
-}
-
 /// What is written to a connection at once.
 const GATHER: usize = 64 << 10;
 /// Largest single read.
@@ -61,8 +54,6 @@ const READ: usize = 64 << 10;
 const MAX_QUEUED: usize = 64 << 20;
 /// Numbers of our questions to the destination's QEMU; QEMU's own are small.
 const OUR_QUESTIONS: u32 = 0x4757_0000;
-/// What a frame takes beside its content.
-const FRAME: usize = 128;
 /// Guest memory that goes through a carry per second, as long as it was not measured.
 const FIRST_SPEED: u64 = 200 << 20;
 /// So many bytes give a speed.
@@ -134,19 +125,6 @@ struct Life {
     asked: Cell<Option<u64>>,
     /// The peer's ping whose answer waits to be written.
     answer: Cell<Option<u64>>,
-}
-
-/// Bytes of memory that a frame takes while it waits.
-pub(super) fn size(frame: &Frame) -> usize {
-    let content = match frame {
-        Frame::Forward(data) | Frame::Return(data) | Frame::Pages(data) | Frame::Control(data) => data.len(),
-        Frame::Held { digests, .. } => digests.len() * 16,
-        Frame::Memory(blocks) => blocks.len() * 64,
-        Frame::Wanted { pages, .. } => pages.len() * size_of::<u32>(),
-        Frame::Pieces { pages, .. } => pages.len() * size_of::<(u32, Pieces)>(),
-        _ => 0,
-    };
-    content + FRAME
 }
 
 impl Pump {
@@ -315,7 +293,7 @@ impl Pump {
         self.wake.notify_one();
     }
 
-    /// Waits until more may be read from QEMU.
+    /// Waits until more may be sent: read from QEMU, or answered.
     pub(super) async fn wait_for_room(&self) {
         while !self.session.borrow().window().has_room() {
             self.room.notified().await;
@@ -433,18 +411,9 @@ impl Pump {
                 self.room.notify_one();
             }
             (_, Frame::Hello(_) | Frame::Welcome(_)) => return Err(PumpError::Unexpected("a second greeting")),
-            (
-                Side::Source,
-                frame @ (Frame::Return(_)
-                | Frame::ReturnEnd
-                | Frame::Memory(_)
-                | Frame::Held { .. }
-                | Frame::HeldEnd
-                | Frame::Pieces { .. }),
-            )
-            | (Side::Destination, frame @ (Frame::Forward(_) | Frame::ForwardEnd | Frame::Pages(_) | Frame::Wanted { .. })) => {
+            (side, frame) if frame.sequenced_by() == Some(side.peer()) => {
                 self.session.borrow_mut().on_taken();
-                self.queued.set(self.queued.get() + size(&frame));
+                self.queued.set(self.queued.get() + frame.memory());
                 let _ = self.frames.send(frame);
             }
             _ => return Err(PumpError::Unexpected("the other side's frame")),

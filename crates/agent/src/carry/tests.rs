@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::frame::Block;
 use godwit_carrier::pages::{Digester, GuestMemory, PAGE_SIZE};
-use godwit_carrier::{Decoder, Frame, Greeting, Identity};
+use godwit_carrier::{Decoder, Frame, Greeting, Identity, Side};
 use godwit_model::{BytesPerSec, Name};
 use godwit_stream::{
     BlockId, BlockIndex, Configuration, Element, PageContent, RamBlock, RamStart, Reader, ReturnMessage, ReturnWriter, Writer,
@@ -28,7 +28,7 @@ use super::control::PlacedBlock;
 use super::deal;
 use super::feed::Feed;
 use super::memory::ProcessMemory;
-use super::pump::{KeepAlive, Pump, PumpError, Side};
+use super::pump::{KeepAlive, Pump, PumpError};
 use crate::tls::Material;
 use crate::tls::tests::cluster;
 
@@ -625,9 +625,12 @@ async fn a_vm_that_comes_home_finds_its_memory_there() {
             stream.add(&Element::PartEnd);
             source.qemu.write_all(&stream.take()).await.expect("written");
             // The end must not come before the answers: what waits then is sent whole.
-            while std::hint::black_box(pages)[495] != now(495) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+            let answered = async {
+                while std::hint::black_box(pages)[495] != now(495) {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            tokio::time::timeout(PATIENCE, answered).await.expect("what was asked for is answered");
             stream.end();
             source.qemu.write_all(&stream.take()).await.expect("written");
             let mut expected = Stream::new();

@@ -54,6 +54,18 @@ fn the_specification_shows_the_bytes_that_are_sent() {
 }
 
 #[test]
+fn who_sends_which_sequenced_frame_is_as_specified() {
+    let page = include_str!("../../../../docs/spec/carrier.md");
+    for (name, frame) in examples() {
+        let row = page.lines().map(|line| line.split('|').map(str::trim).collect::<Vec<_>>());
+        let row = row.into_iter().find(|row| row.get(2) == Some(&&*name.replace('_', " "))).expect(name);
+        let [.., direction, sequenced, _] = row[..] else { panic!("{row:?}") };
+        let side = if direction.starts_with("source") { Side::Source } else { Side::Destination };
+        assert_eq!(frame.sequenced_by(), (sequenced == "yes").then_some(side), "{name}");
+    }
+}
+
+#[test]
 fn a_frame_cut_at_any_length_waits_and_then_decodes() {
     for (name, frame) in examples() {
         let bytes = encoded(&frame);

@@ -7,9 +7,11 @@ use godwit_migration::{
 };
 use godwit_model::{Bytes, BytesPerSec, ErrorCode, Millis, Refusal, UnixMillis};
 
+use godwit_carrier::Side;
+
 use super::Wrong;
 use super::carry::Ended;
-use super::plan::{Fault, Harm, MILLISECOND, Mark, Micros, Party, Plan, SECOND, Side};
+use super::plan::{Fault, Harm, MILLISECOND, Mark, Micros, Party, Plan, SECOND, SIDES};
 use super::rules::{self, Broken, broken};
 use super::world::{Event, World};
 
@@ -360,7 +362,7 @@ impl World {
                 }
                 if let Some(connection) = connection {
                     self.wire.cut(connection);
-                    for side in Side::BOTH {
+                    for side in SIDES {
                         if !self.random.one_in(4) {
                             let time = self.random.below(300 * MILLISECOND);
                             self.after(time, Event::Reset(connection, side));

@@ -4,11 +4,12 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::pages::Pieces;
 use godwit_carrier::{Decoder, Frame, Greeting, Identity, Session};
 
+use godwit_carrier::Side;
+
 use super::Wrong;
-use super::plan::{Micros, Plan, SECOND, Side};
+use super::plan::{Micros, Plan, SECOND};
 use super::rules::{BOUNDED_QUEUE, Broken, Ledger, Write, broken};
 
 /// What is written to a connection at once.
@@ -16,8 +17,6 @@ const GATHER: usize = 64 << 10;
 /// Between two looks at the peer's life, and how long it may be silent.
 pub(super) const TICK: Micros = SECOND;
 const SILENCE: Micros = 5 * SECOND;
-/// What a frame takes beside its content, and the largest that may come when there is still room.
-const FRAME: usize = 128;
 const LARGEST: usize = 512 << 10;
 /// Facts that wait for a connection.
 const MOST_FACTS: usize = 64;
@@ -82,19 +81,6 @@ pub(super) struct Carry {
 
 pub(super) const fn at(now: Micros) -> Duration {
     Duration::from_micros(now)
-}
-
-/// Bytes of memory that a frame takes while it waits.
-fn size(frame: &Frame) -> usize {
-    let content = match frame {
-        Frame::Forward(data) | Frame::Return(data) | Frame::Pages(data) | Frame::Control(data) => data.len(),
-        Frame::Held { digests, .. } => digests.len() * 16,
-        Frame::Memory(blocks) => blocks.len() * 64,
-        Frame::Wanted { pages, .. } => pages.len() * 4,
-        Frame::Pieces { pages, .. } => pages.len() * size_of::<(u32, Pieces)>(),
-        _ => 0,
-    };
-    content + FRAME
 }
 
 impl Carry {
@@ -236,23 +222,14 @@ impl Carry {
                 }
                 ledger.on_acknowledged(self.side, total)?;
             }
-            (
-                Side::Source,
-                frame @ (Frame::Return(_)
-                | Frame::ReturnEnd
-                | Frame::Memory(_)
-                | Frame::Held { .. }
-                | Frame::HeldEnd
-                | Frame::Pieces { .. }),
-            )
-            | (Side::Destination, frame @ (Frame::Forward(_) | Frame::ForwardEnd | Frame::Pages(_) | Frame::Wanted { .. })) => {
+            (side, frame) if frame.sequenced_by() == Some(side.peer()) => {
                 ledger.on_taken(self.side.peer(), &frame)?;
                 self.session.on_taken();
                 if self.wrong == Wrong::AcknowledgesWhatWaits {
                     self.session.on_dealt();
                     self.wake = true;
                 }
-                self.queued += size(&frame);
+                self.queued += frame.memory();
                 self.queue.push_back(frame);
                 if self.queued > self.most_queued + LARGEST {
                     return broken(BOUNDED_QUEUE, format!("{} bytes wait at the {:?}", self.queued, self.side));
@@ -265,7 +242,7 @@ impl Carry {
 
     /// A frame is off the queue; it is acknowledged unless it came to nothing.
     pub(super) fn on_dealt(&mut self, frame: &Frame, done: bool) {
-        self.queued = self.queued.saturating_sub(size(frame));
+        self.queued = self.queued.saturating_sub(frame.memory());
         if done && self.wrong != Wrong::AcknowledgesWhatWaits {
             self.session.on_dealt();
             self.wake = true;

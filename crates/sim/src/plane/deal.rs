@@ -8,11 +8,13 @@ use godwit_carrier::pages::digest::ZERO;
 use godwit_carrier::pages::{Applier, ApplyError, Digest, Digester};
 use godwit_stream::{ReturnMessage, ReturnReader, ReturnWriter};
 
+use godwit_carrier::Side;
+
 use super::Wrong;
 use super::carry::Ended;
 use super::feed::Holdings;
 use super::guest::Placed;
-use super::plan::{Mark, Micros, SECOND, Side};
+use super::plan::{Mark, Micros, SECOND};
 use super::rules::{self, Broken, broken};
 use super::world::{Event, World};
 

@@ -3,10 +3,12 @@
 use bytes::BytesMut;
 use godwit_carrier::{Decoder, Frame, Greeting};
 
+use godwit_carrier::Side;
+
 use super::Wrong;
 use super::carry::{Ended, IDENTITY, KEY, Lost, TICK};
 use super::deal;
-use super::plan::{MILLISECOND, Micros, SECOND, Side};
+use super::plan::{MILLISECOND, Micros, SECOND};
 use super::rules::Broken;
 use super::world::{Event, World};
 

@@ -1,5 +1,6 @@
 //! All that is settled before a run begins: the VM, the hosts, the link, and what goes wrong when. Drawn from the seed.
 
+use godwit_carrier::Side;
 use godwit_carrier::pages::EncoderLimits;
 use godwit_model::{MigrationPolicy, Millis};
 
@@ -11,23 +12,8 @@ pub(super) type Micros = u64;
 pub(super) const MILLISECOND: Micros = 1_000;
 pub(super) const SECOND: Micros = 1_000_000;
 
-/// A side of the move; also the direction in which it sends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Side {
-    Source,
-    Destination,
-}
-
-impl Side {
-    pub(super) const BOTH: [Self; 2] = [Self::Source, Self::Destination];
-
-    pub(super) const fn peer(self) -> Self {
-        match self {
-            Self::Source => Self::Destination,
-            Self::Destination => Self::Source,
-        }
-    }
-}
+/// Both, as they are drawn.
+pub(super) const SIDES: [Side; 2] = [Side::Source, Side::Destination];
 
 /// A process that can be killed or stand still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,7 +205,7 @@ impl Plan {
     }
 
     fn harm(random: &mut Random, link_only: bool) -> Harm {
-        let side = random.pick(&Side::BOTH);
+        let side = random.pick(&SIDES);
         let party = if random.one_in(2) { Party::Carry(side) } else { Party::Qemu(side) };
         let frozen = if random.one_in(4) { Party::Agent(side) } else { party };
         match random.below(if link_only { 14 } else { 24 }) {

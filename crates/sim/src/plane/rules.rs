@@ -6,7 +6,7 @@ use godwit_carrier::{Frame, Session};
 use godwit_stream::ReturnMessage;
 
 use super::guest::{At, Memory};
-use super::plan::Side;
+use godwit_carrier::Side;
 
 /// Sequenced frames arrive as they were sent, none twice, none lost.
 pub const IN_ORDER: &str = "every frame is taken once, in order, as it was sent";

@@ -5,7 +5,9 @@ use std::collections::VecDeque;
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::Decoder;
 
-use super::plan::{Micros, Plan, SECOND, Side};
+use godwit_carrier::Side;
+
+use super::plan::{Micros, Plan, SECOND, SIDES};
 use super::random::Random;
 
 /// What the receiver's kernel keeps until the process reads.
@@ -145,7 +147,7 @@ impl Wire {
     pub(super) fn idle_pipes(&mut self) -> Vec<(usize, Side)> {
         let mut found = vec![];
         for number in 0..self.connections.len() {
-            for side in Side::BOTH {
+            for side in SIDES {
                 if !self.connections[number].pipes[side as usize].scheduled && self.wants_to_send(number, side) {
                     self.connections[number].pipes[side as usize].scheduled = true;
                     found.push((number, side));

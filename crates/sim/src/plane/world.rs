@@ -6,13 +6,15 @@ use std::collections::{BTreeSet, BinaryHeap};
 
 use godwit_carrier::pages::{Applier, Digester};
 
+use godwit_carrier::Side;
+
 use super::agents::{Agents, Fact};
 use super::carry::{Carry, Ended, KEY};
 use super::deal::{AtDestination, AtSource};
 use super::destination_qemu::DestinationQemu;
 use super::feed::Feed;
 use super::network::Dial;
-use super::plan::{BlockPlan, Fault, Mark, Micros, Plan, SECOND, Side, Trigger};
+use super::plan::{BlockPlan, Fault, Mark, Micros, Plan, SECOND, Trigger};
 use super::random::Random;
 use super::rules::{self, Broken, Ledger, broken};
 use super::source_qemu::SourceQemu;
