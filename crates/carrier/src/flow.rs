@@ -12,6 +12,9 @@ const MAX_RAW: u64 = 32 << 20;
 const QUEUE: Duration = Duration::from_millis(50);
 /// So much must be in flight for the link to count as used: less says nothing about what it could take.
 const BUSY: u64 = 64 << 10;
+/// A burst of at least so much, that took at least so long, shows what the link can take at least.
+const BURST: u64 = 4 << 10;
+const SHORTEST_BURST: Duration = Duration::from_micros(100);
 /// How much busy time gives a rate.
 const SPAN: Duration = Duration::from_millis(300);
 /// Round trips that are remembered; the shortest of them counts, so that one that waited (in a queue, or for a process that stood still)
@@ -30,6 +33,10 @@ pub struct Window {
     busy: Duration,
     busy_bytes: u64,
     rate: u64,
+    /// When nothing was in flight last, and the bytes since.
+    burst: (Duration, u64),
+    /// The quickest burst, per second.
+    quickest: u64,
     round_trips: [Option<Duration>; ROUND_TRIPS],
     next_round_trip: usize,
 }
@@ -60,6 +67,8 @@ impl Window {
             busy: Duration::ZERO,
             busy_bytes: 0,
             rate: 0,
+            burst: (now, 0),
+            quickest: 0,
             round_trips: [None; ROUND_TRIPS],
             next_round_trip: 0,
         }
@@ -91,14 +100,14 @@ impl Window {
         self.wire.sent
     }
 
-    /// Bytes of frames that the destination took per second while the link was used, lately; on average before it ever was. 0 before
-    /// anything was taken.
+    /// Bytes of frames that the destination took per second while the link was used, lately. Before it ever was: what it took on average, or in the
+    /// quickest burst, since little on an idle link says nothing against the link. 0 before anything was taken.
     #[must_use]
     pub fn rate(&self) -> u64 {
         if self.rate > 0 || self.wire.applied == 0 {
             return self.rate;
         }
-        per_second(self.wire.applied, self.last_applied.saturating_sub(self.began)).max(1)
+        per_second(self.wire.applied, self.last_applied.saturating_sub(self.began)).max(self.quickest).max(1)
     }
 
     /// The shortest of the latest round trips; zero before there was one.
@@ -116,12 +125,14 @@ impl Window {
     /// Frames of `wire` bytes that stand for `raw` bytes were sent at `now`.
     pub fn on_sent(&mut self, wire: u64, raw: u64, now: Duration) {
         if self.in_flight() == 0 {
+            self.burst = (now, 0);
             self.last_applied = now;
             if self.wire.applied == 0 {
                 self.began = now;
             }
         }
         self.pass(now);
+        self.burst.1 += wire;
         self.wire.sent += wire;
         self.raw.sent += raw;
     }
@@ -134,6 +145,11 @@ impl Window {
         }
         self.wire.applied = self.wire.applied.saturating_add(wire).min(self.wire.sent);
         self.raw.applied = self.raw.applied.saturating_add(raw).min(self.raw.sent);
+        let (began, bytes) = self.burst;
+        let time = now.saturating_sub(began);
+        if self.in_flight() == 0 && bytes >= BURST && time >= SHORTEST_BURST {
+            self.quickest = self.quickest.max(per_second(bytes, time));
+        }
         if busy {
             self.busy_bytes += wire;
         }
@@ -218,6 +234,20 @@ mod tests {
         small.on_sent(10_000, 0, Duration::from_secs(5));
         small.on_applied(10_000, 0, Duration::from_millis(5_100));
         assert_eq!(small.rate(), 100_000, "better than nothing");
+    }
+
+    #[test]
+    fn little_on_an_idle_link_does_not_make_it_slow() {
+        let mut window = Window::new(Duration::ZERO);
+        for second in 0..5 {
+            let now = Duration::from_secs(second);
+            window.on_sent(20_000, 0, now);
+            window.on_applied(20_000, 0, now + Duration::from_millis(2));
+        }
+        assert_eq!(window.rate(), 10_000_000);
+        window.on_sent(10 * MIB, 0, Duration::from_secs(6));
+        window.on_applied(10 * MIB, 0, Duration::from_secs(16));
+        assert_eq!(window.rate(), MIB, "what was measured counts");
     }
 
     #[test]

@@ -67,8 +67,8 @@ impl Tasks {
         let Some(answer) = self.hub.command(&work.source, command) else { return Ok(()) };
         match tokio::time::timeout(PATIENCE, answer).await {
             Ok(Ok(Err(refusal))) => {
-                // Ended meanwhile: then its end is the answer.
-                if self.task(id).await?.row.state == TaskState::Cancelled {
+                // Ended meanwhile, perhaps by the executor, which asks as well: then its end is the answer.
+                if refusal.code == ErrorCode::NotFound || self.task(id).await?.row.state == TaskState::Cancelled {
                     return Ok(());
                 }
                 Err(refusal.retry(Retry::Never).into())
