@@ -406,7 +406,14 @@ impl Cluster {
         *self.reboots.entry(vm.to_owned()).or_default() += 1;
         let task = self.begin_start(vm, host).with_context(|| format!("start {vm} on {host}"))?;
         self.done(task, BOOT)?;
-        self.status_within(vm, BOOT).map(drop)
+        self.status_within(vm, BOOT)?;
+        // It may answer before the first record of its new boot is heard.
+        let deadline = Instant::now() + BOOT;
+        while self.witness().log().vm(vm).is_none_or(|heard| heard.reboots < self.reboots(vm)) {
+            ensure!(Instant::now() < deadline, "{vm} answers, and the witness does not hear that it was booted");
+            thread::sleep(ASK);
+        }
+        Ok(())
     }
 
     /// How often a guest was booted again on purpose.

@@ -95,6 +95,8 @@ pub(crate) struct CarryStatus {
     pub(crate) link_rate: u64,
     /// Bytes on the wire that are under way.
     pub(crate) in_flight: u64,
+    /// Milliseconds that comparing memory once more takes when the VM stands still.
+    pub(crate) looking_ms: u64,
     /// Milliseconds that the destination's QEMU has not answered the last question; 0 if it has.
     pub(crate) unanswered_ms: u64,
     /// Pages that were sent, by how.

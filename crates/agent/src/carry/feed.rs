@@ -23,6 +23,9 @@ const IDLE_READ: usize = 64;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// Most pages that are compared once more while the VM stands still: some tens of milliseconds.
+const MOST_LOOKED_AT: usize = 8192;
+
 /// How long a QEMU that may switch over by itself takes at least for what the destination holds already. No link slows that down, and it would be
 /// through before the agent could stop the VM.
 const UNHELD_PASS: Duration = Duration::from_secs(2);
@@ -286,6 +289,7 @@ impl<'a> Feed<'a> {
             _ => {
                 if let Element::EndBegin = element {
                     (self.section, self.ended) = (Section::End, true);
+                    self.encoder.iter_mut().for_each(Encoder::on_stopped);
                 }
                 if matches!(element, Element::Opaque(_)) {
                     self.ended = true;
@@ -349,11 +353,13 @@ impl<'a> Feed<'a> {
     }
 
     /// An emulating QEMU can miss a write: its vCPU takes a page for watched no longer at the very moment at which the watch begins anew. So
-    /// every page that was ever written to while it was watched is compared once more, now that the VM stands still.
+    /// every page that was ever written to while it was watched is compared once more, now that the VM stands still; a bounded number of them, since
+    /// a guest that writes to many is watched anew seldom.
     fn look_again(&mut self) -> Result<(), FeedError> {
         let (Some(mut own), Some(encoder)) = (self.own.take(), &self.encoder) else { return Ok(()) };
         let began = Instant::now();
-        let (places, before) = (encoder.sent_again(), encoder.encoding().same);
+        let places: Vec<Place> = encoder.pages_written_to().take(MOST_LOOKED_AT).collect();
+        let before = encoder.encoding().same;
         for place in &places {
             let Some(id) = self.told.get(usize::from(place.block)) else { continue };
             let Some(number) = own.blocks().iter().position(|block| block.id.as_bytes() == id) else { continue };
@@ -383,6 +389,9 @@ impl<'a> Feed<'a> {
         }
         self.pump.on_cost(encoder.cost_again(), encoder.encoding());
         self.pump.set_waiting(encoder.waiting());
+        if self.own.is_some() {
+            self.pump.set_looked_at(encoder.written_to().min(MOST_LOOKED_AT));
+        }
     }
 
     /// Pages go to memory past the destination's QEMU: whether that lives must be asked. Between sections it takes questions.

@@ -157,6 +157,7 @@ fn tell_gauge(status: &watch::Sender<CarryStatus>, gauge: Gauge, wire_bytes: u64
         status.in_flight = gauge.in_flight;
         status.pages = PageCounts { same, zero, copy, patch, data };
         status.round_trip_us = u64::try_from(gauge.round_trip.as_micros()).unwrap_or(u64::MAX);
+        status.looking_ms = u64::try_from(gauge.looking.as_millis()).unwrap_or(u64::MAX);
         status.unanswered_ms = u64::try_from(gauge.unanswered.as_millis()).unwrap_or(u64::MAX);
         status.stalled_ms = u64::try_from(gauge.stalled.as_millis()).unwrap_or(u64::MAX);
     });

@@ -96,6 +96,8 @@ pub(super) struct Pump {
     question: Cell<(u32, Option<Duration>)>,
     /// Pages that wait in the feed for an answer of the destination.
     waiting: Cell<usize>,
+    /// Pages that are to be compared once more when the VM stands still.
+    looked_at: Cell<usize>,
     /// Pages whose pieces were asked for and not told yet.
     wanted: Cell<usize>,
 }
@@ -112,6 +114,8 @@ pub(super) struct Gauge {
     pub(super) stalled: Duration,
     /// How long the destination's QEMU has not answered.
     pub(super) unanswered: Duration,
+    /// How long it takes to compare what is to be compared once more.
+    pub(super) looking: Duration,
     pub(super) encoding: Encoding,
 }
 
@@ -159,6 +163,7 @@ impl Pump {
             encoding: Cell::new(Encoding::default()),
             question: Cell::new((OUR_QUESTIONS, None)),
             waiting: Cell::new(0),
+            looked_at: Cell::new(0),
             wanted: Cell::new(0),
         };
         (pump, queue)
@@ -185,6 +190,7 @@ impl Pump {
             round_trip: window.round_trip(),
             stalled,
             unanswered: self.question.get().1.map_or(Duration::ZERO, |asked| self.now().saturating_sub(asked)),
+            looking: Duration::from_secs_f64((self.looked_at.get() * PAGE_SIZE) as f64 / self.speed.get() as f64),
             encoding: self.encoding.get(),
         }
     }
@@ -241,6 +247,11 @@ impl Pump {
     /// So many pages wait in the feed.
     pub(super) fn set_waiting(&self, pages: usize) {
         self.waiting.set(pages);
+    }
+
+    /// So many pages are to be compared once more when the VM stands still.
+    pub(super) fn set_looked_at(&self, pages: usize) {
+        self.looked_at.set(pages);
     }
 
     /// The pieces of so many pages are asked for.

@@ -139,7 +139,9 @@ pub(super) fn carry_view(carry: Option<&CarryClient>) -> (CarryView, CarryStatus
         usable,
         connected: status.connected,
         rate: BytesPerSec(status.rate),
-        queued: Millis(status.in_flight.saturating_mul(1_000).checked_div(status.link_rate).unwrap_or(0)),
+        queued: Millis(
+            status.in_flight.saturating_mul(1_000).checked_div(status.link_rate).unwrap_or(0).saturating_add(status.looking_ms),
+        ),
         round_trip: Millis(status.round_trip_us.div_ceil(1_000)),
         stalled: Millis(status.stalled_ms),
         unanswered: Millis(status.unanswered_ms),

@@ -87,9 +87,13 @@ pub struct Encoder {
     blocks: Vec<(u32, u32)>,
     /// What each page holds at the destination, once it has dealt with all batches.
     held: Vec<Digest>,
-    /// The page was sent in this session, and more than once.
+    /// The page was sent in this session.
     sent: Vec<u64>,
+    /// It was sent more than once, the last time while the guest ran; and how many such there are.
     again: Vec<u64>,
+    written_to: usize,
+    /// The guest stands still.
+    stopped: bool,
     /// A page that holds the content.
     contents: BTreeMap<Digest, u32>,
     most_contents: usize,
@@ -146,6 +150,8 @@ impl Encoder {
             held: vec![ZERO; pages],
             sent: vec![0; pages.div_ceil(64)],
             again: vec![0; pages.div_ceil(64)],
+            written_to: 0,
+            stopped: false,
             contents: BTreeMap::new(),
             most_contents: usize::try_from(limits.contents / CONTENT_SIZE).unwrap_or(usize::MAX),
             signatures: Signatures::new(pages, signatures),
@@ -361,17 +367,31 @@ impl Encoder {
         let (Some(sent), Some(again)) = (self.sent.get_mut(at), self.again.get_mut(at)) else { return false };
         let before = *sent & bit != 0;
         *sent |= bit;
-        *again |= if before { bit } else { 0 };
+        if before {
+            let counted = *again & bit != 0;
+            *again = if self.stopped { *again & !bit } else { *again | bit };
+            self.written_to = self.written_to + usize::from(*again & bit != 0) - usize::from(counted);
+        }
         before
     }
 
-    /// The pages that came more than once: those that the guest wrote to while it was watched.
+    /// From here on the guest stands still: what comes is as it stays.
+    pub const fn on_stopped(&mut self) {
+        self.stopped = true;
+    }
+
+    /// How many pages came more than once, the last time while the guest ran: it wrote to them while it was watched.
     #[must_use]
-    pub fn sent_again(&self) -> Vec<Place> {
+    pub const fn written_to(&self) -> usize {
+        self.written_to
+    }
+
+    /// Those pages.
+    pub fn pages_written_to(&self) -> impl Iterator<Item = Place> {
         let written = (0_u32..).zip(&self.again).filter(|(_, bits)| **bits != 0);
         let numbers =
             written.flat_map(|(word, bits)| (0..64).filter(move |bit| *bits >> bit & 1 == 1).map(move |bit| word * 64 + bit));
-        numbers.filter_map(|number| self.place(number)).collect()
+        numbers.filter_map(|number| self.place(number))
     }
 }
 
