@@ -123,6 +123,9 @@ pub struct Reign {
     pub principal: String,
     /// Why, in their words.
     pub reason: Option<String>,
+    /// What the migration that brought the VM there cost, and which blackout was predicted for it.
+    #[serde(default)]
+    pub figures: Option<MigrationFigures>,
 }
 
 /// How a generation ended.

@@ -292,6 +292,7 @@ mod tests {
         done.figures = Some(MigrationFigures {
             total: Millis(7_260),
             blackout: Millis(84),
+            predicted_blackout: Some(Millis(110)),
             wire_bytes: Bytes::mib(412),
             ram_bytes: Bytes::mib(1_100),
             rounds: 3,

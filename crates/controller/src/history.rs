@@ -38,6 +38,7 @@ fn advance(reigns: &mut Vec<Reign>, before: &VmRow, after: &VmRow, task: Option<
             kind: task.map(|task| task.work.kind().to_owned()).unwrap_or_default(),
             principal: task.map(|task| task.principal.clone()).unwrap_or_default(),
             reason: task.and_then(|task| task.reason.clone()),
+            figures: None,
         }));
         reigns.drain(..reigns.len().saturating_sub(KEPT));
     }
@@ -66,6 +67,10 @@ fn advance(reigns: &mut Vec<Reign>, before: &VmRow, after: &VmRow, task: Option<
             // It was believed to have ended, by a host that now knows better.
             (reign.ended, reign.end) = (None, None);
         }
+    }
+    if let Some(task) = task.filter(|task| task.figures.is_some()) {
+        let brought = reigns.iter_mut().rev().find(|reign| reign.task == Some(task.id) && reign.generation <= after.generation);
+        brought.into_iter().for_each(|reign| reign.figures = task.figures);
     }
 }
 

@@ -63,6 +63,7 @@ fn operations() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::with_openapi(Described::openapi())
         .routes(routes!(cluster::health))
         .routes(routes!(cluster::cpu_baseline))
+        .routes(routes!(cluster::metrics))
         .routes(routes!(cluster::host_list))
         .routes(routes!(cluster::host_show, cluster::host_delete))
         .routes(routes!(cluster::join_token_create))

@@ -18,6 +18,7 @@ mod http;
 mod hub;
 mod images;
 mod link;
+mod metrics;
 mod migratable;
 mod networks;
 mod principals;

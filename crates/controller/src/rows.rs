@@ -242,6 +242,8 @@ pub(crate) struct Reign {
     pub(crate) kind: String,
     pub(crate) principal: String,
     pub(crate) reason: Option<String>,
+    #[serde(default)]
+    pub(crate) figures: Option<MigrationFigures>,
 }
 
 /// Whether a running VM could move. Beside the VM and not in it: it changes without anybody changing the VM.

@@ -26,6 +26,7 @@ use crate::db::{Batch, Db, Fault, Stored, retry};
 use crate::history;
 use crate::hub::{Answer, Hub};
 use crate::images::Images;
+use crate::metrics::Metrics;
 use crate::principals::not_found;
 use crate::rows::{TaskRow, VmRow, Work};
 
@@ -76,6 +77,7 @@ pub(crate) struct Tasks {
     hub: Arc<Hub>,
     images: Arc<Images>,
     authority: Arc<Authority>,
+    metrics: Metrics,
     wakers: Mutex<HashMap<TaskId, Arc<Notify>>>,
     written: Mutex<HashMap<TaskId, Instant>>,
     execs: Mutex<HashMap<VmId, usize>>,
@@ -109,12 +111,18 @@ impl Tasks {
             hub,
             images,
             authority,
+            metrics: Metrics::new(),
             wakers: Mutex::default(),
             written: Mutex::default(),
             execs: Mutex::default(),
             tracker,
             stop,
         }
+    }
+
+    /// What Prometheus is told.
+    pub(crate) const fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Goes on with every task that had not ended.
@@ -219,15 +227,20 @@ impl Tasks {
 
     /// Ends a task and lets go of its VM.
     async fn finish(&self, id: TaskId, outcome: Outcome, mut change: impl FnMut(&mut TaskRow, &mut VmRow)) -> Result<(), Fault> {
+        let mut ends = false;
         let task = self
             .edit(id, |task, vm| {
-                if !task.state.ended() {
+                ends = !task.state.ended();
+                if ends {
                     change(task, vm);
                     vm.release(id);
                     conclude(task, &outcome);
                 }
             })
             .await?;
+        if ends {
+            self.metrics.on_ended(&task);
+        }
         tracing::info!(task = %id, kind = task.work.kind(), subject = %task.subject, state = ?task.state,
             error = task.error.as_ref().map(tracing::field::display), "ended");
         Ok(())

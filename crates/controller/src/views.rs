@@ -86,8 +86,8 @@ pub(crate) fn migratable(row: &MigratableRow) -> v1::Migratable {
 /// What became of a VM's generations.
 pub(crate) fn history(row: HistoryRow) -> v1::VmHistory {
     let generations = row.reigns.into_iter().map(|reign| {
-        let Reign { generation, host, granted, began, ended, end, task, kind, principal, reason } = reign;
-        v1::Reign { generation, host, granted, began, ended, end, task, kind, principal, reason }
+        let Reign { generation, host, granted, began, ended, end, task, kind, principal, reason, figures } = reign;
+        v1::Reign { generation, host, granted, began, ended, end, task, kind, principal, reason, figures }
     });
     v1::VmHistory { generations: generations.collect() }
 }

@@ -95,6 +95,9 @@ pub struct MigrationFigures {
     /// No vCPU ran anywhere: from the stop on the source to the resume on the destination. Measured on the source's clock; half a round trip is
     /// its error.
     pub blackout: Millis,
+    /// The blackout that was predicted at the moment of the stop; none if an agent was restarted in the middle.
+    #[serde(default)]
+    pub predicted_blackout: Option<Millis>,
     /// Bytes on the wire, both directions, TLS included.
     pub wire_bytes: Bytes,
     /// Bytes that QEMU wrote.

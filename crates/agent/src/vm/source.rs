@@ -56,6 +56,8 @@ pub(super) struct SourceMove {
     stopped: Option<Instant>,
     /// Carry knows that the VM stands still.
     hurried: bool,
+    /// The blackout as it was predicted when the VM was stopped, and as it was.
+    predicted: Option<Millis>,
     blackout: Option<Millis>,
     told: Option<(Instant, MigrationPhase, u16)>,
     /// Key and places of the VM's memory, which is kept when it has left. The key is in no journal: an agent that began after the move has none.
@@ -78,6 +80,7 @@ impl SourceMove {
             stop_limit: Duration::from_millis(policy.stop_limit.get()),
             stopped: None,
             hurried: false,
+            predicted: None,
             blackout: None,
             told: None,
             keep: None,
@@ -303,6 +306,11 @@ impl Actor {
         if !matches!(action, SourceAction::Wait(_) | SourceAction::Tell(..)) {
             tracing::info!(?action, qemu = ?view.qemu, rate = %view.carry.rate, "source");
         }
+        if action == SourceAction::Stop
+            && let Some(Moving::Source(moving)) = &mut self.moving
+        {
+            moving.predicted = predicted_blackout(&view);
+        }
         self.tell_progress(record, &view);
         self.act_source(action).await
     }
@@ -441,6 +449,7 @@ impl Actor {
             figures: MigrationFigures {
                 total: millis(moving.began.elapsed()),
                 blackout: moving.blackout.unwrap_or_default(),
+                predicted_blackout: moving.predicted,
                 wire_bytes: Bytes(status.wire_bytes),
                 ram_bytes: Bytes(status.stream_bytes),
                 rounds: moving.watch.ram.rounds,
@@ -513,7 +522,6 @@ impl Actor {
             MigrationPhase::CleanUp => 995,
         };
         let permille = last.1.max(u16::try_from(believed).unwrap_or(0));
-        let predicted = qemu.and_then(|qemu| WarmUp::of(qemu, &view.carry)).map(|warm_up| predict_blackout(&warm_up));
         let rate = view.carry.rate;
         let dirty_rate = qemu.and_then(|qemu| qemu.dirty_rate);
         let converges = rate.get() > dirty_rate.map_or(0, |rate| rate.get());
@@ -528,13 +536,18 @@ impl Actor {
             rate,
             dirty_rate,
             rounds: moving.watch.ram.rounds,
-            predicted_blackout: predicted,
+            predicted_blackout: predicted_blackout(view),
             time_left,
         };
         moving.told = Some((Instant::now(), phase, permille));
         let progress = godwit_link::encode(&progress);
         self.host.controller.send(Body::Progress(v1::Progress { task: moving.grant.task.to_string(), progress }));
     }
+}
+
+/// Blackout if the VM were stopped now, once that is known.
+fn predicted_blackout(view: &SourceView) -> Option<Millis> {
+    view.qemu.as_ref().and_then(|qemu| WarmUp::of(qemu, &view.carry)).map(|warm_up| predict_blackout(&warm_up))
 }
 
 /// A failure together with what carry knows of it.

@@ -149,7 +149,8 @@ fn show(task: &Task) -> String {
         facts.fact("Predicted blackout", or_nothing(progress.predicted_blackout)).fact("Time left", or_nothing(progress.time_left));
     }
     if let Some(figures) = &task.figures {
-        facts.fact("Total", figures.total).fact("Blackout", figures.blackout).fact("On the wire", figures.wire_bytes);
+        facts.fact("Total", figures.total).fact("Blackout", figures.blackout);
+        facts.fact("Predicted blackout", or_nothing(figures.predicted_blackout)).fact("On the wire", figures.wire_bytes);
         facts.fact("Written by QEMU", figures.ram_bytes).fact("Passes", figures.rounds);
     }
     if let Some(error) = &task.error {

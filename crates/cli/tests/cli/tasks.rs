@@ -30,6 +30,7 @@ fn moved(revision: u64) -> Task {
     let figures = MigrationFigures {
         total: Millis(7_200),
         blackout: Millis(84),
+        predicted_blackout: Some(Millis(110)),
         wire_bytes: Bytes::mib(412),
         ram_bytes: Bytes::GIB,
         rounds: 3,

@@ -15,6 +15,7 @@ use super::extract::{Body, Listing, Named, Query, page};
 use super::{Answer, App, Refusals};
 use crate::cpu::baselines;
 use crate::db::{Batch, Fault, retry};
+use crate::metrics::CONTENT_TYPE;
 use crate::principals::{Action, Principal, Target, authorize, not_found, stored_hash};
 use crate::rows::{HostRow, JoinRow, VmRow};
 use crate::{clock, restore, views};
@@ -52,6 +53,15 @@ pub(super) async fn cpu_baseline(State(app): State<Arc<App>>, who: Principal) ->
     let present = app.hub.present();
     let hosts: Vec<_> = present.iter().map(|(name, presence)| (name, &*presence.facts)).collect();
     Ok(Json(baselines(&hosts)))
+}
+
+/// Metrics for Prometheus, in the text format of OpenMetrics; they tell of every team, so the token must be an administrator's
+#[utoipa::path(get, path = "/v1/metrics", tag = "controller", operation_id = "metrics",
+    responses((status = 200, body = String, content_type = "application/openmetrics-text"), Refusals))]
+pub(super) async fn metrics(State(app): State<Arc<App>>, who: Principal) -> Answer<([(&'static str, &'static str); 1], String)> {
+    authorize(&who, Action::Look, Target::Administration)?;
+    let text = app.tasks.metrics().gather(&app.db, &app.hub).await?;
+    Ok(([("content-type", CONTENT_TYPE)], text))
 }
 
 /// A host

@@ -3,9 +3,8 @@
 use godwit_api::v1::{self as api, TaskState};
 use godwit_link::v1::{self, agent_message::Body, command::Action};
 use godwit_link::{decode, encode};
-use godwit_model::{
-    Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress, RunState,
-};
+use godwit_model::{Bytes, ErrorCode, Generation, Grant, MigrationPhase, MigrationPolicy, MigrationProgress, RunState};
+use reqwest::Method;
 
 use super::support::*;
 
@@ -85,7 +84,7 @@ async fn a_vm_moves_and_belongs_to_the_destination() {
     pair.a2.ended(ended(&task, &vm, 2, false, None)).await;
     let task = pair.cluster.ended(task.id).await;
     assert_eq!(task.state, TaskState::Done, "{task:?}");
-    assert_eq!(task.figures, Some(MigrationFigures { rounds: 3, ..Default::default() }));
+    assert_eq!(task.figures, Some(FIGURES));
     let vm = pair.cluster.vm("web1").await;
     assert_eq!(
         (vm.status.host.clone(), vm.status.generation, vm.status.state),
@@ -102,6 +101,20 @@ async fn a_vm_moves_and_belongs_to_the_destination() {
         history.iter().map(|reign| (reign.generation.0, reign.host.as_str(), reign.kind.as_str(), reign.end)).collect();
     assert_eq!(told, [(1, "h1", "vm.start", Some(api::ReignEnd::Moved)), (2, "h2", "vm.migrate", None)]);
     assert!(history[1].began.is_some() && history[0].ended >= history[0].began && history[1].task == Some(task.id), "{history:?}");
+    assert_eq!((history[0].figures, history[1].figures), (None, Some(FIGURES)));
+    let metrics = pair.cluster.admin().request(Method::GET, "/metrics").send().await.expect("answer").text().await.expect("text");
+    for line in [
+        r#"godwit_migrations_total{outcome="done"} 1"#,
+        "godwit_migration_wire_bytes_total 1048576",
+        "godwit_migration_blackout_seconds_sum 0.084",
+        "godwit_migration_blackout_excess_seconds_sum 0.024",
+        r#"godwit_hosts{state="connected"} 2"#,
+        r#"godwit_vms{team="default",state="running"} 1"#,
+        r#"godwit_vm_last_blackout_seconds{team="default",vm="web1",kind="predicted"} 0.06"#,
+        r#"godwit_vm_last_blackout_seconds{team="default",vm="web1",kind="actual"} 0.084"#,
+    ] {
+        assert!(metrics.lines().any(|found| found == line), "{line} is not in\n{metrics}");
+    }
 }
 
 #[tokio::test]

@@ -8,8 +8,8 @@ use godwit_link::certificate::CONTROLLER;
 use godwit_link::v1::{self, agent_message::Body, command::Action, controller_message, link_client::LinkClient};
 use godwit_link::{PROTOCOL, encode};
 use godwit_model::{
-    Boot, Bytes, ErrorCode, HostFacts, HostLoad, ImportFormat, MigrationPolicy, Name, NetworkKind, NicSpec, Refusal, RunState,
-    TaskId, UnixMillis, VmId, VmSpec,
+    Boot, Bytes, ErrorCode, HostFacts, HostLoad, ImportFormat, MigrationFigures, MigrationPolicy, Millis, Name, NetworkKind,
+    NicSpec, Refusal, RunState, TaskId, UnixMillis, VmId, VmSpec,
 };
 use rcgen::{CertificateParams, KeyPair};
 use tokio::sync::mpsc;
@@ -428,6 +428,16 @@ pub(super) fn report(vm: &api::Vm, generation: u64, state: RunState, holding: v1
     }
 }
 
+/// What each migration of these tests costs.
+pub(super) const FIGURES: MigrationFigures = MigrationFigures {
+    total: Millis(7_000),
+    blackout: Millis(84),
+    predicted_blackout: Some(Millis(60)),
+    wire_bytes: Bytes::mib(1),
+    ram_bytes: Bytes::mib(2),
+    rounds: 3,
+};
+
 /// How a migration ended.
 pub(super) fn ended(
     task: &api::Task,
@@ -443,11 +453,7 @@ pub(super) fn ended(
         source,
         moved: reason.is_none(),
         reason: reason.map(|code| (&Refusal::new(code, "the agent says why")).into()),
-        figures: if source && reason.is_none() {
-            encode(&godwit_model::MigrationFigures { rounds: 3, ..Default::default() })
-        } else {
-            vec![]
-        },
+        figures: if source && reason.is_none() { encode(&FIGURES) } else { vec![] },
     }
 }
 

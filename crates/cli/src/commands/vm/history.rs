@@ -14,7 +14,7 @@ pub(super) async fn run(session: &Session, name: &Name) -> Result<(), Failure> {
 }
 
 fn show(history: &VmHistory) -> String {
-    let mut table = Table::new(&["GENERATION", "HOST", "FROM", "UNTIL", "END", "FOR", "BY", "REASON"]);
+    let mut table = Table::new(&["GENERATION", "HOST", "FROM", "UNTIL", "END", "BLACKOUT", "PREDICTED", "FOR", "BY", "REASON"]);
     for reign in &history.generations {
         table.row([
             reign.generation.to_string(),
@@ -22,6 +22,8 @@ fn show(history: &VmHistory) -> String {
             or_nothing(reign.began.map(moment)),
             or_nothing(reign.ended.map(moment)),
             or_nothing(reign.end.map(|end| word(&end))),
+            or_nothing(reign.figures.map(|figures| figures.blackout)),
+            or_nothing(reign.figures.and_then(|figures| figures.predicted_blackout)),
             visible(&reign.kind).into_owned(),
             visible(&reign.principal).into_owned(),
             reign.reason.as_ref().map(|reason| visible(reason).into_owned()).unwrap_or_default(),
