@@ -20,6 +20,7 @@ mod home;
 mod memory;
 mod process;
 mod pump;
+mod seal;
 
 pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
 pub(crate) use control::{CarryConfig, CarryStatus, KeptMemory, PlacedBlock, Placement, Role};

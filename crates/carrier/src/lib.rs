@@ -6,9 +6,11 @@
 
 pub mod flow;
 pub mod frame;
+pub mod level;
 pub mod pages;
 pub mod session;
 
 pub use flow::Window;
 pub use frame::{Block, Decoder, Frame, Greeting, Identity, MalformedFrame, Side, VERSION};
+pub use level::{Level, LevelChoice, Spent};
 pub use session::Session;

@@ -17,13 +17,15 @@ pub mod apply;
 pub mod batch;
 pub mod digest;
 pub mod encode;
+pub mod seal;
 mod signature;
 mod wanted;
 
 pub use apply::{Applied, Applier, ApplyError, GuestMemory};
 pub use batch::{MAX_PAYLOAD, MalformedBatch};
 pub use digest::{Digest, Digester};
-pub use encode::{Encoder, EncoderLimits, Encoding, Place};
+pub use encode::{Batch, Encoder, EncoderLimits, Encoding, Place};
+pub use seal::Sealer;
 pub use wanted::Pieces;
 
 /// Bytes of a page.

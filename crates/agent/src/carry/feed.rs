@@ -6,13 +6,14 @@ use bytes::{Bytes, BytesMut};
 use godwit_carrier::Frame;
 use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
 use godwit_carrier::pages::digest::is_zero;
-use godwit_carrier::pages::{Digest, Digester, Encoder, EncoderLimits, GuestMemory, PAGE_SIZE, Page, Pieces, Place};
+use godwit_carrier::pages::{Batch, Digest, Digester, Encoder, EncoderLimits, GuestMemory, PAGE_SIZE, Page, Pieces, Place};
 use godwit_stream::{Element, PageContent, RamStart, Reader, StreamError, WriteError, Writer};
 use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::mpsc;
 
 use super::memory::ProcessMemory;
 use super::pump::Pump;
+use super::seal::{Sealers, Seals};
 
 /// Room for one read from QEMU: so much is encoded before anything else is looked at.
 const READ: usize = 256 << 10;
@@ -79,6 +80,7 @@ pub(super) struct Feed<'a> {
     /// What the destination's QEMU is to read, not yet in a frame.
     forward: BytesMut,
     encoder: Option<Encoder>,
+    seals: Seals<'a>,
     pieces: mpsc::UnboundedReceiver<ToldPieces>,
     /// Names of the blocks that the destination places.
     told: Vec<Bytes>,
@@ -106,6 +108,7 @@ pub(super) struct Feed<'a> {
 impl<'a> Feed<'a> {
     pub(super) fn new(
         pump: &'a Pump,
+        sealers: Sealers,
         digester: Digester,
         own: Option<ProcessMemory>,
         held: bool,
@@ -118,6 +121,7 @@ impl<'a> Feed<'a> {
             writer: Writer::new(),
             forward: BytesMut::new(),
             encoder: None,
+            seals: Seals::new(pump, sealers),
             pieces,
             told: Vec::new(),
             placed: Vec::new(),
@@ -153,15 +157,17 @@ impl<'a> Feed<'a> {
             tokio::task::yield_now().await;
         }
         self.flush();
-        self.pump.push(&Frame::ForwardEnd, 0);
+        self.settle_all().await;
+        self.seals.push(Frame::ForwardEnd, 0);
         Ok(())
     }
 
     /// Reads what there is, and answers how many bytes; what was read before goes out if there is nothing. `None` at the end.
     async fn read(&mut self, qemu: &OwnedReadHalf) -> Option<u64> {
-        self.pump.wait_for_room().await;
+        self.wait_for_room().await;
         if self.idle && !self.ended && self.section == Section::None && self.encoder.is_some() {
             self.flush();
+            self.settle_all().await;
             tokio::select! {
                 () = self.pump.pause(self.idle_pause) => self.idle_pause = (self.idle_pause * 2).min(LONGEST_PAUSE),
                 Some(told) = self.pieces.recv() => self.on_pieces(&told),
@@ -189,10 +195,42 @@ impl<'a> Feed<'a> {
                             return None;
                         },
                         Some(told) = self.pieces.recv() => self.on_pieces(&told),
+                        sealed = self.seals.settle() => self.on_sealed(&sealed),
                     }
                 }
                 Err(_) => return None,
             }
+        }
+    }
+
+    /// Waits until more may be read: a thread must be free to compress it, and the link must take it.
+    async fn wait_for_room(&mut self) {
+        let began = Instant::now();
+        while self.seals.is_full() {
+            let sealed = self.seals.settle().await;
+            self.on_sealed(&sealed);
+        }
+        let compression = began.elapsed();
+        loop {
+            tokio::select! {
+                () = self.pump.wait_for_room() => break,
+                sealed = self.seals.settle() => self.on_sealed(&sealed),
+            }
+        }
+        self.pump.on_encoded(0, compression);
+        self.seals.on_waited(began.elapsed() - compression, compression);
+    }
+
+    async fn settle_all(&mut self) {
+        while !self.seals.is_empty() {
+            let sealed = self.seals.settle().await;
+            self.on_sealed(&sealed);
+        }
+    }
+
+    fn on_sealed(&mut self, (batch, payload): &(Batch, usize)) {
+        if let Some(encoder) = &mut self.encoder {
+            encoder.on_sealed(batch, *payload);
         }
     }
 
@@ -345,11 +383,14 @@ impl<'a> Feed<'a> {
         while let Some(place) = encoder.ask() {
             match &mut asked {
                 Some((block, pages)) if *block == place.block && pages.len() < MAX_WANTED => pages.push(place.page),
-                _ => push_wanted(self.pump, asked.replace((place.block, vec![place.page]))),
+                _ => {
+                    let before = asked.replace((place.block, vec![place.page]));
+                    self.seals.push_wanted(before);
+                }
             }
         }
-        push_wanted(self.pump, asked);
         self.pump.set_waiting(encoder.waiting());
+        self.seals.push_wanted(asked);
     }
 
     /// An emulating QEMU can miss a write: its vCPU takes a page for watched no longer at the very moment at which the watch begins anew. So
@@ -385,7 +426,7 @@ impl<'a> Feed<'a> {
     fn flush_pages(&mut self) {
         let Some(encoder) = &mut self.encoder else { return };
         if let Some(batch) = encoder.take() {
-            self.pump.push(&Frame::Pages(batch.payload), batch.raw);
+            self.seals.seal(batch);
         }
         self.pump.on_cost(encoder.cost_again(), encoder.encoding());
         self.pump.set_waiting(encoder.waiting());
@@ -416,14 +457,7 @@ impl<'a> Feed<'a> {
         while !self.forward.is_empty() {
             let piece = self.forward.split_to(self.forward.len().min(MAX_DATA)).freeze();
             let raw = piece.len() as u64;
-            self.pump.push(&Frame::Forward(piece), raw);
+            self.seals.push(Frame::Forward(piece), raw);
         }
-    }
-}
-
-fn push_wanted(pump: &Pump, asked: Option<(u16, Vec<u32>)>) {
-    if let Some((block, pages)) = asked {
-        pump.on_wanted(pages.len());
-        pump.push(&Frame::Wanted { block, pages }, 0);
     }
 }

@@ -28,6 +28,7 @@ use super::control::{CarryConfig, CarryStatus, FromCarry, MAX_LINE, PageCounts, 
 use super::feed::Feed;
 use super::memory::ProcessMemory;
 use super::pump::{Gauge, KeepAlive, Pump};
+use super::seal::{Sealers, SealersError};
 use super::{connections, deal, home};
 use crate::tls::Material;
 
@@ -48,6 +49,9 @@ pub enum CarryError {
     /// It could not give up its rights, and does not begin with them.
     #[error("it cannot be confined")]
     Confine(#[source] RelayError),
+    /// The system gives it no threads.
+    #[error("a thread cannot be started")]
+    Thread(#[source] std::io::Error),
     /// A descriptor, or the runtime, cannot be used.
     #[error("a descriptor cannot be used")]
     Descriptor(#[source] std::io::Error),
@@ -65,8 +69,15 @@ pub fn run(config_fd: RawFd) -> Result<(), CarryError> {
     let config: CarryConfig = serde_json::from_slice(&text).map_err(|error| CarryError::Config(error.into()))?;
     // The runtime makes its own descriptors while it may.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CarryError::Descriptor)?;
+    let sealers = match config.role {
+        Role::Source { .. } => Some(Sealers::start(|| relay::confine(None).map(drop)).map_err(|error| match error {
+            SealersError::Thread(error) => CarryError::Thread(error),
+            SealersError::Confine(error) => CarryError::Confine(error),
+        })?),
+        Role::Destination { .. } => None,
+    };
     confine(&config).map_err(CarryError::Confine)?;
-    runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config)))
+    runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config, sealers)))
 }
 
 /// Gives up all that moving bytes does not need, before the first byte from outside is looked at.
@@ -91,7 +102,14 @@ fn take(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-async fn serve(config: CarryConfig) -> Result<(), CarryError> {
+/// What a carry works with.
+struct Means {
+    qemu: UnixStream,
+    /// Of a source.
+    sealers: Option<Sealers>,
+}
+
+async fn serve(config: CarryConfig, sealers: Option<Sealers>) -> Result<(), CarryError> {
     let control = StdUnixListener::from(take(config.control_fd));
     control.set_nonblocking(true).map_err(CarryError::Descriptor)?;
     let control = UnixListener::from_std(control).map_err(CarryError::Descriptor)?;
@@ -110,7 +128,8 @@ async fn serve(config: CarryConfig) -> Result<(), CarryError> {
     };
     let (pump, frames) = Pump::new(side, identity, KEEP_ALIVE, bandwidth, to_agent);
     let pump = Rc::new(pump);
-    let mover = tokio::task::spawn_local(carry(config, qemu, Rc::clone(&pump), frames, from_agent, Rc::clone(&status)));
+    let mover =
+        tokio::task::spawn_local(carry(config, Means { qemu, sealers }, Rc::clone(&pump), frames, from_agent, Rc::clone(&status)));
     answer_agents(control, to_peer, from_peer, &status, &pump).await;
     mover.abort();
     Ok(())
@@ -119,7 +138,7 @@ async fn serve(config: CarryConfig) -> Result<(), CarryError> {
 /// Moves the VM's bytes; whatever ends it stands in the status afterwards.
 async fn carry(
     config: CarryConfig,
-    qemu: UnixStream,
+    means: Means,
     pump: Rc<Pump>,
     frames: mpsc::UnboundedReceiver<Frame>,
     mut from_agent: mpsc::Receiver<Bytes>,
@@ -135,7 +154,7 @@ async fn carry(
         }
     };
     let ended = tokio::select! {
-        ended = move_bytes(config, qemu, &pump, frames, &mut from_agent, Arc::clone(&wire), &status) => ended,
+        ended = move_bytes(config, means, &pump, frames, &mut from_agent, Arc::clone(&wire), &status) => ended,
         never = watch => never,
     };
     gauge();
@@ -165,7 +184,7 @@ fn tell_gauge(status: &watch::Sender<CarryStatus>, gauge: Gauge, wire_bytes: u64
 
 async fn move_bytes(
     config: CarryConfig,
-    qemu: UnixStream,
+    means: Means,
     pump: &Pump,
     frames: mpsc::UnboundedReceiver<Frame>,
     from_agent: &mut mpsc::Receiver<Bytes>,
@@ -178,7 +197,7 @@ async fn move_bytes(
     let tell = |connected| {
         status.send_if_modified(|status| std::mem::replace(&mut status.connected, connected) != connected);
     };
-    let (reader, writer) = qemu.into_split();
+    let (reader, writer) = means.qemu.into_split();
     match config.role {
         Role::Source { address, own, held, .. } => {
             let key = session_key()?;
@@ -186,7 +205,8 @@ async fn move_bytes(
             let (told, holdings) = oneshot::channel();
             let holdings = async { holdings.await.unwrap_or_default() };
             let (told_pieces, pieces) = mpsc::unbounded_channel();
-            let feed = Feed::new(pump, Digester::new(&key), own.map(memory), held, pieces);
+            let sealers = means.sealers.ok_or("a source has threads that compress")?;
+            let feed = Feed::new(pump, sealers, Digester::new(&key), own.map(memory), held, pieces);
             tokio::select! {
                 error = connections::of_source(pump, &dialler, key, patience, from_agent, tell) => Err(text(error)),
                 error = deal::at_source(pump, writer, frames, config.pages, told, told_pieces) => error.map_err(text),

@@ -29,6 +29,7 @@ use super::deal;
 use super::feed::Feed;
 use super::memory::ProcessMemory;
 use super::pump::{KeepAlive, Pump, PumpError};
+use super::seal::Sealers;
 use crate::tls::Material;
 use crate::tls::tests::cluster;
 
@@ -85,7 +86,8 @@ fn source_at(
         let (reader, writer) = ours.into_split();
         let (told, holdings) = oneshot::channel();
         let (told_pieces, pieces) = mpsc::unbounded_channel();
-        let feed = Feed::new(&pump, Digester::new(&KEY), own, true, pieces);
+        let sealers = Sealers::start(|| Ok::<_, std::convert::Infallible>(())).expect("threads");
+        let feed = Feed::new(&pump, sealers, Digester::new(&KEY), own, true, pieces);
         let feeding = async {
             feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
             std::future::pending().await

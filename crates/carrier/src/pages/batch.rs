@@ -151,8 +151,8 @@ impl Writer {
         self.entries.len() + self.data.len() - before
     }
 
-    /// The payload of all entries since the last call, compressed by `compress` if that makes it smaller. It gets the body.
-    pub(super) fn finish(&mut self, compress: impl FnOnce(&[u8]) -> Option<Vec<u8>>) -> Bytes {
+    /// The body of all entries since the last call.
+    pub(super) fn finish(&mut self) -> Bytes {
         let mut body = BytesMut::with_capacity(4 + self.entries.len() + self.data.len());
         body.put_u32(u32::try_from(self.entries.len()).expect("a batch is far below 4 GiB"));
         body.put_slice(&self.entries);
@@ -160,14 +160,19 @@ impl Writer {
         self.entries.clear();
         self.data.clear();
         (self.count, self.next, self.block) = (0, None, None);
-        let compressed = compress(&body).filter(|compressed| compressed.len() < body.len());
-        let (how, bytes): (u8, &[u8]) = compressed.as_deref().map_or((NONE, &body[..]), |compressed| (ZSTD, compressed));
-        let mut payload = BytesMut::with_capacity(5 + bytes.len());
-        payload.put_u8(how);
-        payload.put_u32(u32::try_from(body.len()).expect("a batch is far below 4 GiB"));
-        payload.put_slice(bytes);
-        payload.freeze()
+        body.freeze()
     }
+}
+
+/// The payload of a body, compressed if that makes it smaller.
+pub(super) fn payload(body: &[u8], compressed: Option<&[u8]>) -> Bytes {
+    let compressed = compressed.filter(|compressed| compressed.len() < body.len());
+    let (how, bytes) = compressed.map_or((NONE, body), |compressed| (ZSTD, compressed));
+    let mut payload = BytesMut::with_capacity(5 + bytes.len());
+    payload.put_u8(how);
+    payload.put_u32(u32::try_from(body.len()).expect("a batch is far below 4 GiB"));
+    payload.put_slice(bytes);
+    payload.freeze()
 }
 
 fn put_varint(out: &mut BytesMut, mut value: u32) {

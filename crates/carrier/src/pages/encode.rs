@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use zstd::bulk::Compressor;
 
 use super::batch::{Entry, Writer};
 use super::digest::{CHECK, ZERO};
@@ -40,8 +39,6 @@ impl Default for EncoderLimits {
 const CONTENT_SIZE: u64 = 40;
 /// From so many pieces on all of the page is sent: it may compress, and needs no check.
 const MOST_PIECES: u32 = 48;
-/// Of zstd: the quickest of its ordinary ones.
-const LEVEL: i32 = 1;
 /// How many pages that were sent before give a cost.
 const COST_SPAN: u64 = 1024;
 
@@ -82,7 +79,6 @@ impl Cost {
 /// Encodes the pages of one session.
 pub struct Encoder {
     digester: Digester,
-    compressor: Compressor<'static>,
     /// First number of each block's pages, and their count.
     blocks: Vec<(u32, u32)>,
     /// What each page holds at the destination, once it has dealt with all batches.
@@ -101,8 +97,7 @@ pub struct Encoder {
     wanted: Wanted,
     asks: bool,
     batch: Writer,
-    /// Of the present batch: bytes without compression of pages that are sent again, their number, and all bytes.
-    shares: (u64, u64, u64),
+    shares: Shares,
     raw: u64,
     cost: Cost,
     encoding: Encoding,
@@ -114,22 +109,28 @@ impl std::fmt::Debug for Encoder {
     }
 }
 
-/// A batch that is to be sent.
+/// A batch that is to be sealed and sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
-    /// The payload of a [`crate::Frame::Pages`].
-    pub payload: Bytes,
+    /// Its entries, without compression.
+    pub(super) body: Bytes,
     /// Bytes of guest memory that it writes, or that went by with it because the destination has them.
     pub raw: u64,
+    shares: Shares,
+}
+
+/// Of a batch without compression: how many pages are sent again, their bytes, and all bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Shares {
+    pages_again: u64,
+    again: u64,
+    all: u64,
 }
 
 impl Encoder {
     /// For a destination that places `blocks`, whose lengths in pages are given, all of them zero until [`Encoder::on_held`] says otherwise.
     /// A block that anybody else writes to has the length 0 here, whatever the destination says of it: a page that is taken for a copy of one
     /// of its pages would not be.
-    ///
-    /// # Panics
-    /// If there is no memory for a compressor.
     #[must_use]
     pub fn new(digester: Digester, blocks: &[u32], limits: EncoderLimits) -> Self {
         let mut total = 0_u32;
@@ -145,7 +146,6 @@ impl Encoder {
         let signatures = usize::try_from(limits.signatures / Signatures::SIZE).unwrap_or(usize::MAX).min(pages);
         Self {
             digester,
-            compressor: Compressor::new(LEVEL).expect("memory for a compressor"),
             blocks,
             held: vec![ZERO; pages],
             sent: vec![0; pages.div_ceil(64)],
@@ -158,7 +158,7 @@ impl Encoder {
             wanted: Wanted::new(pages),
             asks: false,
             batch: Writer::default(),
-            shares: (0, 0, 0),
+            shares: Shares::default(),
             raw: 0,
             cost: Cost::default(),
             encoding: Encoding::default(),
@@ -243,7 +243,7 @@ impl Encoder {
         let digest = self.digester.page(content);
         let bytes = self.put_content(place, number, content, &digest, mask);
         self.set_held(number, digest);
-        self.shares.2 += bytes as u64;
+        self.shares.all += bytes as u64;
     }
 
     /// Encodes a page, `None` for zeros. Whether there is such a page.
@@ -279,10 +279,10 @@ impl Encoder {
                 self.batch.put(place.block, place.page, &Entry::Zero)
             }
         };
-        self.shares.2 += bytes as u64;
+        self.shares.all += bytes as u64;
         if again {
-            self.shares.0 += bytes as u64;
-            self.shares.1 += 1;
+            self.shares.again += bytes as u64;
+            self.shares.pages_again += 1;
         }
         true
     }
@@ -323,16 +323,18 @@ impl Encoder {
 
     /// The batch of all pages since the last call, unless none of them had to be sent.
     pub fn take(&mut self) -> Option<Batch> {
-        let (again, pages, all) = std::mem::take(&mut self.shares);
+        let shares = std::mem::take(&mut self.shares);
         if self.batch.is_empty() {
-            self.cost.add(pages, 0);
+            self.cost.add(shares.pages_again, 0);
             return None;
         }
-        let compressor = &mut self.compressor;
-        let payload = self.batch.finish(|body| compressor.compress(body).ok());
-        let share = (payload.len() as u64).saturating_mul(again) / all.max(1);
-        self.cost.add(pages, share);
-        Some(Batch { payload, raw: std::mem::take(&mut self.raw) })
+        Some(Batch { body: self.batch.finish(), raw: std::mem::take(&mut self.raw), shares })
+    }
+
+    /// A batch is sent as a payload of this length: what pages cost is learnt from it.
+    pub fn on_sealed(&mut self, batch: &Batch, payload: usize) {
+        let Shares { pages_again, again, all } = batch.shares;
+        self.cost.add(pages_again, (payload as u64).saturating_mul(again) / all.max(1));
     }
 
     fn number(&self, place: Place) -> Option<u32> {

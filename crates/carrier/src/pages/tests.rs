@@ -2,10 +2,11 @@
 
 use std::convert::Infallible;
 
+use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
-use crate::pages::encode::Batch;
+use crate::Level;
 
 const KEY: [u8; 32] = [7; 32];
 
@@ -39,6 +40,8 @@ impl GuestMemory for Memory {
 /// Both halves, and the memory at each side.
 struct Pair {
     encoder: Encoder,
+    sealer: Sealer,
+    level: Level,
     applier: Applier,
     source: Memory,
     destination: Memory,
@@ -50,6 +53,8 @@ impl Pair {
         let digester = Digester::new(&KEY);
         Self {
             encoder: Encoder::new(digester.clone(), blocks, limits),
+            sealer: Sealer::new(),
+            level: Level::default(),
             applier: Applier::new(digester, blocks.to_vec()),
             source: Memory::new(blocks),
             destination: Memory::new(blocks),
@@ -66,12 +71,19 @@ impl Pair {
         assert!(self.encoder.encode(Place { block, page }, content));
     }
 
-    fn flush(&mut self) -> Option<Batch> {
+    fn sealed(&mut self) -> Option<Bytes> {
         let batch = self.encoder.take()?;
-        assert!(batch.payload.len() <= MAX_PAYLOAD);
-        self.wire += batch.payload.len();
-        self.applier.apply(&batch.payload, &mut self.destination).expect("what the encoder says");
-        Some(batch)
+        let payload = self.sealer.seal(&batch, self.level);
+        assert!(payload.len() <= MAX_PAYLOAD);
+        self.encoder.on_sealed(&batch, payload.len());
+        Some(payload)
+    }
+
+    fn flush(&mut self) {
+        if let Some(payload) = self.sealed() {
+            self.wire += payload.len();
+            self.applier.apply(&payload, &mut self.destination).expect("what the encoder says");
+        }
     }
 
     /// The destination holds this from an earlier stay, and has told so.
@@ -204,7 +216,7 @@ fn of_a_version_that_was_only_told_the_pieces_are_asked_for() {
     assert!((PAGE_SIZE..PAGE_SIZE + 100).contains(&pair.cost()), "nobody waits unasked");
     pair.encoder.set_asks(true);
     (1..300).for_each(|page| pair.write(0, page, changed(&noise(u64::from(page)), 5)));
-    assert_eq!((pair.flush(), pair.encoder.waiting(), pair.encoder.unasked()), (None, 299, 299));
+    assert_eq!((pair.encoder.take(), pair.encoder.waiting(), pair.encoder.unasked()), (None, 299, 299));
     let cost = pair.cost();
     assert!(cost < 299 * (PIECE + 20), "{cost}");
     assert_eq!((pair.encoder.waiting(), pair.encoder.encoding().patch), (0, 299));
@@ -251,7 +263,7 @@ fn a_destination_that_tells_wrong_pieces_finds_out_itself() {
     pair.write(0, 1, content);
     let place = pair.encoder.ask().expect("a question");
     pair.encoder.on_pieces(place, &Digester::new(&KEY).told_pieces(&changed(&content, 5)));
-    let payload = pair.encoder.take().expect("a batch").payload;
+    let payload = pair.sealed().expect("a batch");
     let refused = pair.applier.apply(&payload, &mut pair.destination);
     assert!(matches!(refused, Err(ApplyError::Check { .. })), "{refused:?}");
 }
@@ -275,8 +287,8 @@ fn a_destination_that_does_not_hold_what_it_said_finds_out_itself() {
         pair.destination.0[0][0] = noise(2);
         let target = u32::from(before == after);
         assert!(pair.encoder.encode(Place { block: 0, page: target }, Some(&after)));
-        let batch = pair.encoder.take().expect("a batch");
-        let refused = pair.applier.apply(&batch.payload, &mut pair.destination);
+        let payload = pair.sealed().expect("a batch");
+        let refused = pair.applier.apply(&payload, &mut pair.destination);
         assert!(matches!(refused, Err(ApplyError::Check { block: 0, page }) if page == target), "{refused:?}");
     }
 }
@@ -288,12 +300,29 @@ fn a_page_beyond_a_block_is_refused_on_both_sides() {
         assert!(!wide.encoder.encode(Place { block, page }, None));
     }
     assert!(wide.encoder.encode(Place { block: 1, page: 9 }, Some(&noise(1))));
-    let batch = wide.encoder.take().expect("a batch");
+    let payload = wide.sealed().expect("a batch");
     for blocks in [vec![10], vec![10, 9]] {
         let mut memory = Memory::new(&blocks);
-        let refused = Applier::new(Digester::new(&KEY), blocks).apply(&batch.payload, &mut memory);
+        let refused = Applier::new(Digester::new(&KEY), blocks).apply(&payload, &mut memory);
         assert!(matches!(refused, Err(ApplyError::Page { block: 1 })), "{refused:?}");
     }
+}
+
+#[test]
+fn every_level_is_exact_and_a_higher_one_no_larger_on_the_whole() {
+    let mut sizes = vec![];
+    for level in Level::all() {
+        let mut pair = Pair::new(&[64], EncoderLimits::default());
+        pair.level = level;
+        for page in 0..64_u32 {
+            let mut content = noise(u64::from(page));
+            content[..3000].fill(b'a' + (page % 20) as u8);
+            pair.write(0, page, content);
+        }
+        sizes.push(pair.cost());
+        assert_eq!(pair.source, pair.destination, "{level:?}");
+    }
+    assert!(sizes[0] > 64 * PAGE_SIZE && sizes.is_sorted_by(|before, after| after < &(before + before / 50)), "{sizes:?}");
 }
 
 #[test]
@@ -306,7 +335,8 @@ fn a_batch_cut_at_any_length_or_longer_is_refused() {
         }
         pair.write(0, 3, content(1));
         pair.write(0, 0, changed(&content(0), 1));
-        let payload = pair.flush().expect("a batch").payload;
+        let payload = pair.sealed().expect("a batch");
+        pair.applier.apply(&payload, &mut pair.destination).expect("whole");
         for cut in 0..payload.len() {
             let refused = pair.applier.apply(&payload[..cut], &mut pair.destination);
             assert!(matches!(refused, Err(ApplyError::Malformed(_))), "cut at {cut}: {refused:?}");

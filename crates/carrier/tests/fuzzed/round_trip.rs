@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use godwit_carrier::Level;
 use godwit_carrier::pages::digest::{ZERO, is_zero};
-use godwit_carrier::pages::{Digest, Encoder, EncoderLimits, MAX_PAYLOAD, PAGE_SIZE, Page, Pieces, Place};
+use godwit_carrier::pages::{Digest, Encoder, EncoderLimits, MAX_PAYLOAD, PAGE_SIZE, Page, Pieces, Place, Sealer};
 
 use super::memory::{Memory, filled, noise};
 use super::reference::{Outcome, Receiver};
@@ -18,6 +19,8 @@ struct Refused;
 
 struct Move {
     encoder: Encoder,
+    sealer: Sealer,
+    level: Level,
     limits: EncoderLimits,
     source: Memory,
     destination: Receiver,
@@ -44,6 +47,7 @@ impl Move {
     /// A byte for the limits, and one for each page: what the destination holds, and what it tells of it.
     fn begin(bytes: &mut impl Iterator<Item = u8>) -> Self {
         let limits = bytes.next().unwrap_or(0xff);
+        let level = Level::all().nth(usize::from(limits % 7)).unwrap_or_default();
         let limits = EncoderLimits { signatures: u64::from(limits & 15) * 520, contents: u64::from(limits >> 4) * 40 };
         let mut encoder = Encoder::new(digester(), &BLOCKS, limits);
         let (mut source, mut memory, mut lies) = (Memory::new(&BLOCKS), Memory::new(&BLOCKS), BTreeMap::new());
@@ -73,6 +77,8 @@ impl Move {
         }
         Self {
             encoder,
+            sealer: Sealer::new(),
+            level,
             limits,
             source,
             destination: Receiver::new(memory),
@@ -181,11 +187,13 @@ impl Move {
 
     fn flush(&mut self) -> Result<(), Refused> {
         let Some(batch) = self.encoder.take() else { return Ok(()) };
-        assert!(batch.payload.len() <= MAX_PAYLOAD, "{} bytes", batch.payload.len());
+        let payload = self.sealer.seal(&batch, self.level);
+        self.encoder.on_sealed(&batch, payload.len());
+        assert!(payload.len() <= MAX_PAYLOAD, "{} bytes", payload.len());
         assert!(!self.encoder.is_full());
         self.raw += batch.raw;
         self.batches += 1;
-        match self.destination.receive(&batch.payload) {
+        match self.destination.receive(&payload) {
             Outcome::Applied { .. } => Ok(()),
             Outcome::Check { .. } => Err(Refused),
             other => panic!("an encoder has written what is none: {other:?}"),

@@ -23,7 +23,7 @@ pub fn limits(pages: u64) -> Vec<Limit> {
         Limit { resource: LimitedResource::Core, value: 0 },
         Limit { resource: LimitedResource::OpenFiles, value: 256 },
         Limit { resource: LimitedResource::LockedMemory, value: 0 },
-        Limit { resource: LimitedResource::AddressSpace, value: (1 << 30) + pages.saturating_mul(OF_A_PAGE) },
+        Limit { resource: LimitedResource::AddressSpace, value: (3 << 29) + pages.saturating_mul(OF_A_PAGE) },
         // Sockets and pipes are no files, nor is the memory of a process.
         Limit { resource: LimitedResource::FileSize, value: 0 },
     ]
@@ -51,7 +51,7 @@ pub enum Confined {
     CallsOnly,
 }
 
-/// Confines this process, which has one thread, for the rest of its life. `dials` is the port that it may connect to.
+/// Confines this thread, for the rest of its life; a process is confined when each of its threads is. `dials` is the port that it may connect to.
 ///
 /// # Errors
 /// See [`RelayError`].
@@ -79,7 +79,7 @@ fn renounce_files(dials: Option<u16>) -> Result<RulesetCreated, RulesetError> {
     }
 }
 
-/// What tokio with one thread, timers and sockets calls. Nothing here opens a file, starts or looks at a process, or mounts.
+/// What threads that compute, and tokio with one thread, timers and sockets calls. Nothing here opens a file, starts or looks at a process, or mounts.
 const RELAYING: &[libc::c_long] = &[
     libc::SYS_readv,
     libc::SYS_writev,

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::Frame;
 use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
-use godwit_carrier::pages::{Digest, Digester, Encoder, EncoderLimits, Encoding, Pieces, Place};
+use godwit_carrier::pages::{Digest, Digester, Encoder, EncoderLimits, Encoding, Pieces, Place, Sealer};
+use godwit_carrier::{Frame, Level};
 use godwit_stream::{Element, PAGE_SIZE, PageContent, RamStart, Reader, Writer};
 
 use super::Wrong;
@@ -43,6 +43,7 @@ pub(super) struct Feed {
     writer: Writer,
     forward: BytesMut,
     encoder: Option<Encoder>,
+    sealer: Sealer,
     /// For each block of the stream its number at the destination.
     placed: Vec<Option<u16>>,
     section: Section,
@@ -78,6 +79,7 @@ impl Feed {
             writer: Writer::new(),
             forward: BytesMut::new(),
             encoder: None,
+            sealer: Sealer::new(),
             placed: vec![],
             section: Section::None,
             part_open: false,
@@ -377,7 +379,9 @@ impl Feed {
         let Some(encoder) = &mut self.encoder else { return };
         if let Some(batch) = encoder.take() {
             let writes = std::mem::take(&mut self.writes);
-            carry.push(Frame::Pages(batch.payload), batch.raw, writes, now, ledger);
+            let payload = self.sealer.seal(&batch, Level::default());
+            encoder.on_sealed(&batch, payload.len());
+            carry.push(Frame::Pages(payload), batch.raw, writes, now, ledger);
         }
         self.quiet = true;
     }
