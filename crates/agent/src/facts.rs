@@ -121,6 +121,7 @@ mod tests {
             host: "h1".into(),
             address: "10.0.0.1".into(),
             keys: keys.iter().map(|key| (*key).to_owned()).collect(),
+            migration_bandwidth: 0,
         };
         let peers = Peers::default();
         peers.set(&[named(&["another key"])]);

@@ -18,6 +18,7 @@ use tokio::sync::{Notify, mpsc};
 use tonic::transport::Channel;
 
 use crate::AgentOptions;
+use crate::budget::Budget;
 use crate::facts::{self, FactError, Said};
 use crate::guest::Guests;
 use crate::identity::Identity;
@@ -48,6 +49,7 @@ pub(crate) struct Host {
     pub(crate) guests: Guests,
     pub(crate) reports: Mutex<BTreeMap<VmId, v1::VmReport>>,
     pub(crate) peers: Peers,
+    pub(crate) budget: Budget,
     /// A VM's QEMU has ended, and its taps with it.
     pub(crate) interfaces_ended: Notify,
 }

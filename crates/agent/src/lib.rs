@@ -4,6 +4,7 @@
 //! journal and from what it sees. It must never decide who owns a VM by itself: [`godwit_migration`] does, from journalled grants and
 //! releases. Start with [`vm`](self) actors in `vm.rs`, then `session.rs`.
 
+mod budget;
 pub mod carry;
 pub mod check;
 mod console;
@@ -188,6 +189,7 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
         guests: Guests::default(),
         reports: Mutex::default(),
         peers: peers::Peers::default(),
+        budget: budget::Budget::default(),
         interfaces_ended: Notify::new(),
     });
     let vms = Registry::begin(Arc::clone(&host), records.into_values());

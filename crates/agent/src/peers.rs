@@ -54,6 +54,7 @@ mod tests {
             host: "h1".into(),
             address: "10.0.0.1".into(),
             keys: keys.iter().map(|key| (*key).to_owned()).collect(),
+            migration_bandwidth: 0,
         };
         assert_eq!(peers.keys_of(&h1).expect_err("nobody was named").code, ErrorCode::CertificateRefused);
         peers.set(&[named(&["a", "b"])]);

@@ -16,7 +16,7 @@ use godwit_link::v1::link_client::LinkClient;
 use godwit_link::v1::{self, AgentMessage};
 use godwit_link::{MAX_MESSAGE, Malformed, PROTOCOL, convert, decode, encode};
 use godwit_model::{
-    Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, NetworkId, Refusal, VlanId, VmId, VolumeRef,
+    BytesPerSec, Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, NetworkId, Refusal, VlanId, VmId, VolumeRef,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -189,6 +189,9 @@ impl Sessions {
             FromController::Command(command) => self.on_command(command, epoch),
             FromController::Fleet(fleet) => {
                 self.host.peers.set(&fleet.members);
+                let own = fleet.members.iter().find(|member| member.host == self.host.identity.name.as_str());
+                let bandwidth = own.map(|own| own.migration_bandwidth).filter(|bandwidth| *bandwidth > 0);
+                self.host.budget.set(bandwidth.map(BytesPerSec));
                 let members = fleet.members.iter().map(|member| member.host.clone()).collect();
                 if let Err(error) = self.host.journal.write_mark(fleet.mark, members) {
                     tracing::warn!(error = &error as &dyn std::error::Error, "how far the controller is cannot be kept");

@@ -201,6 +201,11 @@ impl Client {
         self.get(&format!("/hosts/{}", segment(host))).await
     }
 
+    /// Changes a host.
+    pub async fn set_host(&self, host: &Name, request: &v1::HostSet) -> Result<v1::Host> {
+        self.json(self.request(Method::PATCH, &format!("/hosts/{}", segment(host))).json(request)).await
+    }
+
     /// Removes a host; its certificate is refused from then on. With `force` also one with VMs, which are not taken for dead.
     pub async fn delete_host(&self, host: &Name, force: bool) -> Result<()> {
         self.send(self.request(Method::DELETE, &format!("/hosts/{}?force={force}", segment(host)))).await.map(|_| ())

@@ -2,9 +2,9 @@
 
 use godwit_model::guest::EXEC_TIMEOUT;
 use godwit_model::{
-    Accelerator, Activity, Bytes, ExecRequest, Generation, GuestFacts, HostFacts, HostLoad, ImageId, ImageKind, ImportFormat,
-    InterfaceDrops, MigrationFigures, MigrationPolicy, MigrationProgress, Millis, Name, NetworkId, NetworkKind, Octets, Refusal,
-    RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
+    Accelerator, Activity, Bytes, BytesPerSec, ExecRequest, Generation, GuestFacts, HostFacts, HostLoad, ImageId, ImageKind,
+    ImportFormat, InterfaceDrops, MigrationFigures, MigrationPolicy, MigrationProgress, Millis, Name, NetworkId, NetworkKind,
+    Octets, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -311,6 +311,9 @@ pub struct Host {
     pub address: String,
     /// The address at which moves reach it, if it is another.
     pub migration_address: Option<String>,
+    /// What all migrations that leave it may take of the wire together; none is no limit.
+    #[serde(default)]
+    pub migration_bandwidth: Option<BytesPerSec>,
     /// Whether its agent is connected.
     pub connected: bool,
     /// When `connected` last changed.
@@ -424,6 +427,15 @@ pub struct NetworkCreate {
     /// Its MTU, 1280 to 9216; by default what the connected hosts carry, at most 1500.
     #[serde(default)]
     pub mtu: Option<u32>,
+}
+
+/// Asks for a change of a host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HostSet {
+    /// What all migrations that leave it may take of the wire together, in bytes per second; null is no limit. It counts at once, for those that
+    /// run as well.
+    pub migration_bandwidth: Option<BytesPerSec>,
 }
 
 /// Asks for a change of a network.

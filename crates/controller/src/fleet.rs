@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use godwit_link::v1::{self, controller_message::Body};
-use godwit_model::{Name, VmRequest};
+use godwit_model::{BytesPerSec, Name, VmRequest};
 
 use crate::db::{Db, Fault};
 use crate::hub::Hub;
@@ -46,6 +46,7 @@ impl Fleet {
                 host: host.row.name.to_string(),
                 address: address_of(&host.row, &self.hub),
                 keys: host.row.keys.clone(),
+                migration_bandwidth: host.row.migration_bandwidth.map_or(0, BytesPerSec::get),
             })
             .collect();
         members.sort_by(|a, b| a.host.cmp(&b.host));

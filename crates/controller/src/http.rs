@@ -65,7 +65,7 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(cluster::cpu_baseline))
         .routes(routes!(cluster::metrics))
         .routes(routes!(cluster::host_list))
-        .routes(routes!(cluster::host_show, cluster::host_delete))
+        .routes(routes!(cluster::host_show, cluster::host_set, cluster::host_delete))
         .routes(routes!(cluster::join_token_create))
         .routes(routes!(cluster::pool_list))
         .routes(routes!(cluster::pool_show))

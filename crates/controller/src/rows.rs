@@ -15,9 +15,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use godwit_api::v1::{ReignEnd, Role, TaskNote, TaskState, Transfer};
 use godwit_model::{
-    Activity, Bytes, Epoch, Generation, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures, MigrationPolicy,
-    MigrationProgress, Millis, Name, NetworkId, NetworkKind, Refusal, ResolvedSpec, RunState, TaskId, TokenId, UnixMillis, VmId,
-    VmSpec,
+    Activity, Bytes, BytesPerSec, Epoch, Generation, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
+    MigrationPolicy, MigrationProgress, Millis, Name, NetworkId, NetworkKind, Refusal, ResolvedSpec, RunState, TaskId, TokenId,
+    UnixMillis, VmId, VmSpec,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -132,6 +132,9 @@ pub(crate) struct HostRow {
     /// Where its carry listens, if elsewhere.
     #[serde(default)]
     pub(crate) migration_address: Option<String>,
+    /// What migrations that leave it may take of the wire together.
+    #[serde(default)]
+    pub(crate) migration_bandwidth: Option<BytesPerSec>,
     pub(crate) joined: UnixMillis,
     /// Public keys (their hashes) that may speak for the host: the newest last, the one before it until the newest is used.
     pub(crate) keys: Vec<String>,

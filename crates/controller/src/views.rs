@@ -148,6 +148,7 @@ pub(crate) fn host(stored: &Stored<HostRow>, hub: &Hub) -> v1::Host {
             .as_ref()
             .and_then(|presence| presence.migration_address.clone())
             .or(row.migration_address.clone()),
+        migration_bandwidth: row.migration_bandwidth,
         load: presence.map(|presence| {
             let mut load = presence.load;
             // Hosts are shown to everybody, VMs only to their teams.

@@ -111,6 +111,12 @@ impl Source {
         Self { policy, expires, began: now, asked: false, stopped: None, giving_up: None }
     }
 
+    /// The limits that it keeps.
+    #[must_use]
+    pub const fn policy(&self) -> &MigrationPolicy {
+        &self.policy
+    }
+
     /// When our stop was proven, if it was.
     #[must_use]
     pub const fn stopped(&self) -> Option<Millis> {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
+use godwit_model::BytesPerSec;
 use godwit_qemu::cage::{self, CagePlan, KeptLog, Launcher, Network, PassedFds, Profile, SpawnError, relay};
 use godwit_qemu::process::{AdoptError, Exit, ProcessIdentity, QemuProcess};
 use rustix::fs::MemfdFlags;
@@ -133,6 +134,11 @@ impl CarryClient {
     /// The VM is about to be stopped, or stands still.
     pub(crate) fn hurry(&self) {
         let _ = self.to_carry.try_send(ToCarry::Hurry);
+    }
+
+    /// What it may take of the wire from here on. Whether it will be told.
+    pub(crate) fn set_bandwidth(&self, bandwidth: Option<BytesPerSec>) -> bool {
+        self.to_carry.try_send(ToCarry::Bandwidth(bandwidth)).is_ok()
     }
 
     /// Ends it, kindly for a moment, then surely.

@@ -136,6 +136,8 @@ pub(super) enum ToCarry {
     Peer(Box<serde_json::value::RawValue>),
     /// The VM is about to be stopped, or stands still.
     Hurry,
+    /// What it may take of the wire from here on.
+    Bandwidth(Option<BytesPerSec>),
     /// End the process.
     Quit,
 }

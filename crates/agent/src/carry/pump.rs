@@ -209,6 +209,12 @@ impl Pump {
         (page / seconds) as u64
     }
 
+    /// What may go on the wire per second from here on.
+    pub(super) fn set_bandwidth(&self, bandwidth: Option<BytesPerSec>) {
+        self.pace.borrow_mut().set(bandwidth);
+        self.wake.notify_one();
+    }
+
     /// The VM is about to stop, or stands still: nothing waits any more for the sake of a quiet host.
     pub(super) fn hurry(&self) {
         self.hurried.set(true);
@@ -556,6 +562,12 @@ impl Pace {
 
     fn new(rate: Option<BytesPerSec>) -> Self {
         Self { rate, free_at: Instant::now() }
+    }
+
+    fn set(&mut self, rate: Option<BytesPerSec>) {
+        if self.rate != rate {
+            *self = Self::new(rate);
+        }
     }
 
     /// When so many bytes may go.

@@ -60,6 +60,8 @@ pub(super) struct SourceMove {
     predicted: Option<Millis>,
     blackout: Option<Millis>,
     told: Option<(Instant, MigrationPhase, u16)>,
+    /// What carry was told to take of the wire at most.
+    bandwidth: Option<Option<BytesPerSec>>,
     /// Key and places of the VM's memory, which is kept when it has left. The key is in no journal: an agent that began after the move has none.
     keep: Option<(StayKey, Vec<PlacedBlock>)>,
 }
@@ -83,6 +85,7 @@ impl SourceMove {
             predicted: None,
             blackout: None,
             told: None,
+            bandwidth: None,
             keep: None,
         }
     }
@@ -311,8 +314,19 @@ impl Actor {
         {
             moving.predicted = predicted_blackout(&view);
         }
+        self.share_bandwidth();
         self.tell_progress(record, &view);
         self.act_source(action).await
+    }
+
+    /// Carry takes what is this move's of what all that leave this host may take.
+    fn share_bandwidth(&mut self) {
+        let Some(Moving::Source(moving)) = &mut self.moving else { return };
+        let Some(carry) = &moving.carry else { return };
+        let share = self.host.budget.share(self.vm, moving.machine.policy().bandwidth, carry.status().wire_bytes, Instant::now());
+        if share.is_some() && share != moving.bandwidth && share.is_some_and(|share| carry.set_bandwidth(share)) {
+            moving.bandwidth = share;
+        }
     }
 
     async fn see_source(&mut self) -> Result<(SourceRecord, SourceView), Refusal> {
@@ -468,6 +482,7 @@ impl Actor {
         };
         tell(&self.host, moving.carry.as_ref(), &moving.grant, &moving.grant.destination, last);
         tracing::info!(?outcome, figures = ?ended.figures, pages = ?status.pages, "the move has ended here");
+        self.host.budget.leave(self.vm);
         let Some(Moving::Source(moving)) = self.moving.take() else { return None };
         if let Some(carry) = moving.carry {
             // The last fact is on its way through the controller, too.

@@ -2,9 +2,11 @@
 
 mod check;
 
+use std::str::FromStr;
+
 use clap::{Args, Subcommand};
-use godwit_api::v1::{Host, JoinTokenCreate};
-use godwit_model::{DroppedFrames, Millis, Name};
+use godwit_api::v1::{Host, HostSet, JoinTokenCreate};
+use godwit_model::{BytesPerSec, DroppedFrames, Millis, Name};
 
 use crate::arguments::OnlineArgs;
 use crate::confirm::ConfirmArgs;
@@ -61,6 +63,16 @@ run, and start nowhere else until the host has joined again under its name (`god
         #[command(flatten)]
         online: OnlineArgs,
     },
+    /// Change what a host may do; it counts at once
+    Set {
+        /// Its name
+        name: Name,
+        /// What all migrations that leave it may take of the wire together, such as 1gbit or 50MB/s; `none` is no limit
+        #[arg(long, value_name = "RATE", value_parser = bandwidth)]
+        migration_bandwidth: Bandwidth,
+        #[command(flatten)]
+        online: OnlineArgs,
+    },
     /// List hosts
     List {
         /// Go on with every change, as JSON lines
@@ -93,6 +105,12 @@ pub(crate) fn run(args: HostArgs) -> Result<(), Failure> {
             let session = Session::open(&online)?;
             crate::block_on(remove(&session, &name, force, &confirm))
         }
+        Verb::Set { name, migration_bandwidth: Bandwidth(migration_bandwidth), online } => {
+            let session = Session::open(&online)?;
+            let host = crate::block_on(async { Ok(session.client.set_host(&name, &HostSet { migration_bandwidth }).await?) })?;
+            let limit = host.migration_bandwidth.map_or_else(|| "any bandwidth".to_owned(), |limit| format!("{limit} together"));
+            print_data(session.format, &host, || format!("migrations that leave {name} may take {limit}"))
+        }
         Verb::List { watch, online } => crate::block_on(list(Session::open(&online)?, watch)),
         Verb::Show { name, online } => {
             let session = Session::open(&online)?;
@@ -100,6 +118,17 @@ pub(crate) fn run(args: HostArgs) -> Result<(), Failure> {
             print_data(session.format, &host, || show(&host))
         }
     }
+}
+
+/// A bandwidth, or none.
+#[derive(Clone, Copy)]
+struct Bandwidth(Option<BytesPerSec>);
+
+fn bandwidth(text: &str) -> Result<Bandwidth, String> {
+    if text == "none" {
+        return Ok(Bandwidth(None));
+    }
+    text.parse().map(|limit| Bandwidth(Some(limit))).map_err(|error: <BytesPerSec as FromStr>::Err| error.to_string())
 }
 
 async fn remove(session: &Session, name: &Name, force: bool, confirm: &ConfirmArgs) -> Result<(), Failure> {
@@ -148,6 +177,10 @@ fn show(host: &Host) -> String {
     let mut facts = Facts::default();
     facts.fact("Name", &host.name).fact("State", format!("{} since {}", state(host), moment(host.since)));
     facts.fact("Address", &host.address).fact("Moves at", or_nothing(host.migration_address.as_ref()));
+    facts.fact(
+        "Migrations take",
+        host.migration_bandwidth.map_or_else(|| "any bandwidth".to_owned(), |limit| format!("{limit} together")),
+    );
     if let Some(load) = &host.load {
         facts.fact("VMs", load.vms).fact("Memory free", load.memory_free);
         let networks = &load.networks;

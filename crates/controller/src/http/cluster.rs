@@ -7,11 +7,11 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use godwit_api::v1;
 use godwit_link::JoinToken;
-use godwit_model::{ErrorCode, Millis, Name, Refusal, TokenId, UnixMillis};
+use godwit_model::{BytesPerSec, ErrorCode, Millis, Name, Refusal, TokenId, UnixMillis};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::extract::{Body, Listing, Named, Query, page};
+use super::extract::{Body, Condition, Listing, Named, Query, page};
 use super::{Answer, App, Refusals};
 use crate::cpu::baselines;
 use crate::db::{Batch, Fault, retry};
@@ -22,6 +22,8 @@ use crate::{clock, restore, views};
 
 /// How long a join token is good for.
 const JOIN_LIFETIME: Millis = Millis(3_600_000);
+/// With less a warm-up would take hours, and keep-alives would fail.
+const LEAST_BANDWIDTH: BytesPerSec = BytesPerSec(1_000_000);
 const LONGEST_JOIN_LIFETIME: Millis = Millis(24 * 3_600_000);
 
 /// Whether the controller serves
@@ -70,6 +72,40 @@ pub(super) async fn metrics(State(app): State<Arc<App>>, who: Principal) -> Answ
 pub(super) async fn host_show(State(app): State<Arc<App>>, who: Principal, Named(host): Named) -> Answer<Json<v1::Host>> {
     authorize(&who, Action::Look, Target::Cluster)?;
     let row = app.db.find::<HostRow>(host.as_str()).await?.ok_or_else(|| not_found("host", &host))?;
+    Ok(Json(views::host(&row, &app.hub)))
+}
+
+/// Changes a host
+#[utoipa::path(patch, path = "/v1/hosts/{host}", tag = "host", operation_id = "host_set",
+    params(("host" = Name, Path), ("If-Match" = Option<String>, Header, description = "Revision that the host must still have.")),
+    request_body = v1::HostSet, responses((status = 200, body = v1::Host), Refusals))]
+pub(super) async fn host_set(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(name): Named,
+    Condition(revision): Condition,
+    Body(request): Body<v1::HostSet>,
+) -> Answer<Json<v1::Host>> {
+    authorize(&who, Action::Change, Target::Administration)?;
+    let bandwidth = request.migration_bandwidth;
+    if bandwidth.is_some_and(|bandwidth| bandwidth < LEAST_BANDWIDTH) {
+        let refusal = Refusal::new(ErrorCode::BadRequest, format!("migrations would hardly get on below {LEAST_BANDWIDTH}"));
+        return Err(refusal.hint("give more, or null for no limit").into());
+    }
+    retry!({
+        let mut host = app.db.find::<HostRow>(name.as_str()).await?.ok_or_else(|| not_found("host", &name))?;
+        if revision.is_some_and(|revision| revision != host.revision) {
+            let changed = format!("host {name} has changed: it is at revision {}", host.revision);
+            return Err(Refusal::new(ErrorCode::RevisionConflict, changed).hint("look at it again, then decide again").into());
+        }
+        if host.row.migration_bandwidth == bandwidth {
+            return Ok(());
+        }
+        host.row.migration_bandwidth = bandwidth;
+        app.db.commit(Batch::default().update(&host)).await
+    })?;
+    tracing::info!(host = %name, bandwidth = bandwidth.map(tracing::field::display), principal = who.name, "host changed");
+    let row = app.db.find::<HostRow>(name.as_str()).await?.ok_or_else(|| not_found("host", &name))?;
     Ok(Json(views::host(&row, &app.hub)))
 }
 

@@ -75,8 +75,17 @@ impl LinkServer {
                 (None, false) => {}
             }
             let (name, address) = (host.clone(), address.clone());
-            let joined =
-                HostRow { name, address, migration_address: None, joined: now, keys, connected: false, since: now, facts: None };
+            let joined = HostRow {
+                name,
+                address,
+                migration_address: None,
+                migration_bandwidth: None,
+                joined: now,
+                keys,
+                connected: false,
+                since: now,
+                facts: None,
+            };
             self.db.commit(Batch::default().update(&row).create(&joined)).await?;
             Ok(issued)
         })?;

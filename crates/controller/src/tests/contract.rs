@@ -151,6 +151,11 @@ async fn what_is_answered_fits_what_is_described() {
     contract.hold("network_delete", send(delete.clone(), "/networks/default", null.clone()).await, 409).await;
     contract.hold("network_delete", send(delete.clone(), "/networks/lan", null.clone()).await, 204).await;
     contract.hold("join_token_create", send(post.clone(), "/join-tokens", json!({"host": "h3"})).await, 201).await;
+    let limit = json!({"migration_bandwidth": 125_000_000});
+    contract.hold("host_set", send(Method::PATCH, "/hosts/h1", limit).await, 200).await;
+    agent.fleet_when(|fleet| fleet.members.iter().any(|member| member.migration_bandwidth == 125_000_000)).await;
+    contract.hold("host_set", send(Method::PATCH, "/hosts/h1", json!({"migration_bandwidth": 10})).await, 400).await;
+    contract.hold("host_set", send(Method::PATCH, "/hosts/h9", json!({"migration_bandwidth": null})).await, 404).await;
     contract.hold("host_delete", send(delete.clone(), "/hosts/h1", null.clone()).await, 409).await;
     contract.hold("team_create", send(post.clone(), "/teams", json!({"name": "red"})).await, 201).await;
     let token = api::TokenCreate { team: name("red"), role: Role::Viewer, description: "x".into() };
