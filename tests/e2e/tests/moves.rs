@@ -5,9 +5,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use godwit_api::v1::HostSet;
 use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, ProcessRole, other_qemu};
 use godwit_lab::LinkState;
-use godwit_model::{Bytes, DiskFormat, DiskSpec, ErrorCode, MigrationPolicy};
+use godwit_model::{Bytes, BytesPerSec, DiskFormat, DiskSpec, ErrorCode, MigrationPolicy};
 
 #[test]
 fn a_vm_with_a_shared_disk_moves_there_and_back_and_nobody_notices() -> Result<()> {
@@ -159,6 +160,42 @@ fn a_link_that_is_out_for_ten_seconds_in_the_middle_of_a_move_costs_time_and_not
         Action::Link("h1", LinkState::Up),
         Action::Ends("web", Ending::Moved("h1")),
     ])?;
+    cluster.finish()
+}
+
+#[test]
+fn what_migrations_that_leave_a_host_take_together_is_limited_and_can_be_changed_while_they_run() -> Result<()> {
+    const LIMIT: u64 = 2_000_000;
+    let mut cluster = ClusterSpec::new(2)?.up()?;
+    let guest = |name| GuestSpec::small(name).knob("touch_total=64M").knob("dirty=100");
+    cluster.boot_all(&[(guest("web"), "h1"), (guest("db"), "h1")])?;
+    let limit = |cluster: &Cluster, bandwidth: Option<u64>| {
+        let request = HostSet { migration_bandwidth: bandwidth.map(BytesPerSec) };
+        cluster.ask(cluster.client().set_host(&"h1".parse()?, &request)).context("set the limit")
+    };
+    limit(&cluster, Some(LIMIT))?;
+    let mut moves = vec![];
+    for vm in ["web", "db"] {
+        let task = cluster.begin_move(vm, "h2", MigrationPolicy::default())?;
+        cluster.wait_progress(task, |progress| progress.wire_bytes.get() > 100_000)?;
+        moves.push(task);
+    }
+    let sent = |cluster: &Cluster| -> Result<u64> {
+        let tasks = moves.iter().map(|task| cluster.task(*task)).collect::<Result<Vec<_>>>()?;
+        Ok(tasks.iter().filter_map(|task| task.progress.as_ref()).map(|progress| progress.wire_bytes.get()).sum())
+    };
+    let (before, began) = (sent(&cluster)?, Instant::now());
+    thread::sleep(Duration::from_secs(4));
+    let (bytes, time) = (sent(&cluster)? - before, began.elapsed());
+    // What each is told of is half a second old at most.
+    let most = (LIMIT as f64 * (time.as_secs_f64() + 1.0)) as u64;
+    ensure!(bytes > LIMIT && bytes < most, "{bytes} bytes in {time:?} together, at most {most} are allowed");
+    limit(&cluster, None)?;
+    for task in moves {
+        let figures = cluster.done(task, Duration::from_secs(120))?.figures.context("figures")?;
+        ensure!(figures.predicted_blackout.is_some(), "{figures:?}");
+    }
+    cluster.check()?;
     cluster.finish()
 }
 

@@ -49,6 +49,9 @@ pub enum CarryError {
     /// It could not give up its rights, and does not begin with them.
     #[error("it cannot be confined")]
     Confine(#[source] RelayError),
+    /// The C library will not have one heap for all threads.
+    #[error("the memory of all threads cannot be managed together")]
+    Heap,
     /// The system gives it no threads.
     #[error("a thread cannot be started")]
     Thread(#[source] std::io::Error),
@@ -68,6 +71,7 @@ pub fn run(config_fd: RawFd) -> Result<(), CarryError> {
     std::fs::File::from(take(config_fd)).read_to_end(&mut text).map_err(CarryError::Config)?;
     let config: CarryConfig = serde_json::from_slice(&text).map_err(|error| CarryError::Config(error.into()))?;
     // The runtime makes its own descriptors while it may.
+    share_one_heap().ok_or(CarryError::Heap)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CarryError::Descriptor)?;
     let sealers = match config.role {
         Role::Source { .. } => Some(Sealers::start(|| relay::confine(None).map(drop)).map_err(|error| match error {
@@ -78,6 +82,14 @@ pub fn run(config_fd: RawFd) -> Result<(), CarryError> {
     };
     confine(&config).map_err(CarryError::Confine)?;
     runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config, sealers)))
+}
+
+/// With a heap for each thread the C library would open a file of /proc when it makes one smaller, which is not allowed later.
+#[expect(unsafe_code, reason = "a setting of the C library has no other interface")]
+fn share_one_heap() -> Option<()> {
+    // SAFETY: it changes how memory that is asked for from now on is managed, and there is one thread.
+    let done = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    (done == 1).then_some(())
 }
 
 /// Gives up all that moving bytes does not need, before the first byte from outside is looked at.
