@@ -36,8 +36,9 @@ struct Move {
     own: Option<BytesPerSec>,
     /// Bytes on the wire, when they were last looked at.
     sent: (Instant, u64),
-    /// Per second, over the last span.
-    used: Option<u64>,
+    /// Per second, over the last span; and the least share that it had then.
+    used: Option<(u64, u64)>,
+    least: u64,
     share: u64,
 }
 
@@ -56,17 +57,19 @@ impl Budget {
     pub(crate) fn share(&self, vm: VmId, own: Option<BytesPerSec>, sent: u64, now: Instant) -> Option<Limit> {
         let mut inner = self.lock();
         let Inner { told, moves } = &mut *inner;
-        let this = moves.entry(vm).or_insert(Move { own, sent: (now, sent), used: None, share: u64::MAX });
+        let this = moves.entry(vm).or_insert(Move { own, sent: (now, sent), used: None, least: u64::MAX, share: u64::MAX });
         let time = now.saturating_duration_since(this.sent.0);
         if time >= SPAN {
             let bytes = sent.saturating_sub(this.sent.1);
-            this.used = Some((bytes as f64 / time.as_secs_f64()) as u64);
+            this.used = Some(((bytes as f64 / time.as_secs_f64()) as u64, this.least));
+            this.least = this.share;
             this.sent = (now, sent);
         }
         let Some(limit) = (*told)? else { return Some(own) };
         let wants: Vec<u64> = moves.values().map(Move::wants).collect();
         for (each, share) in moves.values_mut().zip(shares(limit.get(), &wants)) {
             each.share = share.min(each.own.map_or(u64::MAX, BytesPerSec::get));
+            each.least = each.least.min(each.share);
         }
         moves.get(&vm).map(|this| Some(BytesPerSec(this.share.max(1))))
     }
@@ -82,9 +85,9 @@ impl Move {
     fn wants(&self) -> u64 {
         let own = self.own.map_or(u64::MAX, BytesPerSec::get);
         match self.used {
-            // Room to grow by a third: then it counts as using its share, and may have any.
-            Some(used) if u128::from(used) * 100 < u128::from(self.share) * u128::from(USED) => {
-                (used + used / 3).max(LEAST).min(own)
+            // Half as much again as it uses: it keeps that until it uses more of it, and then may have any.
+            Some((used, share)) if u128::from(used) * 100 < u128::from(share) * u128::from(USED) => {
+                (used + used / 2).max(LEAST).min(own)
             }
             _ => own,
         }
@@ -139,11 +142,12 @@ mod tests {
         assert_eq!(share(1, None, 0, 0), 100 * MB);
         assert_eq!((share(2, None, 0, 0), share(1, None, 0, 0)), (50 * MB, 50 * MB));
         // The first has a slow link, the second uses what it gets.
-        assert_eq!(share(1, None, 6 * MB, 1), 50 * MB - 42 * MB);
-        assert_eq!(share(2, None, 50 * MB, 1), 92 * MB);
+        assert_eq!(share(1, None, 6 * MB, 1), 9 * MB);
+        assert_eq!(share(2, None, 50 * MB, 1), 91 * MB);
+        assert_eq!(share(1, None, 12 * MB, 2), 9 * MB);
         // A policy of its own keeps one below its share.
         assert_eq!(share(3, Some(10 * MB), 0, 1), 10 * MB);
-        assert_eq!(share(2, None, 50 * MB, 1), 82 * MB);
+        assert_eq!(share(2, None, 50 * MB, 1), 81 * MB);
         // Changed while they run; and when two are over, the third gets all.
         budget.set(Some(BytesPerSec(10 * MB)));
         assert!(share(2, None, 60 * MB, 1) < 5 * MB);

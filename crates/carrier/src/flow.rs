@@ -10,13 +10,20 @@ const MAX_WINDOW: u64 = 64 << 20;
 /// Most guest memory, and stream, that what is in flight stands for.
 const MAX_RAW: u64 = 32 << 20;
 const QUEUE: Duration = Duration::from_millis(50);
-/// So much must be in flight for the link to count as used: less says nothing about what it could take.
+/// So much must be in flight at least for the link to count as used, and half of the window: less says nothing about what it could take. On a long way a
+/// little at a time is always in flight.
 const BUSY: u64 = 64 << 10;
 /// A burst of at least so much, that took at least so long, shows what the link can take at least.
 const BURST: u64 = 4 << 10;
 const SHORTEST_BURST: Duration = Duration::from_micros(100);
 /// How much busy time gives a rate.
 const SPAN: Duration = Duration::from_millis(300);
+/// How many of those are remembered for the window: the best of some seconds counts, else a window that is too small would measure what it lets through, and
+/// stay so.
+const RATES: usize = 8;
+/// At first the window is twice as large, until so many rates in a row were hardly better than the best before. Later it is a quarter larger for one rate in
+/// [`RATES`]: a link that takes more shows it only when it is given more.
+const FLAT: u8 = 3;
 /// Round trips that are remembered; the shortest of them counts, so that one that waited (in a queue, or for a process that stood still)
 /// does not widen the window. They are of a minute: while a link is full all of them have waited in the queue that the window itself makes, and
 /// each widening would justify the next.
@@ -33,6 +40,11 @@ pub struct Window {
     busy: Duration,
     busy_bytes: u64,
     rate: u64,
+    rates: [u64; RATES],
+    next_rate: usize,
+    /// The best rate, and how many came after it without a better one.
+    best: u64,
+    flat: u8,
     /// When nothing was in flight last, and the bytes since.
     burst: (Duration, u64),
     /// The quickest burst, per second.
@@ -67,6 +79,10 @@ impl Window {
             busy: Duration::ZERO,
             busy_bytes: 0,
             rate: 0,
+            rates: [0; RATES],
+            next_rate: 0,
+            best: 0,
+            flat: 0,
             burst: (now, 0),
             quickest: 0,
             round_trips: [None; ROUND_TRIPS],
@@ -80,11 +96,18 @@ impl Window {
         self.in_flight() < self.limit() && self.raw.in_flight() < MAX_RAW
     }
 
-    /// The most that may be in flight on the wire at the measured rate and round trip.
+    /// The most that may be in flight on the wire at the best rate of some seconds and the measured round trip; more while it is tried whether the link
+    /// takes more.
     #[must_use]
     pub fn limit(&self) -> u64 {
         let time = self.round_trip() + QUEUE;
-        let bytes = u128::from(self.rate) * time.as_micros() / 1_000_000;
+        let rate = self.rates.iter().max().copied().unwrap_or_default();
+        let percent = match (self.flat < FLAT, self.next_rate) {
+            (true, _) => 200,
+            (false, 0) => 125,
+            (false, _) => 100,
+        };
+        let bytes = u128::from(rate) * time.as_micros() * percent / 100_000_000;
         u64::try_from(bytes).unwrap_or(u64::MAX).clamp(MIN_WINDOW, MAX_WINDOW)
     }
 
@@ -157,6 +180,15 @@ impl Window {
             // Too little for a rate: somebody stood still.
             if self.busy_bytes >= BUSY {
                 self.rate = per_second(self.busy_bytes, self.busy).max(1);
+                if let Some(oldest) = self.rates.get_mut(self.next_rate) {
+                    *oldest = self.rate;
+                }
+                self.next_rate = (self.next_rate + 1) % RATES;
+                if self.rate > self.best + self.best / 4 {
+                    (self.best, self.flat) = (self.rate, 0);
+                } else {
+                    self.flat = self.flat.saturating_add(1);
+                }
             }
             (self.busy, self.busy_bytes) = (Duration::ZERO, 0);
         }
@@ -169,7 +201,7 @@ impl Window {
 
     /// Time has gone by to `now`; whether the link was used in it.
     fn pass(&mut self, now: Duration) -> bool {
-        let busy = self.in_flight() >= BUSY;
+        let busy = self.in_flight() >= (self.limit() / 2).max(BUSY);
         if busy {
             self.busy += now.saturating_sub(self.last_event);
         }
@@ -208,7 +240,19 @@ mod tests {
         assert!(!window.has_room());
         window.on_applied(100 * MIB, 0, Duration::from_secs(1));
         assert_eq!(window.rate(), 100 * MIB);
-        assert_eq!(window.limit(), 100 * MIB * 90 / 1_000, "40 ms round trip + 50 ms");
+        let limit = 100 * MIB * 90 / 1_000;
+        assert_eq!(window.limit(), 2 * limit, "twice 40 ms round trip + 50 ms, at first");
+        let mut limits = vec![];
+        for second in 1..20 {
+            let now = Duration::from_secs(second);
+            window.on_sent(100 * MIB, 0, now);
+            window.on_applied(100 * MIB, 0, now + Duration::from_secs(1));
+            limits.push(window.limit() * 100 / limit);
+        }
+        let mut expected = [100; 19];
+        (expected[0], expected[1]) = (200, 200);
+        (expected[6], expected[14]) = (125, 125);
+        assert_eq!(limits, expected);
     }
 
     #[test]
@@ -234,6 +278,60 @@ mod tests {
         small.on_sent(10_000, 0, Duration::from_secs(5));
         small.on_applied(10_000, 0, Duration::from_millis(5_100));
         assert_eq!(small.rate(), 100_000, "better than nothing");
+    }
+
+    #[test]
+    fn what_a_long_way_holds_of_a_little_does_not_make_it_slow() {
+        let mut window = Window::new(Duration::ZERO);
+        window.on_round_trip(Duration::from_millis(80));
+        window.on_sent(10 * MIB, 0, Duration::ZERO);
+        window.on_applied(10 * MIB, 0, Duration::from_secs(1));
+        // 2 MiB a second, each part 80 ms on its way.
+        let part = 2 * MIB / 50;
+        for step in 0..500_u64 {
+            let now = Duration::from_millis(2_000 + 20 * step);
+            window.on_sent(part, 0, now);
+            if step >= 4 {
+                window.on_applied(part, 0, now);
+            }
+        }
+        assert!(window.in_flight() > 2 * BUSY);
+        assert_eq!(window.rate(), 10 * MIB);
+        // Slower it is when it takes less than it is given.
+        let began = Duration::from_secs(13);
+        while window.has_room() {
+            window.on_sent(part, 0, began);
+        }
+        for step in 1..10 {
+            window.on_applied(MIB / 10, 0, began + Duration::from_millis(100 * step));
+        }
+        assert!((MIB / 2..2 * MIB).contains(&window.rate()), "{}", window.rate());
+    }
+
+    #[test]
+    fn a_window_that_is_too_small_grows_until_the_link_is_used() {
+        // 12 MB/s, 80 ms, and what was sent is acknowledged 60 ms later than that: more than the window makes up for.
+        const LINK: u64 = 12_000;
+        let (mut window, mut under_way, mut left) = (Window::new(Duration::ZERO), std::collections::VecDeque::new(), 0);
+        window.on_round_trip(Duration::from_millis(80));
+        let mut acknowledged = 0;
+        for milli in 0..20_000_u64 {
+            let now = Duration::from_millis(milli);
+            while window.has_room() {
+                window.on_sent(40_000, 0, now);
+                left += 40_000;
+            }
+            let gone = LINK.min(left);
+            left -= gone;
+            under_way.push_back(gone);
+            // Work at the destination comes in bursts.
+            if under_way.len() > 140 && milli % 15 == 0 {
+                let arrived: u64 = under_way.drain(..under_way.len() - 140).sum();
+                acknowledged = arrived;
+                window.on_applied(arrived, 0, now);
+            }
+        }
+        assert!(acknowledged > 0 && window.rate() > 9_000_000, "{} bytes per second", window.rate());
     }
 
     #[test]

@@ -26,6 +26,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Most pages that are compared once more while the VM stands still: some tens of milliseconds.
 const MOST_LOOKED_AT: usize = 8192;
+/// How many are compared at once while QEMU has nothing to send: less than a millisecond.
+const LOOKED_AT_ONCE: usize = 64;
 
 /// How long a QEMU that may switch over by itself takes at least for what the destination holds already. No link slows that down, and it would be
 /// through before the agent could stop the VM.
@@ -141,7 +143,7 @@ impl<'a> Feed<'a> {
     /// Runs until QEMU closes its side, which is passed on.
     pub(super) async fn run(mut self, qemu: &OwnedReadHalf, holdings: impl Future<Output = Holdings>) -> Result<(), FeedError> {
         let mut holdings = Some(Box::pin(holdings));
-        while let Some(count) = self.read(qemu).await {
+        while let Some(count) = self.read(qemu).await? {
             let mut began = Instant::now();
             self.idle = true;
             while let Some(element) = self.reader.next_element()? {
@@ -163,7 +165,7 @@ impl<'a> Feed<'a> {
     }
 
     /// Reads what there is, and answers how many bytes; what was read before goes out if there is nothing. `None` at the end.
-    async fn read(&mut self, qemu: &OwnedReadHalf) -> Option<u64> {
+    async fn read(&mut self, qemu: &OwnedReadHalf) -> Result<Option<u64>, FeedError> {
         self.wait_for_room().await;
         if self.idle && !self.ended && self.section == Section::None && self.encoder.is_some() {
             self.flush();
@@ -182,25 +184,35 @@ impl<'a> Feed<'a> {
             let buffer = self.reader.buffer_mut();
             buffer.reserve(READ);
             match qemu.try_read_buf(&mut bytes::BufMut::limit(buffer, limit)) {
-                Ok(0) => return None,
+                Ok(0) => return Ok(None),
                 Ok(count) => {
                     self.pump.on_read(count as u64);
                     self.keep_pace(count).await;
-                    return Some(count as u64);
+                    return Ok(Some(count as u64));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    if self.compare_meanwhile()? {
+                        self.wait_for_room().await;
+                        continue;
+                    }
                     self.flush();
                     tokio::select! {
                         readable = qemu.readable() => if readable.is_err() {
-                            return None;
+                            return Ok(None);
                         },
                         Some(told) = self.pieces.recv() => self.on_pieces(&told),
                         sealed = self.seals.settle() => self.on_sealed(&sealed),
                     }
                 }
-                Err(_) => return None,
+                Err(_) => return Ok(None),
             }
         }
+    }
+
+    /// QEMU has nothing to send right now: whether there was something to compare.
+    fn compare_meanwhile(&mut self) -> Result<bool, FeedError> {
+        let (pages, _) = if self.ended || self.pump.is_hurried() { (0, 0) } else { self.compare(LOOKED_AT_ONCE)? };
+        Ok(pages > 0)
     }
 
     /// Waits until more may be read: a thread must be free to compress it, and the link must take it.
@@ -394,24 +406,40 @@ impl<'a> Feed<'a> {
     }
 
     /// An emulating QEMU can miss a write: its vCPU takes a page for watched no longer at the very moment at which the watch begins anew. So
-    /// every page that was ever written to while it was watched is compared once more, now that the VM stands still; a bounded number of them, since
-    /// a guest that writes to many is watched anew seldom.
+    /// every page that was written to while it was watched is compared once more. Most of that is done while there is nothing else to do; what was named
+    /// since, when the VM stands still, which is bounded: a guest that writes to very many is watched anew seldom.
     fn look_again(&mut self) -> Result<(), FeedError> {
-        let (Some(mut own), Some(encoder)) = (self.own.take(), &self.encoder) else { return Ok(()) };
         let began = Instant::now();
-        let places: Vec<Place> = encoder.pages_written_to().take(MOST_LOOKED_AT).collect();
-        let before = encoder.encoding().same;
-        for place in &places {
+        let (pages, missed) = self.compare(MOST_LOOKED_AT)?;
+        self.own = None;
+        tracing::info!(pages, missed, took = ?began.elapsed(), "looked again at what the guest wrote to");
+        Ok(())
+    }
+
+    /// Compares so many pages that were written to with the guest's memory; how many there were, and how many differed.
+    fn compare(&mut self, most: usize) -> Result<(usize, usize), FeedError> {
+        let (mut pages, mut differed) = (0, 0);
+        while pages < most
+            && let (Some(own), Some(encoder)) = (&mut self.own, &mut self.encoder)
+            && let Some(place) = encoder.take_written_to()
+        {
             let Some(id) = self.told.get(usize::from(place.block)) else { continue };
             let Some(number) = own.blocks().iter().position(|block| block.id.as_bytes() == id) else { continue };
             let mut page = [0; PAGE_SIZE];
             own.read(u16::try_from(number).unwrap_or(u16::MAX), place.page, &mut page)?;
-            self.encode_page(*place, (!is_zero(&page)).then_some(&page))?;
+            let before = encoder.encoding().same;
+            encoder.set_asks(!self.ended && !self.pump.is_hurried());
+            if !encoder.encode_unnamed(place, (!is_zero(&page)).then_some(&page)) {
+                return Err(FeedError::Page { block: place.block, page: place.page });
+            }
+            differed += usize::from(encoder.encoding().same == before);
+            pages += 1;
+            if encoder.is_full() {
+                self.flush_pages();
+            }
         }
-        let same = self.encoder.as_ref().map_or(before, |encoder| encoder.encoding().same) - before;
-        let missed = places.len() as u64 - same;
-        tracing::info!(pages = places.len(), missed, took = ?began.elapsed(), "looked again at what the guest wrote to");
-        Ok(())
+        self.tell_looked_at();
+        Ok((pages, differed))
     }
 
     /// A page of a block that the destination's carry does not place travels in the stream.
@@ -430,7 +458,11 @@ impl<'a> Feed<'a> {
         }
         self.pump.on_cost(encoder.cost_again(), encoder.encoding());
         self.pump.set_waiting(encoder.waiting());
-        if self.own.is_some() {
+        self.tell_looked_at();
+    }
+
+    fn tell_looked_at(&self) {
+        if let (Some(_), Some(encoder)) = (&self.own, &self.encoder) {
             self.pump.set_looked_at(encoder.written_to().min(MOST_LOOKED_AT));
         }
     }

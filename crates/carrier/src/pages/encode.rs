@@ -88,6 +88,8 @@ pub struct Encoder {
     /// It was sent more than once, the last time while the guest ran; and how many such there are.
     again: Vec<u64>,
     written_to: usize,
+    /// Where in `again` to go on.
+    taken: usize,
     /// The guest stands still.
     stopped: bool,
     /// A page that holds the content.
@@ -151,6 +153,7 @@ impl Encoder {
             sent: vec![0; pages.div_ceil(64)],
             again: vec![0; pages.div_ceil(64)],
             written_to: 0,
+            taken: 0,
             stopped: false,
             contents: BTreeMap::new(),
             most_contents: usize::try_from(limits.contents / CONTENT_SIZE).unwrap_or(usize::MAX),
@@ -246,16 +249,29 @@ impl Encoder {
         self.shares.all += bytes as u64;
     }
 
-    /// Encodes a page, `None` for zeros. Whether there is such a page.
+    /// Encodes a page that QEMU names, `None` for zeros. Whether there is such a page.
     ///
     /// There must be room: [`Encoder::is_full`] is asked before, and answered by [`Encoder::take`].
     #[must_use = "a page that is none was not sent"]
     pub fn encode(&mut self, place: Place, content: Option<&Page>) -> bool {
         let Some(number) = self.number(place) else { return false };
+        let again = self.mark_sent(number);
+        self.encode_number(place, number, content, again);
+        true
+    }
+
+    /// The same for a page that was looked at without being named.
+    #[must_use = "a page that is none was not sent"]
+    pub fn encode_unnamed(&mut self, place: Place, content: Option<&Page>) -> bool {
+        let Some(number) = self.number(place) else { return false };
+        self.encode_number(place, number, content, true);
+        true
+    }
+
+    fn encode_number(&mut self, place: Place, number: u32, content: Option<&Page>, again: bool) {
         self.raw += PAGE_SIZE as u64;
         let digest = content.map_or(ZERO, |content| self.digester.page(content));
         let before = self.held.get(number as usize).copied().unwrap_or(ZERO);
-        let again = self.mark_sent(number);
         // What waited is out of date.
         drop(self.wanted.take(number));
         let bytes = match content {
@@ -265,7 +281,7 @@ impl Encoder {
             }
             Some(content) if digest != ZERO && self.asks && self.wanted.is_worth(number) && self.same(&digest).is_none() => {
                 self.wanted.put(number, content);
-                return true;
+                return;
             }
             Some(content) if digest != ZERO => {
                 let bytes = self.put_content(place, number, content, &digest, None);
@@ -284,7 +300,6 @@ impl Encoder {
             self.shares.again += bytes as u64;
             self.shares.pages_again += 1;
         }
-        true
     }
 
     /// A page that holds this content at the destination.
@@ -382,18 +397,29 @@ impl Encoder {
         self.stopped = true;
     }
 
-    /// How many pages came more than once, the last time while the guest ran: it wrote to them while it was watched.
+    /// How many pages came more than once, the last time while the guest ran, and were not taken since: it wrote to them while it was watched.
     #[must_use]
     pub const fn written_to(&self) -> usize {
         self.written_to
     }
 
-    /// Those pages.
-    pub fn pages_written_to(&self) -> impl Iterator<Item = Place> {
-        let written = (0_u32..).zip(&self.again).filter(|(_, bits)| **bits != 0);
-        let numbers =
-            written.flat_map(|(word, bits)| (0..64).filter(move |bit| *bits >> bit & 1 == 1).map(move |bit| word * 64 + bit));
-        numbers.filter_map(|number| self.place(number))
+    /// Takes one of those pages, in turn.
+    pub fn take_written_to(&mut self) -> Option<Place> {
+        if self.written_to == 0 {
+            return None;
+        }
+        let words = self.again.len();
+        for _ in 0..=words {
+            if let Some(bits) = self.again.get_mut(self.taken).filter(|bits| **bits != 0) {
+                let bit = bits.trailing_zeros();
+                *bits &= *bits - 1;
+                self.written_to -= 1;
+                let number = u32::try_from(self.taken * 64).ok()? + bit;
+                return self.place(number);
+            }
+            self.taken = if self.taken + 1 < words { self.taken + 1 } else { 0 };
+        }
+        None
     }
 }
 
