@@ -193,6 +193,8 @@ impl<'a> Feed<'a> {
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                     if self.compare_meanwhile()? {
                         self.wait_for_room().await;
+                        // All else of this process goes on in between.
+                        tokio::task::yield_now().await;
                         continue;
                     }
                     self.flush();

@@ -19,8 +19,8 @@ const MOST_THREADS: usize = 4;
 /// Nothing that they call goes deep.
 const STACK: usize = 256 << 10;
 
-/// Threads that compress, until this and all its copies are dropped.
-#[derive(Clone, Debug)]
+/// Threads that compress, until this is dropped.
+#[derive(Debug)]
 pub(super) struct Sealers {
     jobs: mpsc::Sender<Job>,
     threads: usize,

@@ -132,6 +132,7 @@ fn body_for(operation: &str) -> Value {
     match operation {
         "vm_create" => json!({"name": "stolen", "spec": spec(Bytes::mib(64))}),
         "network_create" => json!({"name": "stolen", "kind": {"type": "bridge", "bridge": "br0"}}),
+        "host_set" => json!({"migration_bandwidth": 125_000_000}),
         "network_set" => json!({"mtu": 9000}),
         "vm_migrate" => json!({"host": "h1"}),
         "vm_set" => json!(spec(Bytes::mib(64))),
@@ -205,7 +206,7 @@ async fn garbage_is_refused_in_the_one_form_and_breaks_nothing() {
         assert_eq!(refusal(response, &operation.id).await.0, StatusCode::PAYLOAD_TOO_LARGE, "{} in chunks", operation.id);
     }
     for (method, path, expected) in
-        [(Method::GET, "/nothing", 404), (Method::DELETE, "/vms", 405), (Method::PATCH, "/hosts/h1", 405)]
+        [(Method::GET, "/nothing", 404), (Method::DELETE, "/vms", 405), (Method::PATCH, "/pools/shared", 405)]
     {
         assert_eq!(refusal(admin.request(method, path).send().await.expect("answer"), path).await.0, expected);
     }
