@@ -434,7 +434,9 @@ pub struct NetworkCreate {
 #[serde(deny_unknown_fields)]
 pub struct HostSet {
     /// What all migrations that leave it may take of the wire together, in bytes per second; null is no limit. It counts at once, for those that
-    /// run as well.
+    /// run as well. To be given, since what is left out must not lift a limit.
+    #[serde(deserialize_with = "Option::deserialize")]
+    #[schema(required = true)]
     pub migration_bandwidth: Option<BytesPerSec>,
 }
 

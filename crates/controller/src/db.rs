@@ -118,6 +118,17 @@ pub(crate) struct Stored<R> {
     pub(crate) revision: u64,
 }
 
+impl<R> Stored<R> {
+    /// Refuses when `what` is no longer at the revision that somebody has decided by.
+    pub(crate) fn still_at(&self, revision: Option<u64>, what: std::fmt::Arguments<'_>) -> Result<(), Refusal> {
+        if revision.is_none_or(|revision| revision == self.revision) {
+            return Ok(());
+        }
+        let changed = format!("{what} has changed: it is at revision {}", self.revision);
+        Err(Refusal::new(ErrorCode::RevisionConflict, changed).hint("look at it again, then decide again"))
+    }
+}
+
 #[derive(Serialize)]
 struct EnvelopeOut<'a, R> {
     schema: u32,

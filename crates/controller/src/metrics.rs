@@ -1,8 +1,8 @@
 //! What the controller tells Prometheus: counters of what has ended since it started, and gauges of how things are when it is asked.
 
-use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU64;
 
-use godwit_model::{MigrationFigures, Millis};
+use godwit_model::{Millis, Name};
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -12,7 +12,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::db::{Db, Fault};
 use crate::hub::Hub;
-use crate::rows::{HistoryRow, HostRow, TaskRow, VmRow, Work};
+use crate::rows::{HostRow, TaskRow, VmRow, Work};
 
 /// How [`Metrics::gather`] writes.
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -27,6 +27,7 @@ pub(crate) struct Metrics {
     duration: Histogram,
     blackout: Histogram,
     excess: Histogram,
+    last: Family<[(&'static str, String); 3], Gauge<f64, AtomicU64>>,
 }
 
 impl Metrics {
@@ -40,6 +41,7 @@ impl Metrics {
             duration: Histogram::new(exponential_buckets(1.0, 2.0, 13)),
             blackout: blackouts(),
             excess: blackouts(),
+            last: Family::default(),
         };
         let registry = &mut metrics.registry;
         registry.register("migrations", "Migrations that have ended, by outcome", metrics.migrations.clone());
@@ -57,6 +59,12 @@ impl Metrics {
             Unit::Seconds,
             metrics.excess.clone(),
         );
+        registry.register_with_unit(
+            "vm_last_blackout",
+            "Of the last migration of each VM: as it was, and as predicted",
+            Unit::Seconds,
+            metrics.last.clone(),
+        );
         metrics
     }
 
@@ -70,9 +78,18 @@ impl Metrics {
             self.wire.inc_by(figures.wire_bytes.get());
             self.duration.observe(seconds(figures.total));
             self.blackout.observe(seconds(figures.blackout));
+            self.last.get_or_create(&of_vm(&task.team, &task.subject, "actual")).set(seconds(figures.blackout));
             if let Some(predicted) = figures.predicted_blackout {
+                self.last.get_or_create(&of_vm(&task.team, &task.subject, "predicted")).set(seconds(predicted));
                 self.excess.observe(seconds(Millis(figures.blackout.get().saturating_sub(predicted.get()))));
             }
+        }
+    }
+
+    /// A VM was deleted.
+    pub(crate) fn on_deleted(&self, team: &Name, vm: &Name) {
+        for kind in ["actual", "predicted"] {
+            self.last.remove(&of_vm(team, vm, kind));
         }
     }
 
@@ -87,38 +104,21 @@ impl Metrics {
         now.register("hosts", "Hosts, by whether they are connected", hosts);
 
         let vms: Family<[(&str, String); 2], Gauge> = Family::default();
-        let mut names = BTreeMap::new();
         for vm in db.all::<VmRow>().await? {
             let vm = vm.row;
             vms.get_or_create(&[("team", vm.team.to_string()), ("state", word(&vm.state))]).inc();
-            names.insert(vm.id, (vm.team, vm.name));
         }
         now.register("vms", "VMs, by team and state", vms);
-
-        let last: Family<[(&str, String); 3], Gauge<f64, std::sync::atomic::AtomicU64>> = Family::default();
-        for history in db.all::<HistoryRow>().await? {
-            let Some((team, name)) = names.get(&history.row.vm) else { continue };
-            let Some(figures) = history.row.reigns.iter().rev().find_map(|reign| reign.figures) else { continue };
-            let MigrationFigures { blackout, predicted_blackout, .. } = figures;
-            for (kind, time) in [("actual", Some(blackout)), ("predicted", predicted_blackout)] {
-                if let Some(time) = time {
-                    let labels = [("team", team.to_string()), ("vm", name.to_string()), ("kind", kind.to_owned())];
-                    last.get_or_create(&labels).set(seconds(time));
-                }
-            }
-        }
-        now.register_with_unit(
-            "vm_last_blackout",
-            "Of the last migration of each VM: as it was, and as predicted",
-            Unit::Seconds,
-            last,
-        );
 
         let mut text = String::new();
         let written = encode_registry(&mut text, &self.registry).and_then(|()| encode_registry(&mut text, &now));
         written.and_then(|()| encode_eof(&mut text)).expect("a string takes all that is written");
         Ok(text)
     }
+}
+
+fn of_vm(team: &Name, vm: &Name, kind: &str) -> [(&'static str, String); 3] {
+    [("team", team.to_string()), ("vm", vm.to_string()), ("kind", kind.to_owned())]
 }
 
 /// The word that the API has for it.

@@ -99,8 +99,8 @@ pub(super) struct Feed<'a> {
     own: Option<ProcessMemory>,
     /// QEMU cannot switch over by itself.
     held: bool,
-    /// How long a byte of its stream takes at least, and until when what was read lasts.
-    byte: Duration,
+    /// Bytes that its stream is paced by, if it is: so many take [`UNHELD_PASS`]. And until when what was read lasts.
+    pace: Option<usize>,
     paced: Instant,
     /// How long to pause while QEMU has nothing to send.
     idle_pause: Duration,
@@ -133,7 +133,7 @@ impl<'a> Feed<'a> {
             ended: false,
             own,
             held,
-            byte: Duration::ZERO,
+            pace: None,
             paced: Instant::now(),
             idle_pause: FIRST_PAUSE,
             asked: Instant::now(),
@@ -249,9 +249,9 @@ impl<'a> Feed<'a> {
     }
 
     async fn keep_pace(&mut self, count: usize) {
+        let Some(pace) = self.pace else { return };
         let now = Instant::now();
-        let time = self.byte.saturating_mul(u32::try_from(count).unwrap_or(u32::MAX));
-        self.paced = self.paced.max(now) + time;
+        self.paced = self.paced.max(now) + UNHELD_PASS.mul_f64(count as f64 / pace as f64);
         let ahead = self.paced - now;
         if ahead >= SHORTEST_PAUSE && !self.ended {
             self.pump.pause(ahead).await;
@@ -297,7 +297,7 @@ impl<'a> Feed<'a> {
         let mut encoder = Encoder::new(self.digester.clone(), &lengths, EncoderLimits::default());
         let held: usize = holdings.held.iter().map(|(_, _, digests)| digests.len()).sum();
         if held > 0 && !self.held {
-            self.byte = UNHELD_PASS / u32::try_from(held * PAGE_SIZE).unwrap_or(u32::MAX);
+            self.pace = Some(held * PAGE_SIZE);
         }
         for (block, first, digests) in holdings.held {
             for (page, digest) in (first..).zip(digests) {

@@ -161,3 +161,14 @@ impl<'a> Seals<'a> {
         (batch, length)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_cannot_be_confined_compress_nothing() {
+        assert!(matches!(Sealers::start(|| Err("refused")), Err(SealersError::Confine("refused"))));
+        assert!(Sealers::start(|| Ok::<_, ()>(())).is_ok());
+    }
+}

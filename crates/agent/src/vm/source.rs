@@ -323,9 +323,10 @@ impl Actor {
     fn share_bandwidth(&mut self) {
         let Some(Moving::Source(moving)) = &mut self.moving else { return };
         let Some(carry) = &moving.carry else { return };
-        let share = self.host.budget.share(self.vm, moving.machine.policy().bandwidth, carry.status().wire_bytes, Instant::now());
-        if share.is_some() && share != moving.bandwidth && share.is_some_and(|share| carry.set_bandwidth(share)) {
-            moving.bandwidth = share;
+        let (own, sent) = (moving.machine.policy().bandwidth, carry.status().wire_bytes);
+        let Some(share) = self.host.budget.share(self.vm, own, sent, Instant::now()) else { return };
+        if moving.bandwidth != Some(share) && carry.set_bandwidth(share) {
+            moving.bandwidth = Some(share);
         }
     }
 

@@ -108,8 +108,7 @@ pub(crate) fn run(args: HostArgs) -> Result<(), Failure> {
         Verb::Set { name, migration_bandwidth: Bandwidth(migration_bandwidth), online } => {
             let session = Session::open(&online)?;
             let host = crate::block_on(async { Ok(session.client.set_host(&name, &HostSet { migration_bandwidth }).await?) })?;
-            let limit = host.migration_bandwidth.map_or_else(|| "any bandwidth".to_owned(), |limit| format!("{limit} together"));
-            print_data(session.format, &host, || format!("migrations that leave {name} may take {limit}"))
+            print_data(session.format, &host, || format!("migrations that leave {name} may take {}", allowed(&host)))
         }
         Verb::List { watch, online } => crate::block_on(list(Session::open(&online)?, watch)),
         Verb::Show { name, online } => {
@@ -118,6 +117,11 @@ pub(crate) fn run(args: HostArgs) -> Result<(), Failure> {
             print_data(session.format, &host, || show(&host))
         }
     }
+}
+
+/// What migrations that leave a host may take.
+fn allowed(host: &Host) -> String {
+    host.migration_bandwidth.map_or_else(|| "any bandwidth".to_owned(), |limit| format!("{limit} together"))
 }
 
 /// A bandwidth, or none.
@@ -177,10 +181,7 @@ fn show(host: &Host) -> String {
     let mut facts = Facts::default();
     facts.fact("Name", &host.name).fact("State", format!("{} since {}", state(host), moment(host.since)));
     facts.fact("Address", &host.address).fact("Moves at", or_nothing(host.migration_address.as_ref()));
-    facts.fact(
-        "Migrations take",
-        host.migration_bandwidth.map_or_else(|| "any bandwidth".to_owned(), |limit| format!("{limit} together")),
-    );
+    facts.fact("Migrations take", allowed(host));
     if let Some(load) = &host.load {
         facts.fact("VMs", load.vms).fact("Memory free", load.memory_free);
         let networks = &load.networks;

@@ -22,9 +22,9 @@ use crate::{clock, restore, views};
 
 /// How long a join token is good for.
 const JOIN_LIFETIME: Millis = Millis(3_600_000);
+const LONGEST_JOIN_LIFETIME: Millis = Millis(24 * 3_600_000);
 /// With less a warm-up would take hours, and keep-alives would fail.
 const LEAST_BANDWIDTH: BytesPerSec = BytesPerSec(1_000_000);
-const LONGEST_JOIN_LIFETIME: Millis = Millis(24 * 3_600_000);
 
 /// Whether the controller serves
 #[utoipa::path(get, path = "/v1/health", tag = "controller", operation_id = "health", security(()),
@@ -94,10 +94,7 @@ pub(super) async fn host_set(
     }
     retry!({
         let mut host = app.db.find::<HostRow>(name.as_str()).await?.ok_or_else(|| not_found("host", &name))?;
-        if revision.is_some_and(|revision| revision != host.revision) {
-            let changed = format!("host {name} has changed: it is at revision {}", host.revision);
-            return Err(Refusal::new(ErrorCode::RevisionConflict, changed).hint("look at it again, then decide again").into());
-        }
+        host.still_at(revision, format_args!("host {name}"))?;
         if host.row.migration_bandwidth == bandwidth {
             return Ok(());
         }

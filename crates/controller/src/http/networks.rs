@@ -128,10 +128,7 @@ pub(super) async fn network_set(
     let mtu = check_mtu(request.mtu)?;
     retry!({
         let mut network = find(&app, team, &name).await?;
-        if revision.is_some_and(|revision| revision != network.revision) {
-            let changed = format!("network {name} has changed: it is at revision {}", network.revision);
-            return Err(Refusal::new(ErrorCode::RevisionConflict, changed).hint("look at it again, then decide again").into());
-        }
+        network.still_at(revision, format_args!("network {name}"))?;
         let runs = |vm: &VmRow| vm.has_process() || vm.activity.is_some();
         if mtu < network.row.mtu
             && let Some(vm) = users(&app, &network.row).await?.iter().find(|vm| runs(vm))

@@ -123,14 +123,7 @@ impl Tasks {
 
     async fn admit(&self, ask: &Ask, asked: &Asked, dry: bool) -> Result<(TaskRow, Option<TaskId>), Fault> {
         let mut vm = self.vm(&ask.team, &ask.vm).await?;
-        if ask.revision.is_some_and(|revision| revision != vm.revision) {
-            return Err(Refusal::new(
-                ErrorCode::RevisionConflict,
-                format!("VM {} has changed: it is at revision {}", ask.vm, vm.revision),
-            )
-            .hint("look at it again, then decide again")
-            .into());
-        }
+        vm.still_at(ask.revision, format_args!("VM {}", ask.vm))?;
         let ignored = match decide_admission(vm.row.state, vm.row.activity, asked.request()) {
             Admission::Deny(refusal) => return Err(refusal.into()),
             Admission::Ignore => true,

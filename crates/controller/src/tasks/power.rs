@@ -219,7 +219,9 @@ impl Tasks {
             for key in vm.row.claims() {
                 batch = batch.free(key);
             }
-            self.db.commit(batch).await
+            self.db.commit(batch).await?;
+            self.metrics.on_deleted(&vm.row.team, &vm.row.name);
+            Ok(())
         })
     }
 }

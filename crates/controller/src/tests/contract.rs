@@ -155,6 +155,7 @@ async fn what_is_answered_fits_what_is_described() {
     contract.hold("host_set", send(Method::PATCH, "/hosts/h1", limit).await, 200).await;
     agent.fleet_when(|fleet| fleet.members.iter().any(|member| member.migration_bandwidth == 125_000_000)).await;
     contract.hold("host_set", send(Method::PATCH, "/hosts/h1", json!({"migration_bandwidth": 10})).await, 400).await;
+    contract.hold("host_set", send(Method::PATCH, "/hosts/h1", json!({})).await, 400).await;
     contract.hold("host_set", send(Method::PATCH, "/hosts/h9", json!({"migration_bandwidth": null})).await, 404).await;
     contract.hold("host_delete", send(delete.clone(), "/hosts/h1", null.clone()).await, 409).await;
     contract.hold("team_create", send(post.clone(), "/teams", json!({"name": "red"})).await, 201).await;
