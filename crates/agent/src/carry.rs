@@ -21,6 +21,7 @@ mod memory;
 mod process;
 mod pump;
 mod seal;
+mod speed;
 
 pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
 pub(crate) use control::{CarryConfig, CarryStatus, KeptMemory, PlacedBlock, Placement, Role};

@@ -93,7 +93,13 @@ impl Window {
     /// Whether more may be read from QEMU now.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.in_flight() < self.limit() && self.raw.in_flight() < MAX_RAW
+        !self.is_link_full() && self.raw.in_flight() < MAX_RAW
+    }
+
+    /// Whether it is the link that must take something first.
+    #[must_use]
+    pub fn is_link_full(&self) -> bool {
+        self.in_flight() >= self.limit()
     }
 
     /// The most that may be in flight on the wire at the best rate of some seconds and the measured round trip; more while it is tried whether the link

@@ -7,6 +7,9 @@ use crate::view::{CarryView, QemuView};
 /// Device state, loading it, the journals and the resume: 60 to 100 ms with QEMU 7.2 and 10.0 under TCG on two busy cores.
 const FIXED: Millis = Millis(100);
 
+/// A blackout that is longer by so much is worth a moment.
+const WORTH: Millis = Millis(15);
+
 /// What a prediction is made from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WarmUp {
@@ -53,9 +56,36 @@ pub fn predict_blackout(warm_up: &WarmUp) -> Millis {
     Millis(copy.saturating_add(warm_up.queued.get()).saturating_add(FIXED.get()).saturating_add(round_trips))
 }
 
+/// Whether the rest of this pass is worth waiting for: the guest dirties so much less than is moved that the blackout is then at most half as long.
+#[must_use]
+pub(crate) fn shrinks_soon(warm_up: &WarmUp) -> bool {
+    let blackout = predict_blackout(warm_up);
+    let least = predict_blackout(&WarmUp { remaining: Bytes(0), since_sync: Millis(0), ..*warm_up });
+    let pass = blackout.get().saturating_sub(least.get());
+    // A pass later this much is to be sent again.
+    let next = WarmUp { remaining: Bytes(0), since_sync: Millis(warm_up.since_sync.get().saturating_add(pass)), ..*warm_up };
+    pass > WORTH.get() && predict_blackout(&next).get().saturating_sub(least.get()) <= pass / 2
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pass_is_worth_waiting_for_when_little_comes_after_it() {
+        let warm_up = WarmUp {
+            remaining: Bytes(20_000_000),
+            dirty_rate: BytesPerSec(5_000_000),
+            since_sync: Millis(100),
+            rate: BytesPerSec(200_000_000),
+            queued: Millis(10),
+            round_trip: Millis(1),
+        };
+        assert!(shrinks_soon(&warm_up), "100 ms now, 10 ms a pass later");
+        assert!(!shrinks_soon(&WarmUp { remaining: Bytes(2_000_000), ..warm_up }), "not for so little");
+        assert!(!shrinks_soon(&WarmUp { dirty_rate: BytesPerSec(80_000_000), ..warm_up }), "a hot guest: now or never");
+        assert!(!shrinks_soon(&WarmUp { since_sync: Millis(8_000), ..warm_up }), "as much is dirty already");
+    }
 
     #[test]
     fn what_was_dirtied_since_the_last_collection_counts() {

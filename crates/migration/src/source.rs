@@ -15,7 +15,7 @@ use std::hash::{Hash, Hasher};
 use godwit_model::{ErrorCode, MigrationPolicy, Millis, Refusal, Retry, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use crate::convergence::{WarmUp, predict_blackout};
+use crate::convergence::{WarmUp, predict_blackout, shrinks_soon};
 use crate::message::PeerMessage;
 use crate::view::{CarryView, Outcome, QemuMigration, QemuView, Vcpus};
 
@@ -84,14 +84,16 @@ pub struct Source {
     began: Millis,
     asked: bool,
     stopped: Option<Millis>,
+    /// Since when the blackout has been within the budget, and was worth shortening.
+    within: Option<Millis>,
     giving_up: Option<Refusal>,
 }
 
 /// Of all that decisions depend on: why a move is given up is told, and decides nothing.
 impl Hash for Source {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        let Self { policy, expires, began, asked, stopped, giving_up } = self;
-        (policy, expires, began, asked, stopped, giving_up.is_some()).hash(state);
+        let Self { policy, expires, began, asked, stopped, within, giving_up } = self;
+        (policy, expires, began, asked, stopped, within, giving_up.is_some()).hash(state);
     }
 }
 
@@ -99,6 +101,8 @@ impl Hash for Source {
 const IDLE: Millis = Millis(250);
 /// How often to look while the decision to stop may be near.
 const NEAR: Millis = Millis(20);
+/// How long a blackout within the budget is shortened at most: the budget is a limit, and no aim.
+const SHORTENED: Millis = Millis(1_000);
 /// How long the destination's QEMU may leave a question open for the VM to be stopped, beside a round trip.
 const ANSWER_LIMIT: Millis = Millis(500);
 /// How often to look during the blackout; events usually wake earlier.
@@ -108,7 +112,7 @@ impl Source {
     /// A source that begins, or begins again after a restart, to look at `now`.
     #[must_use]
     pub fn new(policy: MigrationPolicy, expires: UnixMillis, now: Millis) -> Self {
-        Self { policy, expires, began: now, asked: false, stopped: None, giving_up: None }
+        Self { policy, expires, began: now, asked: false, stopped: None, within: None, giving_up: None }
     }
 
     /// The limits that it keeps.
@@ -238,8 +242,15 @@ impl Source {
         }
         let blackout = predict_blackout(&warm_up);
         if blackout <= self.policy.max_blackout {
+            if shrinks_soon(&warm_up) {
+                let within = *self.within.get_or_insert(view.now);
+                if view.now.get().saturating_sub(within.get()) < SHORTENED.get() {
+                    return SourceAction::Wait(NEAR);
+                }
+            }
             return SourceAction::Stop;
         }
+        self.within = None;
         let near = blackout.get() < self.policy.max_blackout.get().saturating_mul(4);
         SourceAction::Wait(if near || qemu.remaining.get() < 64 << 20 { NEAR } else { IDLE })
     }

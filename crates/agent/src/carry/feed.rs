@@ -26,8 +26,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Most pages that are compared once more while the VM stands still: some tens of milliseconds.
 const MOST_LOOKED_AT: usize = 8192;
-/// How many are compared at once while QEMU has nothing to send: less than a millisecond.
+/// How many are compared at once while the VM runs: less than a millisecond.
 const LOOKED_AT_ONCE: usize = 64;
+/// In the middle of a pass comparing takes one part in so many of the time, lest it takes that from a guest that writes to very many.
+const LOOKING_SHARE: u32 = 8;
 
 /// How long a QEMU that may switch over by itself takes at least for what the destination holds already. No link slows that down, and it would be
 /// through before the agent could stop the VM.
@@ -104,6 +106,10 @@ pub(super) struct Feed<'a> {
     paced: Instant,
     /// How long to pause while QEMU has nothing to send.
     idle_pause: Duration,
+    /// When to compare some in the middle of a pass.
+    next_look: Instant,
+    /// Of the time since the last read what neither QEMU nor this process needed for it.
+    aside: Duration,
     asked: Instant,
 }
 
@@ -136,6 +142,8 @@ impl<'a> Feed<'a> {
             pace: None,
             paced: Instant::now(),
             idle_pause: FIRST_PAUSE,
+            next_look: Instant::now(),
+            aside: Duration::ZERO,
             asked: Instant::now(),
         }
     }
@@ -143,19 +151,25 @@ impl<'a> Feed<'a> {
     /// Runs until QEMU closes its side, which is passed on.
     pub(super) async fn run(mut self, qemu: &OwnedReadHalf, holdings: impl Future<Output = Holdings>) -> Result<(), FeedError> {
         let mut holdings = Some(Box::pin(holdings));
+        let mut began = Instant::now();
         while let Some(count) = self.read(qemu).await? {
-            let mut began = Instant::now();
-            self.idle = true;
+            let in_pass = !std::mem::replace(&mut self.idle, true);
             while let Some(element) = self.reader.next_element()? {
                 if let Element::RamStart(start) = &element
                     && let Some(holdings) = holdings.take()
                 {
                     self.begin(start, holdings.await);
-                    began = Instant::now();
                 }
                 self.pass(element)?;
             }
-            self.pump.on_encoded(count, began.elapsed());
+            if self.next_look <= began {
+                self.compare_meanwhile()?;
+            }
+            let spent = began.elapsed().saturating_sub(std::mem::take(&mut self.aside));
+            began = Instant::now();
+            if in_pass && !self.idle {
+                self.pump.on_passed(count, spent);
+            }
             tokio::task::yield_now().await;
         }
         self.flush();
@@ -170,6 +184,10 @@ impl<'a> Feed<'a> {
         if self.idle && !self.ended && self.section == Section::None && self.encoder.is_some() {
             self.flush();
             self.settle_all().await;
+            while self.compare_meanwhile()? {
+                self.wait_for_room().await;
+                tokio::task::yield_now().await;
+            }
             tokio::select! {
                 () = self.pump.pause(self.idle_pause) => self.idle_pause = (self.idle_pause * 2).min(LONGEST_PAUSE),
                 Some(told) = self.pieces.recv() => self.on_pieces(&told),
@@ -191,12 +209,6 @@ impl<'a> Feed<'a> {
                     return Ok(Some(count as u64));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    if self.compare_meanwhile()? {
-                        self.wait_for_room().await;
-                        // All else of this process goes on in between.
-                        tokio::task::yield_now().await;
-                        continue;
-                    }
                     self.flush();
                     tokio::select! {
                         readable = qemu.readable() => if readable.is_err() {
@@ -211,10 +223,15 @@ impl<'a> Feed<'a> {
         }
     }
 
-    /// QEMU has nothing to send right now: whether there was something to compare.
+    /// Compares some while the VM runs: whether there was something to compare.
     fn compare_meanwhile(&mut self) -> Result<bool, FeedError> {
-        let (pages, _) = if self.ended || self.pump.is_hurried() { (0, 0) } else { self.compare(LOOKED_AT_ONCE)? };
+        let (pages, _) = if self.is_looking() { self.compare(LOOKED_AT_ONCE)? } else { (0, 0) };
         Ok(pages > 0)
+    }
+
+    /// Whether memory is compared as long as QEMU has nothing to send.
+    fn is_looking(&self) -> bool {
+        self.own.is_some() && !self.ended && !self.pump.is_hurried()
     }
 
     /// Waits until more may be read: a thread must be free to compress it, and the link must take it.
@@ -225,14 +242,18 @@ impl<'a> Feed<'a> {
             self.on_sealed(&sealed);
         }
         let compression = began.elapsed();
+        let link_is_full = self.pump.is_link_full();
         loop {
             tokio::select! {
                 () = self.pump.wait_for_room() => break,
                 sealed = self.seals.settle() => self.on_sealed(&sealed),
             }
         }
-        self.pump.on_encoded(0, compression);
-        self.seals.on_waited(began.elapsed() - compression, compression);
+        let link = began.elapsed() - compression;
+        if link_is_full {
+            self.aside += link;
+        }
+        self.seals.on_waited(link, compression);
     }
 
     async fn settle_all(&mut self) {
@@ -255,6 +276,7 @@ impl<'a> Feed<'a> {
         let ahead = self.paced - now;
         if ahead >= SHORTEST_PAUSE && !self.ended {
             self.pump.pause(ahead).await;
+            self.aside += now.elapsed();
         }
     }
 
@@ -408,8 +430,8 @@ impl<'a> Feed<'a> {
     }
 
     /// An emulating QEMU can miss a write: its vCPU takes a page for watched no longer at the very moment at which the watch begins anew. So
-    /// every page that was written to while it was watched is compared once more. Most of that is done while there is nothing else to do; what was named
-    /// since, when the VM stands still, which is bounded: a guest that writes to very many is watched anew seldom.
+    /// every page that was written to while it was watched is compared once more. Most of that is done while the VM runs; what was named
+    /// since, when it stands still, which is bounded: a guest that writes to very many is watched anew seldom.
     fn look_again(&mut self) -> Result<(), FeedError> {
         let began = Instant::now();
         let (pages, missed) = self.compare(MOST_LOOKED_AT)?;
@@ -420,6 +442,7 @@ impl<'a> Feed<'a> {
 
     /// Compares so many pages that were written to with the guest's memory; how many there were, and how many differed.
     fn compare(&mut self, most: usize) -> Result<(usize, usize), FeedError> {
+        let began = Instant::now();
         let (mut pages, mut differed) = (0, 0);
         while pages < most
             && let (Some(own), Some(encoder)) = (&mut self.own, &mut self.encoder)
@@ -440,6 +463,10 @@ impl<'a> Feed<'a> {
                 self.flush_pages();
             }
         }
+        let took = began.elapsed();
+        self.aside += took;
+        self.next_look = began + took * LOOKING_SHARE;
+        self.pump.on_compared(pages, took);
         self.tell_looked_at();
         Ok((pages, differed))
     }

@@ -21,6 +21,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use super::connect::Connection;
+use super::speed::Speed;
 
 /// Why a connection, or the session, is over.
 #[derive(Debug, thiserror::Error)]
@@ -54,10 +55,6 @@ const READ: usize = 64 << 10;
 const MAX_QUEUED: usize = 64 << 20;
 /// Numbers of our questions to the destination's QEMU; QEMU's own are small.
 const OUR_QUESTIONS: u32 = 0x4757_0000;
-/// Guest memory that goes through a carry per second, as long as it was not measured.
-const FIRST_SPEED: u64 = 200 << 20;
-/// So many bytes give a speed.
-const MEASURED: u64 = 4 << 20;
 
 /// How a connection's life is watched.
 #[derive(Clone, Copy, Debug)]
@@ -86,10 +83,10 @@ pub(super) struct Pump {
     hurried: Cell<bool>,
     hurry: Notify,
     stream_bytes: Cell<u64>,
-    /// Guest memory per second that goes through this process when it has nothing to wait for.
-    speed: Cell<u64>,
-    /// Bytes that went through, and their time, since the speed was last measured.
-    measured: Cell<(u64, Duration)>,
+    /// What goes from QEMU through this process, whatever takes the time but the link.
+    speed: Cell<Speed>,
+    /// Of comparing memory.
+    look_speed: Cell<Speed>,
     cost: Cell<Option<u64>>,
     encoding: Cell<Encoding>,
     /// The last question to the destination's QEMU, and when it was asked if it was not answered.
@@ -157,8 +154,8 @@ impl Pump {
             hurried: Cell::new(false),
             hurry: Notify::new(),
             stream_bytes: Cell::new(0),
-            speed: Cell::new(FIRST_SPEED),
-            measured: Cell::default(),
+            speed: Cell::default(),
+            look_speed: Cell::default(),
             cost: Cell::new(None),
             encoding: Cell::new(Encoding::default()),
             question: Cell::new((OUR_QUESTIONS, None)),
@@ -190,12 +187,12 @@ impl Pump {
             round_trip: window.round_trip(),
             stalled,
             unanswered: self.question.get().1.map_or(Duration::ZERO, |asked| self.now().saturating_sub(asked)),
-            looking: Duration::from_secs_f64((self.looked_at.get() * PAGE_SIZE) as f64 / self.speed.get() as f64),
+            looking: self.look_speed.get().time_for((self.looked_at.get() * PAGE_SIZE) as u64),
             encoding: self.encoding.get(),
         }
     }
 
-    /// A page takes its time on the link and its time in this process.
+    /// A page takes its time on the link, and its time in QEMU and this process.
     fn rate(&self, link_rate: u64, wire_sent: u64) -> u64 {
         if link_rate == 0 {
             return 0;
@@ -205,7 +202,7 @@ impl Pump {
         let Encoding { copy, patch, data, .. } = self.encoding.get();
         let first = || (wire_sent as f64 / (copy + patch + data).max(1) as f64).min(page);
         let cost = self.cost.get().map_or_else(first, |cost| cost as f64);
-        let seconds = cost / link_rate as f64 + page / self.speed.get() as f64;
+        let seconds = cost / link_rate as f64 + page / self.speed.get().per_second() as f64;
         (page / seconds) as u64
     }
 
@@ -237,17 +234,14 @@ impl Pump {
         self.stream_bytes.set(self.stream_bytes.get() + bytes);
     }
 
-    /// So many bytes took this process so long.
-    pub(super) fn on_encoded(&self, bytes: u64, time: Duration) {
-        let (before, spent) = self.measured.get();
-        let (bytes, time) = (before + bytes, spent + time);
-        if bytes < MEASURED {
-            self.measured.set((bytes, time));
-            return;
-        }
-        self.measured.set((0, Duration::ZERO));
-        let speed = (bytes as f64 / time.as_secs_f64().max(1e-6)) as u64;
-        self.speed.set((self.speed.get().saturating_mul(3).saturating_add(speed) / 4).max(1));
+    /// So many bytes in the middle of a pass took QEMU and this process so long.
+    pub(super) fn on_passed(&self, bytes: u64, time: Duration) {
+        self.speed.set(self.speed.get().with(bytes, time));
+    }
+
+    /// So many pages were compared.
+    pub(super) fn on_compared(&self, pages: usize, time: Duration) {
+        self.look_speed.set(self.look_speed.get().with((pages * PAGE_SIZE) as u64, time));
     }
 
     /// So many pages wait in the feed.
@@ -315,6 +309,11 @@ impl Pump {
         while !self.session.borrow().window().has_room() {
             self.room.notified().await;
         }
+    }
+
+    /// Whether there is no room because of the link, rather than of the work that is left to the destination.
+    pub(super) fn is_link_full(&self) -> bool {
+        self.session.borrow().window().is_link_full()
     }
 
     /// A frame of the peer's that took `size` bytes is off the queue. It is acknowledged unless it came to nothing.

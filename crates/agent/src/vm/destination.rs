@@ -275,7 +275,11 @@ impl Actor {
 
     async fn continue_destination(&mut self) -> Option<Duration> {
         let continued = match self.publish_tpm().await {
-            Ok(()) => self.command(godwit_qemu::Qmp::cont).await,
+            Ok(()) => {
+                // What comes for the VM from here on waits at its tap instead of going to where it was.
+                self.announce_by_host();
+                self.command(godwit_qemu::Qmp::cont).await
+            }
             // Nothing has run.
             Err(refusal) => Err(refusal.retry(Retry::Safe)),
         };
@@ -296,17 +300,20 @@ impl Actor {
         }
     }
 
-    /// Announces the VM's addresses: by QEMU on the guest's behalf and by the host itself.
+    fn announce_by_host(&mut self) {
+        self.announcements.drain(..).for_each(|announcement| announcement.abort());
+        if let Some(record) = &self.record {
+            self.announcements.extend(record.spec.nics.iter().map(|nic| self.host.network.announce(nic)));
+        }
+    }
+
+    /// Announces the VM's addresses: by the host itself, and by QEMU on the guest's behalf.
     async fn announce(&mut self) {
+        self.announce_by_host();
         if let Ok(qmp) = self.monitor()
             && let Err(error) = qmp.announce_self(AnnounceSchedule::default()).await
         {
             tracing::warn!(%error, "QEMU could not announce the VM");
-        }
-        if let Some(record) = &self.record {
-            for nic in &record.spec.nics {
-                self.announcements.push(self.host.network.announce(nic));
-            }
         }
         if let Some(Moving::Destination(moving)) = &mut self.moving {
             moving.announced = true;

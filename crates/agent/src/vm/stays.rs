@@ -12,12 +12,15 @@ use godwit_model::{Generation, VmId};
 use godwit_qemu::PassedFds;
 use godwit_vault::{Block, Draft, Identity, Shelf, StayKey};
 
+use tokio::sync::oneshot;
+
 use super::actor::Actor;
 use super::placement::{self, Access};
 use crate::carry::{KeptMemory, PlacedBlock, ProcessMemory};
 
 /// The process of a VM that has left is not kept for longer than this for its memory's sake.
 const LIMIT: Duration = Duration::from_secs(60);
+const LEAST_PRIORITY: i32 = 19;
 
 /// The key that the controller sent; none if it was of another length.
 pub(crate) fn key(bytes: &[u8]) -> Option<StayKey> {
@@ -34,7 +37,16 @@ impl Actor {
         let vm = self.vm;
         let over = Arc::new(AtomicBool::new(false));
         let ends = Arc::clone(&over);
-        let kept = tokio::task::spawn_blocking(move || keep(&shelf, vm, generation, &key, memory?, &ends));
+        let (done, kept) = oneshot::channel();
+        let body = move || {
+            // The VM runs elsewhere, others run here: what is kept is for later. Of this thread alone, as Linux has it.
+            let _ = rustix::process::setpriority_process(None, LEAST_PRIORITY);
+            let _ = done.send(memory.and_then(|memory| keep(&shelf, vm, generation, &key, memory, &ends)));
+        };
+        if let Err(error) = std::thread::Builder::new().name("keep".into()).spawn(body) {
+            tracing::info!(%error, "memory is not kept for the way home");
+            return;
+        }
         let kept = tokio::time::timeout(LIMIT, kept).await;
         // Who still writes is not waited for: its memory is about to go.
         over.store(true, Ordering::Release);

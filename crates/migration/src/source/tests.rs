@@ -38,10 +38,25 @@ fn source() -> Source {
 fn the_vm_is_stopped_when_the_budget_holds_and_not_before() {
     let mut far = view(Vcpus::Running, QemuMigration::Active);
     assert!(matches!(source().decide(SourceRecord::Offered, &far), SourceAction::Wait(_)));
-    far.qemu.as_mut().expect("alive").remaining = Bytes(10 << 20);
+    far.qemu.as_mut().expect("alive").remaining = Bytes(1 << 20);
     assert_eq!(source().decide(SourceRecord::Offered, &far), SourceAction::Stop);
     far.qemu.as_mut().expect("alive").dirty_rate = None;
     assert!(matches!(source().decide(SourceRecord::Offered, &far), SourceAction::Wait(_)), "an unknown dirty rate is no promise");
+}
+
+#[test]
+fn a_blackout_within_the_budget_is_shortened_for_a_moment_if_the_guest_lets_it() {
+    let mut source = source();
+    let mut near = view(Vcpus::Running, QemuMigration::Active);
+    near.qemu.as_mut().expect("alive").remaining = Bytes(10 << 20);
+    assert_eq!(source.decide(SourceRecord::Offered, &near), SourceAction::Wait(NEAR));
+    let later = SourceView { now: Millis(1_900), ..near.clone() };
+    assert_eq!(source.decide(SourceRecord::Offered, &later), SourceAction::Wait(NEAR));
+    let mut hot = later.clone();
+    hot.qemu.as_mut().expect("alive").dirty_rate = Some(BytesPerSec(80 << 20));
+    assert_eq!(source.clone().decide(SourceRecord::Offered, &hot), SourceAction::Stop, "it will not be shorter");
+    let end = SourceView { now: Millis(2_000), ..near };
+    assert_eq!(source.decide(SourceRecord::Offered, &end), SourceAction::Stop, "a moment, no more");
 }
 
 #[test]
