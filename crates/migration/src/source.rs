@@ -82,6 +82,7 @@ pub struct Source {
     policy: MigrationPolicy,
     expires: UnixMillis,
     began: Millis,
+    held: bool,
     asked: bool,
     stopped: Option<Millis>,
     /// Since when the blackout has been within the budget, and was worth shortening.
@@ -92,8 +93,8 @@ pub struct Source {
 /// Of all that decisions depend on: why a move is given up is told, and decides nothing.
 impl Hash for Source {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        let Self { policy, expires, began, asked, stopped, within, giving_up } = self;
-        (policy, expires, began, asked, stopped, within, giving_up.is_some()).hash(state);
+        let Self { policy, expires, began, held, asked, stopped, within, giving_up } = self;
+        (policy, expires, began, held, asked, stopped, within, giving_up.is_some()).hash(state);
     }
 }
 
@@ -112,7 +113,14 @@ impl Source {
     /// A source that begins, or begins again after a restart, to look at `now`.
     #[must_use]
     pub fn new(policy: MigrationPolicy, expires: UnixMillis, now: Millis) -> Self {
-        Self { policy, expires, began: now, asked: false, stopped: None, within: None, giving_up: None }
+        Self { policy, expires, began: now, held: false, asked: false, stopped: None, within: None, giving_up: None }
+    }
+
+    /// Of a QEMU that cannot switch over by itself while the VM runs, so that the end of a pass may be waited for.
+    #[must_use]
+    pub const fn held(mut self, held: bool) -> Self {
+        self.held = held;
+        self
     }
 
     /// The limits that it keeps.
@@ -242,7 +250,7 @@ impl Source {
         }
         let blackout = predict_blackout(&warm_up);
         if blackout <= self.policy.max_blackout {
-            if shrinks_soon(&warm_up) {
+            if self.held && shrinks_soon(&warm_up) {
                 let within = *self.within.get_or_insert(view.now);
                 if view.now.get().saturating_sub(within.get()) < SHORTENED.get() {
                     return SourceAction::Wait(NEAR);

@@ -68,7 +68,7 @@ pub(super) struct SourceMove {
 
 impl SourceMove {
     fn new(grant: Grant, policy: MigrationPolicy, carry: Option<CarryClient>, held: bool) -> Self {
-        let machine = Source::new(policy, grant.expires, Millis(0));
+        let machine = Source::new(policy, grant.expires, Millis(0)).held(held);
         Self {
             grant,
             machine,

@@ -38,7 +38,7 @@ fn source() -> Source {
 fn the_vm_is_stopped_when_the_budget_holds_and_not_before() {
     let mut far = view(Vcpus::Running, QemuMigration::Active);
     assert!(matches!(source().decide(SourceRecord::Offered, &far), SourceAction::Wait(_)));
-    far.qemu.as_mut().expect("alive").remaining = Bytes(1 << 20);
+    far.qemu.as_mut().expect("alive").remaining = Bytes(10 << 20);
     assert_eq!(source().decide(SourceRecord::Offered, &far), SourceAction::Stop);
     far.qemu.as_mut().expect("alive").dirty_rate = None;
     assert!(matches!(source().decide(SourceRecord::Offered, &far), SourceAction::Wait(_)), "an unknown dirty rate is no promise");
@@ -46,7 +46,7 @@ fn the_vm_is_stopped_when_the_budget_holds_and_not_before() {
 
 #[test]
 fn a_blackout_within_the_budget_is_shortened_for_a_moment_if_the_guest_lets_it() {
-    let mut source = source();
+    let mut source = source().held(true);
     let mut near = view(Vcpus::Running, QemuMigration::Active);
     near.qemu.as_mut().expect("alive").remaining = Bytes(10 << 20);
     assert_eq!(source.decide(SourceRecord::Offered, &near), SourceAction::Wait(NEAR));

@@ -49,7 +49,7 @@ pub(super) struct Agents {
 impl Agents {
     pub(super) fn new(plan: &Plan) -> Self {
         Self {
-            source: Source::new(plan.policy, EXPIRES, Millis(0)),
+            source: Source::new(plan.policy, EXPIRES, Millis(0)).held(plan.held_back),
             source_record: SourceRecord::Offered,
             source_ended: None,
             destination: Destination::new(EXPIRES),
