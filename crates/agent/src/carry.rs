@@ -17,6 +17,7 @@ mod control;
 mod deal;
 mod feed;
 mod home;
+mod images;
 mod memory;
 mod process;
 mod pump;
@@ -24,7 +25,7 @@ mod seal;
 mod speed;
 
 pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
-pub(crate) use control::{CarryConfig, CarryStatus, KeptMemory, PlacedBlock, Placement, Role};
+pub(crate) use control::{CarryConfig, CarryStatus, ImageFd, IndexedImageFds, KeptMemory, PlacedBlock, Placement, Role};
 pub(crate) use memory::ProcessMemory;
 pub use process::{CarryError, run};
 

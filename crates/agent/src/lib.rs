@@ -4,6 +4,7 @@
 //! journal and from what it sees. It must never decide who owns a VM by itself: [`godwit_migration`] does, from journalled grants and
 //! releases. Start with [`vm`](self) actors in `vm.rs`, then `session.rs`.
 
+mod background;
 mod budget;
 pub mod carry;
 pub mod check;

@@ -30,7 +30,7 @@ use godwit_model::{Bytes, ErrorCode, HostCondition, Name, PoolFacts, Refusal, Vo
 use godwit_qemu::Launcher;
 
 pub(crate) use driver::Successor;
-pub(crate) use image::{CachedImage, ImageCache};
+pub(crate) use image::{CachedImage, ImageCache, IndexedImage};
 pub(crate) use locks::locks_hold;
 
 use directory::Directory;

@@ -8,7 +8,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use crate::pages::{MAX_PAYLOAD, PIECES, Pieces};
 
 /// Version of the format; both sides must name the same.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Largest payload of a data frame.
 pub const MAX_DATA: usize = 256 << 10;
@@ -18,6 +18,9 @@ pub const MAX_CONTROL: usize = 64 << 10;
 
 /// Most blocks of guest memory that a destination places pages in.
 pub const MAX_BLOCKS: usize = 256;
+
+/// Most images that a destination offers.
+pub const MAX_IMAGES: usize = 16;
 
 /// Most digests in one frame.
 pub const MAX_DIGESTS: usize = 4096;
@@ -30,6 +33,7 @@ const IDENTITY: usize = 2 + 16 + 16 + 8 + KEY + 8;
 const KEY: usize = 32;
 const HELD_HEADER: usize = 2 + 4;
 const DIGEST: usize = 16;
+const IMAGE: usize = 32 + 4;
 const BLOCK: usize = 2;
 const PAGE: usize = 4;
 const PIECE_HASHES: usize = PIECES * 4;
@@ -87,6 +91,15 @@ pub struct Block {
     pub pages: u32,
 }
 
+/// An image that the destination can read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// BLAKE3 of all of it.
+    pub digest: [u8; 32],
+    /// How many whole pages of 4 KiB it has.
+    pub pages: u32,
+}
+
 /// One frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
@@ -114,6 +127,8 @@ pub enum Frame {
     Pages(Bytes),
     /// The blocks in which the destination places pages itself, in the order of their numbers. Pages of others travel in QEMU's stream.
     Memory(Vec<Block>),
+    /// The images from which pages can be copied, in the order of their numbers, see [`crate::pages::images`].
+    Images(Vec<Image>),
     /// Digests of what consecutive pages of a block hold at the destination already. What is not named is zero.
     Held {
         /// Number of the block.
@@ -180,6 +195,7 @@ mod kind {
     pub(super) const HELD_END: u8 = 14;
     pub(super) const WANTED: u8 = 15;
     pub(super) const PIECES: u8 = 16;
+    pub(super) const IMAGES: u8 = 17;
 }
 
 impl Frame {
@@ -188,9 +204,13 @@ impl Frame {
     pub const fn sequenced_by(&self) -> Option<Side> {
         match self {
             Self::Forward(_) | Self::ForwardEnd | Self::Pages(_) | Self::Wanted { .. } => Some(Side::Source),
-            Self::Return(_) | Self::ReturnEnd | Self::Memory(_) | Self::Held { .. } | Self::HeldEnd | Self::Pieces { .. } => {
-                Some(Side::Destination)
-            }
+            Self::Return(_)
+            | Self::ReturnEnd
+            | Self::Memory(_)
+            | Self::Images(_)
+            | Self::Held { .. }
+            | Self::HeldEnd
+            | Self::Pieces { .. } => Some(Side::Destination),
             Self::Hello(_) | Self::Welcome(_) | Self::Control(_) | Self::Ack(_) | Self::Ping(_) | Self::Pong(_) => None,
         }
     }
@@ -203,6 +223,7 @@ impl Frame {
             Self::Forward(data) | Self::Return(data) | Self::Pages(data) | Self::Control(data) => data.len(),
             Self::Held { digests, .. } => digests.len() * DIGEST,
             Self::Memory(blocks) => blocks.len() * 64,
+            Self::Images(images) => images.len() * size_of::<Image>(),
             Self::Wanted { pages, .. } => pages.len() * PAGE,
             Self::Pieces { pages, .. } => pages.len() * size_of::<(u32, Pieces)>(),
             _ => 0,
@@ -213,7 +234,7 @@ impl Frame {
     /// Appends the frame's bytes to `out`.
     ///
     /// Nothing may be longer than its kind allows ([`MAX_DATA`], [`MAX_CONTROL`], [`crate::pages::MAX_PAYLOAD`], [`MAX_BLOCKS`],
-    /// [`MAX_DIGESTS`], [`MAX_WANTED`]); the sender cuts before.
+    /// [`MAX_IMAGES`], [`MAX_DIGESTS`], [`MAX_WANTED`]); the sender cuts before.
     pub fn encode(&self, out: &mut BytesMut) {
         match self {
             Self::Hello(greeting) => put_greeting(out, kind::HELLO, greeting),
@@ -228,6 +249,14 @@ impl Frame {
             Self::Pong(number) => put(out, kind::PONG, &number.to_be_bytes()),
             Self::Pages(batch) => put(out, kind::PAGES, batch),
             Self::Memory(blocks) => put_blocks(out, blocks),
+            Self::Images(images) => {
+                let mut payload = BytesMut::with_capacity(images.len() * IMAGE);
+                for Image { digest, pages } in images {
+                    payload.put_slice(digest);
+                    payload.put_u32(*pages);
+                }
+                put(out, kind::IMAGES, &payload);
+            }
             Self::Held { block, first, digests } => {
                 let mut payload = BytesMut::with_capacity(HELD_HEADER + digests.len() * DIGEST);
                 payload.put_u16(*block);
@@ -324,6 +353,7 @@ impl Decoder {
             kind::ACK | kind::PING | kind::PONG => size == 8,
             kind::PAGES => (1..=MAX_PAYLOAD).contains(&size),
             kind::MEMORY => (2..=MAX_MEMORY).contains(&size),
+            kind::IMAGES => is_list(size, 0, IMAGE, MAX_IMAGES),
             kind::HELD => is_list(size, HELD_HEADER, DIGEST, MAX_DIGESTS),
             kind::WANTED => is_list(size, BLOCK, PAGE, MAX_WANTED),
             kind::PIECES => is_list(size, BLOCK, PAGE + PIECE_HASHES, MAX_WANTED),
@@ -354,6 +384,7 @@ impl Decoder {
             kind::HELD => held(payload),
             kind::WANTED => wanted(payload),
             kind::PIECES => pieces(payload),
+            kind::IMAGES => images(payload),
             _ => Frame::HeldEnd,
         }))
     }
@@ -412,6 +443,16 @@ fn pieces(mut payload: Bytes) -> Frame {
         pages.push((page, std::array::from_fn(|_| payload.get_u32())));
     }
     Frame::Pieces { block, pages }
+}
+
+/// Reads images from a payload whose length was checked.
+fn images(payload: Bytes) -> Frame {
+    let (images, _) = payload.as_chunks::<IMAGE>();
+    let image = |bytes: &[u8; IMAGE]| {
+        let ([digest @ .., _, _, _, _], [.., a, b, c, d]) = (*bytes, *bytes);
+        Image { digest, pages: u32::from_be_bytes([a, b, c, d]) }
+    };
+    Frame::Images(images.iter().map(image).collect())
 }
 
 /// Reads digests from a payload whose length was checked.

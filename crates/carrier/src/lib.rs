@@ -11,6 +11,6 @@ pub mod pages;
 pub mod session;
 
 pub use flow::Window;
-pub use frame::{Block, Decoder, Frame, Greeting, Identity, MalformedFrame, Side, VERSION};
+pub use frame::{Block, Decoder, Frame, Greeting, Identity, Image, MalformedFrame, Side, VERSION};
 pub use level::{Level, LevelChoice, Spent};
 pub use session::Session;

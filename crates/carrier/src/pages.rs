@@ -5,7 +5,7 @@
 //!
 //! - nothing, if the destination holds that very content there already;
 //! - *zero*;
-//! - *copy* of another page that the destination holds at that point of the sequence;
+//! - *copy* of another page that the destination holds at that point of the sequence, or of a page of an image ([`images`]);
 //! - *patch*: the pieces of 64 bytes that differ from what the destination holds there, which the source remembers, or asks for
 //!   ([`crate::Frame::Wanted`]) where the destination has only told a digest;
 //! - *data*: all of it, compressed together with the rest of its batch.
@@ -17,6 +17,7 @@ pub mod apply;
 pub mod batch;
 pub mod digest;
 pub mod encode;
+pub mod images;
 pub mod seal;
 mod signature;
 mod wanted;
@@ -25,6 +26,7 @@ pub use apply::{Applied, Applier, ApplyError, GuestMemory};
 pub use batch::{MAX_PAYLOAD, MalformedBatch};
 pub use digest::{Digest, Digester};
 pub use encode::{Batch, Encoder, EncoderLimits, Encoding, Place};
+pub use images::{FIRST_IMAGE, Images};
 pub use seal::Sealer;
 pub use wanted::Pieces;
 

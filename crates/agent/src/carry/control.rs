@@ -43,9 +43,26 @@ pub(crate) enum Role {
     ///
     /// `own` is where the guest's memory is, if QEMU emulates its vCPUs and may miss a write.
     /// `held` says that QEMU cannot switch over by itself; one that can must not be through before the agent has looked.
-    Source { address: SocketAddr, bandwidth: Option<BytesPerSec>, own: Option<Placement>, held: bool },
+    Source { address: SocketAddr, bandwidth: Option<BytesPerSec>, own: Option<Placement>, held: bool, images: Vec<IndexedImageFds> },
     /// Accepts connections on this listening descriptor.
-    Destination { listen_fd: RawFd, placement: Option<Placement>, kept: Option<KeptMemory> },
+    Destination { listen_fd: RawFd, placement: Option<Placement>, kept: Option<KeptMemory>, images: Vec<ImageFd> },
+}
+
+/// An image that the VM was made from, with its index.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct IndexedImageFds {
+    pub(crate) image_fd: RawFd,
+    pub(crate) index_fd: RawFd,
+}
+
+/// An image that the VM was made from.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct ImageFd {
+    pub(crate) fd: RawFd,
+    /// BLAKE3 of all of it.
+    pub(crate) digest: [u8; 32],
+    /// How many whole pages of 4 KiB it has.
+    pub(crate) pages: u32,
 }
 
 /// How the memory of a QEMU is reached.
@@ -85,6 +102,9 @@ pub(crate) struct CarryStatus {
     pub(crate) connected: bool,
     /// Why nothing moves any more.
     pub(crate) broken: Option<String>,
+    /// BLAKE3 of an image of this host that is not what it was.
+    #[serde(default)]
+    pub(crate) changed_image: Option<[u8; 32]>,
     /// Bytes on the wire, both directions, TLS included.
     pub(crate) wire_bytes: u64,
     /// Bytes of QEMU's stream taken from the source; at the destination, of stream and memory handed on.
@@ -114,6 +134,8 @@ pub(crate) struct PageCounts {
     pub(crate) same: u64,
     pub(crate) zero: u64,
     pub(crate) copy: u64,
+    #[serde(default)]
+    pub(crate) image: u64,
     pub(crate) patch: u64,
     pub(crate) data: u64,
 }

@@ -4,10 +4,10 @@ use std::io;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::Frame;
 use godwit_carrier::frame::{Block, MAX_DIGESTS};
 use godwit_carrier::pages::digest::ZERO;
 use godwit_carrier::pages::{Applier, ApplyError, Digest, Digester, GuestMemory, PAGE_SIZE};
+use godwit_carrier::{Frame, Image};
 use godwit_stream::{ReturnError, ReturnMessage, ReturnReader, ReturnWriteError, ReturnWriter};
 use rustix::net::Shutdown;
 use tokio::io::AsyncWriteExt;
@@ -15,6 +15,7 @@ use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, oneshot};
 
 use super::feed::{Holdings, ToldPieces};
+use super::images::ReadableImage;
 use super::memory::ProcessMemory;
 use super::pump::Pump;
 
@@ -26,6 +27,8 @@ const LINGER: Duration = Duration::from_secs(3);
 pub(super) enum DealError {
     #[error("the peer's pages cannot be applied: {0}")]
     Apply(String),
+    #[error("an image of the destination has changed")]
+    Image([u8; 32]),
     #[error("the memory of the destination's QEMU cannot be looked at: {0}")]
     Memory(#[from] io::Error),
     #[error("the return path is not understood: {0}")]
@@ -72,7 +75,8 @@ pub(super) async fn at_destination(
 ) -> Result<std::convert::Infallible, DealError> {
     tell_holdings(pump, &digester, memory.as_mut()).await?;
     let lengths = memory.iter().flat_map(ProcessMemory::blocks).map(|block| block.pages).collect();
-    let mut applier = Applier::new(digester.clone(), lengths);
+    let images: Vec<Image> = memory.iter().flat_map(ProcessMemory::images).map(ReadableImage::told).collect();
+    let mut applier = Applier::new(digester.clone(), lengths).with_images(images.iter().map(|image| image.pages).collect());
     let mut qemu = ToQemu { qemu, gone: false };
     let mut ended = false;
     while let Some(frame) = frames.recv().await {
@@ -83,7 +87,12 @@ pub(super) async fn at_destination(
             }
             Frame::Pages(payload) => {
                 let memory = memory.as_mut().ok_or(DealError::Unexpected("pages that it was not asked for"))?;
-                let applied = applier.apply(payload, memory)?;
+                let applied = applier.apply(payload, memory).map_err(|error| match error {
+                    ApplyError::Image { image } => {
+                        DealError::Image(images.get(usize::from(image)).map(|image| image.digest).unwrap_or_default())
+                    }
+                    other => other.into(),
+                })?;
                 pump.on_read(u64::from(applied.pages) * PAGE_SIZE as u64);
                 tokio::task::yield_now().await;
             }
@@ -124,6 +133,10 @@ async fn tell_holdings(pump: &Pump, digester: &Digester, memory: Option<&mut Pro
         memory.blocks().iter().map(|block| Block { id: Bytes::from(block.id.clone()), pages: block.pages }).collect();
     let lengths: Vec<u32> = blocks.iter().map(|block| block.pages).collect();
     pump.push(&Frame::Memory(blocks), 0);
+    let images: Vec<Image> = memory.images().iter().map(ReadableImage::told).collect();
+    if !images.is_empty() {
+        pump.push(&Frame::Images(images), 0);
+    }
     for (block, pages) in (0..).zip(lengths) {
         let mut next = 0;
         while next < pages {
@@ -213,7 +226,7 @@ pub(super) async fn at_source(
                 if told > pages {
                     return Err(DealError::Unexpected("more memory than the VM has"));
                 }
-                holdings = Some(Holdings { blocks, held: Vec::new() });
+                holdings = Some(Holdings { blocks, ..Holdings::default() });
             }
             Frame::Held { block, first, digests } => {
                 let holdings = holdings.as_mut().ok_or(DealError::Unexpected("digests of no memory"))?;
@@ -225,6 +238,10 @@ pub(super) async fn at_source(
                     .checked_sub(digests.len() as u64)
                     .ok_or(DealError::Unexpected("more digests than the VM has pages"))?;
                 holdings.held.push((block, first, digests));
+            }
+            Frame::Images(images) => {
+                let holdings = holdings.as_mut().filter(|holdings| holdings.images.is_empty());
+                holdings.ok_or(DealError::Unexpected("images of no memory"))?.images = images;
             }
             Frame::HeldEnd => {
                 let (Some(holdings), Some(listening)) = (holdings.take(), listening.take()) else {

@@ -3,14 +3,15 @@
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::Frame;
 use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
 use godwit_carrier::pages::digest::is_zero;
 use godwit_carrier::pages::{Batch, Digest, Digester, Encoder, EncoderLimits, GuestMemory, PAGE_SIZE, Page, Pieces, Place};
+use godwit_carrier::{Frame, Image};
 use godwit_stream::{Element, PageContent, RamStart, Reader, StreamError, WriteError, Writer};
 use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::mpsc;
 
+use super::images::{OwnImage, SharedImages};
 use super::memory::ProcessMemory;
 use super::pump::Pump;
 use super::seal::{Sealers, Seals};
@@ -60,6 +61,8 @@ pub(super) enum FeedError {
 pub(super) struct Holdings {
     /// Where it places pages itself.
     pub(super) blocks: Vec<Block>,
+    /// Images that it can read.
+    pub(super) images: Vec<Image>,
     /// Digests of consecutive pages: block, first page.
     pub(super) held: Vec<(u16, u32, Vec<Digest>)>,
 }
@@ -99,6 +102,8 @@ pub(super) struct Feed<'a> {
     ended: bool,
     /// The guest's own memory, of a QEMU that may have missed a write; see [`Feed::look_again`].
     own: Option<ProcessMemory>,
+    /// Images that the VM was made from, until it is known which of them the destination has.
+    images: Vec<OwnImage>,
     /// QEMU cannot switch over by itself.
     held: bool,
     /// Bytes that its stream is paced by, if it is: so many take [`UNHELD_PASS`]. And until when what was read lasts.
@@ -119,6 +124,7 @@ impl<'a> Feed<'a> {
         sealers: Sealers,
         digester: Digester,
         own: Option<ProcessMemory>,
+        images: Vec<OwnImage>,
         held: bool,
         pieces: mpsc::UnboundedReceiver<ToldPieces>,
     ) -> Self {
@@ -138,6 +144,7 @@ impl<'a> Feed<'a> {
             idle: false,
             ended: false,
             own,
+            images,
             held,
             pace: None,
             paced: Instant::now(),
@@ -317,6 +324,9 @@ impl<'a> Feed<'a> {
         let length = |(number, block): (u16, &Block)| if self.placed.contains(&Some(number)) { block.pages } else { 0 };
         let lengths: Vec<u32> = (0..).zip(&holdings.blocks).map(length).collect();
         let mut encoder = Encoder::new(self.digester.clone(), &lengths, EncoderLimits::default());
+        if let Some(shared) = SharedImages::new(std::mem::take(&mut self.images), &holdings.images) {
+            encoder.set_images(Box::new(shared));
+        }
         let held: usize = holdings.held.iter().map(|(_, _, digests)| digests.len()).sum();
         if held > 0 && !self.held {
             self.pace = Some(held * PAGE_SIZE);

@@ -3,26 +3,37 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use godwit_carrier::pages::{GuestMemory, PAGE_SIZE, Page};
+use godwit_carrier::pages::{FIRST_IMAGE, GuestMemory, PAGE_SIZE, Page};
 use rustix::io::{Errno, pread, pwrite};
 
 use super::control::PlacedBlock;
+use super::images::ReadableImage;
 
 /// A page is there, in memory or swapped out.
 const PRESENT: u64 = 0b11 << 62;
 /// Entries of a page map that are read at once.
 const ENTRIES: usize = 8192;
 
-/// Blocks of the memory of a process.
+/// Blocks of the memory of a process, and images beside them.
 pub(crate) struct ProcessMemory {
     memory: OwnedFd,
     map: OwnedFd,
     blocks: Vec<PlacedBlock>,
+    images: Vec<ReadableImage>,
 }
 
 impl ProcessMemory {
     pub(crate) fn new(memory: OwnedFd, map: OwnedFd, blocks: Vec<PlacedBlock>) -> Self {
-        Self { memory, map, blocks }
+        Self { memory, map, blocks, images: Vec::new() }
+    }
+
+    /// With images, which are read as blocks from [`FIRST_IMAGE`] on.
+    pub(crate) fn with_images(self, images: Vec<ReadableImage>) -> Self {
+        Self { images, ..self }
+    }
+
+    pub(super) fn images(&self) -> &[ReadableImage] {
+        &self.images
     }
 
     pub(crate) fn blocks(&self) -> &[PlacedBlock] {
@@ -56,6 +67,9 @@ impl GuestMemory for ProcessMemory {
     type Error = io::Error;
 
     fn read(&mut self, block: u16, page: u32, into: &mut Page) -> io::Result<()> {
+        if let Some(image) = block.checked_sub(FIRST_IMAGE) {
+            return self.images.get(usize::from(image)).ok_or(io::ErrorKind::InvalidInput)?.read(page, into);
+        }
         let address = self.address(block, page, 1)?;
         read_whole(&self.memory, into, address)
     }

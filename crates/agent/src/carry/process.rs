@@ -14,7 +14,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use godwit_carrier::pages::{Digester, Encoding};
-use godwit_carrier::{Frame, Identity, Side};
+use godwit_carrier::{Frame, Identity, Image, Side};
 use godwit_qemu::cage::relay::{self, RelayError};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::OwnedReadHalf;
@@ -24,8 +24,12 @@ use tokio::time::Instant;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::connect::{self, Acceptor, Dialler};
-use super::control::{CarryConfig, CarryStatus, FromCarry, MAX_LINE, PageCounts, Placement, Role, ToCarry};
+use super::control::{
+    CarryConfig, CarryStatus, FromCarry, ImageFd, IndexedImageFds, MAX_LINE, PageCounts, Placement, Role, ToCarry,
+};
+use super::deal::DealError;
 use super::feed::Feed;
+use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
 use super::pump::{Gauge, KeepAlive, Pump};
 use super::seal::{Sealers, SealersError};
@@ -179,14 +183,14 @@ async fn carry(
 }
 
 fn tell_gauge(status: &watch::Sender<CarryStatus>, gauge: Gauge, wire_bytes: u64) {
-    let Encoding { same, zero, copy, patch, data } = gauge.encoding;
+    let Encoding { same, zero, copy, image, patch, data } = gauge.encoding;
     status.send_modify(|status| {
         status.wire_bytes = wire_bytes;
         status.stream_bytes = gauge.stream_bytes;
         status.rate = gauge.rate;
         status.link_rate = gauge.link_rate;
         status.in_flight = gauge.in_flight;
-        status.pages = PageCounts { same, zero, copy, patch, data };
+        status.pages = PageCounts { same, zero, copy, image, patch, data };
         status.round_trip_us = u64::try_from(gauge.round_trip.as_micros()).unwrap_or(u64::MAX);
         status.looking_ms = u64::try_from(gauge.looking.as_millis()).unwrap_or(u64::MAX);
         status.unanswered_ms = u64::try_from(gauge.unanswered.as_millis()).unwrap_or(u64::MAX);
@@ -211,25 +215,27 @@ async fn move_bytes(
     };
     let (reader, writer) = means.qemu.into_split();
     match config.role {
-        Role::Source { address, own, held, .. } => {
+        Role::Source { address, own, held, images, .. } => {
             let key = session_key()?;
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
             let (told, holdings) = oneshot::channel();
             let holdings = async { holdings.await.unwrap_or_default() };
             let (told_pieces, pieces) = mpsc::unbounded_channel();
             let sealers = means.sealers.ok_or("a source has threads that compress")?;
-            let feed = Feed::new(pump, sealers, Digester::new(&key), own.map(memory), held, pieces);
+            let images = images.into_iter().filter_map(own_image).collect();
+            let feed = Feed::new(pump, sealers, Digester::new(&key), own.map(memory), images, held, pieces);
             tokio::select! {
                 error = connections::of_source(pump, &dialler, key, patience, from_agent, tell) => Err(text(error)),
                 error = deal::at_source(pump, writer, frames, config.pages, told, told_pieces) => error.map_err(text),
                 Err(error) = feed.run(&reader, holdings) => Err(text(error)),
             }
         }
-        Role::Destination { listen_fd, placement, kept } => {
+        Role::Destination { listen_fd, placement, kept, images } => {
             let listener = StdTcpListener::from(take(listen_fd));
             let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener)).map_err(text)?;
             let mut acceptor = Acceptor::new(listener, peer, &material, wire).map_err(text)?;
-            let mut memory = placement.map(memory);
+            let image = |ImageFd { fd, digest, pages }| ReadableImage::new(take(fd), Image { digest, pages });
+            let mut memory = placement.map(|placement| memory(placement).with_images(images.into_iter().map(image).collect()));
             let kept = kept.map(|kept| (std::fs::File::from(take(kept.file_fd)), kept.key));
             let (told, key) = oneshot::channel();
             let deal = async {
@@ -245,11 +251,22 @@ async fn move_bytes(
             };
             tokio::select! {
                 error = connections::of_destination(pump, &mut acceptor, told, patience, from_agent, tell) => Err(text(error)),
-                error = deal => error.map_err(text),
+                Err(error) = deal => {
+                    if let DealError::Image(digest) = error {
+                        status.send_modify(|status| status.changed_image = Some(digest));
+                    }
+                    Err(text(error))
+                }
                 never = return_path(pump, &reader) => match never {},
             }
         }
     }
+}
+
+/// One that cannot be read is done without.
+fn own_image(fds: IndexedImageFds) -> Option<OwnImage> {
+    let image = OwnImage::read(take(fds.image_fd), take(fds.index_fd));
+    image.inspect_err(|error| tracing::info!(error = error as &dyn std::error::Error, "an image is of no use")).ok()
 }
 
 fn memory(placement: Placement) -> ProcessMemory {

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, Write};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,11 +12,12 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::frame::Block;
 use godwit_carrier::pages::{Digester, GuestMemory, PAGE_SIZE};
-use godwit_carrier::{Decoder, Frame, Greeting, Identity, Side};
+use godwit_carrier::{Decoder, Frame, Greeting, Identity, Image, Side};
 use godwit_model::{BytesPerSec, Name};
 use godwit_stream::{
     BlockId, BlockIndex, Configuration, Element, PageContent, RamBlock, RamStart, Reader, ReturnMessage, ReturnWriter, Writer,
 };
+use godwit_vault::ImageIndex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{mpsc, oneshot};
@@ -27,6 +28,7 @@ use super::connections::{self, SessionError};
 use super::control::PlacedBlock;
 use super::deal;
 use super::feed::Feed;
+use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
 use super::pump::{KeepAlive, Pump, PumpError};
 use super::seal::Sealers;
@@ -66,7 +68,7 @@ struct Running {
 }
 
 fn source(dialler: Dialler, identity: Identity) -> Running {
-    source_at(dialler, identity, PATIENT, None, None)
+    source_at(dialler, identity, PATIENT, None, None, Vec::new())
 }
 
 fn source_at(
@@ -75,6 +77,7 @@ fn source_at(
     keep_alive: KeepAlive,
     rate: Option<BytesPerSec>,
     own: Option<ProcessMemory>,
+    images: Vec<OwnImage>,
 ) -> Running {
     let connections = Rc::new(Cell::new(0));
     let counted = Rc::clone(&connections);
@@ -87,7 +90,7 @@ fn source_at(
         let (told, holdings) = oneshot::channel();
         let (told_pieces, pieces) = mpsc::unbounded_channel();
         let sealers = Sealers::start(|| Ok::<_, std::convert::Infallible>(())).expect("threads");
-        let feed = Feed::new(&pump, sealers, Digester::new(&KEY), own, true, pieces);
+        let feed = Feed::new(&pump, sealers, Digester::new(&KEY), own, images, true, pieces);
         let feeding = async {
             feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
             std::future::pending().await
@@ -264,7 +267,7 @@ async fn a_write_that_an_emulating_qemu_missed_is_found_at_the_end() {
                 own.write(0, number, &noise(100 + u64::from(number))).expect("written");
             }
             let dialler = dialler(address, "h2", &materials[1], &materials[0]);
-            let mut source = source_at(dialler, IDENTITY, PATIENT, None, Some(own));
+            let mut source = source_at(dialler, IDENTITY, PATIENT, None, Some(own), Vec::new());
             let mut stream = Stream::new();
             stream.part(&[page(0, 1, &noise(1)), page(0, 2, &noise(2)), page(0, 3, &noise(3)), page(0, 4, &noise(4))]);
             // 1 was written to and told, and then once more, which was missed. 4 has become zero.
@@ -277,6 +280,75 @@ async fn a_write_that_an_emulating_qemu_missed_is_found_at_the_end() {
             assert!(pages[1] == noise(101) && pages[1] == own_pages[1], "what was missed is there before the devices' state");
             assert!(pages[2] == noise(2), "what came once was never watched");
             assert!(pages[3] == noise(103) && pages[4] == [0; PAGE_SIZE]);
+        })
+        .await;
+}
+
+/// A file of these pages.
+fn file_of(pages: &[[u8; PAGE_SIZE]]) -> File {
+    let mut file = tempfile::tempfile().expect("a file");
+    file.write_all(pages.as_flattened()).expect("written");
+    file.rewind().expect("at its beginning");
+    file
+}
+
+/// A move of pages that both hosts have in an image, which has become `there` at the destination: its memory, the bytes on the wire, and whether it failed.
+async fn move_of_an_image(image: &[[u8; PAGE_SIZE]], there: &[[u8; PAGE_SIZE]]) -> (&'static [[u8; PAGE_SIZE]], u64, bool) {
+    let (pages, memory) = guest_memory();
+    let digest = *blake3::hash(image.as_flattened()).as_bytes();
+    let told = Image { digest, pages: u32::try_from(image.len()).expect("few") };
+    let index = tempfile::tempfile().expect("a file");
+    ImageIndex::build(image.as_flattened(), digest).and_then(|built| built.write(&index)).expect("an index");
+    (&index).rewind().expect("at its beginning");
+    let own = OwnImage::read(file_of(image).into(), index.into()).expect("an index");
+    let materials = cluster(&["h1", "h2"]);
+    let (listener, address) = listener().await;
+    let memory = memory.with_images(vec![ReadableImage::new(file_of(there).into(), told)]);
+    let mut destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), Some(memory), PATIENT);
+    let wire = Arc::new(AtomicU64::new(0));
+    let dialler = Dialler::new(address, expected("h2", &materials[1]), &materials[0], Arc::clone(&wire)).expect("a dialler");
+    let mut source = source_at(dialler, IDENTITY, PATIENT, None, None, vec![own]);
+    let mut stream = Stream::new();
+    // In another order than in the image.
+    let read: Vec<Element> = (0..).zip(image.iter().rev()).map(|(number, content)| page(0, number, content)).collect();
+    stream.part(&read);
+    stream.part(&[page(0, 500, &noise(9_999))]);
+    stream.end();
+    source.qemu.write_all(&stream.take()).await.expect("written");
+    let mut expected = Stream::new();
+    expected.end();
+    let expected = expected.take();
+    let failed = tokio::select! {
+        _ = read_stream(&mut destination.qemu, &expected) => false,
+        ended = &mut destination.ended => ended.is_err(),
+    };
+    (pages, wire.load(Ordering::Relaxed), failed)
+}
+
+#[tokio::test]
+async fn what_both_hosts_have_of_an_image_does_not_travel() {
+    LocalSet::new()
+        .run_until(async {
+            let image: Vec<_> = (0..400).map(noise).collect();
+            let (pages, wire, failed) = move_of_an_image(&image, &image).await;
+            assert!(!failed && pages[..400].iter().eq(image.iter().rev()) && pages[500] == noise(9_999));
+            assert!((PAGE_SIZE as u64..40_000).contains(&wire), "{wire} bytes for 400 pages of the image and one other");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn an_image_that_has_changed_is_found_out_before_anything_wrong_is_loaded() {
+    LocalSet::new()
+        .run_until(async {
+            let image: Vec<_> = (0..40).map(noise).collect();
+            let mut there = image.clone();
+            there[7][100] ^= 1;
+            let (pages, _, failed) = move_of_an_image(&image, &there).await;
+            assert!(failed && pages.iter().all(|page| *page == [0; PAGE_SIZE] || image.contains(page)));
+            // Cut short: what is beyond its end cannot be read.
+            let (_, _, failed) = move_of_an_image(&image, &there[..5]).await;
+            assert!(failed);
         })
         .await;
 }
@@ -423,7 +495,7 @@ async fn a_connection_that_may_carry_little_is_not_taken_for_dead() {
             let mut destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), None, keep_alive);
             let dialler = dialler(address, "h2", &materials[1], &materials[0]);
             // What the stream takes at this rate is longer than the silence that is borne.
-            let mut source = source_at(dialler, IDENTITY, keep_alive, Some(BytesPerSec(60_000)), None);
+            let mut source = source_at(dialler, IDENTITY, keep_alive, Some(BytesPerSec(60_000)), None, Vec::new());
             let mut stream = Stream::new();
             let part: Vec<Element> = (0..15).map(|number| page(0, number, &noise(number))).collect();
             stream.part(&part);

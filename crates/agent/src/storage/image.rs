@@ -14,6 +14,10 @@ use uuid::Uuid;
 
 use super::{blocking, refusal};
 
+mod index;
+
+pub(crate) use index::IndexedImage;
+
 const PARTIAL: &str = "partial-";
 
 /// Images of this host. Cheap to clone.

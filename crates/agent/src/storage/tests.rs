@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use futures::stream;
 use godwit_model::spec::ResolvedDisk;
 use godwit_model::{Bytes, CacheMode, DiskFormat, ErrorCode, ImageId, ImageKind, ImageRef, Name, Refusal};
+use godwit_vault::ImageIndex;
 use uuid::Uuid;
 
 use super::{ImageCache, PoolConfig, Pools, StorageError, locks};
@@ -410,6 +411,36 @@ async fn an_image_is_fetched_once_and_only_as_it_should_be() {
     assert_eq!(fetches.load(Ordering::SeqCst), 2);
     let hostile = ImageRef { digest: "../../etc/passwd".to_owned(), ..image };
     assert_eq!(cache.get(&hostile, parts(vec![])).await.map_err(complete).err(), Some(ErrorCode::ImageInvalid));
+}
+
+#[tokio::test]
+async fn a_cached_image_is_indexed_once_and_again_when_the_index_is_damaged() {
+    async fn indexed(cache: &ImageCache, image: &ImageRef) -> Option<ImageIndex> {
+        for _ in 0..500 {
+            if let Some(found) = cache.find_indexed(image).await {
+                return Some(ImageIndex::read(File::from(found.index)).expect("whole"));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        None
+    }
+    let directory = tempfile::tempdir().expect("directory");
+    let cache = ImageCache::open(directory.path().to_owned()).expect("cache");
+    let content = [[7; 4096], [8; 4096]].concat();
+    let image = image_of(&content);
+    assert!(cache.find(&image).await.is_none() && cache.find_indexed(&image).await.is_none());
+    cache.get(&image, || stream::iter([Ok(content.clone())])).await.expect("cached");
+    let index = indexed(&cache, &image).await.expect("made when it is missed");
+    assert_eq!((index.pages(), index.find(&[8; 4096]), index.find(&[9; 4096])), (2, Some(1), None));
+    let path = directory.path().join(format!("index-{}", image.digest));
+    cut(&path, 40);
+    assert_eq!(indexed(&cache, &image).await, Some(index));
+    // What has changed on this host is fetched anew, index and all.
+    cache.forget(&blake3::hash(&content)).await;
+    assert!(cache.find(&image).await.is_none() && cache.find_indexed(&image).await.is_none());
+    let hostile = ImageRef { digest: "../../etc/passwd".to_owned(), ..image };
+    assert!(cache.find(&hostile).await.is_none());
+    assert_eq!(fs::read_dir(directory.path()).expect("directory").count(), 1, "nothing but the index");
 }
 
 #[tokio::test]

@@ -164,7 +164,12 @@ pub(super) async fn open_disk(host: &SharedHost, disk: &ResolvedDisk, start: Sta
     let missing = checked.as_ref().is_err_and(|refusal| refusal.code == ErrorCode::VolumeMissing);
     if start == Start::Fresh && missing && (disk.create.is_some() || disk.image.is_some()) {
         let image = match &disk.image {
-            Some((image, _)) => Some(fetch_image(host, image).await?.path),
+            Some((image, _)) => {
+                let path = fetch_image(host, image).await?.path;
+                // For when the VM leaves.
+                host.images.index_later(image).await;
+                Some(path)
+            }
             None => None,
         };
         host.pools.prepare(disk, image.as_deref()).await?;

@@ -152,7 +152,8 @@ impl Actor {
         let listen_fd = fds.pass(listener);
         let placement = self.memory_blocks(&qmp).await.and_then(|blocks| self.place(blocks, Access::Write, &mut fds));
         let kept = memory_key.and_then(|key| self.lend_memory(&key, &mut fds));
-        let role = Role::Destination { listen_fd, placement, kept };
+        let images = self.lend_images(&mut fds).await;
+        let role = Role::Destination { listen_fd, placement, kept, images };
         let carry = self.start_carry(role, grant, &source, ours.into(), policy.stall, fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
             incoming.carry = Some(carry.identity().clone());
@@ -366,6 +367,9 @@ impl Actor {
         tracing::info!(?outcome, "the move has ended here");
         let Some(Moving::Destination(moving)) = self.moving.take() else { return None };
         if let Some(carry) = moving.carry {
+            if let Some(changed) = carry.status().changed_image {
+                self.host.images.forget(&changed.into()).await;
+            }
             carry.end().await;
         }
         match outcome {

@@ -199,7 +199,8 @@ impl Actor {
         // Later QEMU may hang, and nothing is to wait for it.
         let blocks = self.memory_blocks(&qmp).await;
         let own = blocks.clone().filter(|_| emulated).and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
-        let role = Role::Source { address, bandwidth: policy.bandwidth, own, held };
+        let images = self.lend_indexed_images(&mut fds).await;
+        let role = Role::Source { address, bandwidth: policy.bandwidth, own, held, images };
         let carry = self.start_carry(role, grant, &grant.destination, ours.into(), policy.stall, fds).await?;
         if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
             outgoing.carry = Some(carry.identity().clone());

@@ -16,11 +16,11 @@ use tokio::sync::oneshot;
 
 use super::actor::Actor;
 use super::placement::{self, Access};
+use crate::background;
 use crate::carry::{KeptMemory, PlacedBlock, ProcessMemory};
 
 /// The process of a VM that has left is not kept for longer than this for its memory's sake.
 const LIMIT: Duration = Duration::from_secs(60);
-const LEAST_PRIORITY: i32 = 19;
 
 /// The key that the controller sent; none if it was of another length.
 pub(crate) fn key(bytes: &[u8]) -> Option<StayKey> {
@@ -38,12 +38,8 @@ impl Actor {
         let over = Arc::new(AtomicBool::new(false));
         let ends = Arc::clone(&over);
         let (done, kept) = oneshot::channel();
-        let body = move || {
-            // The VM runs elsewhere, others run here: what is kept is for later. Of this thread alone, as Linux has it.
-            let _ = rustix::process::setpriority_process(None, LEAST_PRIORITY);
-            let _ = done.send(memory.and_then(|memory| keep(&shelf, vm, generation, &key, memory, &ends)));
-        };
-        if let Err(error) = std::thread::Builder::new().name("keep".into()).spawn(body) {
+        let work = move || drop(done.send(memory.and_then(|memory| keep(&shelf, vm, generation, &key, memory, &ends))));
+        if let Err(error) = background::spawn("keep", work) {
             tracing::info!(%error, "memory is not kept for the way home");
             return;
         }

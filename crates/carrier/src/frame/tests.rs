@@ -34,6 +34,7 @@ fn examples() -> Vec<(&'static str, Frame)> {
         ("memory", Frame::Memory(vec![Block { id: Bytes::from_static(b"pc.ram"), pages: 65_536 }])),
         ("held", Frame::Held { block: 0, first: 7, digests: vec![[0x44; 16], [0x55; 16]] }),
         ("held_end", Frame::HeldEnd),
+        ("images", Frame::Images(vec![Image { digest: [0x66; 32], pages: 524_288 }])),
         ("wanted", Frame::Wanted { block: 0, pages: vec![7, 300] }),
         ("pieces", Frame::Pieces { block: 0, pages: vec![(7, std::array::from_fn(|index| index as u32))] }),
     ]
@@ -110,6 +111,8 @@ fn any_frame() -> impl Strategy<Value = Frame> {
         held.prop_map(|(block, first, digests)| Frame::Held { block, first, digests }),
         data.clone().prop_map(Frame::Pages),
         Just(Frame::HeldEnd),
+        prop::collection::vec((any::<[u8; 32]>(), any::<u32>()), 1..=MAX_IMAGES)
+            .prop_map(|images| Frame::Images(images.into_iter().map(|(digest, pages)| Image { digest, pages }).collect())),
         data.clone().prop_map(Frame::Forward),
         data.clone().prop_map(Frame::Return),
         data.prop_map(Frame::Control),

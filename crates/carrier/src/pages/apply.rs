@@ -4,6 +4,7 @@ use zstd::bulk::Decompressor;
 
 use super::batch::{self, Entry, MalformedBatch};
 use super::digest::CHECK;
+use super::images::FIRST_IMAGE;
 use super::{Digester, PAGE_SIZE, PIECE, Page};
 
 /// Guest memory by block and page.
@@ -11,7 +12,7 @@ pub trait GuestMemory {
     /// Why it could not be reached.
     type Error;
 
-    /// Reads a page.
+    /// Reads a page, also of an image that the applier knows.
     ///
     /// # Errors
     /// If the memory cannot be reached.
@@ -44,6 +45,12 @@ pub enum ApplyError<E> {
         /// The page.
         page: u32,
     },
+    /// The destination's image is not what it was.
+    #[error("image {image} does not hold what the source has found in it")]
+    Image {
+        /// Its number.
+        image: u16,
+    },
     /// Guest memory.
     #[error("guest memory")]
     Memory(#[source] E),
@@ -60,6 +67,7 @@ pub struct Applied {
 pub struct Applier {
     digester: Digester,
     blocks: Vec<u32>,
+    images: Vec<u32>,
     decompressor: Decompressor<'static>,
     scratch: Vec<u8>,
 }
@@ -85,7 +93,14 @@ impl Applier {
     /// If there is no memory for a decompressor.
     #[must_use]
     pub fn new(digester: Digester, blocks: Vec<u32>) -> Self {
-        Self { digester, blocks, decompressor: Decompressor::new().expect("memory for a decompressor"), scratch: Vec::new() }
+        let decompressor = Decompressor::new().expect("memory for a decompressor");
+        Self { digester, blocks, images: Vec::new(), decompressor, scratch: Vec::new() }
+    }
+
+    /// With images of so many whole pages, which are read as blocks from [`FIRST_IMAGE`] on.
+    #[must_use]
+    pub fn with_images(self, images: Vec<u32>) -> Self {
+        Self { images, ..self }
     }
 
     /// Applies a batch, entry by entry.
@@ -93,12 +108,18 @@ impl Applier {
     /// # Errors
     /// See [`ApplyError`]: there is no way on from any of them.
     pub fn apply<M: GuestMemory>(&mut self, payload: &[u8], memory: &mut M) -> Result<Applied, ApplyError<M::Error>> {
-        let Self { digester, blocks, decompressor, scratch } = self;
+        let Self { digester, blocks, images, decompressor, scratch } = self;
         let body = batch::body(payload, scratch, |bytes, out| decompressor.decompress_to_buffer(bytes, out).ok())?;
         let mut entries = batch::Reader::new(body)?;
         let inside = |block: u16, page: u32| {
             let pages = blocks.get(usize::from(block)).copied().unwrap_or(0);
             if page < pages { Ok(()) } else { Err(ApplyError::Page { block }) }
+        };
+        let readable = |block: u16, page: u32| match block.checked_sub(FIRST_IMAGE).and_then(|image| images.get(usize::from(image)))
+        {
+            Some(pages) if page < *pages => Ok(()),
+            Some(_) => Err(ApplyError::Page { block }),
+            None => inside(block, page),
         };
         let mut run: Option<Run<'_>> = None;
         let mut applied = Applied::default();
@@ -113,10 +134,12 @@ impl Applier {
                 memory.write(run.block, run.first, run.content).map_err(ApplyError::Memory)?;
             }
             let mut content = [0; PAGE_SIZE];
+            let mut image = None;
             let check = match entry {
                 Entry::Zero | Entry::Data(_) => None,
                 Entry::Copy { block, page, check } => {
-                    inside(block, page)?;
+                    readable(block, page)?;
+                    image = block.checked_sub(FIRST_IMAGE);
                     memory.read(block, page, &mut content).map_err(ApplyError::Memory)?;
                     Some(check)
                 }
@@ -127,7 +150,7 @@ impl Applier {
                 }
             };
             if check.is_some_and(|check| digester.page(&content).first_chunk::<CHECK>() != Some(&check)) {
-                return Err(ApplyError::Check { block, page });
+                return Err(image.map_or(ApplyError::Check { block, page }, |image| ApplyError::Image { image }));
             }
             memory.write(block, page, &content).map_err(ApplyError::Memory)?;
         }

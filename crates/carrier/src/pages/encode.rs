@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use super::batch::{Entry, Writer};
 use super::digest::{CHECK, ZERO};
+use super::images::Images;
 use super::signature::Signatures;
 use super::wanted::{Pieces, Wanted};
 use super::{Digest, Digester, PAGE_SIZE, PIECE, PIECES, Page};
@@ -51,6 +52,8 @@ pub struct Encoding {
     pub zero: u64,
     /// As a copy of another page.
     pub copy: u64,
+    /// As a copy of a page of an image.
+    pub image: u64,
     /// As the pieces that differ.
     pub patch: u64,
     /// As a whole.
@@ -95,6 +98,7 @@ pub struct Encoder {
     /// A page that holds the content.
     contents: BTreeMap<Digest, u32>,
     most_contents: usize,
+    images: Option<Box<dyn Images>>,
     signatures: Signatures,
     wanted: Wanted,
     asks: bool,
@@ -157,6 +161,7 @@ impl Encoder {
             stopped: false,
             contents: BTreeMap::new(),
             most_contents: usize::try_from(limits.contents / CONTENT_SIZE).unwrap_or(usize::MAX),
+            images: None,
             signatures: Signatures::new(pages, signatures),
             wanted: Wanted::new(pages),
             asks: false,
@@ -166,6 +171,11 @@ impl Encoder {
             cost: Cost::default(),
             encoding: Encoding::default(),
         }
+    }
+
+    /// Looks for what would have to be sent as a whole in these images, too.
+    pub fn set_images(&mut self, images: Box<dyn Images>) {
+        self.images = Some(images);
     }
 
     /// How pages were sent so far.
@@ -325,6 +335,10 @@ impl Encoder {
             let mut buffer = [0; PAGE_SIZE];
             let pieces = chosen(content, mask, &mut buffer);
             return self.batch.put(place.block, place.page, &Entry::Patch { mask, pieces, check });
+        }
+        if let Some(from) = self.images.as_mut().and_then(|images| images.find(content)) {
+            self.encoding.image += 1;
+            return self.batch.put(place.block, place.page, &Entry::Copy { block: from.block, page: from.page, check });
         }
         self.encoding.data += 1;
         self.batch.put(place.block, place.page, &Entry::Data(content))

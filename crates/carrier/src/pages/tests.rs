@@ -10,12 +10,13 @@ use crate::Level;
 
 const KEY: [u8; 32] = [7; 32];
 
+/// Blocks of pages; and whether the image beside them is another.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Memory(Vec<Vec<Page>>);
+struct Memory(Vec<Vec<Page>>, bool);
 
 impl Memory {
     fn new(blocks: &[u32]) -> Self {
-        Self(blocks.iter().map(|pages| vec![[0; PAGE_SIZE]; *pages as usize]).collect())
+        Self(blocks.iter().map(|pages| vec![[0; PAGE_SIZE]; *pages as usize]).collect(), false)
     }
 }
 
@@ -23,7 +24,10 @@ impl GuestMemory for Memory {
     type Error = Infallible;
 
     fn read(&mut self, block: u16, page: u32, into: &mut Page) -> Result<(), Infallible> {
-        *into = self.0[usize::from(block)][page as usize];
+        *into = match block.checked_sub(FIRST_IMAGE) {
+            Some(_) => noise(IMAGE[page as usize] + u64::from(self.1)),
+            None => self.0[usize::from(block)][page as usize],
+        };
         Ok(())
     }
 
@@ -126,6 +130,56 @@ fn changed(page: &Page, at: usize) -> Page {
     page
 }
 
+/// An image of two pages that both sides have.
+struct OneImage;
+
+const IMAGE: [u64; 2] = [900, 901];
+
+impl Images for OneImage {
+    fn find(&mut self, content: &Page) -> Option<Place> {
+        let page = (0..).zip(IMAGE).find(|(_, seed)| noise(*seed) == *content)?.0;
+        Some(Place { block: FIRST_IMAGE, page })
+    }
+}
+
+#[test]
+fn what_an_image_holds_is_named_and_what_has_changed_since_is_patched() {
+    let mut pair = Pair::new(&[20], EncoderLimits::default());
+    pair.encoder.set_images(Box::new(OneImage));
+    pair.applier = Applier::new(Digester::new(&KEY), vec![20]).with_images(vec![2]);
+    for page in 0..10 {
+        pair.write(0, page, noise(IMAGE[page as usize % 2]));
+    }
+    pair.write(0, 10, noise(1));
+    assert!((PAGE_SIZE..PAGE_SIZE + 300).contains(&pair.cost()));
+    // The image is read once for each content, later pages are copies of the first.
+    assert_eq!(pair.encoder.encoding(), Encoding { image: 2, copy: 8, data: 1, ..Encoding::default() });
+    pair.write(0, 0, changed(&noise(IMAGE[0]), 70));
+    assert!(pair.cost() < 150);
+    pair.write(0, 0, noise(IMAGE[1]));
+    assert!(pair.cost() < 60);
+    assert_eq!(pair.encoder.encoding(), Encoding { image: 2, copy: 9, patch: 1, data: 1, ..Encoding::default() });
+}
+
+#[test]
+fn an_image_that_is_another_or_too_short_is_found_out() {
+    for (pages, wrong) in [(1, false), (2, true), (0, false)] {
+        let mut pair = Pair::new(&[20], EncoderLimits::default());
+        pair.encoder.set_images(Box::new(OneImage));
+        pair.applier = Applier::new(Digester::new(&KEY), vec![20]).with_images(vec![pages]);
+        pair.write(0, 3, noise(IMAGE[1]));
+        pair.destination.1 = wrong;
+        let payload = pair.sealed().expect("a page");
+        let refused = pair.applier.apply(&payload, &mut pair.destination);
+        if wrong {
+            assert!(matches!(refused, Err(ApplyError::Image { image: 0 })), "{refused:?}");
+        } else {
+            assert!(matches!(refused, Err(ApplyError::Page { .. })), "{refused:?}");
+        }
+        assert_eq!(pair.destination.0[0][3], [0; PAGE_SIZE]);
+    }
+}
+
 #[test]
 fn each_page_goes_the_cheapest_way() {
     let mut pair = Pair::new(&[200, 10], EncoderLimits::default());
@@ -155,7 +209,7 @@ fn each_page_goes_the_cheapest_way() {
         pair.write(0, page, [0; PAGE_SIZE]);
     }
     assert!(pair.cost() < 120, "zeros");
-    let expected = Encoding { same: 100, zero: 100, copy: 100, patch: 100, data: 110 };
+    let expected = Encoding { same: 100, zero: 100, copy: 100, patch: 100, data: 110, ..Encoding::default() };
     assert_eq!(pair.encoder.encoding(), expected);
 }
 

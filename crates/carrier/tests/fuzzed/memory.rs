@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 
-use godwit_carrier::pages::{GuestMemory, PAGE_SIZE, Page};
+use godwit_carrier::pages::{FIRST_IMAGE, GuestMemory, Images, PAGE_SIZE, Page, Place};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Memory {
@@ -34,11 +34,30 @@ impl Memory {
     }
 }
 
+/// How many pages the one image has.
+pub(crate) const IMAGE: u32 = 3;
+
+/// What the image holds.
+pub(crate) fn of_image(block: u16, page: u32) -> Option<Page> {
+    (block == FIRST_IMAGE && page < IMAGE).then(|| noise(u64::from(page)))
+}
+
+/// Knows the image.
+pub(crate) struct Known;
+
+impl Images for Known {
+    fn find(&mut self, content: &Page) -> Option<Place> {
+        let page = (0..IMAGE).find(|page| of_image(FIRST_IMAGE, *page).as_ref() == Some(content))?;
+        Some(Place { block: FIRST_IMAGE, page })
+    }
+}
+
 impl GuestMemory for Memory {
     type Error = Infallible;
 
     fn read(&mut self, block: u16, page: u32, into: &mut Page) -> Result<(), Infallible> {
-        *into = *self.get(block, page).expect("only pages that are there are read");
+        let content = self.get(block, page).copied().or_else(|| of_image(block, page));
+        *into = content.expect("only pages that are there are read");
         Ok(())
     }
 

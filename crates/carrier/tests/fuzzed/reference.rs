@@ -5,7 +5,7 @@ use std::ops::Range;
 use godwit_carrier::pages::batch::MAX_ENTRIES;
 use godwit_carrier::pages::{Applier, ApplyError, Digester, MAX_PAYLOAD, PAGE_SIZE, Page};
 
-use super::memory::{Memory, filled, noise};
+use super::memory::{IMAGE, Memory, filled, noise, of_image};
 use super::{BLOCKS, digester};
 
 const MAX_BODY: usize = MAX_PAYLOAD - 5;
@@ -17,6 +17,7 @@ pub(crate) enum Outcome {
     Malformed,
     Page { block: u16 },
     Check { block: u16, page: u32 },
+    Image { image: u16 },
 }
 
 /// A destination whose memory is known twice.
@@ -27,7 +28,7 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     pub(crate) fn new(memory: Memory) -> Self {
-        Self { memory, applier: Applier::new(digester(), BLOCKS.to_vec()) }
+        Self { memory, applier: Applier::new(digester(), BLOCKS.to_vec()).with_images(vec![IMAGE]) }
     }
 
     /// Applies a batch, and checks that it did what the reference does.
@@ -43,6 +44,7 @@ impl Receiver {
             Err(ApplyError::Malformed(_)) => Outcome::Malformed,
             Err(ApplyError::Page { block }) => Outcome::Page { block },
             Err(ApplyError::Check { block, page }) => Outcome::Check { block, page },
+            Err(ApplyError::Image { image }) => Outcome::Image { image },
             Err(ApplyError::Memory(error)) => match error {},
         };
         assert_eq!(applied, outcome);
@@ -146,14 +148,15 @@ impl Reference {
                 self.settle();
             }
             pages += 1;
+            let image = matches!(content, Content::Copy(0x8000, ..));
             let (content, check) = match content {
                 Content::Data(content) => {
                     self.waiting.push((number, page, *body[content].first_chunk().expect("a page")));
                     continue;
                 }
                 Content::Zero => (filled(0), None),
-                Content::Copy(from, of, check) => match self.memory.get(from, of) {
-                    Some(content) => (*content, Some(check)),
+                Content::Copy(from, of, check) => match self.memory.get(from, of).copied().or_else(|| of_image(from, of)) {
+                    Some(content) => (content, Some(check)),
                     None => return Outcome::Page { block: from },
                 },
                 Content::Patch(mask, pieces, check) => {
@@ -169,7 +172,7 @@ impl Reference {
                 let right = &digester.page(&content)[..8];
                 if body[check.clone()] != *right {
                     if repairs == 0 {
-                        return Outcome::Check { block: number, page };
+                        return if image { Outcome::Image { image: 0 } } else { Outcome::Check { block: number, page } };
                     }
                     repairs -= 1;
                     body[check].copy_from_slice(right);

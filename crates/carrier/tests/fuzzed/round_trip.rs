@@ -7,7 +7,7 @@ use godwit_carrier::Level;
 use godwit_carrier::pages::digest::{ZERO, is_zero};
 use godwit_carrier::pages::{Digest, Encoder, EncoderLimits, MAX_PAYLOAD, PAGE_SIZE, Page, Pieces, Place, Sealer};
 
-use super::memory::{Memory, filled, noise};
+use super::memory::{Known, Memory, filled, noise};
 use super::reference::{Outcome, Receiver};
 use super::{BLOCKS, Checked, digester};
 
@@ -50,6 +50,7 @@ impl Move {
         let level = Level::all().nth(usize::from(limits % 7)).unwrap_or_default();
         let limits = EncoderLimits { signatures: u64::from(limits & 15) * 520, contents: u64::from(limits >> 4) * 40 };
         let mut encoder = Encoder::new(digester(), &BLOCKS, limits);
+        encoder.set_images(Box::new(Known));
         let (mut source, mut memory, mut lies) = (Memory::new(&BLOCKS), Memory::new(&BLOCKS), BTreeMap::new());
         assert!(!encoder.on_held(Place { block: 1, page: 0 }, [1; 16]) && !encoder.on_held(Place { block: 3, page: 0 }, [1; 16]));
         for (block, page) in memory.places() {
