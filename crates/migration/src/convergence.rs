@@ -56,14 +56,16 @@ pub fn predict_blackout(warm_up: &WarmUp) -> Millis {
     Millis(copy.saturating_add(warm_up.queued.get()).saturating_add(FIXED.get()).saturating_add(round_trips))
 }
 
-/// Whether the rest of this pass is worth waiting for: the guest dirties so much less than is moved that the blackout is then at most half as long.
+/// Whether the rest of this pass, and what is under way, is worth waiting for: the guest dirties so much less than is moved that the blackout is
+/// then at most half as long, apart from what every switch costs.
 #[must_use]
 pub(crate) fn shrinks_soon(warm_up: &WarmUp) -> bool {
     let blackout = predict_blackout(warm_up);
-    let least = predict_blackout(&WarmUp { remaining: Bytes(0), since_sync: Millis(0), ..*warm_up });
+    let least = predict_blackout(&WarmUp { remaining: Bytes(0), since_sync: Millis(0), queued: Millis(0), ..*warm_up });
     let pass = blackout.get().saturating_sub(least.get());
     // A pass later this much is to be sent again.
-    let next = WarmUp { remaining: Bytes(0), since_sync: Millis(warm_up.since_sync.get().saturating_add(pass)), ..*warm_up };
+    let since_sync = Millis(warm_up.since_sync.get().saturating_add(pass));
+    let next = WarmUp { remaining: Bytes(0), since_sync, queued: Millis(0), ..*warm_up };
     pass > WORTH.get() && predict_blackout(&next).get().saturating_sub(least.get()) <= pass / 2
 }
 
@@ -82,7 +84,8 @@ mod tests {
             round_trip: Millis(1),
         };
         assert!(shrinks_soon(&warm_up), "100 ms now, 10 ms a pass later");
-        assert!(!shrinks_soon(&WarmUp { remaining: Bytes(2_000_000), ..warm_up }), "not for so little");
+        assert!(!shrinks_soon(&WarmUp { remaining: Bytes(500_000), ..warm_up }), "not for so little");
+        assert!(shrinks_soon(&WarmUp { remaining: Bytes(500_000), queued: Millis(40), ..warm_up }), "what is under way, too");
         assert!(!shrinks_soon(&WarmUp { dirty_rate: BytesPerSec(80_000_000), ..warm_up }), "a hot guest: now or never");
         assert!(!shrinks_soon(&WarmUp { since_sync: Millis(8_000), ..warm_up }), "as much is dirty already");
     }

@@ -37,8 +37,8 @@ pub enum ImageIndexError {
 pub struct ImageIndex {
     digest: [u8; 32],
     pages: u32,
-    /// Sorted.
-    entries: Vec<[u8; ENTRY]>,
+    /// One after the other, sorted.
+    entries: Vec<u8>,
 }
 
 impl ImageIndex {
@@ -64,7 +64,7 @@ impl ImageIndex {
         }
         entries.sort_unstable();
         entries.dedup_by_key(|entry| fingerprint(entry));
-        Ok(Self { digest, pages, entries })
+        Ok(Self { digest, pages, entries: entries.into_flattened() })
     }
 
     /// Writes all of it.
@@ -77,9 +77,9 @@ impl ImageIndex {
         head.put_u16(VERSION);
         head.put_slice(&self.digest);
         head.put_u32(self.pages);
-        head.put_u32(u32::try_from(self.entries.len()).map_err(io::Error::other)?);
+        head.put_u32(u32::try_from(self.entries().len()).map_err(io::Error::other)?);
         let mut sum = blake3::Hasher::new();
-        for part in [&head[..], self.entries.as_flattened()] {
+        for part in [&head, &self.entries] {
             sum.update(part);
             to.write_all(part)?;
         }
@@ -87,7 +87,7 @@ impl ImageIndex {
         to.flush()
     }
 
-    /// Reads what [`ImageIndex::write`] has written. Takes no more memory than the largest index.
+    /// Reads what [`ImageIndex::write`] has written. Takes no more memory than what there is to read, and than the largest index.
     ///
     /// # Errors
     /// See [`ImageIndexError`].
@@ -103,14 +103,21 @@ impl ImageIndex {
         if (&magic, version) != (MAGIC, VERSION) || count > MOST {
             return Err(ImageIndexError::Damaged);
         }
-        let mut entries = vec![[0; ENTRY]; count];
-        from.read_exact(entries.as_flattened_mut())?;
+        let mut entries = Vec::new();
+        from.by_ref().take((count * ENTRY) as u64).read_to_end(&mut entries)?;
         let (mut sum, mut beyond) = ([0; SUM], [0]);
         from.read_exact(&mut sum)?;
         let whole = from.read(&mut beyond)? == 0;
-        let found = *blake3::Hasher::new().update(&head).update(entries.as_flattened()).finalize().as_bytes();
-        let in_order = entries.is_sorted() && entries.iter().all(|entry| page(entry) < pages);
-        if whole && found == sum && in_order { Ok(Self { digest, pages, entries }) } else { Err(ImageIndexError::Damaged) }
+        let found = *blake3::Hasher::new().update(&head).update(&entries).finalize().as_bytes();
+        let index = Self { digest, pages, entries };
+        let each = index.entries();
+        let in_order = each.is_sorted_by(|one, next| fingerprint(one) < fingerprint(next));
+        let right = whole && found == sum && each.len() == count && in_order && each.iter().all(|entry| page(entry) < pages);
+        if right { Ok(index) } else { Err(ImageIndexError::Damaged) }
+    }
+
+    fn entries(&self) -> &[[u8; ENTRY]] {
+        self.entries.as_chunks().0
     }
 
     /// BLAKE3 of the image.
@@ -129,8 +136,8 @@ impl ImageIndex {
     #[must_use]
     pub fn find(&self, content: &[u8; PAGE_SIZE]) -> Option<u32> {
         let wanted = fingerprint(&entry(content, 0));
-        let at = self.entries.binary_search_by_key(&wanted, fingerprint).ok()?;
-        self.entries.get(at).map(page)
+        let at = self.entries().binary_search_by_key(&wanted, fingerprint).ok()?;
+        self.entries().get(at).map(page)
     }
 }
 
@@ -201,7 +208,7 @@ mod tests {
         let mut bytes = image(&[7; 600]);
         bytes[599 * PAGE_SIZE] = 8;
         let index = ImageIndex::build(&bytes[..], [0; 32]).expect("memory");
-        assert_eq!((index.pages(), index.entries.len()), (600, 2));
+        assert_eq!((index.pages(), index.entries().len()), (600, 2));
         assert_eq!(index.find(bytes.last_chunk().expect("a page")), Some(599));
     }
 
@@ -227,6 +234,15 @@ mod tests {
         let index = ImageIndex::build(&image(&[1, 0, 2])[..], [0x66; 32]).expect("memory");
         assert_eq!(written(&index), shown, "{}", written(&index).iter().map(|byte| format!("{byte:02x} ")).collect::<String>());
         assert_eq!(ImageIndex::read(&shown[..]).expect("whole"), index);
+    }
+
+    #[test]
+    fn corpus_every_stored_index_is_read_or_refused() {
+        let files = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/image_index")).expect("it is checked in");
+        let inputs: Vec<_> = files.map(|file| std::fs::read(file.expect("an entry").path()).expect("readable")).collect();
+        let whole =
+            inputs.iter().filter(|bytes| ImageIndex::read(&bytes[..]).is_ok_and(|index| written(&index) == **bytes)).count();
+        assert!(inputs.len() >= 4 && whole == 1, "{} inputs, {whole} of them indexes", inputs.len());
     }
 
     proptest! {

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use godwit_api::v1::VmExec;
 use godwit_e2e::{Action, Cluster, ClusterSpec, GuestSpec, godwit_binary};
-use godwit_model::{Bytes, CloudInit, ErrorCode, ExecOutcome, GuestFacts, Millis, Name, Octets, Refusal};
+use godwit_model::{
+    Bytes, CloudInit, DiskFormat, DiskSpec, ErrorCode, ExecOutcome, GuestFacts, ImportFormat, Millis, Name, Octets, Refusal,
+};
 
 fn shell(script: &str) -> VmExec {
     VmExec {
@@ -131,5 +133,33 @@ fn a_guest_takes_its_host_name_from_its_seed_and_keeps_the_seed_when_it_moves() 
         let text = std::fs::read(&log).unwrap_or_default();
         ensure!(!String::from_utf8_lossy(&text).contains("hunter2"), "{} holds what the seed holds", log.display());
     }
+    cluster.finish()
+}
+
+#[test]
+fn what_a_guest_has_read_of_its_image_does_not_travel_to_a_host_that_has_the_image() -> Result<()> {
+    let mut cluster = ClusterSpec::new(2)?.up()?;
+    cluster.import_guest_with_agent()?;
+    let mut noise = vec![0; 64 << 20];
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut noise)?;
+    let size = Bytes(noise.len() as u64);
+    let image = Name::new("noise")?;
+    cluster.import(&image, ImportFormat::Raw, noise)?;
+    let of_image = |name: &str| {
+        let volume = format!("shared/{name}").parse().expect("a volume");
+        let disk = DiskSpec { image: Some(image.clone()), ..DiskSpec::new(volume, DiskFormat::Raw) };
+        GuestSpec::small(name).memory(Bytes::mib(256)).disk(disk)
+    };
+    cluster.boot_all(&[(of_image("web"), "h1"), (of_image("other"), "h2")])?;
+    told(&cluster, "web", |facts| !facts.interfaces.is_empty())?;
+    let before = exec(&cluster, "web", &shell("md5sum < /dev/vda"))?;
+    ensure!(before.exit_code == Some(0), "{before:?}");
+
+    let moved = cluster.migrate("web", "h2")?;
+    let wire = moved.figures.context("figures")?.wire_bytes;
+    println!("{wire} on the wire, and the guest has read {size} of noise");
+    ensure!(wire < size, "{wire} on the wire, for a guest that has read {size} which cannot be compressed");
+    let kept = exec(&cluster, "web", &shell("md5sum < /dev/vda; echo 3 > /proc/sys/vm/drop_caches; md5sum < /dev/vda"))?;
+    ensure!(kept.stdout.0 == [&before.stdout.0[..], &before.stdout.0].concat(), "{kept:?}");
     cluster.finish()
 }

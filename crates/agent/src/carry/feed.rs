@@ -29,6 +29,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const MOST_LOOKED_AT: usize = 8192;
 /// How many are compared at once while the VM runs: less than a millisecond.
 const LOOKED_AT_ONCE: usize = 64;
+/// QEMU has nothing to send when it was silent for so long. Its socket, which holds a fraction of a batch, is emptied quicker than it is filled.
+const SILENT: Duration = Duration::from_millis(1);
 /// In the middle of a pass comparing takes one part in so many of the time, lest it takes that from a guest that writes to very many.
 const LOOKING_SHARE: u32 = 8;
 
@@ -78,6 +80,17 @@ enum Section {
     End,
 }
 
+/// What the feed waited for, in all; the rest of the time it worked.
+#[derive(Clone, Copy, Debug, Default)]
+struct Waited {
+    qemu: Duration,
+    compression: Duration,
+    link: Duration,
+    /// Less was left to do for the destination.
+    destination: Duration,
+    comparing: Duration,
+}
+
 /// QEMU's stream on its way to the peer.
 pub(super) struct Feed<'a> {
     pump: &'a Pump,
@@ -115,6 +128,7 @@ pub(super) struct Feed<'a> {
     next_look: Instant,
     /// Of the time since the last read what neither QEMU nor this process needed for it.
     aside: Duration,
+    waited: Waited,
     asked: Instant,
 }
 
@@ -151,6 +165,7 @@ impl<'a> Feed<'a> {
             idle_pause: FIRST_PAUSE,
             next_look: Instant::now(),
             aside: Duration::ZERO,
+            waited: Waited::default(),
             asked: Instant::now(),
         }
     }
@@ -158,7 +173,8 @@ impl<'a> Feed<'a> {
     /// Runs until QEMU closes its side, which is passed on.
     pub(super) async fn run(mut self, qemu: &OwnedReadHalf, holdings: impl Future<Output = Holdings>) -> Result<(), FeedError> {
         let mut holdings = Some(Box::pin(holdings));
-        let mut began = Instant::now();
+        let first = Instant::now();
+        let mut began = first;
         while let Some(count) = self.read(qemu).await? {
             let in_pass = !std::mem::replace(&mut self.idle, true);
             while let Some(element) = self.reader.next_element()? {
@@ -181,6 +197,7 @@ impl<'a> Feed<'a> {
         }
         self.flush();
         self.settle_all().await;
+        tracing::info!(took = ?first.elapsed(), waited = ?self.waited, "QEMU's stream is through");
         self.seals.push(Frame::ForwardEnd, 0);
         Ok(())
     }
@@ -216,14 +233,16 @@ impl<'a> Feed<'a> {
                     return Ok(Some(count as u64));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    self.flush();
+                    let began = Instant::now();
                     tokio::select! {
                         readable = qemu.readable() => if readable.is_err() {
                             return Ok(None);
                         },
                         Some(told) = self.pieces.recv() => self.on_pieces(&told),
                         sealed = self.seals.settle() => self.on_sealed(&sealed),
+                        () = tokio::time::sleep(SILENT), if !self.is_flushed() => self.flush(),
                     }
+                    self.waited.qemu += began.elapsed();
                 }
                 Err(_) => return Ok(None),
             }
@@ -259,7 +278,11 @@ impl<'a> Feed<'a> {
         let link = began.elapsed() - compression;
         if link_is_full {
             self.aside += link;
+            self.waited.link += link;
+        } else {
+            self.waited.destination += link;
         }
+        self.waited.compression += compression;
         self.seals.on_waited(link, compression);
     }
 
@@ -475,6 +498,7 @@ impl<'a> Feed<'a> {
         }
         let took = began.elapsed();
         self.aside += took;
+        self.waited.comparing += took;
         self.next_look = began + took * LOOKING_SHARE;
         self.pump.on_compared(pages, took);
         self.tell_looked_at();
@@ -519,6 +543,10 @@ impl<'a> Feed<'a> {
                 tracing::error!(%error, "the destination's QEMU cannot be asked");
             }
         }
+    }
+
+    fn is_flushed(&self) -> bool {
+        self.forward.is_empty() && self.encoder.as_ref().is_none_or(|encoder| encoder.is_empty() && encoder.unasked() == 0)
     }
 
     /// Everything that was taken in goes out: pages first, since what follows may rely on them.

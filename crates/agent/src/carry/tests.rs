@@ -319,8 +319,9 @@ async fn move_of_an_image(image: &[[u8; PAGE_SIZE]], there: &[[u8; PAGE_SIZE]]) 
     expected.end();
     let expected = expected.take();
     let failed = tokio::select! {
-        _ = read_stream(&mut destination.qemu, &expected) => false,
+        biased;
         ended = &mut destination.ended => ended.is_err(),
+        _ = read_stream(&mut destination.qemu, &expected) => false,
     };
     (pages, wire.load(Ordering::Relaxed), failed)
 }

@@ -45,7 +45,7 @@ pub enum ApplyError<E> {
         /// The page.
         page: u32,
     },
-    /// The destination's image is not what it was.
+    /// The destination's image is not what it was, or cannot be read.
     #[error("image {image} does not hold what the source has found in it")]
     Image {
         /// Its number.
@@ -140,7 +140,8 @@ impl Applier {
                 Entry::Copy { block, page, check } => {
                     readable(block, page)?;
                     image = block.checked_sub(FIRST_IMAGE);
-                    memory.read(block, page, &mut content).map_err(ApplyError::Memory)?;
+                    let read = memory.read(block, page, &mut content);
+                    read.map_err(|error| image.map_or(ApplyError::Memory(error), |image| ApplyError::Image { image }))?;
                     Some(check)
                 }
                 Entry::Patch { mask, pieces, check } => {

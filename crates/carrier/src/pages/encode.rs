@@ -350,6 +350,12 @@ impl Encoder {
         !self.batch.has_room()
     }
 
+    /// Whether there is no batch to be taken.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.batch.is_empty()
+    }
+
     /// The batch of all pages since the last call, unless none of them had to be sent.
     pub fn take(&mut self) -> Option<Batch> {
         let shares = std::mem::take(&mut self.shares);
