@@ -10,7 +10,7 @@ use godwit_api::v1::{Task, TaskState};
 use godwit_lab::Lab;
 use godwit_model::{DiskFormat, DiskSpec, MigrationPolicy, TaskId};
 
-use super::journey::{Ended, HOSTS, LIMIT, Mover, set_links};
+use super::journey::{BOOTING, Ended, HOSTS, LIMIT, Mover, set_links};
 use super::scenario::{Link, Scenario};
 use crate::{Cluster, ClusterSpec, GuestSpec, Outside};
 
@@ -55,7 +55,7 @@ impl Godwit {
             };
             guests.push((guest, home));
         }
-        cluster.boot_all(&guests)?;
+        guests.chunks(BOOTING).try_for_each(|guests| cluster.boot_all(guests))?;
         let addresses = names.iter().map(|name| Ok(cluster.guest(name)?.address)).collect::<Result<_>>()?;
         set_links(cluster.lab(), link)?;
         Ok(Self { cluster, names, addresses })

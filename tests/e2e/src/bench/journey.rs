@@ -17,6 +17,8 @@ use crate::{Echo, Outside};
 
 /// The two hosts; guests begin on the first.
 pub(super) const HOSTS: [&str; 2] = ["h1", "h2"];
+/// How many guests boot at the same time: more of them would only take longer each.
+pub(super) const BOOTING: usize = 2;
 /// How long a move may take.
 pub(super) const LIMIT: Duration = Duration::from_secs(180);
 /// The guest is left in peace before and after a move; what follows the switch belongs to the outage.

@@ -14,7 +14,7 @@ use godwit_lab::{Lab, LabSpec, in_namespace};
 use serde_json::{Value, json};
 
 use super::ground::{self, Ground};
-use super::journey::{Ended, HOSTS, LIMIT, Mover, set_links};
+use super::journey::{BOOTING, Ended, HOSTS, LIMIT, Mover, set_links};
 use super::qmp::Qmp;
 use super::scenario::{Link, Scenario};
 use super::system::System;
@@ -83,12 +83,15 @@ impl Peer {
             tls::make(&peer.certificates())?;
         }
         let [host, _] = HOSTS;
-        for guest in 0..scenario.guests() {
-            let qemu = peer.start(host, guest, false)?;
-            peer.sources.push(qemu);
-        }
-        for address in &peer.addresses {
-            peer.outside.status(*address, BOOT).context("boot the guest")?;
+        let guests: Vec<u8> = (0..scenario.guests()).collect();
+        for guests in guests.chunks(BOOTING) {
+            for guest in guests {
+                let qemu = peer.start(host, *guest, false)?;
+                peer.sources.push(qemu);
+            }
+            for guest in guests {
+                peer.outside.status(ground::address(*guest), BOOT).context("boot the guest")?;
+            }
         }
         set_links(peer.lab(), link)?;
         Ok(peer)
