@@ -16,7 +16,7 @@ use godwit_lab::{HostOverride, Lab, LabSpec, LabStatus, LinkRate};
 use godwit_model::{ImportFormat, MigrationPolicy, MigrationProgress, Name, Refusal, TaskId};
 use tokio::runtime::Runtime;
 
-use crate::artefacts::{GuestImages, godwit_binary, guest_agent_layer, guest_images};
+use crate::artefacts::{CloudImage, GuestImages, cloud_image, godwit_binary, guest_agent_layer, guest_images};
 use crate::guest::{Guest, GuestSpec};
 use crate::outside::{Outside, Witness};
 use crate::processes::ProcessRole;
@@ -277,6 +277,23 @@ impl Cluster {
         self.import(&names.1, ImportFormat::Initrd, [read(&initrd)?, read(&layer)?].concat())?;
         self.images = Some(names);
         Ok(())
+    }
+
+    /// Imports our Debian: a kernel and an initramfs, which all guests have that are created from now on, and a disk image, which is the
+    /// first disk of those that boot it.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn import_debian(&mut self) -> Result<[Name; 3]> {
+        let (GuestImages { kernel, initrd }, CloudImage { disk, boot }) = (guest_images()?, cloud_image()?);
+        let read = |path: &Path| fs::read(path).with_context(|| path.display().to_string());
+        let names = ["debian-kernel", "debian-initrd", "debian"].map(name);
+        let [kernel_name, initrd_name, image] = &names;
+        self.import(kernel_name, ImportFormat::Kernel, read(&kernel)?)?;
+        self.import(initrd_name, ImportFormat::Initrd, [read(&initrd)?, read(&boot)?].concat())?;
+        self.import(image, ImportFormat::Qcow2, read(&disk)?)?;
+        self.images = Some((kernel_name.clone(), initrd_name.clone()));
+        Ok(names)
     }
 
     /// Imports an image.

@@ -20,6 +20,8 @@ pub struct GuestSpec {
     pub disks: Vec<DiskSpec>,
     /// What else its spec says, applied in this order.
     pub shapes: Vec<fn(&mut VmSpec)>,
+    /// Words for its kernel itself, beside those that all have.
+    pub words: Vec<String>,
     /// Words `KEY=VALUE` for the guest, without their `guest.`.
     pub knobs: Vec<String>,
     /// What its seed holds.
@@ -42,7 +44,15 @@ pub struct Guest {
 }
 
 /// The words for the kernel itself.
-pub(crate) const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on";
+const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on";
+
+/// The command line of a guest's kernel; `words` and `knobs` are those of [`GuestSpec`].
+pub(crate) fn command_line(id: &str, address: Ipv4Addr, words: &[String], knobs: &[String]) -> String {
+    let witness = SocketAddr::from((OUTSIDE_GUEST_ADDRESS, WITNESS_PORT));
+    let own = [format!("id={id}"), format!("ip={address}/24"), format!("witness={witness}")];
+    let guest = own.iter().chain(knobs).map(|word| format!("guest.{word}"));
+    [KERNEL_WORDS.to_owned()].into_iter().chain(words.iter().cloned()).chain(guest).collect::<Vec<_>>().join(" ")
+}
 
 impl GuestSpec {
     /// A guest that costs little: one vCPU, 192 MiB, 64 MiB under test, slowly dirtied.
@@ -55,6 +65,7 @@ impl GuestSpec {
             vcpus: 1,
             disks: Vec::new(),
             shapes: Vec::new(),
+            words: Vec::new(),
             knobs: knobs.map(ToOwned::to_owned).to_vec(),
             cloud_init: None,
             addressed: false,
@@ -118,13 +129,10 @@ impl GuestSpec {
 
     /// What the controller is asked for.
     pub fn vm_spec(&self, address: Ipv4Addr, kernel: &Name, initrd: &Name) -> VmSpec {
-        let witness = SocketAddr::from((OUTSIDE_GUEST_ADDRESS, WITNESS_PORT));
-        let own = [format!("id={}", self.name), format!("ip={address}/24"), format!("witness={witness}")];
-        let words: Vec<String> = own.iter().chain(&self.knobs).map(|word| format!("guest.{word}")).collect();
         let boot = Boot::Kernel {
             kernel: kernel.clone(),
             initrd: Some(initrd.clone()),
-            cmdline: format!("{KERNEL_WORDS} {}", words.join(" ")),
+            cmdline: command_line(&self.name, address, &self.words, &self.knobs),
         };
         let mut spec = VmSpec {
             disks: self.disks.clone(),

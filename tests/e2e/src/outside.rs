@@ -137,7 +137,15 @@ impl Outside {
     /// # Errors
     /// When there is no socket.
     pub fn echo(&self, address: Ipv4Addr) -> Result<Echo> {
-        Echo::start(self.datagrams(address, godwit_guest::ECHO_PORT)?)
+        self.echo_every(Echo::PERIOD, address)
+    }
+
+    /// Probes the guest at `address` again and again after this time, from now on.
+    ///
+    /// # Errors
+    /// When there is no socket.
+    pub(crate) fn echo_every(&self, period: Duration, address: Ipv4Addr) -> Result<Echo> {
+        Echo::start(self.datagrams(address, godwit_guest::ECHO_PORT)?, period)
     }
 
     /// Reads the stream of the guest at `address` from now on.

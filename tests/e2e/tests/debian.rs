@@ -9,19 +9,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use godwit_api::v1::{VmCreate, VmExec};
-use godwit_e2e::{CloudImage, Cluster, ClusterSpec, GuestImages, cloud_image, godwit_binary, guest_images};
+use godwit_e2e::{Cluster, ClusterSpec, godwit_binary};
 use godwit_model::{Boot, Bytes, CloudInit, DiskFormat, DiskSpec, ErrorCode, ImportFormat, Millis, Name, NicSpec, VmSpec};
 
 /// Imports a Debian, and starts a VM of it on the first host: `words` are for its kernel.
-fn start(cluster: &Cluster, words: &str, shape: impl FnOnce(VmSpec) -> VmSpec) -> Result<()> {
-    let (GuestImages { kernel, initrd }, CloudImage { disk, boot }) = (guest_images()?, cloud_image()?);
-    let [kernel_name, initrd_name, image] =
-        ["debian-kernel", "debian-initrd", "debian"].map(|name| Name::new(name).expect("a name"));
-    cluster.import(&kernel_name, ImportFormat::Kernel, fs::read(kernel)?)?;
-    cluster.import(&initrd_name, ImportFormat::Initrd, [fs::read(initrd)?, fs::read(boot)?].concat())?;
-    cluster.import(&image, ImportFormat::Qcow2, fs::read(disk)?)?;
+fn start(cluster: &mut Cluster, words: &str, shape: impl FnOnce(VmSpec) -> VmSpec) -> Result<()> {
+    let [kernel, initrd, image] = cluster.import_debian()?;
     let cmdline = format!("console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on rdinit=/boot-disk {words}");
-    let boot = Boot::Kernel { kernel: kernel_name, initrd: Some(initrd_name), cmdline };
+    let boot = Boot::Kernel { kernel, initrd: Some(initrd), cmdline };
     let disk = DiskSpec { image: Some(image), ..DiskSpec::new("shared/debian".parse()?, DiskFormat::Qcow2) };
     let spec = shape(VmSpec { disks: vec![disk], ..VmSpec::new(1, Bytes::mib(320), boot) });
     cluster.ask(cluster.client().create_vm(&VmCreate { name: Name::new("debian")?, spec }))?;
@@ -75,7 +70,7 @@ fn debians_own_cloud_init_does_what_the_seed_says_and_knows_it_again_on_another_
         host_name: Some(Name::new("inside.example")?),
     };
     let nic = NicSpec { mac: Some(MAC.parse()?), ..NicSpec::new(Name::new("default")?) };
-    start(&cluster, "", |spec| VmSpec { nics: vec![nic], cloud_init: Some(seed), ..spec })?;
+    start(&mut cluster, "", |spec| VmSpec { nics: vec![nic], cloud_init: Some(seed), ..spec })?;
     answers(&cluster)?;
     // Waited for inside: each question from outside takes time from cloud-init.
     let result = "until [ -e /run/cloud-init/result.json ]; do sleep 2; done; cat /run/cloud-init/result.json";
@@ -206,13 +201,13 @@ const CHECK: &str = "(until [ -e /run/checked ]; do for label in /proc/[0-9]*/at
 
 #[test]
 fn where_apparmor_is_enforced_qemu_runs_under_our_profile_which_refuses_what_it_has_no_use_for() -> Result<()> {
-    let cluster = ClusterSpec::new(1)?.up()?;
+    let mut cluster = ClusterSpec::new(1)?.up()?;
     let dir = tempfile::tempdir()?;
     let (disk, qemu, unpacked) = host_disk(dir.path())?;
     let name = Name::new("host")?;
     cluster.import(&name, ImportFormat::Raw, fs::read(disk)?)?;
     let disk = DiskSpec { image: Some(name), ..DiskSpec::new("shared/host".parse()?, DiskFormat::Raw) };
-    start(&cluster, "apparmor=1 security=apparmor", |mut spec| {
+    start(&mut cluster, "apparmor=1 security=apparmor", |mut spec| {
         spec.disks.push(disk);
         VmSpec { memory: Bytes::mib(768), ..spec }
     })?;

@@ -25,6 +25,7 @@ use crate::pages::{PAGE_SIZE, PageKind};
 /// | `guest.mix=unique:40,zero:60` | 40,30,10,10,10 | percent of pages per kind: unique, compressible, duplicate, zero, slow |
 /// | `guest.load=change` | none | `change` or `equal`: memory for measurements, see `Load`, whose writes have exactly the smallest `write_size`; no checker |
 /// | `guest.check=64M` | 64M | bytes per second that the checker reads; `max` for as many as it can, 0 for none |
+/// | `guest.tick=10` | 10 | milliseconds between two turns of its work: emulated, each costs the host more than what is done in it |
 /// | `guest.tcp_rate=1M` | 1M | bytes per second of each stream connection |
 ///
 /// Suggested words for the kernel itself:
@@ -58,6 +59,8 @@ pub struct Knobs {
     pub load: Option<Rewrite>,
     /// Bytes checked per second; `None` is as many as possible.
     pub check: Option<u64>,
+    /// Time between two turns of its work.
+    pub tick: Duration,
     /// Bytes per second of each stream connection.
     pub tcp_rate: u64,
 }
@@ -143,6 +146,7 @@ impl Default for Knobs {
             mix: Mix::default(),
             load: None,
             check: Some(64 << 20),
+            tick: Duration::from_millis(10),
             tcp_rate: 1 << 20,
         }
     }
@@ -190,6 +194,7 @@ impl Knobs {
                 };
             }
             "check" => self.check = if value == "max" { None } else { Some(bytes()?) },
+            "tick" => self.tick = Duration::from_millis(within(value, 1..=40).ok_or_else(|| bad("1 to 40 milliseconds"))?),
             "tcp_rate" => self.tcp_rate = bytes()?,
             _ => return Err(KnobError::Unknown { key: key.to_owned() }),
         }
@@ -249,7 +254,8 @@ mod tests {
         let knobs = Knobs::parse(
             "console=ttyS0 quiet panic=-1 guest.id=web1 guest.ip=10.99.0.10/24 guest.gw=10.99.0.1 guest.mtu=1450 \
              guest.witness=10.99.0.1:9999 guest.witness_every=20 guest.touch_total=1G guest.working_set=64M \
-             guest.dirty=0 guest.write_size=64..512 guest.mix=unique:50,zero:50 guest.load=equal guest.check=max guest.tcp_rate=100K\n",
+             guest.dirty=0 guest.write_size=64..512 guest.mix=unique:50,zero:50 guest.load=equal guest.check=max guest.tick=40 \
+             guest.tcp_rate=100K\n",
         )
         .unwrap();
         assert_eq!(knobs.id, "web1");
@@ -263,6 +269,7 @@ mod tests {
         assert_eq!(knobs.mix, Mix { unique: 50, compressible: 0, duplicate: 0, zero: 50, slow: 0 });
         assert_eq!(knobs.load, Some(Rewrite::Equal));
         assert_eq!(knobs.check, None);
+        assert_eq!(knobs.tick, Duration::from_millis(40));
         assert_eq!(knobs.tcp_rate, 100 << 10);
     }
 
@@ -291,6 +298,7 @@ mod tests {
             "mix=unique:50,other:50",
             "mix=unique:200",
             "load=checked",
+            "tick=41",
             "id=",
         ] {
             let key = word.split('=').next().unwrap();

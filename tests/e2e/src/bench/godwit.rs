@@ -1,4 +1,4 @@
-//! Godwit as a user has it: controller, agents and a VM on lab hosts.
+//! Godwit as a user has it: controller, agents and VMs on lab hosts.
 
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -8,47 +8,88 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use godwit_api::v1::{Task, TaskState};
 use godwit_lab::Lab;
-use godwit_model::{MigrationPolicy, TaskId};
+use godwit_model::{DiskFormat, DiskSpec, MigrationPolicy, TaskId};
 
-use super::journey::{Ended, HOSTS, LIMIT, Mover, set_links};
-use super::scenario::{Link, MEMORY, Scenario};
+use super::journey::{BOOTING, Ended, HOSTS, LIMIT, Mover, set_links};
+use super::scenario::{Link, Scenario};
 use crate::{Cluster, ClusterSpec, GuestSpec, Outside};
 
-const VM: &str = "wanderer";
 /// How long a move may take to be taken back.
 const CANCEL: Duration = Duration::from_secs(60);
 const ASK: Duration = Duration::from_millis(20);
 
-/// A cluster with the guest of one row.
+/// A cluster with the guests of one row.
 pub(super) struct Godwit {
     cluster: Cluster,
-    address: Ipv4Addr,
+    names: Vec<String>,
+    addresses: Vec<Ipv4Addr>,
 }
 
 impl Godwit {
-    /// Builds the cluster, and boots the guest on the first host.
+    /// Builds the cluster, and boots the guests on the first host.
     pub(super) fn up(scenario: Scenario, link: Link, qemu: &Path) -> Result<Self> {
         let spec = HOSTS.into_iter().fold(ClusterSpec::new(2)?, |spec, host| spec.qemu(host, qemu));
         let mut cluster = spec.up()?;
-        let guest = GuestSpec {
-            name: VM.to_owned(),
-            memory: MEMORY,
-            vcpus: 1,
-            disks: Vec::new(),
-            shapes: Vec::new(),
-            knobs: scenario.knobs(),
-            cloud_init: None,
-            addressed: false,
+        let image = match scenario.debian() {
+            Some(_) => Some(cluster.import_debian().map(|[_, _, image]| image)?),
+            None => None,
         };
+        let disk_of = |name: &str| -> Result<Option<DiskSpec>> {
+            let Some(image) = image.clone() else { return Ok(None) };
+            Ok(Some(DiskSpec { image: Some(image), ..DiskSpec::new(format!("shared/{name}").parse()?, DiskFormat::Qcow2) }))
+        };
+        let names: Vec<String> = (1..=scenario.guests()).map(|number| format!("wanderer{number}")).collect();
         let [home, _] = HOSTS;
-        let address = cluster.boot(&guest, home)?.address;
+        let mut guests = Vec::new();
+        for name in &names {
+            let guest = GuestSpec {
+                name: name.clone(),
+                memory: scenario.memory(),
+                vcpus: 1,
+                disks: disk_of(name)?.into_iter().collect(),
+                shapes: Vec::new(),
+                words: scenario.words(),
+                knobs: scenario.knobs(),
+                cloud_init: None,
+                addressed: false,
+            };
+            guests.push((guest, home));
+        }
+        guests.chunks(BOOTING).try_for_each(|guests| cluster.boot_all(guests))?;
+        let addresses = names.iter().map(|name| Ok(cluster.guest(name)?.address)).collect::<Result<_>>()?;
         set_links(cluster.lab(), link)?;
-        Ok(Self { cluster, address })
+        Ok(Self { cluster, names, addresses })
     }
 
     /// Takes everything down.
     pub(super) fn down(self) -> Result<()> {
         self.cluster.take_down()
+    }
+
+    /// How the move ends, which was asked for at `began`.
+    fn follow(&self, task: TaskId, began: Instant) -> Result<Ended> {
+        let Some(ended) = self.ended(task, began + LIMIT)? else {
+            let seconds = began.elapsed().as_secs_f64();
+            let progress = self.cluster.task(task)?.progress;
+            // A move may come to its end at this moment.
+            let _ = self.cluster.ask(self.cluster.client().cancel_task(task));
+            self.cluster.ended(task, CANCEL)?;
+            let pass = progress.map_or(0, |progress| progress.rounds);
+            return Ok(Ended { seconds, note: format!("cut off in pass {pass}"), ..Ended::default() });
+        };
+        let seconds = began.elapsed().as_secs_f64();
+        match (ended.state, ended.figures) {
+            (TaskState::Done, Some(figures)) => Ok(Ended {
+                seconds,
+                blackout: Some(Duration::from_millis(figures.blackout.get())),
+                completed: true,
+                note: format!("{} passes", figures.rounds),
+            }),
+            (state, _) => {
+                let note = format!("{state:?}: {}", ended.error.map(|error| error.to_string()).unwrap_or_default());
+                Ok(Ended { seconds, note, ..Ended::default() })
+            }
+        }
     }
 
     /// The task once it has ended by itself; nothing if that takes too long.
@@ -75,8 +116,8 @@ impl Mover for Godwit {
         self.cluster.outside()
     }
 
-    fn address(&self) -> Ipv4Addr {
-        self.address
+    fn addresses(&self) -> &[Ipv4Addr] {
+        &self.addresses
     }
 
     fn prepare(&mut self, _: &'static str) -> Result<()> {
@@ -85,28 +126,12 @@ impl Mover for Godwit {
 
     fn run(&mut self, to: &'static str) -> Result<Ended> {
         let began = Instant::now();
-        let task = self.cluster.begin_move(VM, to, MigrationPolicy::default()).context("ask for the move")?;
-        let Some(ended) = self.ended(task, began + LIMIT)? else {
-            let seconds = began.elapsed().as_secs_f64();
-            let progress = self.cluster.task(task)?.progress;
-            // A move may come to its end at this moment.
-            let _ = self.cluster.ask(self.cluster.client().cancel_task(task));
-            self.cluster.ended(task, CANCEL)?;
-            let pass = progress.map_or(0, |progress| progress.rounds);
-            return Ok(Ended { seconds, note: format!("cut off in pass {pass}"), ..Ended::default() });
-        };
-        let seconds = began.elapsed().as_secs_f64();
-        match (ended.state, ended.figures) {
-            (TaskState::Done, Some(figures)) => Ok(Ended {
-                seconds,
-                blackout: Some(Duration::from_millis(figures.blackout.get())),
-                completed: true,
-                note: format!("{} passes", figures.rounds),
-            }),
-            (state, _) => {
-                let note = format!("{state:?}: {}", ended.error.map(|error| error.to_string()).unwrap_or_default());
-                Ok(Ended { seconds, note, ..Ended::default() })
-            }
+        let mut tasks = Vec::new();
+        for name in &self.names {
+            tasks.push(self.cluster.begin_move(name, to, MigrationPolicy::default()).context("ask for the move")?);
         }
+        // Whoever is waited for first, it is over with the last.
+        let moves = tasks.iter().map(|task| self.follow(*task, began)).collect::<Result<Vec<_>>>()?;
+        Ok(Ended::together(&moves))
     }
 }

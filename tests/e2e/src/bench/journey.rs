@@ -1,5 +1,6 @@
-//! One row: a guest is booted, moved and watched, whoever moves it.
+//! One row: guests are booted, moved and watched, whoever moves them.
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -12,10 +13,12 @@ use super::cpu::CpuWatch;
 use super::rows::Row;
 use super::scenario::{Link, Scenario};
 use super::wire;
-use crate::Outside;
+use crate::{Echo, Outside};
 
-/// The two hosts; the guest begins on the first.
+/// The two hosts; guests begin on the first.
 pub(super) const HOSTS: [&str; 2] = ["h1", "h2"];
+/// How many guests boot at the same time: more of them would only take longer each.
+pub(super) const BOOTING: usize = 2;
 /// How long a move may take.
 pub(super) const LIMIT: Duration = Duration::from_secs(180);
 /// The guest is left in peace before and after a move; what follows the switch belongs to the outage.
@@ -39,14 +42,27 @@ pub(super) struct Ended {
     pub(super) note: String,
 }
 
-/// A running guest and who moves it.
+impl Ended {
+    /// How moves that were begun at the same time ended as a whole.
+    pub(super) fn together(moves: &[Self]) -> Self {
+        let notes: BTreeSet<&str> = moves.iter().map(|ended| ended.note.as_str()).collect();
+        Self {
+            seconds: moves.iter().map(|ended| ended.seconds).fold(0.0, f64::max),
+            blackout: moves.iter().filter_map(|ended| ended.blackout).max(),
+            completed: moves.iter().all(|ended| ended.completed),
+            note: notes.into_iter().collect::<Vec<_>>().join(", "),
+        }
+    }
+}
+
+/// Running guests and who moves them.
 pub(super) trait Mover {
     fn lab(&self) -> &Lab;
     fn outside(&self) -> &Outside;
-    fn address(&self) -> Ipv4Addr;
+    fn addresses(&self) -> &[Ipv4Addr];
     /// Makes ready what is not part of the move.
     fn prepare(&mut self, to: &'static str) -> Result<()>;
-    /// Moves the guest; gives up after `LIMIT`.
+    /// Moves the guests at the same time; gives up after `LIMIT`.
     fn run(&mut self, to: &'static str) -> Result<Ended>;
 }
 
@@ -59,11 +75,14 @@ pub(super) fn set_links(lab: &Lab, link: Link) -> Result<()> {
     Ok(())
 }
 
-/// Moves the guest as its scenario says; what is filled in is everything that was measured.
+/// Moves the guests as their scenario says; what is filled in is everything that was measured.
 pub(super) fn measure(mover: &mut dyn Mover, scenario: Scenario) -> Result<Row> {
     let [home, away] = HOSTS;
     let (from, to) = if scenario == Scenario::R { (away, home) } else { (home, away) };
-    let echo = mover.outside().echo(mover.address())?;
+    // Together as many probes as of one guest: emulated network interfaces cost more than a move.
+    let period = Echo::PERIOD * u32::from(scenario.guests());
+    let echoes: Vec<Echo> =
+        mover.addresses().iter().map(|address| mover.outside().echo_every(period, *address)).collect::<Result<_>>()?;
     if scenario == Scenario::R {
         mover.prepare(away)?;
         let ended = mover.run(away)?;
@@ -87,13 +106,14 @@ pub(super) fn measure(mover: &mut dyn Mover, scenario: Scenario) -> Result<Row> 
     let ended = ended?;
 
     thread::sleep(PEACE);
-    let outage = echo.longest_gap(began, Instant::now());
-    drop(echo);
+    let over = Instant::now();
+    let outage = echoes.iter().map(|echo| echo.longest_gap(began, over)).max().unwrap_or_default();
+    drop(echoes);
     // A guest that is lost is a result, too.
     let after = Written::now(mover);
     let mut notes = vec![ended.note];
     notes.extend(cuts.map(|cuts| format!("{cuts} cuts")));
-    let verified = mover.outside().verify(mover.address(), VERIFIED);
+    let verified = page_errors(mover);
     notes.extend(verified.as_ref().err().map(|error| format!("{error:#}")));
     notes.retain(|note| !note.is_empty());
     Ok(Row {
@@ -104,7 +124,7 @@ pub(super) fn measure(mover: &mut dyn Mover, scenario: Scenario) -> Result<Row> 
         cpu_seconds: (cpu_seconds_all - idle * lasted).max(0.0),
         cpu_seconds_all,
         completed: ended.completed,
-        page_errors: verified.ok().map(|status| status.page_errors),
+        page_errors: verified.ok(),
         pages_per_second: at_start.since(&before),
         pages_per_second_moving: after.map_or(0, |after| after.since(&at_start)),
         note: notes.join("; "),
@@ -112,7 +132,13 @@ pub(super) fn measure(mover: &mut dyn Mover, scenario: Scenario) -> Result<Row> 
     })
 }
 
-/// How much a guest had written at some time.
+/// What is wrong in the memory of all guests.
+fn page_errors(mover: &dyn Mover) -> Result<u64> {
+    let of = |address: &Ipv4Addr| Ok(mover.outside().verify(*address, VERIFIED)?.page_errors);
+    mover.addresses().iter().map(of).sum()
+}
+
+/// How much the guests had written at some time.
 struct Written {
     pages: u64,
     at: Instant,
@@ -120,8 +146,9 @@ struct Written {
 
 impl Written {
     fn now(mover: &dyn Mover) -> Result<Self> {
-        let status = mover.outside().status(mover.address(), ANSWER).context("the guest")?;
-        Ok(Self { pages: status.pages_written, at: Instant::now() })
+        let of = |address: &Ipv4Addr| Ok(mover.outside().status(*address, ANSWER).context("the guest")?.pages_written);
+        let pages = mover.addresses().iter().map(of).sum::<Result<u64>>()?;
+        Ok(Self { pages, at: Instant::now() })
     }
 
     fn since(&self, earlier: &Self) -> u64 {
@@ -160,5 +187,25 @@ impl Cuts {
     fn end(self) -> Result<usize> {
         self.over.store(true, Ordering::Relaxed);
         self.thread.join().ok().context("the thread of the cuts")?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_whole_is_over_with_its_last_and_as_long_as_its_longest() {
+        let ended = |seconds, blackout, completed| Ended {
+            seconds,
+            blackout: Some(Duration::from_millis(blackout)),
+            completed,
+            note: "3 passes".to_owned(),
+        };
+        let whole =
+            Ended::together(&[ended(2.0, 90, true), ended(7.0, 80, true), Ended { note: "lost".into(), ..Ended::default() }]);
+        assert_eq!((whole.seconds, whole.blackout, whole.completed), (7.0, Some(Duration::from_millis(90)), false));
+        assert_eq!(whole.note, "3 passes, lost");
+        assert!(Ended::together(&[ended(2.0, 90, true), ended(1.0, 10, true)]).completed);
     }
 }

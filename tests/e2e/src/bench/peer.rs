@@ -1,6 +1,5 @@
-//! Two plain QEMUs on lab hosts that migrate by themselves, over the same kind of link and with the same kind of network for their guest.
+//! Plain QEMUs on two lab hosts that migrate by themselves, over the same kind of link and with the same kind of network for their guests.
 
-use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::net::Ipv4Addr;
@@ -9,21 +8,21 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use godwit_lab::layout::STATE_ROOT;
 use godwit_lab::{Lab, LabSpec, in_namespace};
 use serde_json::{Value, json};
 
-use super::ground::{self, ADDRESS, arguments};
-use super::journey::{Ended, HOSTS, LIMIT, Mover, set_links};
+use super::ground::{self, Ground};
+use super::journey::{BOOTING, Ended, HOSTS, LIMIT, Mover, set_links};
 use super::qmp::Qmp;
 use super::scenario::{Link, Scenario};
 use super::system::System;
 use super::tls;
-use crate::artefacts::{GuestImages, guest_images};
 use crate::labs::{self, OwnedNetwork};
 use crate::{Outside, godwit_binary};
 
+/// Of the first guest; the others have those behind it.
 const PORT: u16 = 4444;
 const BOOT: Duration = Duration::from_secs(90);
 const START: Duration = Duration::from_secs(20);
@@ -32,15 +31,18 @@ const ASK: Duration = Duration::from_millis(20);
 /// Post-copy begins when the first pass is over, as those do who run it in production.
 const FIRST_PASS: u64 = 2;
 
-/// Two hosts and a guest on one of them.
+/// Two hosts and guests on one of them.
 pub(super) struct Peer {
     system: System,
     scenario: Scenario,
     program: PathBuf,
-    images: GuestImages,
+    ground: Ground,
     outside: Outside,
-    /// The source, and behind it the destination once there is one.
-    qemus: VecDeque<Qemu>,
+    addresses: Vec<Ipv4Addr>,
+    /// By guest.
+    sources: Vec<Qemu>,
+    /// By guest; none before the first move is made ready.
+    destinations: Vec<Qemu>,
     started: usize,
     network: OwnedNetwork,
 }
@@ -58,49 +60,58 @@ impl Drop for Qemu {
 }
 
 impl Peer {
-    /// Builds the hosts, and boots the guest on the first.
+    /// Builds the hosts, and boots the guests on the first.
     pub(super) fn up(system: System, scenario: Scenario, link: Link, program: &Path) -> Result<Self> {
         let network = OwnedNetwork::up(LabSpec { hosts: 2, ..LabSpec::new(labs::free_name(), godwit_binary()?) })?;
         for host in HOSTS {
-            ground::connect_guests(network.lab(), host)?;
+            ground::connect_guests(network.lab(), host, scenario.guests())?;
         }
         let outside = Outside::new(network.lab().outside_namespace());
         let mut peer = Self {
             system,
             scenario,
             program: program.to_owned(),
-            images: guest_images()?,
+            ground: Ground::make(scenario, &home(network.lab()))?,
             outside,
-            qemus: VecDeque::new(),
+            addresses: (0..scenario.guests()).map(ground::address).collect(),
+            sources: Vec::new(),
+            destinations: Vec::new(),
             started: 0,
             network,
         };
         if system.has_tls() {
             tls::make(&peer.certificates())?;
         }
-        let [home, _] = HOSTS;
-        let qemu = peer.start(home, false)?;
-        peer.qemus.push_back(qemu);
-        peer.outside.status(ADDRESS, BOOT).context("boot the guest")?;
+        let [host, _] = HOSTS;
+        let guests: Vec<u8> = (0..scenario.guests()).collect();
+        for guests in guests.chunks(BOOTING) {
+            for guest in guests {
+                let qemu = peer.start(host, *guest, false)?;
+                peer.sources.push(qemu);
+            }
+            for guest in guests {
+                peer.outside.status(ground::address(*guest), BOOT).context("boot the guest")?;
+            }
+        }
         set_links(peer.lab(), link)?;
         Ok(peer)
     }
 
     /// Takes everything down.
     pub(super) fn down(self) -> Result<()> {
-        let Self { qemus, network, .. } = self;
-        drop(qemus);
+        let Self { sources, destinations, network, .. } = self;
+        drop((sources, destinations));
         network.down()
     }
 
-    fn start(&mut self, host: &str, incoming: bool) -> Result<Qemu> {
-        let home = Path::new(STATE_ROOT).join(self.lab().name());
+    fn start(&mut self, host: &str, guest: u8, incoming: bool) -> Result<Qemu> {
+        let home = home(self.lab());
         self.started += 1;
         let (socket, log) = (home.join(format!("{}.qmp", self.started)), home.join(format!("{}.log", self.started)));
         let log = File::create(&log).with_context(|| log.display().to_string())?;
         let mut command = Command::new(&self.program);
         command
-            .args(arguments(self.system, self.scenario, &self.images, &socket)?)
+            .args(ground::arguments(self.system, self.scenario, &self.ground, guest, &socket)?)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -130,19 +141,17 @@ impl Peer {
     }
 
     fn certificates(&self) -> PathBuf {
-        Path::new(STATE_ROOT).join(self.lab().name()).join("tls")
+        home(self.lab()).join("tls")
     }
 
-    fn uri(&self, to: &str) -> Result<String> {
-        Ok(format!("tcp:{}:{PORT}", self.lab().address(to)?))
+    fn uri(&self, to: &str, guest: u8) -> Result<String> {
+        Ok(format!("tcp:{}:{}", self.lab().address(to)?, PORT + u16::from(guest)))
     }
+}
 
-    fn ends(&mut self) -> Result<[&mut Qmp; 2]> {
-        match self.qemus.make_contiguous() {
-            [source, destination] => Ok([&mut source.qmp, &mut destination.qmp]),
-            other => bail!("{} QEMUs instead of two", other.len()),
-        }
-    }
+/// Where the files of a lab are; it goes with the lab.
+fn home(lab: &Lab) -> PathBuf {
+    Path::new(STATE_ROOT).join(lab.name())
 }
 
 impl Mover for Peer {
@@ -154,69 +163,84 @@ impl Mover for Peer {
         &self.outside
     }
 
-    fn address(&self) -> Ipv4Addr {
-        ADDRESS
+    fn addresses(&self) -> &[Ipv4Addr] {
+        &self.addresses
     }
 
     fn prepare(&mut self, to: &'static str) -> Result<()> {
-        if self.qemus.len() > 1 {
+        if !self.destinations.is_empty() {
             // What has moved away is of no more use.
-            self.qemus.pop_front();
+            self.sources = std::mem::take(&mut self.destinations);
         }
-        let mut destination = self.start(to, true)?;
-        if self.system.has_tls() {
-            tls::choose(&mut destination.qmp, tls::SERVER)?;
+        for guest in 0..self.scenario.guests() {
+            let mut destination = self.start(to, guest, true)?;
+            if self.system.has_tls() {
+                tls::choose(&mut destination.qmp, tls::SERVER)?;
+            }
+            destination.qmp.run("migrate-incoming", json!({ "uri": self.uri(to, guest)? }))?;
+            self.destinations.push(destination);
         }
-        destination.qmp.run("migrate-incoming", json!({ "uri": self.uri(to)? }))?;
-        self.qemus.push_back(destination);
         Ok(())
     }
 
     fn run(&mut self, to: &'static str) -> Result<Ended> {
-        let uri = self.uri(to)?;
-        let system = self.system;
-        let [source, destination] = self.ends()?;
-        if system.has_tls() {
-            tls::choose(source, tls::CLIENT)?;
+        let (system, guests) = (self.system, 0..self.scenario.guests());
+        let uris = guests.map(|guest| self.uri(to, guest)).collect::<Result<Vec<_>>>()?;
+        for source in self.sources.iter_mut().filter(|_| system.has_tls()) {
+            tls::choose(&mut source.qmp, tls::CLIENT)?;
         }
         let began = Instant::now();
-        source.run("migrate", json!({ "uri": uri }))?;
-        let (mut switched, mut note) = (false, String::new());
-        loop {
-            let now = source.run("query-migrate", json!({}))?;
-            let pass = now["ram"]["dirty-sync-count"].as_u64().unwrap_or_default();
-            match now["status"].as_str().unwrap_or_default() {
-                "completed" => {
-                    // Writing to a string cannot fail.
-                    let _ = write!(note, "{pass} passes");
-                    if let Some(throttle) = now["cpu-throttle-percentage"].as_u64() {
-                        let _ = write!(note, ", throttled by {throttle}%");
-                    }
-                    break;
-                }
-                status @ ("failed" | "cancelled" | "postcopy-paused") => {
-                    let why = now["error-desc"].as_str().unwrap_or_default();
-                    let seconds = began.elapsed().as_secs_f64();
-                    return Ok(Ended { seconds, note: format!("{status}: {why}"), ..Ended::default() });
-                }
-                "active" if system == System::Postcopy && !switched && pass >= FIRST_PASS => {
-                    source.run("migrate-start-postcopy", json!({}))?;
-                    switched = true;
-                }
-                _ => {}
-            }
-            if began.elapsed() >= LIMIT {
-                let seconds = began.elapsed().as_secs_f64();
-                // Refused once post-copy has begun: the guest is then lost with its destination.
-                let _ = source.run("migrate_cancel", json!({}));
-                return Ok(Ended { seconds, note: format!("cut off in pass {pass}"), ..Ended::default() });
-            }
-            thread::sleep(ASK);
+        for (source, uri) in self.sources.iter_mut().zip(uris) {
+            source.qmp.run("migrate", json!({ "uri": uri }))?;
         }
-        let seconds = began.elapsed().as_secs_f64();
-        let resumed = destination.wait("RESUME", RESUME)?;
-        let stopped = source.last("STOP").context("the source did not stop")?;
-        ensure!(resumed >= stopped, "the destination ran before the source stopped");
-        Ok(Ended { seconds, blackout: Some(resumed.saturating_sub(stopped)), completed: true, note })
+        let both = self.sources.iter_mut().zip(&mut self.destinations);
+        let moves = thread::scope(|scope| {
+            let threads: Vec<_> = both
+                .map(|(source, destination)| scope.spawn(move || follow(system, &mut source.qmp, &mut destination.qmp, began)))
+                .collect();
+            threads.into_iter().map(|thread| thread.join().ok().context("the thread of a move")?).collect::<Result<Vec<_>>>()
+        })?;
+        Ok(Ended::together(&moves))
     }
+}
+
+/// How the move ends, which was begun at `began`.
+fn follow(system: System, source: &mut Qmp, destination: &mut Qmp, began: Instant) -> Result<Ended> {
+    let (mut switched, mut note) = (false, String::new());
+    loop {
+        let now = source.run("query-migrate", json!({}))?;
+        let pass = now["ram"]["dirty-sync-count"].as_u64().unwrap_or_default();
+        match now["status"].as_str().unwrap_or_default() {
+            "completed" => {
+                // Writing to a string cannot fail.
+                let _ = write!(note, "{pass} passes");
+                if let Some(throttle) = now["cpu-throttle-percentage"].as_u64() {
+                    let _ = write!(note, ", throttled by {throttle}%");
+                }
+                break;
+            }
+            status @ ("failed" | "cancelled" | "postcopy-paused") => {
+                let why = now["error-desc"].as_str().unwrap_or_default();
+                let seconds = began.elapsed().as_secs_f64();
+                return Ok(Ended { seconds, note: format!("{status}: {why}"), ..Ended::default() });
+            }
+            "active" if system == System::Postcopy && !switched && pass >= FIRST_PASS => {
+                source.run("migrate-start-postcopy", json!({}))?;
+                switched = true;
+            }
+            _ => {}
+        }
+        if began.elapsed() >= LIMIT {
+            let seconds = began.elapsed().as_secs_f64();
+            // Refused once post-copy has begun: the guest is then lost with its destination.
+            let _ = source.run("migrate_cancel", json!({}));
+            return Ok(Ended { seconds, note: format!("cut off in pass {pass}"), ..Ended::default() });
+        }
+        thread::sleep(ASK);
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    let resumed = destination.wait("RESUME", RESUME)?;
+    let stopped = source.last("STOP").context("the source did not stop")?;
+    ensure!(resumed >= stopped, "the destination ran before the source stopped");
+    Ok(Ended { seconds, blackout: Some(resumed.saturating_sub(stopped)), completed: true, note })
 }

@@ -1,4 +1,4 @@
-//! What is measured: guests of 1 GiB with exact contents and writes, and the links over which they move.
+//! What is measured: guests with exact contents and writes, or with a Debian, and the links over which they move.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,8 +8,6 @@ use anyhow::{Context, Result, bail};
 use godwit_lab::LinkRate;
 use godwit_model::Bytes;
 
-/// RAM of every guest.
-pub(super) const MEMORY: Bytes = Bytes::GIB;
 const PAGE: u64 = 4096;
 
 /// A guest, what it does, and what happens to it.
@@ -33,6 +31,10 @@ pub enum Scenario {
     X,
     /// As `A`, over 100 Mbit/s with round trips of 80 ms.
     W,
+    /// A Debian whose redis holds 250 MiB, which are read and written by a load of its own.
+    D,
+    /// Eight Debians of 256 MiB, of one image that each of them has read for the most part, leave together.
+    E,
 }
 
 /// A link between the hosts.
@@ -46,7 +48,8 @@ pub struct Link {
 
 impl Scenario {
     /// All of them, in the order in which they are measured.
-    pub const ALL: [Self; 9] = [Self::A, Self::B8, Self::B512, Self::B4096, Self::C, Self::R, Self::K, Self::X, Self::W];
+    pub const ALL: [Self; 11] =
+        [Self::A, Self::B8, Self::B512, Self::B4096, Self::C, Self::R, Self::K, Self::X, Self::W, Self::D, Self::E];
 
     /// Its name in rows and arguments.
     #[must_use]
@@ -61,6 +64,8 @@ impl Scenario {
             Self::K => "K",
             Self::X => "X",
             Self::W => "W",
+            Self::D => "D",
+            Self::E => "E",
         }
     }
 
@@ -87,20 +92,45 @@ impl Scenario {
         }
     }
 
-    /// What is written again and again.
-    pub(super) const fn working_set(self) -> Bytes {
+    /// How many guests move together.
+    pub(super) const fn guests(self) -> u8 {
+        if matches!(self, Self::E) { 8 } else { 1 }
+    }
+
+    /// RAM of each guest.
+    pub(super) const fn memory(self) -> Bytes {
+        if matches!(self, Self::E) { Bytes::mib(256) } else { Bytes::GIB }
+    }
+
+    /// The work of its Debian (see `scripts/cloud-image`); nothing where the test guest is all that runs.
+    pub(super) const fn debian(self) -> Option<&'static str> {
         match self {
-            Self::A | Self::R | Self::K | Self::X | Self::W => Bytes::mib(64),
-            Self::B8 | Self::B512 | Self::B4096 | Self::C => Bytes::mib(256),
+            Self::D => Some("redis"),
+            Self::E => Some("files"),
+            _ => None,
         }
     }
 
-    /// Pages that are written per second.
-    pub(super) const fn rate(self) -> u64 {
+    /// What is written again and again.
+    pub(super) const fn working_set(self) -> Bytes {
+        match self {
+            Self::A | Self::R | Self::K | Self::X | Self::W | Self::E => Bytes::mib(64),
+            Self::B8 | Self::B512 | Self::B4096 | Self::C | Self::D => Bytes::mib(256),
+        }
+    }
+
+    /// Pages that the test guest writes per second.
+    const fn rate(self) -> u64 {
         match self {
             Self::A | Self::R | Self::K | Self::X | Self::W => 2_000,
             Self::B8 | Self::B512 | Self::B4096 | Self::C => 40_000,
+            Self::D | Self::E => 100,
         }
+    }
+
+    /// Words for the guest's kernel.
+    pub(super) fn words(self) -> Vec<String> {
+        self.debian().map_or_else(Vec::new, |work| vec!["rdinit=/boot-disk".to_owned(), format!("work={work}")])
     }
 
     /// Words `KEY=VALUE` for the guest.
@@ -111,15 +141,25 @@ impl Scenario {
             Self::B4096 => PAGE,
             _ => 8,
         };
-        vec![
-            "touch_total=500M".to_owned(),
+        // Beside a Debian only as much as shows what a move spoils.
+        let (total, working_set) = match self.debian() {
+            Some(_) => (Bytes::mib(8), Bytes::mib(2)),
+            None => (Bytes::mib(500), self.working_set()),
+        };
+        let mut knobs = vec![
+            format!("touch_total={}", total.get()),
             format!("mix={mix}"),
             format!("load={}", if self == Self::C { "equal" } else { "change" }),
-            format!("working_set={}", self.working_set().get()),
+            format!("working_set={}", working_set.get()),
             format!("dirty={}", self.rate() * PAGE),
             format!("write_size={write_size}"),
             "witness_every=1000".to_owned(),
-        ]
+        ];
+        if self.guests() > 1 {
+            // Else their emulated timers alone keep a small machine busy.
+            knobs.push("tick=40".to_owned());
+        }
+        knobs
     }
 }
 
@@ -152,12 +192,13 @@ mod tests {
 
     use super::*;
 
+    fn knobs(scenario: Scenario) -> Knobs {
+        let words: Vec<String> = scenario.knobs().iter().map(|word| format!("guest.{word}")).collect();
+        Knobs::parse(&words.join(" ")).unwrap()
+    }
+
     #[test]
     fn every_guest_is_what_its_scenario_says() {
-        let knobs = |scenario: Scenario| {
-            let words: Vec<String> = scenario.knobs().iter().map(|word| format!("guest.{word}")).collect();
-            Knobs::parse(&words.join(" ")).unwrap()
-        };
         for (scenario, set, rate, size, rewrite) in [
             (Scenario::A, 64, 2_000, 8, Rewrite::Change),
             (Scenario::B8, 256, 40_000, 8, Rewrite::Change),
@@ -171,6 +212,17 @@ mod tests {
             assert_eq!((knobs.dirty, knobs.write_size, knobs.load), (rate * 4096, size..=size, Some(rewrite)), "{scenario}");
         }
         assert_eq!([Scenario::R, Scenario::K, Scenario::W].map(knobs), [(); 3].map(|()| knobs(Scenario::A)));
+    }
+
+    #[test]
+    fn beside_a_debian_little_is_checked() {
+        for (scenario, guests, memory) in [(Scenario::D, 1, Bytes::GIB), (Scenario::E, 8, Bytes::mib(256))] {
+            assert_eq!((scenario.guests(), scenario.memory()), (guests, memory), "{scenario}");
+            let knobs = knobs(scenario);
+            assert_eq!((knobs.touch_total, knobs.working_set, knobs.dirty), (8 << 20, 2 << 20, 100 * PAGE), "{scenario}");
+        }
+        assert_eq!(Scenario::D.words(), ["rdinit=/boot-disk", "work=redis"]);
+        assert!(Scenario::A.words().is_empty());
     }
 
     #[test]

@@ -14,7 +14,7 @@ const USAGE: &str = "\
 Usage: cargo xtask bench migration [--pairs N] [--scenario A,B,…] [--link 200mbit,1gbit] [--system godwit,…] [--quick] [--table] [--out FILE]
 
   --pairs N      how often each is measured [default: 3]
-  --scenario L   A, B8, B512, B4096 (B for all three), C, R, K, X, W [default: all]
+  --scenario L   A, B8, B512, B4096 (B for all three), C, R, K, X, W, D, E [default: all]
   --link L       links between the hosts [default: 200mbit,1gbit]; W has its own
   --system L     godwit, qemu-precopy, qemu-precopy-tls, qemu-multifd-zstd, qemu-multifd-zstd-tls, qemu-xbzrle, qemu-auto-converge,
                  qemu-postcopy [default: all]

@@ -50,6 +50,7 @@ fn run() -> Result<Report> {
         vcpus: 2,
         disks: Vec::new(),
         shapes: Vec::new(),
+        words: Vec::new(),
         knobs: ["touch_total=512M", "working_set=32M", "dirty=8M", "check=48M"].map(ToOwned::to_owned).to_vec(),
         cloud_init: None,
         addressed: false,

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-const PERIOD: Duration = Duration::from_millis(1);
 /// A sender that was held up does not make up for more than this.
 const BACKLOG: Duration = Duration::from_millis(5);
 
@@ -21,12 +20,15 @@ pub struct Echo {
 }
 
 impl Echo {
-    pub(super) fn start(socket: UdpSocket) -> Result<Self> {
+    /// The time between two probes, where nobody wants another.
+    pub(crate) const PERIOD: Duration = Duration::from_millis(1);
+
+    pub(super) fn start(socket: UdpSocket, period: Duration) -> Result<Self> {
         socket.set_read_timeout(Some(Duration::from_millis(100)))?;
         let (answered, stop) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
         let sender = {
             let (socket, stop) = (socket.try_clone()?, Arc::clone(&stop));
-            thread::Builder::new().name("echo-send".into()).spawn(move || send(&socket, &stop))?
+            thread::Builder::new().name("echo-send".into()).spawn(move || send(&socket, period, &stop))?
         };
         let receiver = {
             let (answered, stop) = (Arc::clone(&answered), Arc::clone(&stop));
@@ -64,7 +66,7 @@ impl Drop for Echo {
     }
 }
 
-fn send(socket: &UdpSocket, stop: &AtomicBool) {
+fn send(socket: &UdpSocket, period: Duration, stop: &AtomicBool) {
     let mut next = Instant::now();
     let mut number = 0_u64;
     while !stop.load(Ordering::Relaxed) {
@@ -72,7 +74,7 @@ fn send(socket: &UdpSocket, stop: &AtomicBool) {
         let _ = socket.send(&number.to_le_bytes());
         number += 1;
         let now = Instant::now();
-        next = (next + PERIOD).max(now.checked_sub(BACKLOG).unwrap_or(now));
+        next = (next + period).max(now.checked_sub(BACKLOG).unwrap_or(now));
         // The probe's period: there is nothing to wait for but time.
         thread::sleep(next.saturating_duration_since(now));
     }

@@ -12,7 +12,6 @@ use crate::console::Console;
 use crate::counters::Counters;
 use crate::{clock, now, thread};
 
-const TICK: Duration = Duration::from_millis(10);
 /// Wrong pages that are described; more are only counted.
 const MOST_TOLD: u64 = 16;
 
@@ -23,7 +22,7 @@ pub(crate) fn start_writer(knobs: &Knobs, pool: &Arc<PagePool>, counters: &Arc<C
     if in_set == 0 || rate == 0 {
         return Ok(());
     }
-    let (pool, counters, sizes) = (Arc::clone(pool), Arc::clone(counters), knobs.write_size.clone());
+    let (pool, counters, sizes, tick) = (Arc::clone(pool), Arc::clone(counters), knobs.write_size.clone(), knobs.tick);
     thread("writer", move || {
         give_way();
         let mut pace = Pace::new(rate, now());
@@ -36,7 +35,7 @@ pub(crate) fn start_writer(knobs: &Knobs, pool: &Arc<PagePool>, counters: &Arc<C
                 pool.write(index, size, &mut noise);
             }
             counters.pages_written.add(due);
-            std::thread::sleep(TICK);
+            std::thread::sleep(tick);
         }
     })
 }
@@ -44,7 +43,7 @@ pub(crate) fn start_writer(knobs: &Knobs, pool: &Arc<PagePool>, counters: &Arc<C
 /// Writes to memory for measurements at the rate that was asked for, and verifies it when somebody wants that.
 pub(crate) fn start_load(knobs: &Knobs, mut load: Load, counters: &Arc<Counters>) -> std::io::Result<()> {
     let rate = if knobs.working_set < PAGE_SIZE as u64 { 0 } else { knobs.dirty / PAGE_SIZE as u64 };
-    let counters = Arc::clone(counters);
+    let (counters, tick) = (Arc::clone(counters), knobs.tick);
     thread("load", move || {
         give_way();
         let mut pace = Pace::new(rate, now());
@@ -60,7 +59,7 @@ pub(crate) fn start_load(knobs: &Knobs, mut load: Load, counters: &Arc<Counters>
                 counters.verify.set(0);
                 counters.sweeps.add(1);
             }
-            std::thread::sleep(TICK);
+            std::thread::sleep(tick);
         }
     })
 }
@@ -76,7 +75,7 @@ pub(crate) fn start_checker(
     if pool.pages() == 0 || rate == Some(0) {
         return Ok(());
     }
-    let (pool, counters, console) = (Arc::clone(pool), Arc::clone(counters), console.clone());
+    let (pool, counters, console, tick) = (Arc::clone(pool), Arc::clone(counters), console.clone(), knobs.tick);
     thread("checker", move || {
         give_way();
         let mut pace = rate.map(|rate| Pace::new(rate, now()));
@@ -98,15 +97,15 @@ pub(crate) fn start_checker(
             }
             counters.pages_checked.add(due);
             if pace.is_some() {
-                std::thread::sleep(TICK);
+                std::thread::sleep(tick);
             }
         }
     })
 }
 
 /// Looks at the clocks all the time.
-pub(crate) fn start_clock_watch(counters: &Arc<Counters>) -> std::io::Result<()> {
-    let counters = Arc::clone(counters);
+pub(crate) fn start_clock_watch(knobs: &Knobs, counters: &Arc<Counters>) -> std::io::Result<()> {
+    let (counters, tick) = (Arc::clone(counters), knobs.tick);
     thread("clock", move || {
         let mut watch = ClockWatch::default();
         loop {
@@ -116,7 +115,7 @@ pub(crate) fn start_clock_watch(counters: &Arc<Counters>) -> std::io::Result<()>
             counters.largest_clock_jump_ms.set(millis(report.largest_jump));
             counters.stalls.set(report.stalls);
             counters.longest_stall_ms.set(millis(report.longest_stall));
-            std::thread::sleep(TICK);
+            std::thread::sleep(tick);
         }
     })
 }
