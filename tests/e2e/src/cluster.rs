@@ -285,13 +285,22 @@ impl Cluster {
     /// # Errors
     /// What went wrong.
     pub fn import_debian(&mut self) -> Result<[Name; 3]> {
-        let (GuestImages { kernel, initrd }, CloudImage { disk, boot }) = (guest_images()?, cloud_image()?);
+        let CloudImage { disk, .. } = cloud_image()?;
+        self.import_debian_from(&disk)
+    }
+
+    /// The same with this disk image, which holds what ours does.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn import_debian_from(&mut self, disk: &Path) -> Result<[Name; 3]> {
+        let (GuestImages { kernel, initrd }, CloudImage { boot, .. }) = (guest_images()?, cloud_image()?);
         let read = |path: &Path| fs::read(path).with_context(|| path.display().to_string());
         let names = ["debian-kernel", "debian-initrd", "debian"].map(name);
         let [kernel_name, initrd_name, image] = &names;
         self.import(kernel_name, ImportFormat::Kernel, read(&kernel)?)?;
         self.import(initrd_name, ImportFormat::Initrd, [read(&initrd)?, read(&boot)?].concat())?;
-        self.import(image, ImportFormat::Qcow2, read(&disk)?)?;
+        self.import(image, ImportFormat::Qcow2, read(disk)?)?;
         self.images = Some((kernel_name.clone(), initrd_name.clone()));
         Ok(names)
     }
@@ -436,6 +445,18 @@ impl Cluster {
     /// How often a guest was booted again on purpose.
     pub(crate) fn reboots(&self, vm: &str) -> u64 {
         self.reboots.get(vm).copied().unwrap_or_default()
+    }
+
+    /// Starts a VM of this image, and ends it at once: its host has the image from then on.
+    ///
+    /// # Errors
+    /// When it does not start, or does not end.
+    pub fn visit(&mut self, spec: &GuestSpec, host: &str) -> Result<()> {
+        self.create(spec)?;
+        let started = self.begin_start(&spec.name, host)?;
+        self.done(started, BOOT)?;
+        let ended = self.ask(self.client.kill_vm(&name(&spec.name))).with_context(|| format!("kill {}", spec.name))?.id;
+        self.done(ended, BOOT).map(drop)
     }
 
     /// A task as it is now.

@@ -8,12 +8,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use godwit_api::v1::{Task, TaskState};
 use godwit_lab::Lab;
-use godwit_model::{DiskFormat, DiskSpec, MigrationPolicy, TaskId};
+use godwit_model::{DiskFormat, DiskSpec, MigrationPolicy, Name, TaskId};
 
 use super::journey::{BOOTING, Ended, HOSTS, LIMIT, Mover, set_links};
 use super::scenario::{Link, Scenario};
+use crate::artefacts::{CloudImage, cloud_image};
+use crate::command::{run, text};
 use crate::{Cluster, ClusterSpec, GuestSpec, Outside};
 
+/// A VM of the same image that was on the other host before.
+const BEFORE: &str = "earlier";
 /// How long a move may take to be taken back.
 const CANCEL: Duration = Duration::from_secs(60);
 const ASK: Duration = Duration::from_millis(20);
@@ -31,7 +35,7 @@ impl Godwit {
         let spec = HOSTS.into_iter().fold(ClusterSpec::new(2)?, |spec, host| spec.qemu(host, qemu));
         let mut cluster = spec.up()?;
         let image = match scenario.debian() {
-            Some(_) => Some(cluster.import_debian().map(|[_, _, image]| image)?),
+            Some(_) => Some(import_debian(&mut cluster)?),
             None => None,
         };
         let disk_of = |name: &str| -> Result<Option<DiskSpec>> {
@@ -39,11 +43,10 @@ impl Godwit {
             Ok(Some(DiskSpec { image: Some(image), ..DiskSpec::new(format!("shared/{name}").parse()?, DiskFormat::Qcow2) }))
         };
         let names: Vec<String> = (1..=scenario.guests()).map(|number| format!("wanderer{number}")).collect();
-        let [home, _] = HOSTS;
-        let mut guests = Vec::new();
-        for name in &names {
-            let guest = GuestSpec {
-                name: name.clone(),
+        let [home, away] = HOSTS;
+        let guest = |name: &str| -> Result<GuestSpec> {
+            Ok(GuestSpec {
+                name: name.to_owned(),
                 memory: scenario.memory(),
                 vcpus: 1,
                 disks: disk_of(name)?.into_iter().collect(),
@@ -52,9 +55,12 @@ impl Godwit {
                 knobs: scenario.knobs(),
                 cloud_init: None,
                 addressed: false,
-            };
-            guests.push((guest, home));
+            })
+        };
+        if image.is_some() {
+            cluster.visit(&guest(BEFORE)?, away)?;
         }
+        let guests = names.iter().map(|name| Ok((guest(name)?, home))).collect::<Result<Vec<_>>>()?;
         guests.chunks(BOOTING).try_for_each(|guests| cluster.boot_all(guests))?;
         let addresses = names.iter().map(|name| Ok(cluster.guest(name)?.address)).collect::<Result<_>>()?;
         set_links(cluster.lab(), link)?;
@@ -105,6 +111,15 @@ impl Godwit {
             thread::sleep(ASK);
         }
     }
+}
+
+/// Imports our Debian as an image that is not compressed: those are indexed.
+fn import_debian(cluster: &mut Cluster) -> Result<Name> {
+    let CloudImage { disk, .. } = cloud_image()?;
+    let dir = tempfile::tempdir()?;
+    let plain = dir.path().join("plain.qcow2");
+    run("qemu-img", &["convert", "-O", "qcow2", text(&disk)?, text(&plain)?])?;
+    cluster.import_debian_from(&plain).map(|[_, _, image]| image)
 }
 
 impl Mover for Godwit {
