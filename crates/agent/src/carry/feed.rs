@@ -84,6 +84,8 @@ enum Section {
 #[derive(Clone, Copy, Debug, Default)]
 struct Waited {
     qemu: Duration,
+    /// QEMU had nothing to send.
+    idle: Duration,
     compression: Duration,
     link: Duration,
     /// Less was left to do for the destination.
@@ -109,7 +111,9 @@ pub(super) struct Feed<'a> {
     section: Section,
     /// A part was begun for the destination's QEMU, since it has a page that its carry does not place.
     part_open: bool,
-    /// Nothing that was read lately was a page, or anything else that a destination needs.
+    /// The section has had no page so far.
+    part_empty: bool,
+    /// The last section had none: QEMU has nothing to send.
     idle: bool,
     /// RAM is through: from here on all is device state, and the VM stands still.
     ended: bool,
@@ -156,6 +160,7 @@ impl<'a> Feed<'a> {
             section: Section::None,
             part_open: false,
             idle: false,
+            part_empty: false,
             ended: false,
             own,
             images,
@@ -176,7 +181,7 @@ impl<'a> Feed<'a> {
         let first = Instant::now();
         let mut began = first;
         while let Some(count) = self.read(qemu).await? {
-            let in_pass = !std::mem::replace(&mut self.idle, true);
+            let in_pass = !self.idle;
             while let Some(element) = self.reader.next_element()? {
                 if let Element::RamStart(start) = &element
                     && let Some(holdings) = holdings.take()
@@ -212,10 +217,12 @@ impl<'a> Feed<'a> {
                 self.wait_for_room().await;
                 tokio::task::yield_now().await;
             }
+            let began = Instant::now();
             tokio::select! {
                 () = self.pump.pause(self.idle_pause) => self.idle_pause = (self.idle_pause * 2).min(LONGEST_PAUSE),
                 Some(told) = self.pieces.recv() => self.on_pieces(&told),
             }
+            self.waited.idle += began.elapsed();
         }
         loop {
             // One answer for each read, which found room.
@@ -373,9 +380,10 @@ impl<'a> Feed<'a> {
 
     fn pass(&mut self, element: Element) -> Result<(), FeedError> {
         match &element {
-            Element::PartBegin => self.section = Section::Part,
+            Element::PartBegin => (self.section, self.part_empty) = (Section::Part, true),
             Element::PartEnd => {
                 self.section = Section::None;
+                self.idle = self.part_empty;
                 if std::mem::take(&mut self.part_open) {
                     self.writer.write(&element, &mut self.forward)?;
                 }
@@ -385,7 +393,7 @@ impl<'a> Feed<'a> {
                 }
             }
             Element::Page { block, page, content } => {
-                (self.idle, self.idle_pause) = (false, FIRST_PAUSE);
+                (self.part_empty, self.idle, self.idle_pause) = (false, false, FIRST_PAUSE);
                 let place = self.placed.get(usize::from(block.0)).copied().flatten();
                 let page = u32::try_from(*page).ok();
                 match (place, page, &mut self.encoder) {
