@@ -17,7 +17,7 @@ use godwit_vault::StayKey;
 use tokio::sync::mpsc;
 
 use super::actor::{Actor, Answer, Moving, RETRY, qemu_failed};
-use super::moving::{Watch, millis, tell};
+use super::moving::{Told, Watch, millis, tell};
 use super::placement::Access;
 use crate::carry::{CarryClient, CarryNotice, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
@@ -46,6 +46,7 @@ pub(super) struct DestinationMove {
     settled: bool,
     cont_refused: Option<Refusal>,
     announced: bool,
+    told_peer: Told,
 }
 
 impl DestinationMove {
@@ -61,6 +62,7 @@ impl DestinationMove {
             settled: false,
             cont_refused: None,
             announced: false,
+            told_peer: Told::default(),
         }
     }
 
@@ -249,12 +251,16 @@ impl Actor {
         match action {
             DestinationAction::Wait(wait) => Some(Duration::from_millis(wait.get())),
             DestinationAction::Tell(message, wait) => {
-                if let Some(Moving::Destination(moving)) = &self.moving
+                let wait = Duration::from_millis(wait.get());
+                if let Some(Moving::Destination(moving)) = &mut self.moving
                     && let Some(source) = &moving.grant.source
                 {
+                    if let Err(rest) = moving.told_peer.is_due(&message, wait) {
+                        return Some(rest);
+                    }
                     tell(&self.host, moving.carry.as_ref(), &moving.grant, source, message);
                 }
-                Some(Duration::from_millis(wait.get()))
+                Some(wait)
             }
             DestinationAction::Record(next) => {
                 let declines = matches!(next, DestinationRecord::Declined { .. });

@@ -1,5 +1,6 @@
 //! What both sides of a move share: how QEMU and carry are looked at, and how the peer is told.
 
+use std::mem::{self, Discriminant};
 use std::time::{Duration, Instant};
 
 use godwit_link::statement::grant_digest;
@@ -42,6 +43,24 @@ fn say(host: &SharedHost, carry: Option<&CarryClient>, task: TaskId, to: &Name, 
             host.controller.send(Body::Peer(v1::Peer { task: task.to_string(), host: to.to_string(), message }));
         }
         Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "the other agent cannot be told"),
+    }
+}
+
+/// What the peer was told last. A fact is repeated when it was not answered for long, and not whenever something else happens: each is signed, and
+/// the other side looks at each, which it does while the VM has just begun to run.
+#[derive(Debug, Default)]
+pub(super) struct Told(Option<(Discriminant<PeerMessage>, Instant)>);
+
+impl Told {
+    /// Whether this is to be told now; if not, how long to wait until it is told again.
+    pub(super) fn is_due(&mut self, message: &PeerMessage, every: Duration) -> Result<(), Duration> {
+        let kind = mem::discriminant(message);
+        let rest = self.0.filter(|(told, _)| *told == kind).map_or(Duration::ZERO, |(_, at)| every.saturating_sub(at.elapsed()));
+        if !rest.is_zero() {
+            return Err(rest);
+        }
+        self.0 = Some((kind, Instant::now()));
+        Ok(())
     }
 }
 
@@ -147,4 +166,20 @@ pub(super) fn carry_view(carry: Option<&CarryClient>) -> (CarryView, CarryStatus
         unanswered: Millis(status.unanswered_ms),
     };
     (view, status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fact_is_repeated_when_its_time_has_come_and_another_is_told_at_once() {
+        let (mut told, long) = (Told::default(), Duration::from_secs(3_600));
+        let running = |since| PeerMessage::Running { since: Millis(since) };
+        assert_eq!(told.is_due(&running(1), long), Ok(()));
+        assert!(told.is_due(&running(2), long).is_err_and(|rest| rest > Duration::from_secs(3_500)));
+        assert_eq!(told.is_due(&running(3), Duration::ZERO), Ok(()));
+        assert_eq!(told.is_due(&PeerMessage::Released, long), Ok(()));
+        assert!(told.is_due(&PeerMessage::Released, long).is_err());
+    }
 }

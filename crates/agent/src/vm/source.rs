@@ -21,7 +21,7 @@ use godwit_vault::StayKey;
 use tokio::sync::mpsc;
 
 use super::actor::{Actor, Moving, RETRY, qemu_failed};
-use super::moving::{Watch, carry_view, millis, tell};
+use super::moving::{Told, Watch, carry_view, millis, tell};
 use super::placement::Access;
 use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, PlacedBlock, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
@@ -60,6 +60,7 @@ pub(super) struct SourceMove {
     predicted: Option<Millis>,
     blackout: Option<Millis>,
     told: Option<(Instant, MigrationPhase, u16)>,
+    told_peer: Told,
     /// What carry was told to take of the wire at most.
     bandwidth: Option<Option<BytesPerSec>>,
     /// Key and places of the VM's memory, which is kept when it has left. The key is in no journal: an agent that began after the move has none.
@@ -85,6 +86,7 @@ impl SourceMove {
             predicted: None,
             blackout: None,
             told: None,
+            told_peer: Told::default(),
             bandwidth: None,
             keep: None,
         }
@@ -367,10 +369,14 @@ impl Actor {
             SourceAction::Wait(wait) => return Some(Duration::from_millis(wait.get())),
             SourceAction::End(outcome) => return self.end_source(outcome).await,
             SourceAction::Tell(message, wait) => {
-                if let Some(Moving::Source(moving)) = &self.moving {
+                let wait = Duration::from_millis(wait.get());
+                if let Some(Moving::Source(moving)) = &mut self.moving {
+                    if let Err(rest) = moving.told_peer.is_due(&message, wait) {
+                        return Some(rest);
+                    }
                     tell(&self.host, moving.carry.as_ref(), &moving.grant, &moving.grant.destination, message);
                 }
-                return Some(Duration::from_millis(wait.get()));
+                return Some(wait);
             }
             SourceAction::Record(next) => {
                 return (!self.record_source(next)).then_some(RETRY);
