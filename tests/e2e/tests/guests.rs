@@ -140,7 +140,8 @@ fn a_guest_takes_its_host_name_from_its_seed_and_keeps_the_seed_when_it_moves() 
 fn what_a_guest_has_read_of_its_image_does_not_travel_to_a_host_that_has_the_image() -> Result<()> {
     let mut cluster = ClusterSpec::new(2)?.up()?;
     cluster.import_guest_with_agent()?;
-    let mut noise = vec![0; 64 << 20];
+    // More than all else that is in the guest's memory, compressed.
+    let mut noise = vec![0; 96 << 20];
     std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut noise)?;
     let size = Bytes(noise.len() as u64);
     let image = Name::new("noise")?;
@@ -148,7 +149,7 @@ fn what_a_guest_has_read_of_its_image_does_not_travel_to_a_host_that_has_the_ima
     let of_image = |name: &str| {
         let volume = format!("shared/{name}").parse().expect("a volume");
         let disk = DiskSpec { image: Some(image.clone()), ..DiskSpec::new(volume, DiskFormat::Raw) };
-        GuestSpec::small(name).memory(Bytes::mib(256)).disk(disk)
+        GuestSpec::small(name).memory(Bytes::mib(320)).disk(disk)
     };
     cluster.boot_all(&[(of_image("web"), "h1"), (of_image("other"), "h2")])?;
     told(&cluster, "web", |facts| !facts.interfaces.is_empty())?;
