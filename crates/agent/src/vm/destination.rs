@@ -300,6 +300,7 @@ impl Actor {
             // Only QEMU's own refusal, or not having asked it, proves that nothing ran.
             Err(refusal) if refusal.retry == Retry::Safe => {
                 tracing::error!(message = refusal.message, "the VM was not let run here");
+                self.announcements.drain(..).for_each(|announcement| announcement.abort());
                 moving.cont_refused = Some(refusal);
                 None
             }
@@ -307,9 +308,10 @@ impl Actor {
         }
     }
 
+    /// Unless that is under way already.
     fn announce_by_host(&mut self) {
-        self.announcements.drain(..).for_each(|announcement| announcement.abort());
-        if let Some(record) = &self.record {
+        self.announcements.retain(|announcement| !announcement.is_finished());
+        if let Some(record) = self.record.as_ref().filter(|_| self.announcements.is_empty()) {
             self.announcements.extend(record.spec.nics.iter().map(|nic| self.host.network.announce(nic)));
         }
     }
