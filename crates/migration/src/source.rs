@@ -85,7 +85,7 @@ pub struct Source {
     held: bool,
     asked: bool,
     stopped: Option<Millis>,
-    /// Since when the blackout has been within the budget, and was worth shortening.
+    /// When the blackout was first within the budget, and worth shortening.
     within: Option<Millis>,
     giving_up: Option<Refusal>,
 }
@@ -258,7 +258,6 @@ impl Source {
             }
             return SourceAction::Stop;
         }
-        self.within = None;
         let near = blackout.get() < self.policy.max_blackout.get().saturating_mul(4);
         SourceAction::Wait(if near || qemu.remaining.get() < 64 << 20 { NEAR } else { IDLE })
     }

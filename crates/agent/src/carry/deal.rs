@@ -27,7 +27,7 @@ const LINGER: Duration = Duration::from_secs(3);
 pub(super) enum DealError {
     #[error("the peer's pages cannot be applied: {0}")]
     Apply(String),
-    #[error("an image of the destination has changed")]
+    #[error("an image is another here than at the source: one of the disks is damaged. This host forgets its copy: try again")]
     Image([u8; 32]),
     #[error("the memory of the destination's QEMU cannot be looked at: {0}")]
     Memory(#[from] io::Error),

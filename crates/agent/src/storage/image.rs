@@ -1,11 +1,11 @@
 //! The cache of images: files by the digest of their content. A file under a digest was verified before it got that name.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::{Stream, StreamExt};
 use godwit_model::{ErrorCode, ImageRef, Refusal, Retry};
@@ -30,6 +30,14 @@ struct Inner {
     directory: PathBuf,
     /// One lock per digest: the second who wants an image waits for the first.
     fetching: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Whose index is being made.
+    indexing: Mutex<HashSet<blake3::Hash>>,
+}
+
+impl Inner {
+    fn indexing(&self) -> MutexGuard<'_, HashSet<blake3::Hash>> {
+        self.indexing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// An image on this host.
@@ -63,7 +71,7 @@ impl ImageCache {
                 std::fs::remove_file(entry.path())?;
             }
         }
-        Ok(Self { inner: Arc::new(Inner { directory, fetching: Mutex::default() }) })
+        Ok(Self { inner: Arc::new(Inner { directory, fetching: Mutex::default(), indexing: Mutex::default() }) })
     }
 
     /// The file with exactly this content, mode 0444. It is fetched unless it is there; whoever asks meanwhile waits for it.

@@ -309,7 +309,7 @@ impl Actor {
     }
 
     /// Unless that is under way already.
-    fn announce_by_host(&mut self) {
+    pub(super) fn announce_by_host(&mut self) {
         self.announcements.retain(|announcement| !announcement.is_finished());
         if let Some(record) = self.record.as_ref().filter(|_| self.announcements.is_empty()) {
             self.announcements.extend(record.spec.nics.iter().map(|nic| self.host.network.announce(nic)));

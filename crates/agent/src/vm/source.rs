@@ -511,6 +511,10 @@ impl Actor {
             Outcome::Stayed(_) => {
                 self.own_again();
                 self.refresh().await;
+                // The destination may have announced it already.
+                if self.state == RunState::Running {
+                    self.announce_by_host();
+                }
             }
         }
         None

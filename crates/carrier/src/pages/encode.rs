@@ -173,7 +173,7 @@ impl Encoder {
         }
     }
 
-    /// Looks for what would have to be sent as a whole in these images, too.
+    /// Looks for what would have to be sent as a whole in these images, too, while pages may wait: the destination may have to read its disk.
     pub fn set_images(&mut self, images: Box<dyn Images>) {
         self.images = Some(images);
     }
@@ -205,7 +205,7 @@ impl Encoder {
         true
     }
 
-    /// Whether pages may wait for an answer of the destination. They do not at first.
+    /// Whether pages may wait for an answer of the destination, or for its disk. They do not at first.
     pub const fn set_asks(&mut self, asks: bool) {
         self.asks = asks;
     }
@@ -336,7 +336,7 @@ impl Encoder {
             let pieces = chosen(content, mask, &mut buffer);
             return self.batch.put(place.block, place.page, &Entry::Patch { mask, pieces, check });
         }
-        if let Some(from) = self.images.as_mut().and_then(|images| images.find(content)) {
+        if let Some(from) = self.images.as_mut().filter(|_| self.asks).and_then(|images| images.find(content)) {
             self.encoding.image += 1;
             return self.batch.put(place.block, place.page, &Entry::Copy { block: from.block, page: from.page, check });
         }

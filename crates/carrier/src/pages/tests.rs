@@ -146,6 +146,7 @@ impl Images for OneImage {
 fn what_an_image_holds_is_named_and_what_has_changed_since_is_patched() {
     let mut pair = Pair::new(&[20], EncoderLimits::default());
     pair.encoder.set_images(Box::new(OneImage));
+    pair.encoder.set_asks(true);
     pair.applier = Applier::new(Digester::new(&KEY), vec![20]).with_images(vec![2]);
     for page in 0..10 {
         pair.write(0, page, noise(IMAGE[page as usize % 2]));
@@ -159,6 +160,17 @@ fn what_an_image_holds_is_named_and_what_has_changed_since_is_patched() {
     pair.write(0, 0, noise(IMAGE[1]));
     assert!(pair.cost() < 60);
     assert_eq!(pair.encoder.encoding(), Encoding { image: 2, copy: 9, patch: 1, data: 1, ..Encoding::default() });
+    // Nothing waits for a disk any more.
+    pair.write(0, 0, noise(5));
+    pair.write(0, 1, noise(5));
+    let _ = pair.cost();
+    for page in (3..10).step_by(2).chain([2, 4, 6, 8, 0]) {
+        pair.write(0, page, [0; PAGE_SIZE]);
+    }
+    pair.encoder.set_asks(false);
+    pair.write(0, 11, noise(IMAGE[1]));
+    assert!(pair.cost() > PAGE_SIZE);
+    assert_eq!(pair.encoder.encoding().image, 2);
 }
 
 #[test]
@@ -166,6 +178,7 @@ fn an_image_that_is_another_or_too_short_is_found_out() {
     for (pages, wrong) in [(1, false), (2, true), (0, false)] {
         let mut pair = Pair::new(&[20], EncoderLimits::default());
         pair.encoder.set_images(Box::new(OneImage));
+        pair.encoder.set_asks(true);
         pair.applier = Applier::new(Digester::new(&KEY), vec![20]).with_images(vec![pages]);
         pair.write(0, 3, noise(IMAGE[1]));
         pair.destination.1 = wrong;

@@ -56,6 +56,10 @@ fn a_blackout_within_the_budget_is_shortened_for_a_moment_if_the_guest_lets_it()
     hot.qemu.as_mut().expect("alive").dirty_rate = Some(BytesPerSec(80 << 20));
     assert_eq!(source.clone().decide(SourceRecord::Offered, &hot), SourceAction::Stop, "it will not be shorter");
     let end = SourceView { now: Millis(2_000), ..near };
+    // A phase in which it is too long begins no new moment.
+    let mut long = end.clone();
+    long.qemu.as_mut().expect("alive").remaining = Bytes(1 << 30);
+    assert!(matches!(source.decide(SourceRecord::Offered, &long), SourceAction::Wait(_)));
     assert_eq!(source.decide(SourceRecord::Offered, &end), SourceAction::Stop, "a moment, no more");
 }
 

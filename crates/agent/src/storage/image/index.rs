@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use godwit_model::ImageRef;
 use godwit_vault::{ImageIndex, ImageIndexError};
@@ -45,22 +46,24 @@ impl ImageCache {
         match read.await {
             Ok(index) => Some(IndexedImage { image: file, index: index.into() }),
             Err(_) => {
+                // Missing, or damaged.
+                let _ = std::fs::remove_file(self.index_path(image)?);
                 self.index_later(image).await;
                 None
             }
         }
     }
 
-    /// Makes the index of an image of this cache, unless it is there, whenever there is time.
+    /// Makes the index of an image of this cache, unless it is there or being made, whenever there is time.
     pub(crate) async fn index_later(&self, image: &ImageRef) {
         let (Some(path), Ok(digest)) = (self.index_path(image), blake3::Hash::from_hex(&image.digest)) else { return };
         let Some(file) = self.find(image).await else { return };
+        if path.exists() || !self.inner.indexing().insert(digest) {
+            return;
+        }
         let partial = self.inner.directory.join(format!("{PARTIAL}{}", Uuid::new_v4()));
-        let id = image.id;
+        let (id, inner) = (image.id, Arc::clone(&self.inner));
         let work = move || {
-            if open_index(&path).and_then(|file| ImageIndex::read(&file)).is_ok() {
-                return;
-            }
             let made = make(&file.into(), *digest.as_bytes(), &partial).and_then(|()| std::fs::rename(&partial, &path));
             match made {
                 Ok(()) => tracing::info!(image = %id, "image indexed"),
@@ -69,18 +72,20 @@ impl ImageCache {
                     tracing::info!(image = %id, %error, "an image is not indexed");
                 }
             }
+            inner.indexing().remove(&digest);
         };
         if let Err(error) = background::spawn("index", work) {
+            self.inner.indexing().remove(&digest);
             tracing::info!(image = %id, %error, "an image is not indexed");
         }
     }
 
-    /// What is here under the digest is something else: it is fetched anew when it is wanted.
+    /// What is here under the digest differs from what another host has under it: it is fetched anew when it is wanted.
     pub(crate) async fn forget(&self, digest: &blake3::Hash) {
         let path = self.inner.directory.join(digest.to_hex().as_str());
         let removed =
             blocking(move || std::fs::remove_file(path).map_err(|error| refusal::system("remove an image", &error))).await;
-        tracing::error!(%digest, ?removed, "an image of this host has changed; it is fetched anew when it is wanted");
+        tracing::error!(%digest, ?removed, "an image is another here than where the VM is: one of the disks is damaged; this copy is fetched anew when it is wanted");
     }
 
     fn index_path(&self, image: &ImageRef) -> Option<PathBuf> {
