@@ -14,6 +14,8 @@ use tonic::transport::{Channel, Endpoint, Uri};
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 const KEEP_ALIVE_LIMIT: Duration = Duration::from_secs(10);
+/// What may be under way of an image: 50 MB/s where a round trip takes 80 ms.
+const WINDOW: u32 = 4 << 20;
 
 /// Why there is no channel.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +61,8 @@ pub(crate) async fn dial(controller: &str, config: rustls::ClientConfig) -> Resu
     let endpoint = Endpoint::from_shared(uri)
         .map_err(|_| DialError::Address(controller.to_owned()))?
         .connect_timeout(DIAL_LIMIT)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE_LIMIT)
         .keep_alive_while_idle(true);

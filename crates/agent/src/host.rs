@@ -27,6 +27,7 @@ use crate::network::HostNetwork;
 use crate::nodes::MemoryNode;
 use crate::peers::Peers;
 use crate::storage::{ImageCache, Pools};
+use crate::turns::Turns;
 use crate::vm::Uids;
 
 /// Shared by everything in one agent.
@@ -50,6 +51,8 @@ pub(crate) struct Host {
     pub(crate) reports: Mutex<BTreeMap<VmId, v1::VmReport>>,
     pub(crate) peers: Peers,
     pub(crate) budget: Budget,
+    /// Which of the VMs that leave may stand still.
+    pub(crate) turns: Turns,
     /// A VM's QEMU has ended, and its taps with it.
     pub(crate) interfaces_ended: Notify,
 }

@@ -26,6 +26,7 @@ mod seed;
 mod session;
 mod storage;
 mod tls;
+mod turns;
 mod vm;
 
 use std::collections::BTreeMap;
@@ -191,6 +192,7 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
         reports: Mutex::default(),
         peers: peers::Peers::default(),
         budget: budget::Budget::default(),
+        turns: turns::Turns::default(),
         interfaces_ended: Notify::new(),
     });
     let vms = Registry::begin(Arc::clone(&host), records.into_values());

@@ -21,7 +21,8 @@ const SPAN: Duration = Duration::from_millis(300);
 /// How many of those are remembered for the window: the best of some seconds counts, else a window that is too small would measure what it lets through, and
 /// stay so.
 const RATES: usize = 8;
-/// At first the window is twice as large, until so many rates in a row were hardly better than the best before. Later it is a quarter larger for one rate in
+/// At first the window is three times as large, until so many rates in a row were hardly better than the best before: TCP's BBR begins with 2.9 times the
+/// rate that it knows, and learns of no limit, whatever is lost, as long as it is not given so much to send. Later it is a quarter larger for one rate in
 /// [`RATES`]: a link that takes more shows it only when it is given more.
 const FLAT: u8 = 3;
 /// Round trips that are remembered; the shortest of them counts, so that one that waited (in a queue, or for a process that stood still)
@@ -109,7 +110,7 @@ impl Window {
         let time = self.round_trip() + QUEUE;
         let rate = self.rates.iter().max().copied().unwrap_or_default();
         let percent = match (self.flat < FLAT, self.next_rate) {
-            (true, _) => 200,
+            (true, _) => 300,
             (false, 0) => 125,
             (false, _) => 100,
         };
@@ -247,7 +248,7 @@ mod tests {
         window.on_applied(100 * MIB, 0, Duration::from_secs(1));
         assert_eq!(window.rate(), 100 * MIB);
         let limit = 100 * MIB * 90 / 1_000;
-        assert_eq!(window.limit(), 2 * limit, "twice 40 ms round trip + 50 ms, at first");
+        assert_eq!(window.limit(), 3 * limit, "three times 40 ms round trip + 50 ms, at first");
         let mut limits = vec![];
         for second in 1..20 {
             let now = Duration::from_secs(second);
@@ -256,7 +257,7 @@ mod tests {
             limits.push(window.limit() * 100 / limit);
         }
         let mut expected = [100; 19];
-        (expected[0], expected[1]) = (200, 200);
+        (expected[0], expected[1]) = (300, 300);
         (expected[6], expected[14]) = (125, 125);
         assert_eq!(limits, expected);
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use godwit_model::BytesPerSec;
+use godwit_model::{BytesPerSec, Millis};
 use godwit_qemu::cage::{self, CagePlan, KeptLog, Launcher, Network, PassedFds, Profile, SpawnError, relay};
 use godwit_qemu::process::{AdoptError, Exit, ProcessIdentity, QemuProcess};
 use rustix::fs::MemfdFlags;
@@ -134,6 +134,12 @@ impl CarryClient {
     /// The VM is about to be stopped, or stands still.
     pub(crate) fn hurry(&self) {
         let _ = self.to_carry.try_send(ToCarry::Hurry);
+    }
+
+    /// Has it read nothing from QEMU for so long, or go on with 0; the VM's own hurry overrides it.
+    pub(crate) fn holder(&self) -> impl Fn(Duration) + Send + use<> {
+        let to_carry = self.to_carry.clone();
+        move |time| drop(to_carry.try_send(ToCarry::Hold(Millis(time.as_millis().try_into().unwrap_or(u64::MAX)))))
     }
 
     /// What it may take of the wire from here on. Whether it will be told.

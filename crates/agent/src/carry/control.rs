@@ -158,6 +158,8 @@ pub(super) enum ToCarry {
     Peer(Box<serde_json::value::RawValue>),
     /// The VM is about to be stopped, or stands still.
     Hurry,
+    /// Read nothing from QEMU for so long; 0: go on.
+    Hold(Millis),
     /// What it may take of the wire from here on.
     Bandwidth(Option<BytesPerSec>),
     /// End the process.

@@ -343,6 +343,7 @@ async fn answer_agent(
                 match serde_json::from_str(&line) {
                     Ok(ToCarry::Peer(message)) => drop(to_peer.try_send(Bytes::from(message.get().to_owned()))),
                     Ok(ToCarry::Hurry) => pump.hurry(),
+                    Ok(ToCarry::Hold(time)) => pump.hold(Duration::from_millis(time.get())),
                     Ok(ToCarry::Bandwidth(bandwidth)) => pump.set_bandwidth(bandwidth),
                     Ok(ToCarry::Quit) => return true,
                     Err(_) => return false,

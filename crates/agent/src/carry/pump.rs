@@ -82,6 +82,8 @@ pub(super) struct Pump {
     to_agent: mpsc::Sender<Bytes>,
     hurried: Cell<bool>,
     hurry: Notify,
+    /// Until when nothing is read from QEMU.
+    held_until: Cell<Option<Instant>>,
     stream_bytes: Cell<u64>,
     /// What goes from QEMU through this process, whatever takes the time but the link.
     speed: Cell<Speed>,
@@ -153,6 +155,7 @@ impl Pump {
             to_agent,
             hurried: Cell::new(false),
             hurry: Notify::new(),
+            held_until: Cell::new(None),
             stream_bytes: Cell::new(0),
             speed: Cell::default(),
             look_speed: Cell::default(),
@@ -216,6 +219,17 @@ impl Pump {
     pub(super) fn hurry(&self) {
         self.hurried.set(true);
         self.hurry.notify_one();
+        self.room.notify_one();
+    }
+
+    /// Nothing is read from QEMU for so long, unless there is hurry.
+    pub(super) fn hold(&self, time: Duration) {
+        self.held_until.set(Instant::now().checked_add(time));
+        self.room.notify_one();
+    }
+
+    fn is_held_until(&self) -> Option<Instant> {
+        self.held_until.get().filter(|until| !self.hurried.get() && *until > Instant::now())
     }
 
     pub(super) fn is_hurried(&self) -> bool {
@@ -306,14 +320,21 @@ impl Pump {
 
     /// Waits until more may be sent: read from QEMU, or answered.
     pub(super) async fn wait_for_room(&self) {
-        while !self.session.borrow().window().has_room() {
-            self.room.notified().await;
+        loop {
+            let held_until = self.is_held_until();
+            if held_until.is_none() && self.session.borrow().window().has_room() {
+                return;
+            }
+            tokio::select! {
+                () = self.room.notified() => {}
+                () = tokio::time::sleep_until(held_until.unwrap_or_else(Instant::now)), if held_until.is_some() => {}
+            }
         }
     }
 
-    /// Whether there is no room because of the link, rather than of the work that is left to the destination.
+    /// Whether there is no room because of the link, or of another move, rather than of the work that is left to the destination.
     pub(super) fn is_link_full(&self) -> bool {
-        self.session.borrow().window().is_link_full()
+        self.is_held_until().is_some() || self.session.borrow().window().is_link_full()
     }
 
     /// A frame of the peer's that took `size` bytes is off the queue. It is acknowledged unless it came to nothing.

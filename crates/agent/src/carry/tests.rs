@@ -798,3 +798,21 @@ async fn a_silent_stranger_does_not_keep_the_source_waiting() {
         })
         .await;
 }
+
+#[tokio::test]
+async fn a_move_that_is_held_reads_nothing_until_its_time_is_over_it_may_go_on_or_its_vm_stops() {
+    let (pump, _frames) = Pump::new(Side::Source, IDENTITY, PATIENT, None, mpsc::channel(1).0);
+    let long = Duration::from_secs(3_600);
+    let has_room_within = async |millis| tokio::time::timeout(Duration::from_millis(millis), pump.wait_for_room()).await.is_ok();
+    assert!(has_room_within(0).await);
+    pump.hold(long);
+    assert!(!has_room_within(50).await && pump.is_link_full(), "no fault of the destination's");
+    pump.hold(Duration::from_millis(50));
+    assert!(has_room_within(60_000).await && !pump.is_link_full(), "by itself");
+    pump.hold(long);
+    pump.hold(Duration::ZERO);
+    assert!(has_room_within(0).await);
+    pump.hold(long);
+    pump.hurry();
+    assert!(has_room_within(0).await);
+}

@@ -26,6 +26,7 @@ use super::placement::Access;
 use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, PlacedBlock, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Outgoing};
+use crate::turns::Seat;
 
 /// The name under which QEMU holds the socket to carry.
 const MIGRATION_FD: &str = "godwit-migration";
@@ -37,6 +38,8 @@ const UNLIMITED: BytesPerSec = BytesPerSec(16 << 30);
 const LATE: Millis = Millis(1);
 /// A sample takes a second; on a host without a free core, some.
 const SAMPLE_LIMIT: Duration = Duration::from_secs(10);
+/// How often to ask whether another VM's turn is over.
+const TURN: Millis = Millis(5);
 const PROGRESS_EVERY: Duration = Duration::from_millis(300);
 
 /// The volatile half of a move away from here.
@@ -54,6 +57,8 @@ pub(super) struct SourceMove {
     /// How long QEMU may take to stop the VM.
     stop_limit: Duration,
     stopped: Option<Instant>,
+    /// Its turn is from the stop until the VM runs on its new host, or here again.
+    seat: Option<Seat>,
     /// Carry knows that the VM stands still.
     hurried: bool,
     /// The blackout as it was predicted when the VM was stopped, and as it was.
@@ -68,7 +73,8 @@ pub(super) struct SourceMove {
 }
 
 impl SourceMove {
-    fn new(grant: Grant, policy: MigrationPolicy, carry: Option<CarryClient>, held: bool) -> Self {
+    fn new(host: &SharedHost, grant: Grant, policy: MigrationPolicy, carry: Option<CarryClient>, held: bool) -> Self {
+        let seat = carry.as_ref().map(|carry| host.turns.join(grant.vm, carry.holder()));
         let machine = Source::new(policy, grant.expires, Millis(0)).held(held);
         Self {
             grant,
@@ -82,6 +88,7 @@ impl SourceMove {
             held,
             stop_limit: Duration::from_millis(policy.stop_limit.get()),
             stopped: None,
+            seat,
             hurried: false,
             predicted: None,
             blackout: None,
@@ -101,7 +108,12 @@ impl SourceMove {
                 .inspect(CarryClient::hurry)
                 .ok()
         });
-        Self::new(outgoing.grant.clone(), outgoing.policy, carry, outgoing.held)
+        Self::new(host, outgoing.grant.clone(), outgoing.policy, carry, outgoing.held)
+    }
+
+    /// Whether the VM may be stopped now. A QEMU that may switch over by itself cannot wait.
+    fn take_turn(&self, now: Instant) -> bool {
+        self.seat.as_ref().is_none_or(|seat| seat.take(now)) || !self.held
     }
 
     pub(super) fn on_peer(&mut self, peer: &Peer) {
@@ -111,6 +123,7 @@ impl SourceMove {
         match &peer.message {
             PeerMessage::Declined { reason } => self.declined = Some(reason.clone()),
             PeerMessage::Running { since } => {
+                self.seat.iter().for_each(Seat::end);
                 if self.running.is_none() {
                     self.running = Some(*since);
                     let (view, _) = carry_view(self.carry.as_ref());
@@ -171,7 +184,7 @@ impl Actor {
         };
         match begun.await {
             Ok((carry, held, blocks)) => {
-                let moving = SourceMove::new(grant, policy, Some(carry), held);
+                let moving = SourceMove::new(&self.host, grant, policy, Some(carry), held);
                 let keep = memory_key.zip(blocks);
                 self.moving = Some(Moving::Source(Box::new(SourceMove { keep, ..moving })));
                 Ok(())
@@ -309,12 +322,19 @@ impl Actor {
         if moving.machine.stopped().is_some() && !std::mem::replace(&mut moving.hurried, true) {
             moving.carry.iter().for_each(CarryClient::hurry);
         }
+        let now = Instant::now();
+        let action = match action {
+            SourceAction::Stop if !moving.take_turn(now) => SourceAction::Wait(TURN),
+            SourceAction::ContinueVm => {
+                moving.seat.iter().for_each(Seat::end);
+                action
+            }
+            _ => action,
+        };
         if !matches!(action, SourceAction::Wait(_) | SourceAction::Tell(..)) {
             tracing::info!(?action, qemu = ?view.qemu, rate = %view.carry.rate, "source");
         }
-        if action == SourceAction::Stop
-            && let Some(Moving::Source(moving)) = &mut self.moving
-        {
+        if action == SourceAction::Stop {
             moving.predicted = predicted_blackout(&view);
         }
         self.share_bandwidth();
