@@ -1,5 +1,5 @@
 //! Builds what `cargo xtask bench` needs, Godwit as it is released, and starts the program that measures:
-//! `tests/e2e/src/bin/bench-migration.rs`.
+//! `tests/e2e/src/bin/bench-migration.rs` or `bench-prediction.rs`.
 
 use std::path::Path;
 
@@ -9,22 +9,23 @@ use crate::ci::{images, is_root, runner};
 
 /// True when everything was measured.
 pub(crate) fn run(root: &Path, arguments: &[String]) -> Result<bool> {
-    let Some((kind, rest)) = arguments.split_first().filter(|(kind, _)| *kind == "migration") else {
-        bail!("there is one kind of bench: cargo xtask bench migration");
+    let Some((kind, rest)) = arguments.split_first().filter(|(kind, _)| matches!(kind.as_str(), "migration" | "prediction")) else {
+        bail!("there are two kinds of bench: cargo xtask bench migration, cargo xtask bench prediction");
     };
+    let bench = format!("bench-{kind}");
     if !is_root() {
         bail!("a bench makes network namespaces and needs root");
     }
     let mut environment = images::guest(root)?;
     environment.extend(images::other_qemu(root)?);
-    for (package, program) in [("godwit", "godwit"), ("godwit-e2e", "bench-migration")] {
+    for (package, program) in [("godwit", "godwit"), ("godwit-e2e", bench.as_str())] {
         let build = ["build", "--locked", "--release", "--package", package, "--bin", program];
         if !runner::cargo(root).args(build).status()?.success() {
             bail!("{program} does not build");
         }
     }
     let built = runner::target(root).join("release");
-    let mut bench = std::process::Command::new(built.join(format!("bench-{kind}")));
+    let mut bench = std::process::Command::new(built.join(&bench));
     bench.args(rest).current_dir(root).envs(environment).env("GODWIT_BIN", built.join("godwit"));
     Ok(bench.status().context("run the bench")?.success())
 }

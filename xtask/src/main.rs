@@ -26,6 +26,8 @@ Commands:
                        real faults at random moments of real moves, judged from outside: docs/reliability.md
   bench migration [--pairs N] [--scenario A,R] [--link 200mbit] [--system godwit,…] [--quick] [--table] [--out FILE]
                        Godwit and QEMU's own ways to migrate, on the same guests and links: docs/measurements.md
+  bench prediction [--moves N] [--link RATE] [--out FILE]
+                       what moves were forecast to cost beside what they cost: docs/measurements.md
   help                 this text
 
 Steps of ci, in order: images, fmt, clippy, test, doctest, e2e, tidy, deny";

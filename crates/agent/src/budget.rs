@@ -58,6 +58,7 @@ impl Budget {
         let mut inner = self.lock();
         let Inner { told, moves } = &mut *inner;
         let this = moves.entry(vm).or_insert(Move { own, sent: (now, sent), used: None, least: u64::MAX, share: u64::MAX });
+        this.own = own;
         let time = now.saturating_duration_since(this.sent.0);
         if time >= SPAN {
             let bytes = sent.saturating_sub(this.sent.1);
@@ -148,6 +149,9 @@ mod tests {
         // A policy of its own keeps one below its share.
         assert_eq!(share(3, Some(10 * MB), 0, 1), 10 * MB);
         assert_eq!(share(2, None, 50 * MB, 1), 81 * MB);
+        // Which may change.
+        assert_eq!((share(3, Some(20 * MB), 0, 1), share(2, None, 50 * MB, 1)), (20 * MB, 71 * MB));
+        assert_eq!((share(3, Some(10 * MB), 0, 1), share(2, None, 50 * MB, 1)), (10 * MB, 81 * MB));
         // Changed while they run; and when two are over, the third gets all.
         budget.set(Some(BytesPerSec(10 * MB)));
         assert!(share(2, None, 60 * MB, 1) < 5 * MB);

@@ -48,7 +48,7 @@ mod tests {
     use std::net::SocketAddr;
 
     use godwit_link::certificate::host_dns_name;
-    use godwit_model::{Generation, MigrationPolicy, TaskId, VmId};
+    use godwit_model::{Generation, MigrationPolicy, PastMoves, TaskId, VmId};
 
     use super::*;
     use crate::tls::tests::certified;
@@ -99,6 +99,7 @@ mod tests {
             address: SocketAddr::from(([127, 0, 0, 1], 1)),
             policy: MigrationPolicy::default(),
             memory_key: None,
+            past: PastMoves::default(),
         };
         assert_eq!(check(&command, &name("h1"), NOW), Ok(()));
         let code = |me: &str, now| check(&command, &name(me), now).expect_err("refused").code;

@@ -228,8 +228,8 @@ impl Sessions {
 
     fn on_command(self: &Arc<Self>, command: v1::Command, epoch: Epoch) {
         let id = command.id;
-        if matches!(command.action, Some(Action::ExecStatus(_))) {
-            // A question, asked often: its answer is not remembered, and takes the place of none that must be.
+        if matches!(command.action, Some(Action::ExecStatus(_) | Action::Forecast(_))) {
+            // A question, asked again and again: its answer is not remembered, and takes the place of none that must be.
             let this = Arc::clone(self);
             tokio::spawn(async move {
                 let reply = reply(id, this.carry_out_in(command, epoch).await);
@@ -364,9 +364,19 @@ fn vm_command(
             let port = u16::try_from(migrate.carry_port).map_err(|_| malformed("carry_port"))?;
             let policy = decode("policy", &migrate.policy)?;
             let memory_key = stays::key(&migrate.memory_key);
-            (grant.vm, VmCommand::Migrate { grant, address: SocketAddr::new(ip, port), policy, memory_key })
+            // What it is expected to cost is no reason not to move.
+            let past = decode("past", &migrate.past).unwrap_or_default();
+            (grant.vm, VmCommand::Migrate { grant, address: SocketAddr::new(ip, port), policy, memory_key, past })
+        }
+        Action::Forecast(forecast) => {
+            let (vm, generation) = owned(&forecast.vm, forecast.generation)?;
+            (vm, VmCommand::Forecast { generation, request: decode("request", &forecast.request)? })
         }
         Action::Cancel(cancel) => (convert::vm_id(&cancel.vm)?, VmCommand::Cancel { task: convert::task_id(task)? }),
+        Action::Bandwidth(set) => {
+            let bandwidth = Some(set.bandwidth).filter(|bandwidth| *bandwidth > 0).map(BytesPerSec);
+            (convert::vm_id(&set.vm)?, VmCommand::SetBandwidth { task: convert::task_id(task)?, bandwidth })
+        }
         Action::Settle(settle) => (
             convert::vm_id(&settle.vm)?,
             VmCommand::Settle { task: convert::task_id(task)?, generation: Generation(settle.generation) },

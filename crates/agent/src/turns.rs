@@ -42,7 +42,11 @@ pub(crate) struct Seat {
 impl Turns {
     /// The VM is about to leave; `hold` has its memory wait.
     pub(crate) fn join(&self, vm: VmId, hold: impl Fn(Duration) + Send + 'static) -> Seat {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).moves.insert(vm, Box::new(hold));
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, since)) = inner.turn {
+            hold(LONGEST.saturating_sub(since.elapsed()));
+        }
+        inner.moves.insert(vm, Box::new(hold));
         Seat { vm, inner: Arc::clone(&self.inner) }
     }
 }

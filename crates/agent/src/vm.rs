@@ -11,6 +11,7 @@
 mod actor;
 mod change;
 mod destination;
+mod forecast;
 mod images;
 mod moving;
 mod placement;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use eventsource_stream::Eventsource;
 use futures::{Stream, StreamExt};
 use godwit_model::guest::EXEC_TIMEOUT;
-use godwit_model::{ErrorCode, ExecOutcome, ImportFormat, Name, Refusal, Retry, TaskId, TokenId, VmSpec};
+use godwit_model::{BytesPerSec, ErrorCode, ExecOutcome, ImportFormat, Name, Refusal, Retry, TaskId, TokenId, VmSpec};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde::Serialize;
@@ -403,6 +403,11 @@ impl Client {
     /// Cancels a task; answers the task as it is then.
     pub async fn cancel_task(&self, task: TaskId) -> Result<v1::Task> {
         self.post(&format!("/tasks/{task}/cancel"), &()).await
+    }
+
+    /// Changes what a migration may take of the wire; answers the task as it is then.
+    pub async fn set_task_bandwidth(&self, task: TaskId, bandwidth: Option<BytesPerSec>) -> Result<v1::Task> {
+        self.post(&format!("/tasks/{task}/bandwidth"), &v1::TaskBandwidth { bandwidth }).await
     }
 
     /// Every team.

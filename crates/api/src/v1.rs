@@ -3,8 +3,8 @@
 use godwit_model::guest::EXEC_TIMEOUT;
 use godwit_model::{
     Accelerator, Activity, Bytes, BytesPerSec, ExecRequest, Generation, GuestFacts, HostFacts, HostLoad, ImageId, ImageKind,
-    ImportFormat, InterfaceDrops, MigrationFigures, MigrationPolicy, MigrationProgress, Millis, Name, NetworkId, NetworkKind,
-    Octets, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
+    ImportFormat, InterfaceDrops, MigrationFigures, MigrationForecast, MigrationPolicy, MigrationProgress, Millis, Name, NetworkId,
+    NetworkKind, Octets, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -440,6 +440,16 @@ pub struct HostSet {
     pub migration_bandwidth: Option<BytesPerSec>,
 }
 
+/// Asks for another limit of a migration under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TaskBandwidth {
+    /// What it may take of the wire, in bytes per second; null is no limit but the host's. To be given, since what is left out must not lift a limit.
+    #[serde(deserialize_with = "Option::deserialize")]
+    #[schema(required = true)]
+    pub bandwidth: Option<BytesPerSec>,
+}
+
 /// Asks for a change of a network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -480,6 +490,9 @@ pub struct Task {
     /// How far work on content is.
     #[serde(default)]
     pub transfer: Option<Transfer>,
+    /// What a migration that was only described would cost; the trail says why if that is not known.
+    #[serde(default)]
+    pub forecast: Option<MigrationForecast>,
     /// What a migration cost.
     pub figures: Option<MigrationFigures>,
     /// Why it failed or was cancelled.

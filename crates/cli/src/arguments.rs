@@ -1,8 +1,10 @@
 //! The tree of commands. What a verb takes is in its own file.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
+use godwit_model::BytesPerSec;
 
 use crate::commands::{cluster, completions, context, event, host, image, lab, network, pool, task, team, token, vm};
 use crate::daemon::{agent, serve};
@@ -21,7 +23,7 @@ Where they run:
   network      Layer-2 networks of VMs across hosts
 
 What happens:
-  task         Long work: follow, wait for, cancel
+  task         Long work: follow, wait for, limit, cancel
   event        Changes as they happen
 
 Who may do what:
@@ -65,7 +67,7 @@ pub(crate) enum Command {
     Pool(Noun<pool::Verb>),
     /// Layer-2 networks of VMs across hosts
     Network(Noun<network::Verb>),
-    /// Long work: follow, wait for, cancel
+    /// Long work: follow, wait for, limit, cancel
     Task(Noun<task::Verb>),
     /// Changes as they happen
     Event(Noun<event::Verb>),
@@ -119,6 +121,18 @@ pub(crate) struct ConnectionArgs {
     /// Trust this certificate of the cluster's authority (PEM) [env: GODWIT_CA_FILE]
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) ca_file: Option<PathBuf>,
+}
+
+/// A bandwidth, or none.
+#[derive(Clone, Copy)]
+pub(crate) struct Bandwidth(pub(crate) Option<BytesPerSec>);
+
+impl FromStr for Bandwidth {
+    type Err = <BytesPerSec as FromStr>::Err;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "none" { Ok(Self(None)) } else { text.parse().map(|limit| Self(Some(limit))) }
+    }
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use godwit_model::{
-    Accelerator, Bytes, CacheMode, ErrorCode, Firmware, HostFacts, HostLoad, Hyperv, Name, Numa, Platform, Refusal, ResolvedSpec,
-    Retry, VolumeRef,
+    Accelerator, Bytes, BytesPerSec, CacheMode, ErrorCode, Firmware, HostFacts, HostLoad, Hyperv, Name, Numa, Platform, Refusal,
+    ResolvedSpec, Retry, VolumeRef,
 };
 
 use crate::hub::Presence;
@@ -28,6 +28,18 @@ impl<'a> Candidate<'a> {
 
 /// Clocks that are off by more take a grant for older or younger than it is by a good part of its life.
 const MAX_SKEW: Duration = Duration::from_secs(60);
+
+/// With less a warm-up takes longer than anybody waits, and keep-alives fail.
+const LEAST_BANDWIDTH: BytesPerSec = BytesPerSec(1_000_000);
+
+/// Whether migrations get on with so much of the wire; none is no limit.
+pub(crate) fn enough_bandwidth(bandwidth: Option<BytesPerSec>) -> Result<(), Refusal> {
+    if bandwidth.is_some_and(|bandwidth| bandwidth < LEAST_BANDWIDTH) {
+        let refusal = Refusal::new(ErrorCode::BadRequest, format!("migrations would hardly get on below {LEAST_BANDWIDTH}"));
+        return Err(refusal.hint("give more, or null for no limit"));
+    }
+    Ok(())
+}
 
 fn known_word(accelerator: Accelerator) -> &'static str {
     match accelerator {

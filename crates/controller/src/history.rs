@@ -2,7 +2,7 @@
 //! transactions that change the VM, from the difference that they make.
 
 use godwit_api::v1::ReignEnd;
-use godwit_model::{RunState, UnixMillis};
+use godwit_model::{Name, PastMove, PastMoves, RunState, UnixMillis, VmId};
 
 use crate::clock;
 use crate::db::{Batch, Db, Fault, Stored};
@@ -10,6 +10,8 @@ use crate::rows::{HistoryRow, Reign, TaskRow, VmRow};
 
 /// Generations that are kept, the newest.
 const KEPT: usize = 200;
+/// Moves that a forecast learns from: what was longer ago says less.
+const LEARNED: usize = 8;
 
 /// Adds to `batch`, which takes the VM from `before` to `after`, what that means for its history. A generation that is issued in it is for `task`.
 pub(crate) async fn note(db: &Db, batch: Batch, before: &VmRow, after: &VmRow, task: Option<&TaskRow>) -> Result<Batch, Fault> {
@@ -22,6 +24,28 @@ pub(crate) async fn note(db: &Db, batch: Batch, before: &VmRow, after: &VmRow, t
         None if row.reigns.is_empty() => batch,
         None => batch.create(&row),
     })
+}
+
+/// The latest moves of a VM that is to go from `from` to `to`.
+pub(crate) async fn past_moves(db: &Db, vm: VmId, from: &Name, to: &Name) -> Result<PastMoves, Fault> {
+    let found = db.find::<HistoryRow>(&vm.to_string()).await?;
+    Ok(found.map(|found| moves_of(&found.row.reigns, from, to)).unwrap_or_default())
+}
+
+fn moves_of(reigns: &[Reign], from: &Name, to: &Name) -> PastMoves {
+    let ran: Vec<&Reign> = reigns.iter().filter(|reign| reign.began.is_some()).collect();
+    let had = |host: &Name, until: usize| ran.iter().take(until).any(|reign| reign.host == *host);
+    let moves = ran.windows(2).enumerate().filter_map(|(position, pair)| match pair {
+        [before, reign] => {
+            let same_way = before.host == *from && reign.host == *to;
+            reign.figures.map(|figures| PastMove { same_way, returned: had(&reign.host, position + 1), figures })
+        }
+        _ => None,
+    });
+    let mut moves: Vec<PastMove> = moves.collect();
+    moves.reverse();
+    moves.truncate(LEARNED);
+    PastMoves { returns: had(to, ran.len()), moves }
 }
 
 fn advance(reigns: &mut Vec<Reign>, before: &VmRow, after: &VmRow, task: Option<&TaskRow>, now: UnixMillis) {
@@ -76,7 +100,7 @@ fn advance(reigns: &mut Vec<Reign>, before: &VmRow, after: &VmRow, task: Option<
 
 #[cfg(test)]
 mod tests {
-    use godwit_model::{Generation, TaskId};
+    use godwit_model::{Generation, MigrationFigures, Millis, TaskId};
 
     use super::*;
     use crate::rows::PendingGrant;
@@ -134,5 +158,39 @@ mod tests {
                 (3, "h2", 5, Some(6), Some(7), Some(ReignEnd::Crashed)),
             ]
         );
+    }
+
+    #[test]
+    fn moves_that_were_done_are_told_with_the_way_they_went() {
+        let reign = |number: u64, host: &str, ran: bool, total: Option<u64>| Reign {
+            generation: Generation(number),
+            host: name(host),
+            granted: UnixMillis(number),
+            began: ran.then_some(UnixMillis(number)),
+            ended: None,
+            end: None,
+            task: None,
+            kind: String::new(),
+            principal: String::new(),
+            reason: None,
+            figures: total.map(|total| MigrationFigures { total: Millis(total), ..MigrationFigures::default() }),
+        };
+        let reigns = [
+            reign(1, "h1", true, None),
+            reign(2, "h3", false, None),
+            reign(3, "h2", true, Some(30)),
+            reign(4, "h1", true, Some(40)),
+        ];
+        let told = |from: &str, to: &str| {
+            let past = moves_of(&reigns, &name(from), &name(to));
+            let moves = past.moves.iter().map(|past| (past.same_way, past.returned, past.figures.total.get()));
+            (past.returns, moves.collect::<Vec<_>>())
+        };
+        assert_eq!(told("h1", "h2"), (true, vec![(false, true, 40), (true, false, 30)]));
+        assert_eq!(told("h2", "h1"), (true, vec![(true, true, 40), (false, false, 30)]));
+        assert_eq!(told("h1", "h3"), (false, vec![(false, true, 40), (false, false, 30)]), "granted, and never used");
+        let many: Vec<Reign> = (0..30).map(|number| reign(number, "h1", true, Some(number))).collect();
+        let past = moves_of(&many, &name("h1"), &name("h1"));
+        assert_eq!((past.moves.len(), past.moves[0].figures.total), (LEARNED, Millis(29)));
     }
 }

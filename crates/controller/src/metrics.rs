@@ -27,6 +27,7 @@ pub(crate) struct Metrics {
     duration: Histogram,
     blackout: Histogram,
     excess: Histogram,
+    error: Histogram,
     last: Family<[(&'static str, String); 3], Gauge<f64, AtomicU64>>,
 }
 
@@ -41,6 +42,8 @@ impl Metrics {
             duration: Histogram::new(exponential_buckets(1.0, 2.0, 13)),
             blackout: blackouts(),
             excess: blackouts(),
+            // A hundredth to five times.
+            error: Histogram::new(exponential_buckets(0.01, 2.0, 10)),
             last: Family::default(),
         };
         let registry = &mut metrics.registry;
@@ -58,6 +61,12 @@ impl Metrics {
             "By how much the blackout exceeded what was predicted at the stop; 0 where it did not",
             Unit::Seconds,
             metrics.excess.clone(),
+        );
+        registry.register_with_unit(
+            "migration_duration_error",
+            "By which part of the time that a migration took its forecast was off, either way",
+            Unit::Ratios,
+            metrics.error.clone(),
         );
         registry.register_with_unit(
             "vm_last_blackout",
@@ -79,6 +88,10 @@ impl Metrics {
             self.duration.observe(seconds(figures.total));
             self.blackout.observe(seconds(figures.blackout));
             self.last.get_or_create(&of_vm(&task.team, &task.subject, "actual")).set(seconds(figures.blackout));
+            if let Some(forecast) = figures.forecast {
+                let (took, expected) = (seconds(figures.total), seconds(forecast.total.expected));
+                self.error.observe((expected - took).abs() / took.max(0.001));
+            }
             if let Some(predicted) = figures.predicted_blackout {
                 self.last.get_or_create(&of_vm(&task.team, &task.subject, "predicted")).set(seconds(predicted));
                 self.excess.observe(seconds(Millis(figures.blackout.get().saturating_sub(predicted.get()))));

@@ -16,8 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use godwit_api::v1::{ReignEnd, Role, TaskNote, TaskState, Transfer};
 use godwit_model::{
     Activity, Bytes, BytesPerSec, Epoch, Generation, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
-    MigrationPolicy, MigrationProgress, Millis, Name, NetworkId, NetworkKind, Refusal, ResolvedSpec, RunState, TaskId, TokenId,
-    UnixMillis, VmId, VmSpec,
+    MigrationForecast, MigrationPolicy, MigrationProgress, Millis, Name, NetworkId, NetworkKind, Refusal, ResolvedSpec, RunState,
+    TaskId, TokenId, UnixMillis, VmId, VmSpec,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -361,6 +361,8 @@ pub(crate) struct TaskRow {
     pub(crate) progress: Option<MigrationProgress>,
     #[serde(default)]
     pub(crate) transfer: Option<Transfer>,
+    #[serde(default)]
+    pub(crate) forecast: Option<MigrationForecast>,
     pub(crate) figures: Option<MigrationFigures>,
     pub(crate) error: Option<Refusal>,
     pub(crate) trail: Vec<TaskNote>,
@@ -426,6 +428,11 @@ pub(crate) struct MigrateWork {
     pub(crate) source: Name,
     pub(crate) destination: Name,
     pub(crate) policy: MigrationPolicy,
+    /// How often its bandwidth was changed since it was asked for, and how many of these changes this attempt's source has answered.
+    #[serde(default)]
+    pub(crate) changes: u64,
+    #[serde(default)]
+    pub(crate) changes_told: u64,
     /// From 1.
     pub(crate) attempt: u32,
     pub(crate) generation: Generation,

@@ -32,9 +32,11 @@ use crate::rows::{TaskRow, VmRow, Work};
 
 mod admit;
 mod autostart;
+mod bandwidth;
 mod cancel;
 mod change;
 mod exec;
+mod forecast;
 mod import;
 mod migrate;
 mod power;

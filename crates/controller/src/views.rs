@@ -218,6 +218,7 @@ pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
         cancellable: cancellable(row),
         progress: row.progress.clone(),
         transfer: row.transfer.filter(|_| !row.state.ended()),
+        forecast: row.forecast,
         figures: row.figures,
         error: row.error.clone().filter(|_| row.state.ended()),
         trail: row.trail.clone(),

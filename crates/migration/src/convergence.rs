@@ -5,7 +5,7 @@ use godwit_model::{Bytes, BytesPerSec, Millis};
 use crate::view::{CarryView, QemuView};
 
 /// Device state, loading it, the journals and the resume: 60 to 100 ms with QEMU 7.2 and 10.0 under TCG on two busy cores.
-const FIXED: Millis = Millis(100);
+pub(crate) const FIXED: Millis = Millis(100);
 
 /// A blackout that is longer by so much is worth a moment.
 const WORTH: Millis = Millis(15);

@@ -13,12 +13,14 @@
 
 pub mod convergence;
 pub mod destination;
+pub mod forecast;
 pub mod message;
 pub mod source;
 pub mod view;
 
 pub use convergence::{WarmUp, predict_blackout};
 pub use destination::{Destination, DestinationAction, DestinationRecord, DestinationView};
+pub use forecast::{Outlook, forecast};
 pub use message::{Peer, PeerMessage};
 pub use source::{Source, SourceAction, SourceRecord, SourceView};
 pub use view::{CarryView, Outcome, QemuMigration, QemuView, Vcpus};

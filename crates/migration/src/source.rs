@@ -12,7 +12,7 @@
 
 use std::hash::{Hash, Hasher};
 
-use godwit_model::{ErrorCode, MigrationPolicy, Millis, Refusal, Retry, UnixMillis};
+use godwit_model::{BytesPerSec, ErrorCode, MigrationPolicy, Millis, Refusal, Retry, UnixMillis};
 use serde::{Deserialize, Serialize};
 
 use crate::convergence::{WarmUp, predict_blackout, shrinks_soon};
@@ -127,6 +127,11 @@ impl Source {
     #[must_use]
     pub const fn policy(&self) -> &MigrationPolicy {
         &self.policy
+    }
+
+    /// It may take this much of the wire from here on.
+    pub const fn set_bandwidth(&mut self, bandwidth: Option<BytesPerSec>) {
+        self.policy.bandwidth = bandwidth;
     }
 
     /// When our stop was proven, if it was.

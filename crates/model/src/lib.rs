@@ -23,7 +23,10 @@ pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
 pub use ids::{ImageId, NetworkId, TaskId, TeamId, TokenId, VmId, Vmgenid};
 pub use import::ImportFormat;
 pub use lifecycle::{Activity, Admission, RunState, VmRequest};
-pub use migration::{MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress};
+pub use migration::{
+    Estimate, ForecastRequest, MigrationFigures, MigrationForecast, MigrationNeeds, MigrationPhase, MigrationPolicy,
+    MigrationProgress, PastMove, PastMoves,
+};
 pub use name::{InvalidName, Name};
 pub use network::{
     BridgeName, DroppedFrames, HostBridge, HostNetworks, InterfaceDrops, InvalidBridgeName, InvalidVlan, NetworkKind, VlanId,

@@ -104,4 +104,77 @@ pub struct MigrationFigures {
     pub ram_bytes: Bytes,
     /// Passes over memory.
     pub rounds: u32,
+    /// What it was expected to cost, once the source had measured how much the VM writes; none if it had left before.
+    #[serde(default)]
+    pub forecast: Option<MigrationForecast>,
+}
+
+/// What is believed of a number that is not known yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Estimate<T> {
+    /// Hardly less.
+    pub least: T,
+    /// Most likely.
+    pub expected: T,
+    /// Hardly more.
+    pub most: T,
+}
+
+/// What a migration is expected to cost, before it begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MigrationForecast {
+    /// Memory that the guest has ever touched: so much has to be looked at.
+    pub memory: Bytes,
+    /// What it writes to per second, as measured over one.
+    pub dirty_rate: BytesPerSec,
+    /// Guest memory that is believed to be moved per second.
+    pub rate: BytesPerSec,
+    /// From the request's acceptance by the source to the VM proven on the destination.
+    pub total: Estimate<Millis>,
+    /// No vCPU runs anywhere.
+    pub blackout: Estimate<Millis>,
+    /// Bytes on the wire.
+    pub wire_bytes: Estimate<Bytes>,
+    /// What must be allowed so that the VM can be stopped within its budget; none if it can. The estimates are then as if `max_blackout` were.
+    pub needs: Option<MigrationNeeds>,
+    /// How many earlier moves of this VM the estimates come from; with 0 a link of 1 Gbit/s and ordinary content are assumed.
+    pub learned_from: u32,
+}
+
+/// Either would make a migration possible that is not possible within its limits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MigrationNeeds {
+    /// A blackout budget that the VM could keep as it writes now.
+    pub max_blackout: Millis,
+    /// A rate on the wire at which it could keep the budget that it has; none if that budget is less than what every switch takes.
+    pub bandwidth: Option<BytesPerSec>,
+}
+
+/// Earlier moves of a VM, to learn from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PastMoves {
+    /// The one in question goes to a host that has had the VM before, and may have kept its memory.
+    pub returns: bool,
+    /// The latest first.
+    pub moves: Vec<PastMove>,
+}
+
+/// One of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PastMove {
+    /// From and to the same hosts as the one in question.
+    pub same_way: bool,
+    /// It went to a host that had had the VM before.
+    pub returned: bool,
+    /// What it cost.
+    pub figures: MigrationFigures,
+}
+
+/// What a source is asked for a forecast with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForecastRequest {
+    /// Limits of the move.
+    pub policy: MigrationPolicy,
+    /// Earlier moves.
+    pub past: PastMoves,
 }

@@ -5,10 +5,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use godwit_api::v1::HostSet;
+use godwit_api::v1::{HostSet, VmMigrate};
 use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, ProcessRole, other_qemu};
 use godwit_lab::LinkState;
-use godwit_model::{Bytes, BytesPerSec, DiskFormat, DiskSpec, ErrorCode, MigrationPolicy};
+use godwit_model::{Bytes, BytesPerSec, DiskFormat, DiskSpec, ErrorCode, MigrationForecast, MigrationPolicy, Millis};
 
 #[test]
 fn a_vm_with_a_shared_disk_moves_there_and_back_and_nobody_notices() -> Result<()> {
@@ -196,11 +196,50 @@ fn what_migrations_that_leave_a_host_take_together_is_limited_and_can_be_changed
     // What each is told of is half a second old at most.
     let most = (LIMIT as f64 * (time.as_secs_f64() + 1.0)) as u64;
     ensure!(bytes > LIMIT && bytes < most, "{bytes} bytes in {time:?} together, at most {most} are allowed");
+    // One of them gets less by itself, and then any bandwidth again.
+    let slow = moves[0];
+    let wire = |cluster: &Cluster| Ok::<_, anyhow::Error>(cluster.task(slow)?.progress.context("progress")?.wire_bytes.get());
+    cluster.ask(cluster.client().set_task_bandwidth(slow, Some(BytesPerSec(1_000_000))))?;
     limit(&cluster, None)?;
+    thread::sleep(Duration::from_secs(1));
+    let (before, began) = (wire(&cluster)?, Instant::now());
+    thread::sleep(Duration::from_secs(3));
+    let (bytes, most) = (wire(&cluster)? - before, (1e6 * (began.elapsed().as_secs_f64() + 1.0)) as u64);
+    ensure!(bytes < most, "{bytes} bytes of the one that may take 1 MB/s, at most {most} are allowed");
+    cluster.ask(cluster.client().set_task_bandwidth(slow, None))?;
     for task in moves {
         let figures = cluster.done(task, Duration::from_secs(120))?.figures.context("figures")?;
         ensure!(figures.predicted_blackout.is_some(), "{figures:?}");
     }
+    cluster.check()?;
+    cluster.finish()
+}
+
+#[test]
+fn what_a_move_will_cost_is_told_before_it_begins_and_learned_from_those_before() -> Result<()> {
+    let mut cluster = ClusterSpec::new(2)?.up()?;
+    cluster.boot(&GuestSpec::small("web"), "h1")?;
+    let forecast = |cluster: &Cluster, to: &str, policy: MigrationPolicy| -> Result<MigrationForecast> {
+        let request = VmMigrate { host: to.parse()?, policy, dry_run: true, reason: None };
+        cluster.ask(cluster.client().migrate_vm(&"web".parse()?, &request))?.forecast.context("a forecast")
+    };
+    let policy = MigrationPolicy::default();
+    let memory = cluster.ask(cluster.client().vm(&"web".parse()?))?.spec.memory;
+    // Out, home, and out to a host that has had it: of each kind nothing is known at first.
+    for (to, learned) in [("h2", 0), ("h1", 1), ("h2", 1), ("h1", 1)] {
+        let told = forecast(&cluster, to, policy)?;
+        ensure!(told.learned_from == learned, "to {to}: {told:?}");
+        ensure!(told.memory > Bytes::mib(16) && told.memory <= memory, "{told:?}");
+        let task = cluster.begin_move("web", to, policy)?;
+        let figures = cluster.done(task, Duration::from_secs(120))?.figures.context("figures")?;
+        let expected = figures.forecast.context("a forecast beside what it cost")?;
+        ensure!(expected.learned_from == learned && expected.blackout.most >= expected.blackout.expected, "{expected:?}");
+    }
+    let impossible = MigrationPolicy { max_blackout: Millis(50), ..policy };
+    let needs = forecast(&cluster, "h2", impossible)?.needs.context("less than what a switch takes")?;
+    ensure!(needs.max_blackout > impossible.max_blackout && needs.bandwidth.is_none(), "{needs:?}");
+    let allowed = MigrationPolicy { max_blackout: needs.max_blackout, ..policy };
+    ensure!(forecast(&cluster, "h2", allowed)?.needs.is_none_or(|more| more.max_blackout > needs.max_blackout));
     cluster.check()?;
     cluster.finish()
 }

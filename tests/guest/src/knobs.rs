@@ -21,6 +21,7 @@ use crate::pages::{PAGE_SIZE, PageKind};
 /// | `guest.touch_total=256M` | 256M | memory that is allocated, written and checked |
 /// | `guest.working_set=64M` | 64M | the part of it that is written again and again |
 /// | `guest.dirty=20M` | 20M | bytes per second of pages that are dirtied, as migration counts them: 4096 per write |
+/// | `guest.phase=20` | none | seconds for which it writes so, and then rests, in turns |
 /// | `guest.write_size=64..4096` | `64..4096` | bytes changed by one write, rounded up to 8 |
 /// | `guest.mix=unique:40,zero:60` | 40,30,10,10,10 | percent of pages per kind: unique, compressible, duplicate, zero, slow |
 /// | `guest.load=change` | none | `change` or `equal`: memory for measurements, see `Load`, whose writes have exactly the smallest `write_size`; no checker |
@@ -51,6 +52,8 @@ pub struct Knobs {
     pub working_set: u64,
     /// Bytes of pages dirtied per second.
     pub dirty: u64,
+    /// How long it writes, and then rests, in turns; `None` is without rest.
+    pub phase: Option<Duration>,
     /// Bytes changed by one write.
     pub write_size: RangeInclusive<usize>,
     /// How many pages are of which kind.
@@ -142,6 +145,7 @@ impl Default for Knobs {
             touch_total: 256 << 20,
             working_set: 64 << 20,
             dirty: 20 << 20,
+            phase: None,
             write_size: 64..=PAGE_SIZE,
             mix: Mix::default(),
             load: None,
@@ -184,6 +188,7 @@ impl Knobs {
             "touch_total" => self.touch_total = bytes()?,
             "working_set" => self.working_set = bytes()?,
             "dirty" => self.dirty = bytes()?,
+            "phase" => self.phase = Some(Duration::from_secs(within(value, 1..=3_600).ok_or_else(|| bad("1 to 3600 seconds"))?)),
             "write_size" => self.write_size = write_size(value).ok_or_else(|| bad("8..4096 or part of it"))?,
             "mix" => self.mix = mix(value).ok_or_else(|| bad("KIND:PERCENT,… with a sum of 100"))?,
             "load" => {
@@ -254,7 +259,7 @@ mod tests {
         let knobs = Knobs::parse(
             "console=ttyS0 quiet panic=-1 guest.id=web1 guest.ip=10.99.0.10/24 guest.gw=10.99.0.1 guest.mtu=1450 \
              guest.witness=10.99.0.1:9999 guest.witness_every=20 guest.touch_total=1G guest.working_set=64M \
-             guest.dirty=0 guest.write_size=64..512 guest.mix=unique:50,zero:50 guest.load=equal guest.check=max guest.tick=40 \
+             guest.dirty=0 guest.phase=7 guest.write_size=64..512 guest.mix=unique:50,zero:50 guest.load=equal guest.check=max guest.tick=40 \
              guest.tcp_rate=100K\n",
         )
         .unwrap();
@@ -265,6 +270,7 @@ mod tests {
         assert_eq!(knobs.witness, Some("10.99.0.1:9999".parse().unwrap()));
         assert_eq!(knobs.witness_every, Duration::from_millis(20));
         assert_eq!((knobs.touch_total, knobs.working_set, knobs.dirty), (1 << 30, 64 << 20, 0));
+        assert_eq!(knobs.phase, Some(Duration::from_secs(7)));
         assert_eq!(knobs.write_size, 64..=512);
         assert_eq!(knobs.mix, Mix { unique: 50, compressible: 0, duplicate: 0, zero: 50, slow: 0 });
         assert_eq!(knobs.load, Some(Rewrite::Equal));
@@ -291,6 +297,7 @@ mod tests {
             "touch_total=99999999999999999999G",
             "dirty=",
             "dirty=-1",
+            "phase=0",
             "write_size=0..64",
             "write_size=512..64",
             "write_size=64..8192",

@@ -6,6 +6,7 @@ use std::time::Duration;
 #[derive(Debug, Clone)]
 pub struct Pace {
     per_second: u64,
+    phase: Option<Duration>,
     last: Duration,
     rest: u64,
 }
@@ -17,11 +18,21 @@ impl Pace {
     /// `per_second` units of work, from `now` on (a monotonic clock).
     #[must_use]
     pub const fn new(per_second: u64, now: Duration) -> Self {
-        Self { per_second, last: now, rest: 0 }
+        Self { per_second, phase: None, last: now, rest: 0 }
+    }
+
+    /// Work is due in every other span of this length, the first of them.
+    #[must_use]
+    pub const fn in_phases(self, phase: Option<Duration>) -> Self {
+        Self { phase, ..self }
     }
 
     /// Units that are due at `now` and were not before.
     pub fn due(&mut self, now: Duration) -> u64 {
+        if self.phase.is_some_and(|phase| now.as_millis() / phase.as_millis().max(1) % 2 == 1) {
+            self.last = now;
+            return 0;
+        }
         let passed = now.saturating_sub(self.last).min(Self::MOST).as_nanos();
         self.last = now;
         let nanos = u128::from(self.per_second) * passed + u128::from(self.rest);
@@ -48,5 +59,15 @@ mod tests {
         assert_eq!(pace.due(Duration::from_secs(10)), 50);
         assert_eq!(pace.due(Duration::from_secs(9)), 0);
         assert_eq!(Pace::new(u64::MAX, Duration::ZERO).due(Duration::from_secs(9)), u64::MAX / 20);
+    }
+
+    #[test]
+    fn in_every_other_phase_nothing_is_due() {
+        let mut pace = Pace::new(1_000, Duration::ZERO).in_phases(Some(Duration::from_secs(2)));
+        let mut due = [0; 6];
+        for millis in 1..6_000 {
+            due[millis / 1_000] += pace.due(Duration::from_millis(millis as u64));
+        }
+        assert_eq!(due, [999, 1_000, 0, 0, 1_000, 1_000]);
     }
 }

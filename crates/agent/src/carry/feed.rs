@@ -34,9 +34,13 @@ const SILENT: Duration = Duration::from_millis(1);
 /// In the middle of a pass comparing takes one part in so many of the time, lest it takes that from a guest that writes to very many.
 const LOOKING_SHARE: u32 = 8;
 
-/// How long a QEMU that may switch over by itself takes at least for what the destination holds already. No link slows that down, and it would be
-/// through before the agent could stop the VM.
-const UNHELD_PASS: Duration = Duration::from_secs(2);
+/// How long a QEMU that may switch over by itself takes at least to go through its memory: what is zero, or there already, no link slows down, and it
+/// would be through before the agent could stop the VM.
+const UNHELD_PASS: Duration = Duration::from_secs(1);
+/// What it is read by then at most, a part of its memory if all of that were zeros: what was read already holds up nobody.
+const UNHELD_READ: usize = 64;
+/// A page of zeros in QEMU's stream.
+const ZERO_PAGE: usize = 9;
 /// Shorter pauses are saved up: timers are no finer.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
 
@@ -123,8 +127,9 @@ pub(super) struct Feed<'a> {
     images: Vec<OwnImage>,
     /// QEMU cannot switch over by itself.
     held: bool,
-    /// Bytes that its stream is paced by, if it is: so many take [`UNHELD_PASS`]. And until when what was read lasts.
+    /// Pages that its stream is paced by, if it is: so many take [`UNHELD_PASS`]. How many were read last, and until when they last.
     pace: Option<usize>,
+    pages_read: usize,
     paced: Instant,
     /// How long to pause while QEMU has nothing to send.
     idle_pause: Duration,
@@ -166,6 +171,7 @@ impl<'a> Feed<'a> {
             images,
             held,
             pace: None,
+            pages_read: 0,
             paced: Instant::now(),
             idle_pause: FIRST_PAUSE,
             next_look: Instant::now(),
@@ -190,6 +196,7 @@ impl<'a> Feed<'a> {
                 }
                 self.pass(element)?;
             }
+            self.keep_pace().await;
             if self.next_look <= began {
                 self.compare_meanwhile()?;
             }
@@ -229,14 +236,20 @@ impl<'a> Feed<'a> {
             if let Ok(told) = self.pieces.try_recv() {
                 self.on_pieces(&told);
             }
-            let limit = if self.idle && !self.ended && !self.pump.is_hurried() { IDLE_READ } else { READ };
+            let limit = match self.pace {
+                _ if self.ended || self.pump.is_hurried() => READ,
+                _ if self.idle => IDLE_READ,
+                Some(pages) => (pages * ZERO_PAGE / UNHELD_READ).clamp(PAGE_SIZE, READ),
+                // How much memory there is stands at the beginning.
+                None if !self.held && self.encoder.is_none() => PAGE_SIZE,
+                None => READ,
+            };
             let buffer = self.reader.buffer_mut();
             buffer.reserve(READ);
             match qemu.try_read_buf(&mut bytes::BufMut::limit(buffer, limit)) {
                 Ok(0) => return Ok(None),
                 Ok(count) => {
                     self.pump.on_read(count as u64);
-                    self.keep_pace(count).await;
                     return Ok(Some(count as u64));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
@@ -306,7 +319,8 @@ impl<'a> Feed<'a> {
         }
     }
 
-    async fn keep_pace(&mut self, count: usize) {
+    async fn keep_pace(&mut self) {
+        let count = std::mem::take(&mut self.pages_read);
         let Some(pace) = self.pace else { return };
         let now = Instant::now();
         self.paced = self.paced.max(now) + UNHELD_PASS.mul_f64(count as f64 / pace as f64);
@@ -357,10 +371,8 @@ impl<'a> Feed<'a> {
         if let Some(shared) = SharedImages::new(std::mem::take(&mut self.images), &holdings.images) {
             encoder.set_images(Box::new(shared));
         }
-        let held: usize = holdings.held.iter().map(|(_, _, digests)| digests.len()).sum();
-        if held > 0 && !self.held {
-            self.pace = Some(held * PAGE_SIZE);
-        }
+        let pages: u64 = start.blocks.iter().map(|block| block.pages()).sum();
+        self.pace = usize::try_from(pages.max(1)).ok().filter(|_| !self.held);
         for (block, first, digests) in holdings.held {
             for (page, digest) in (first..).zip(digests) {
                 encoder.on_held(Place { block, page }, digest);
@@ -394,6 +406,7 @@ impl<'a> Feed<'a> {
             }
             Element::Page { block, page, content } => {
                 (self.part_empty, self.idle, self.idle_pause) = (false, false, FIRST_PAUSE);
+                self.pages_read += 1;
                 let place = self.placed.get(usize::from(block.0)).copied().flatten();
                 let page = u32::try_from(*page).ok();
                 match (place, page, &mut self.encoder) {

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::frame::Block;
@@ -68,7 +68,7 @@ struct Running {
 }
 
 fn source(dialler: Dialler, identity: Identity) -> Running {
-    source_at(dialler, identity, PATIENT, None, None, Vec::new())
+    source_at(dialler, identity, PATIENT, None, None, Vec::new(), true)
 }
 
 fn source_at(
@@ -78,6 +78,7 @@ fn source_at(
     rate: Option<BytesPerSec>,
     own: Option<ProcessMemory>,
     images: Vec<OwnImage>,
+    held: bool,
 ) -> Running {
     let connections = Rc::new(Cell::new(0));
     let counted = Rc::clone(&connections);
@@ -90,7 +91,7 @@ fn source_at(
         let (told, holdings) = oneshot::channel();
         let (told_pieces, pieces) = mpsc::unbounded_channel();
         let sealers = Sealers::start(|| Ok::<_, std::convert::Infallible>(())).expect("threads");
-        let feed = Feed::new(&pump, sealers, Digester::new(&KEY), own, images, true, pieces);
+        let feed = Feed::new(&pump, sealers, Digester::new(&KEY), own, images, held, pieces);
         let feeding = async {
             feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
             std::future::pending().await
@@ -267,7 +268,7 @@ async fn a_write_that_an_emulating_qemu_missed_is_found_at_the_end() {
                 own.write(0, number, &noise(100 + u64::from(number))).expect("written");
             }
             let dialler = dialler(address, "h2", &materials[1], &materials[0]);
-            let mut source = source_at(dialler, IDENTITY, PATIENT, None, Some(own), Vec::new());
+            let mut source = source_at(dialler, IDENTITY, PATIENT, None, Some(own), Vec::new(), true);
             let mut stream = Stream::new();
             stream.part(&[page(0, 1, &noise(1)), page(0, 2, &noise(2)), page(0, 3, &noise(3)), page(0, 4, &noise(4))]);
             // 1 was written to and told, and then once more, which was missed. 4 has become zero.
@@ -307,7 +308,7 @@ async fn move_of_an_image(image: &[[u8; PAGE_SIZE]], there: &[[u8; PAGE_SIZE]]) 
     let mut destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), Some(memory), PATIENT);
     let wire = Arc::new(AtomicU64::new(0));
     let dialler = Dialler::new(address, expected("h2", &materials[1]), &materials[0], Arc::clone(&wire)).expect("a dialler");
-    let mut source = source_at(dialler, IDENTITY, PATIENT, None, None, vec![own]);
+    let mut source = source_at(dialler, IDENTITY, PATIENT, None, None, vec![own], true);
     let mut stream = Stream::new();
     // In another order than in the image.
     let read: Vec<Element> = (0..).zip(image.iter().rev()).map(|(number, content)| page(0, number, content)).collect();
@@ -496,7 +497,7 @@ async fn a_connection_that_may_carry_little_is_not_taken_for_dead() {
             let mut destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), None, keep_alive);
             let dialler = dialler(address, "h2", &materials[1], &materials[0]);
             // What the stream takes at this rate is longer than the silence that is borne.
-            let mut source = source_at(dialler, IDENTITY, keep_alive, Some(BytesPerSec(60_000)), None, Vec::new());
+            let mut source = source_at(dialler, IDENTITY, keep_alive, Some(BytesPerSec(60_000)), None, Vec::new(), true);
             let mut stream = Stream::new();
             let part: Vec<Element> = (0..15).map(|number| page(0, number, &noise(number))).collect();
             stream.part(&part);
@@ -815,4 +816,29 @@ async fn a_move_that_is_held_reads_nothing_until_its_time_is_over_it_may_go_on_o
     pump.hold(long);
     pump.hurry();
     assert!(has_room_within(0).await);
+}
+
+#[tokio::test]
+async fn a_qemu_that_may_switch_over_by_itself_is_given_no_chance_to_be_through_at_once() {
+    LocalSet::new()
+        .run_until(async {
+            let (_, memory) = guest_memory();
+            let materials = cluster(&["h1", "h2"]);
+            let (listener, address) = listener().await;
+            let mut destination = destination(acceptor(listener, "h1", &materials[0], &materials[1]), Some(memory), PATIENT);
+            let dialler = dialler(address, "h2", &materials[1], &materials[0]);
+            let mut source = source_at(dialler, IDENTITY, PATIENT, None, None, Vec::new(), false);
+            let mut stream = Stream::new();
+            let zero = |number| Element::Page { block: BlockIndex(0), page: number, content: PageContent::Zero };
+            stream.part(&(0..u64::from(PAGES.0)).map(zero).collect::<Vec<_>>());
+            stream.end();
+            let began = Instant::now();
+            source.qemu.write_all(&stream.take()).await.expect("written");
+            let mut rest = Stream::new();
+            rest.end();
+            read_stream(&mut destination.qemu, &rest.take()).await;
+            // A second for all of its memory, and no pause behind the last read.
+            assert!(began.elapsed() > Duration::from_millis(500), "{:?}", began.elapsed());
+        })
+        .await;
 }

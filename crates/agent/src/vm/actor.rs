@@ -7,7 +7,8 @@ use godwit_link::statement::grant_digest;
 use godwit_link::v1;
 use godwit_migration::{DestinationRecord, Peer, PeerMessage, SourceRecord};
 use godwit_model::{
-    ErrorCode, Generation, Grant, MigrationPolicy, Millis, Name, Refusal, ResolvedSpec, Retry, RunState, TaskId, VmId,
+    BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, MigrationPolicy, Millis, Name, PastMoves, Refusal, ResolvedSpec,
+    Retry, RunState, TaskId, VmId,
 };
 use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
 use godwit_qemu::qmp::{ConnectError, Ending, Notice, Notices, Qmp, QmpError};
@@ -69,13 +70,24 @@ pub(crate) enum VmCommand {
         address: std::net::SocketAddr,
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
+        past: PastMoves,
     },
     Cancel {
         task: TaskId,
     },
+    /// What the move may take of the wire.
+    SetBandwidth {
+        task: TaskId,
+        bandwidth: Option<BytesPerSec>,
+    },
     Settle {
         task: TaskId,
         generation: Generation,
+    },
+    /// What a move would cost.
+    Forecast {
+        generation: Generation,
+        request: ForecastRequest,
     },
     /// Whether something may be begun in the guest now.
     MayBegin {
@@ -373,7 +385,10 @@ impl Actor {
     async fn on_event(&mut self, event: VmEvent) {
         match event {
             VmEvent::Command { command, reply } => {
-                let answer = self.on_command(*command).await;
+                let answer = match *command {
+                    VmCommand::Forecast { generation, request } => return self.on_forecast(generation, request, reply).await,
+                    command => self.on_command(command).await,
+                };
                 if let Err(refusal) = &answer {
                     tracing::info!(code = %refusal.code, message = refusal.message, "refused");
                 }
@@ -427,12 +442,14 @@ impl Actor {
         match command {
             VmCommand::Start { grant, spec } => self.start(grant, spec).await.map(|()| Answer::default()),
             VmCommand::Prepare { grant, spec, policy, memory_key } => self.prepare(grant, spec, policy, memory_key).await,
-            VmCommand::Migrate { grant, address, policy, memory_key } => {
-                self.migrate(grant, address, policy, memory_key).await.map(|()| Answer::default())
+            VmCommand::Migrate { grant, address, policy, memory_key, past } => {
+                self.migrate(grant, address, policy, memory_key, past).await.map(|()| Answer::default())
             }
             VmCommand::Cancel { task } => self.cancel(task).map(|()| Answer::default()),
+            VmCommand::SetBandwidth { task, bandwidth } => self.set_bandwidth(task, bandwidth).map(|()| Answer::default()),
             VmCommand::Settle { task, generation } => self.settle(task, generation).await.map(|()| Answer::default()),
             VmCommand::Forget => self.forget().map(|()| Answer::default()),
+            VmCommand::Forecast { .. } => Err(Refusal::new(ErrorCode::Internal, "a forecast is answered later")),
             VmCommand::MayBegin { generation } => {
                 self.owned(generation)?;
                 self.runs_here()?;
@@ -519,7 +536,7 @@ impl Actor {
     }
 
     /// Only a guest whose vCPUs run can answer.
-    fn runs_here(&self) -> Result<(), Refusal> {
+    pub(super) fn runs_here(&self) -> Result<(), Refusal> {
         if self.process.is_some() && self.state == RunState::Running {
             return Ok(());
         }

@@ -11,6 +11,7 @@ use godwit_model::{Bytes, BytesPerSec, Grant, Millis, Name, TaskId};
 use godwit_qemu::qmp::views::{Migration, MigrationStatus, RunStatus};
 use godwit_qemu::qmp::{Qmp, QmpError};
 
+use super::forecast::rate_of;
 use crate::carry::{CarryClient, CarryStatus};
 use crate::facts::{self, Said};
 use crate::host::SharedHost;
@@ -69,7 +70,8 @@ impl Told {
 pub(super) struct Watch {
     syncs: u64,
     synced: Instant,
-    sampled: Option<BytesPerSec>,
+    /// What the guest wrote to per second before the move.
+    pub(super) sampled: Option<BytesPerSec>,
     /// What QEMU said last about RAM, for progress.
     pub(super) ram: Ram,
 }
@@ -92,9 +94,7 @@ impl Watch {
             && let Ok(rate) = qmp.query_dirty_rate().await
             && let (Some(mib), "measured") = (rate.mib_per_sec, rate.status.as_str())
         {
-            // QEMU counts in whole MiB per second: the fraction is taken for one more.
-            let mib = u64::try_from(mib).unwrap_or(0);
-            self.sampled = Some(BytesPerSec((mib + 1) << 20));
+            self.sampled = Some(rate_of(mib));
         }
     }
 

@@ -11,16 +11,18 @@ use godwit_migration::{
     Outcome, Peer, PeerMessage, QemuMigration, Source, SourceAction, SourceRecord, SourceView, Vcpus, WarmUp, predict_blackout,
 };
 use godwit_model::{
-    Accelerator, Bytes, BytesPerSec, ErrorCode, Grant, MigrationFigures, MigrationPhase, MigrationPolicy, MigrationProgress,
-    Millis, Refusal, RunState, TaskId, VmId,
+    Accelerator, Bytes, BytesPerSec, ErrorCode, Grant, MigrationFigures, MigrationForecast, MigrationPhase, MigrationPolicy,
+    MigrationProgress, Millis, PastMoves, Refusal, RunState, TaskId, VmId,
 };
 use godwit_qemu::PassedFds;
 use godwit_qemu::qmp::Qmp;
 use godwit_qemu::qmp::commands::{MigrationParameters, StoppedBy};
 use godwit_vault::StayKey;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::actor::{Actor, Moving, RETRY, qemu_failed};
+use super::forecast::{SAMPLE_LIMIT, of_measured};
 use super::moving::{Told, Watch, carry_view, millis, tell};
 use super::placement::Access;
 use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, PlacedBlock, Role};
@@ -36,10 +38,8 @@ const SEND_BUFFER: usize = 32 << 10;
 const UNLIMITED: BytesPerSec = BytesPerSec(16 << 30);
 /// QEMU's own switch-over is to come as late as it lets us ask.
 const LATE: Millis = Millis(1);
-/// A sample takes a second; on a host without a free core, some.
-const SAMPLE_LIMIT: Duration = Duration::from_secs(10);
 /// How often to ask whether another VM's turn is over.
-const TURN: Millis = Millis(5);
+const TURN: Millis = Millis(50);
 const PROGRESS_EVERY: Duration = Duration::from_millis(300);
 
 /// The volatile half of a move away from here.
@@ -66,6 +66,10 @@ pub(super) struct SourceMove {
     blackout: Option<Millis>,
     told: Option<(Instant, MigrationPhase, u16)>,
     told_peer: Told,
+    /// Earlier moves of the VM, and the memory that it has touched: what this one is expected to cost is known when its writes have been measured.
+    past: PastMoves,
+    touched: Option<JoinHandle<Option<Bytes>>>,
+    forecast: Option<MigrationForecast>,
     /// What carry was told to take of the wire at most.
     bandwidth: Option<Option<BytesPerSec>>,
     /// Key and places of the VM's memory, which is kept when it has left. The key is in no journal: an agent that began after the move has none.
@@ -94,9 +98,22 @@ impl SourceMove {
             blackout: None,
             told: None,
             told_peer: Told::default(),
+            past: PastMoves::default(),
+            touched: None,
+            forecast: None,
             bandwidth: None,
             keep: None,
         }
+    }
+
+    /// Says what the move is expected to cost, as soon as that can be said.
+    async fn foresee(&mut self) {
+        let Some(dirty_rate) = self.watch.sampled else { return };
+        let Some(touched) = self.touched.take_if(|touched| touched.is_finished()) else { return };
+        let Ok(Some(memory)) = touched.await else { return };
+        let forecast = of_measured(memory, dirty_rate, self.machine.policy(), &self.past);
+        tracing::info!(?forecast, "what the move is expected to cost");
+        self.forecast = Some(forecast);
     }
 
     /// Goes on after a restart of the agent, from the journal.
@@ -146,6 +163,7 @@ impl Actor {
         address: SocketAddr,
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
+        past: PastMoves,
     ) -> Result<(), Refusal> {
         if let Some(Moving::Source(moving)) = &self.moving
             && moving.grant == grant
@@ -185,8 +203,9 @@ impl Actor {
         match begun.await {
             Ok((carry, held, blocks)) => {
                 let moving = SourceMove::new(&self.host, grant, policy, Some(carry), held);
+                let touched = Some(self.count_touched(blocks.clone()));
                 let keep = memory_key.zip(blocks);
-                self.moving = Some(Moving::Source(Box::new(SourceMove { keep, ..moving })));
+                self.moving = Some(Moving::Source(Box::new(SourceMove { keep, past, touched, ..moving })));
                 Ok(())
             }
             Err(refusal) => {
@@ -291,6 +310,28 @@ impl Actor {
         }
     }
 
+    /// The move of `task` may take this much of the wire from here on, also after a restart.
+    pub(super) fn set_bandwidth(&mut self, task: TaskId, bandwidth: Option<BytesPerSec>) -> Result<(), Refusal> {
+        match (&mut self.moving, self.record.as_mut().map(|record| &mut record.holding)) {
+            (Some(Moving::Source(moving)), Some(Holding::Source(outgoing))) if moving.grant.task == task => {
+                let before = std::mem::replace(&mut outgoing.policy.bandwidth, bandwidth);
+                moving.machine.set_bandwidth(bandwidth);
+                self.save().inspect_err(|_| self.take_bandwidth_back(before))
+            }
+            _ => Err(Refusal::new(ErrorCode::NotFound, "this host carries out no such move")),
+        }
+    }
+
+    /// It could not be journalled: what was before counts.
+    fn take_bandwidth_back(&mut self, before: Option<BytesPerSec>) {
+        if let (Some(Moving::Source(moving)), Some(Holding::Source(outgoing))) =
+            (&mut self.moving, self.record.as_mut().map(|record| &mut record.holding))
+        {
+            outgoing.policy.bandwidth = before;
+            moving.machine.set_bandwidth(before);
+        }
+    }
+
     /// Looks at the move, if there is one, and does what is to be done, until there is something to wait for.
     pub(super) async fn look_at_move(&mut self) {
         loop {
@@ -367,6 +408,7 @@ impl Actor {
         let qemu = match qmp {
             Some(qmp) => {
                 moving.watch.sample(&qmp).await;
+                moving.foresee().await;
                 Some(moving.watch.look(&qmp).await.map_err(qemu_failed)?)
             }
             None => None,
@@ -478,6 +520,7 @@ impl Actor {
 
     async fn end_source(&mut self, outcome: Outcome) -> Option<Duration> {
         let Some(Moving::Source(moving)) = &self.moving else { return None };
+        moving.seat.iter().for_each(Seat::end);
         let (_, status) = carry_view(moving.carry.as_ref());
         let ended = EndedMove {
             task: moving.grant.task,
@@ -495,6 +538,7 @@ impl Actor {
                 wire_bytes: Bytes(status.wire_bytes),
                 ram_bytes: Bytes(status.stream_bytes),
                 rounds: moving.watch.ram.rounds,
+                forecast: moving.forecast,
             },
         };
         if let Err(error) = self.host.end_move(&ended) {
@@ -629,7 +673,7 @@ async fn prepare_source(qmp: &Qmp) -> Result<bool, Refusal> {
         MigrationParameters { max_bandwidth: Some(UNLIMITED), downtime_limit: Some(LATE), ..MigrationParameters::default() };
     qmp.set_migration_parameters(parameters).await.map_err(qemu_failed)?;
     // Without a sample the VM could not be stopped before the second pass.
-    if let Err(error) = qmp.calc_dirty_rate(1).await {
+    if let Err(error) = qmp.begin_dirty_rate(1).await {
         tracing::info!(%error, "no dirty rate can be sampled");
     } else if !held {
         // It may be through with a quiet guest before the sample is there, and then the VM could not be stopped in time.

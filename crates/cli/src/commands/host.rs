@@ -2,13 +2,11 @@
 
 mod check;
 
-use std::str::FromStr;
-
 use clap::{Args, Subcommand};
 use godwit_api::v1::{Host, HostSet, JoinTokenCreate};
-use godwit_model::{BytesPerSec, DroppedFrames, Millis, Name};
+use godwit_model::{DroppedFrames, Millis, Name};
 
-use crate::arguments::OnlineArgs;
+use crate::arguments::{Bandwidth, OnlineArgs};
 use crate::confirm::ConfirmArgs;
 use crate::daemon::join;
 use crate::error::Failure;
@@ -67,8 +65,8 @@ run, and start nowhere else until the host has joined again under its name (`god
     Set {
         /// Its name
         name: Name,
-        /// What all migrations that leave it may take of the wire together, such as 1gbit or 50MB/s; `none` is no limit
-        #[arg(long, value_name = "RATE", value_parser = bandwidth)]
+        /// What all migrations that leave it may take of the wire together, such as 1gbit or 50MiB/s; `none` is no limit
+        #[arg(long, value_name = "RATE")]
         migration_bandwidth: Bandwidth,
         #[command(flatten)]
         online: OnlineArgs,
@@ -122,17 +120,6 @@ pub(crate) fn run(args: HostArgs) -> Result<(), Failure> {
 /// What migrations that leave a host may take.
 fn allowed(host: &Host) -> String {
     host.migration_bandwidth.map_or_else(|| "any bandwidth".to_owned(), |limit| format!("{limit} together"))
-}
-
-/// A bandwidth, or none.
-#[derive(Clone, Copy)]
-struct Bandwidth(Option<BytesPerSec>);
-
-fn bandwidth(text: &str) -> Result<Bandwidth, String> {
-    if text == "none" {
-        return Ok(Bandwidth(None));
-    }
-    text.parse().map(|limit| Bandwidth(Some(limit))).map_err(|error: <BytesPerSec as FromStr>::Err| error.to_string())
 }
 
 async fn remove(session: &Session, name: &Name, force: bool, confirm: &ConfirmArgs) -> Result<(), Failure> {

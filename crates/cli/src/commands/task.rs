@@ -4,6 +4,7 @@ use clap::{Args, Subcommand};
 use godwit_api::v1::{Task, TaskState};
 use godwit_model::{ErrorCode, Millis, Refusal, TaskId};
 
+use crate::arguments::Bandwidth;
 use crate::error::Failure;
 use crate::follow::{Patience, follow};
 use crate::output::{Facts, Table, note, or_nothing, print_data, word};
@@ -41,6 +42,14 @@ pub(crate) enum Verb {
         /// Wait no longer than this, such as 30s; then exit with 6
         #[arg(long, value_name = "TIME")]
         timeout: Option<Millis>,
+    },
+    /// Change what a migration may take of the wire, while it runs
+    Bandwidth {
+        #[command(flatten)]
+        task: TaskArgs,
+        /// Such as 500mbit or 50MiB/s; `none` is no limit but its host's
+        #[arg(value_name = "RATE")]
+        bandwidth: Bandwidth,
     },
     /// Cancel a task, and wait until nothing of it is left
     Cancel {
@@ -86,6 +95,13 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
             let patience =
                 timeout.map_or(Patience::Endless, |limit| Patience::Until(std::time::Duration::from_millis(limit.get())));
             end(&session, follow(&session.client, id, patience, &mut |_| {}).await?)
+        }
+        Verb::Bandwidth { task, bandwidth: Bandwidth(limit) } => {
+            let task = session.client.set_task_bandwidth(find(&session, &task.task).await?, limit).await?;
+            print_data(session.format, &task, || {
+                let limit = limit.map_or_else(|| "any bandwidth".to_owned(), |limit| limit.to_string());
+                format!("{} of {} may take {limit}", visible(&task.kind), task.subject)
+            })
         }
         Verb::Cancel { task, wait } => cancel(&session, &task, &wait).await,
     }

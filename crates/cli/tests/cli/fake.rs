@@ -180,6 +180,7 @@ pub(crate) fn task(kind: &str, state: TaskState, revision: u64) -> Task {
         cancellable: true,
         progress: None,
         transfer: None,
+        forecast: None,
         figures: None,
         error: None,
         trail: vec![],
@@ -206,6 +207,7 @@ fn routes(script: Shared) -> Router {
         .route("/v1/tasks", get(list_tasks))
         .route("/v1/tasks/{id}", get(poll_task))
         .route("/v1/tasks/{id}/cancel", post(the_task))
+        .route("/v1/tasks/{id}/bandwidth", post(the_task))
         .route("/v1/images/{name}", axum::routing::put(import))
         .route("/v1/hosts/{name}", get(show_host).delete(async || StatusCode::NO_CONTENT))
         .route("/v1/events", get(events))

@@ -5,7 +5,8 @@ use std::process::Stdio;
 
 use godwit_api::v1::{Task, TaskNote, TaskState};
 use godwit_model::{
-    Bytes, BytesPerSec, ErrorCode, MigrationFigures, MigrationPhase, MigrationProgress, Millis, Refusal, UnixMillis,
+    Bytes, BytesPerSec, ErrorCode, Estimate, MigrationFigures, MigrationForecast, MigrationNeeds, MigrationPhase,
+    MigrationProgress, Millis, Refusal, UnixMillis,
 };
 
 use crate::fake::{Fake, Script, event, task};
@@ -34,6 +35,7 @@ fn moved(revision: u64) -> Task {
         wire_bytes: Bytes::mib(412),
         ram_bytes: Bytes::GIB,
         rounds: 3,
+        forecast: None,
     };
     Task { figures: Some(figures), ..task("vm.migrate", TaskState::Done, revision) }
 }
@@ -94,6 +96,58 @@ fn a_dry_run_only_asks() {
     assert_eq!((run.code, run.stdout.as_str()), (Some(0), "web1 could move to h2\n  h2 has 3 GiB free\\u{7}\n"));
     let request: serde_json::Value = serde_json::from_slice(&fake.seen("POST", "/vms/web1/migrate")[0].body).expect("JSON");
     assert_eq!(request["dry_run"].as_bool(), Some(true));
+}
+
+#[test]
+fn a_dry_run_says_what_a_move_would_cost_and_what_it_needs() {
+    let millis = |least, expected, most| Estimate { least: Millis(least), expected: Millis(expected), most: Millis(most) };
+    let forecast = MigrationForecast {
+        memory: Bytes::mib(620),
+        dirty_rate: BytesPerSec(8 << 20),
+        rate: BytesPerSec(100 << 20),
+        total: millis(4_000, 5_000, 7_000),
+        blackout: millis(40, 50, 300),
+        wire_bytes: Estimate { least: Bytes::mib(150), expected: Bytes::mib(190), most: Bytes::mib(240) },
+        needs: None,
+        learned_from: 2,
+    };
+    let said = |forecast| {
+        let described = Task { forecast: Some(forecast), ..task("vm.migrate", TaskState::Done, 1) };
+        let fake = Fake::start(Script { task: Some(described), ..Script::default() });
+        fake.run(&["vm", "migrate", "web1", "--to", "h2", "--dry-run"]).stdout
+    };
+    let expected = "web1 could move to h2
+  time      5.0 s (4.0 s to 7.0 s)
+  blackout  50 ms (40 ms to 300 ms)
+  wire      190 MiB (150 MiB to 240 MiB)
+  from      620 MiB that the guest has touched, 8 MiB/s written to; learned from 2 earlier moves like it
+";
+    assert_eq!(said(forecast), expected);
+    let needs = MigrationNeeds { max_blackout: Millis(450), bandwidth: Some(BytesPerSec(200 << 20)) };
+    let hot = said(MigrationForecast { needs: Some(needs), learned_from: 0, ..forecast });
+    assert!(
+        hot.contains("cannot be stopped within its budget. It could be with --max-blackout 450ms, or 200 MiB/s on the wire."),
+        "{hot}"
+    );
+    assert!(hot.contains("nothing is known of earlier moves"), "{hot}");
+}
+
+#[test]
+fn a_migrations_bandwidth_is_changed_or_lifted() {
+    for (rate, sent, said) in
+        [("50MiB/s", serde_json::json!(50 << 20), "50 MiB/s"), ("none", serde_json::Value::Null, "any bandwidth")]
+    {
+        let running = task("vm.migrate", TaskState::Running, 1);
+        let id = running.id.to_string();
+        let fake = Fake::start(Script { task: Some(running), ..Script::default() });
+        let run = fake.run(&["task", "bandwidth", &id, rate]);
+        assert_eq!((run.code, run.stdout.as_str()), (Some(0), format!("vm.migrate of web1 may take {said}\n").as_str()));
+        let request: serde_json::Value =
+            serde_json::from_slice(&fake.seen("POST", &format!("/tasks/{id}/bandwidth"))[0].body).expect("JSON");
+        assert_eq!(request["bandwidth"], sent);
+    }
+    let fake = Fake::start(Script::default());
+    assert_eq!(fake.run(&["task", "bandwidth", "0123", "fast"]).code, Some(2));
 }
 
 #[test]

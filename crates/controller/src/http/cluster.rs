@@ -7,12 +7,13 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use godwit_api::v1;
 use godwit_link::JoinToken;
-use godwit_model::{BytesPerSec, ErrorCode, Millis, Name, Refusal, TokenId, UnixMillis};
+use godwit_model::{ErrorCode, Millis, Name, Refusal, TokenId, UnixMillis};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::extract::{Body, Condition, Listing, Named, Query, page};
 use super::{Answer, App, Refusals};
+use crate::checks::enough_bandwidth;
 use crate::cpu::baselines;
 use crate::db::{Batch, Fault, retry};
 use crate::metrics::CONTENT_TYPE;
@@ -23,8 +24,6 @@ use crate::{clock, restore, views};
 /// How long a join token is good for.
 const JOIN_LIFETIME: Millis = Millis(3_600_000);
 const LONGEST_JOIN_LIFETIME: Millis = Millis(24 * 3_600_000);
-/// With less a warm-up would take hours, and keep-alives would fail.
-const LEAST_BANDWIDTH: BytesPerSec = BytesPerSec(1_000_000);
 
 /// Whether the controller serves
 #[utoipa::path(get, path = "/v1/health", tag = "controller", operation_id = "health", security(()),
@@ -88,10 +87,7 @@ pub(super) async fn host_set(
 ) -> Answer<Json<v1::Host>> {
     authorize(&who, Action::Change, Target::Administration)?;
     let bandwidth = request.migration_bandwidth;
-    if bandwidth.is_some_and(|bandwidth| bandwidth < LEAST_BANDWIDTH) {
-        let refusal = Refusal::new(ErrorCode::BadRequest, format!("migrations would hardly get on below {LEAST_BANDWIDTH}"));
-        return Err(refusal.hint("give more, or null for no limit").into());
-    }
+    enough_bandwidth(bandwidth)?;
     retry!({
         let mut host = app.db.find::<HostRow>(name.as_str()).await?.ok_or_else(|| not_found("host", &name))?;
         host.still_at(revision, format_args!("host {name}"))?;

@@ -1,4 +1,4 @@
-//! Tasks: look, cancel.
+//! Tasks: look, cancel, give more or less bandwidth.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use axum::extract::State;
 use godwit_api::v1;
 use godwit_model::{ErrorCode, Refusal, TaskId};
 
-use super::extract::{Identified, Listing, MaybeBody, Query, page, team_of};
+use super::extract::{Body, Identified, Listing, MaybeBody, Query, page, team_of};
 use super::{Answer, App, Refusals};
 use crate::db::{Fault, Stored};
 use crate::principals::{Action, Principal, Target, authorize, not_found};
@@ -71,4 +71,17 @@ pub(super) async fn task_cancel(
 ) -> Answer<Json<v1::Task>> {
     find(&app, &who, Action::Change, id).await?;
     Ok(Json(views::task(&app.tasks.cancel(id, &who.name).await?)))
+}
+
+/// Changes what a migration may take of the wire, while it runs
+#[utoipa::path(post, path = "/v1/tasks/{task}/bandwidth", tag = "task", operation_id = "task_bandwidth",
+    params(("task" = TaskId, Path)), request_body = v1::TaskBandwidth, responses((status = 200, body = v1::Task), Refusals))]
+pub(super) async fn task_bandwidth(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Identified(id): Identified<TaskId>,
+    Body(body): Body<v1::TaskBandwidth>,
+) -> Answer<Json<v1::Task>> {
+    find(&app, &who, Action::Change, id).await?;
+    Ok(Json(views::task(&app.tasks.set_bandwidth(id, body.bandwidth, &who.name).await?)))
 }

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use super::change::reclaim;
 use super::{Outcome, Tasks, conclude, note};
-use crate::checks::{Candidate, blocked, check_move};
+use crate::checks::{Candidate, blocked, check_move, enough_bandwidth};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
 use crate::history;
@@ -106,9 +106,12 @@ impl Tasks {
         asked: &Asked,
     ) -> Result<(Stored<TaskRow>, Option<JoinHandle<()>>), Fault> {
         let dry = matches!(asked, Asked::Migrate(request) if request.dry_run);
-        let (task, replaced) = retry!({ self.admit(ask, asked, dry).await })?;
+        let (mut task, replaced) = retry!({ self.admit(ask, asked, dry).await })?;
         let mut executor = None;
-        if !dry {
+        if dry {
+            let generation = self.vm(&ask.team, &ask.vm).await?.row.generation;
+            self.foresee(&mut task, generation).await?;
+        } else {
             tracing::info!(task = %task.id, kind = task.work.kind(), subject = %task.subject, principal = task.principal, "accepted");
             if !task.state.ended() {
                 executor = Some(self.spawn(task.id));
@@ -149,6 +152,7 @@ impl Tasks {
             cancel: false,
             progress: None,
             transfer: None,
+            forecast: None,
             figures: None,
             error: None,
             trail: vec![],
@@ -262,6 +266,7 @@ impl Tasks {
         let spec = vm.resolved.as_ref().ok_or_else(|| internal("its resolved spec"))?;
         let to = Candidate::new(destination, &there);
         blocked(&vm.blocked).map_or(Ok(()), Err)?;
+        enough_bandwidth(request.policy.bandwidth)?;
         check_move(spec, Candidate::new(&source, &here), to)?;
         check_networks(spec, &self.networks_of(&vm.team).await?, to)?;
         if vm.memory_salt.is_empty() {
@@ -273,6 +278,8 @@ impl Tasks {
             source,
             destination: destination.clone(),
             policy: request.policy,
+            changes: 0,
+            changes_told: 0,
             attempt: 1,
             generation,
             expires: expiry(now, request.policy.timeout),

@@ -134,6 +134,7 @@ impl Tasks {
             cancel: false,
             progress: None,
             transfer: None,
+            forecast: None,
             figures: None,
             error: None,
             trail: vec![],
@@ -197,7 +198,7 @@ impl Tasks {
     }
 
     /// Commands a host once. Nothing: it is away, or did not answer in time.
-    async fn one_command(
+    pub(super) async fn one_command(
         &self,
         id: TaskId,
         host: &Name,

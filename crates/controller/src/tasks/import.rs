@@ -56,6 +56,7 @@ impl Tasks {
             cancel: false,
             progress: None,
             transfer: None,
+            forecast: None,
             figures: None,
             error: None,
             trail: vec![],

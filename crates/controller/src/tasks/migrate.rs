@@ -17,6 +17,7 @@ use super::admit::expiry;
 use super::{Outcome, Tasks, note};
 use crate::clock;
 use crate::db::Fault;
+use crate::history;
 use crate::rows::{HostRow, MigrateWork, PendingGrant, Stage, TaskRow, VmRow, Work};
 
 /// How often a migration is begun when QEMU reaches its switch-over before us.
@@ -151,8 +152,10 @@ impl Tasks {
             Err(refusal) => return self.give_up(id, Some(&refusal)).await,
         };
         let policy = encode(&work.policy);
-        let action = Action::Migrate(v1::MigrateOut { grant, address, carry_port: port.into(), policy, memory_key });
+        let past = encode(&history::past_moves(&self.db, vm.id, source, destination).await?);
+        let action = Action::Migrate(v1::MigrateOut { grant, address, carry_port: port.into(), policy, memory_key, past });
         match self.command(id, source, &format!("move {}", work.attempt), action).await? {
+            // It may have answered from its memory: what was changed since is told once more.
             Ok(_) => self.set_stage(id, Stage::Moving).await,
             Err(refusal) => self.give_up(id, Some(&refusal)).await,
         }
@@ -187,6 +190,10 @@ impl Tasks {
                 if task.cancel && !asked_to_cancel && self.hub.presence(&work.source).is_some() {
                     asked_to_cancel = true;
                     self.pass_cancel(id, vm, work).await?;
+                    continue;
+                }
+                if work.changes_told < work.changes && self.hub.presence(&work.source).is_some() {
+                    self.tell_bandwidth(id, vm, work).await?;
                     continue;
                 }
             }
@@ -283,6 +290,7 @@ impl Tasks {
             let generation = vm.issue(&work.destination, id);
             vm.pending = Some(PendingGrant { destination: work.destination.clone(), generation, task: id });
             work.attempt += 1;
+            work.changes_told = 0;
             work.generation = generation;
             work.expires = expiry(clock::now(), work.policy.timeout);
             work.stage = if cancel { Stage::Settle } else { Stage::Prepare };

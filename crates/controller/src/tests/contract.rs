@@ -99,6 +99,8 @@ async fn what_is_answered_fits_what_is_described() {
     let task = contract.hold("vm_migrate", send(post.clone(), "/vms/web1/migrate", json!({"host": "h2"})).await, 202).await;
     let id = task["id"].as_str().expect("id").to_owned();
     contract.hold("task_show", send(get.clone(), &format!("/tasks/{id}"), null.clone()).await, 200).await;
+    let limit = json!({"bandwidth": 1_000_000});
+    contract.hold("task_bandwidth", send(post.clone(), &format!("/tasks/{id}/bandwidth"), limit).await, 200).await;
     contract.hold("task_cancel", send(post.clone(), &format!("/tasks/{id}/cancel"), null.clone()).await, 200).await;
     let prepare = other.command().await;
     other.refuse(&prepare, godwit_model::ErrorCode::NotEnoughSpace).await;

@@ -3,7 +3,10 @@
 use godwit_api::v1::{self as api, TaskState};
 use godwit_link::v1::{self, agent_message::Body, command::Action};
 use godwit_link::{decode, encode};
-use godwit_model::{Bytes, ErrorCode, Generation, Grant, MigrationPhase, MigrationPolicy, MigrationProgress, RunState};
+use godwit_model::{
+    Bytes, BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, MigrationForecast, MigrationPhase, MigrationPolicy,
+    MigrationProgress, Millis, PastMoves, RunState,
+};
 use reqwest::Method;
 
 use super::support::*;
@@ -108,6 +111,7 @@ async fn a_vm_moves_and_belongs_to_the_destination() {
         "godwit_migration_wire_bytes_total 1048576",
         "godwit_migration_blackout_seconds_sum 0.084",
         "godwit_migration_blackout_excess_seconds_sum 0.024",
+        "godwit_migration_duration_error_ratios_sum 0.5",
         r#"godwit_hosts{state="connected"} 2"#,
         r#"godwit_vms{team="default",state="running"} 1"#,
         r#"godwit_vm_last_blackout_seconds{team="default",vm="web1",kind="predicted"} 0.06"#,
@@ -223,13 +227,35 @@ async fn what_cannot_work_is_refused_before_anything_starts() {
 }
 
 #[tokio::test]
-async fn a_dry_run_checks_and_changes_nothing() {
-    let pair = pair().await;
+async fn a_dry_run_checks_and_changes_nothing_and_says_what_a_move_would_cost() {
+    let mut pair = pair().await;
     let before = pair.cluster.vm("web1").await;
-    let request = godwit_api::v1::VmMigrate { host: name("h2"), policy: MigrationPolicy::default(), dry_run: true, reason: None };
-    let task = pair.cluster.admin().migrate_vm(&name("web1"), &request).await.expect("described");
-    assert_eq!(task.state, TaskState::Done);
+    let policy = MigrationPolicy { max_blackout: Millis(50), ..MigrationPolicy::default() };
+    let request = godwit_api::v1::VmMigrate { host: name("h2"), policy, dry_run: true, reason: None };
+    let client = pair.cluster.admin();
+    let dry_run = || {
+        let (client, request) = (client.clone(), request.clone());
+        tokio::spawn(async move { client.migrate_vm(&name("web1"), &request).await.expect("described") })
+    };
+    let asked = dry_run();
+    let command = pair.a1.command().await;
+    let Some(Action::Forecast(question)) = &command.action else { panic!("{command:?}") };
+    assert_eq!(question.generation, 1, "of the VM as it is");
+    let request_said: ForecastRequest = decode("request", &question.request).expect("well formed");
+    assert_eq!(request_said, ForecastRequest { policy, past: PastMoves::default() });
+    let forecast = MigrationForecast { learned_from: 3, ..MigrationForecast::default() };
+    pair.a1.tell(&command, &forecast).await;
+    let task = asked.await.expect("asked");
+    assert_eq!((task.state, task.forecast), (TaskState::Done, Some(forecast)));
     assert_eq!(code(pair.cluster.admin().task(task.id).await), ErrorCode::NotFound);
+
+    // A host that cannot say hinders nothing.
+    let asked = dry_run();
+    let command = pair.a1.command().await;
+    pair.a1.refuse(&command, ErrorCode::QemuFailed).await;
+    let task = asked.await.expect("asked");
+    assert_eq!((task.state, task.forecast), (TaskState::Done, None));
+    assert!(task.trail.iter().any(|line| line.text.contains("not known")), "{:?}", task.trail);
     assert_eq!(pair.cluster.vm("web1").await, before);
 }
 
@@ -308,4 +334,61 @@ async fn a_move_goes_to_the_destinations_migration_address() {
     assert_eq!(body.address, "10.1.0.2");
     let shown = cluster.admin().host(&name("h2")).await.expect("host");
     assert_eq!((shown.address.as_str(), shown.migration_address.as_deref()), ("10.0.0.2", Some("10.1.0.2")));
+}
+
+#[tokio::test]
+async fn a_migrations_bandwidth_changes_while_it_runs_and_a_source_whose_answer_was_lost_is_told_again() {
+    let cluster = Cluster::new().await;
+    let (h1, mut a1) = cluster.agent("h1").await;
+    let (_, a2) = cluster.agent("h2").await;
+    cluster.running_vm("web1", &mut a1).await;
+    let vm = cluster.vm("web1").await;
+    let (client, mut pair) = (cluster.admin(), Pair { cluster, a1, a2 });
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    pair.begin(2).await;
+    pair.cluster.task_when(task.id, |task| task.step.contains("moves from")).await;
+    let told = |command: &v1::Command| match &command.action {
+        Some(Action::Bandwidth(set)) => set.bandwidth,
+        other => panic!("{other:?}"),
+    };
+    client.set_task_bandwidth(task.id, Some(BytesPerSec(5_000_000))).await.expect("recorded");
+    let set = pair.a1.command().await;
+    assert_eq!((told(&set), set.task.as_str()), (5_000_000, task.id.to_string().as_str()));
+    pair.a1.done(&set, 0).await;
+    client.set_task_bandwidth(task.id, Some(BytesPerSec(6_000_000))).await.expect("recorded");
+    assert_eq!(told(&pair.a1.command().await), 6_000_000);
+
+    // It may have heard that, and what counts afterwards is what counted before.
+    drop(pair.a1);
+    pair.cluster.connected("h1", false).await;
+    let said = client.set_task_bandwidth(task.id, Some(BytesPerSec(5_000_000))).await.expect("recorded");
+    assert!(said.trail.iter().any(|line| line.text.contains("allows")), "{:?}", said.trail);
+    let mut back = pair.cluster.connect(&h1, vec![report(&vm, 1, RunState::Running, v1::Holding::Owner)]).await;
+    let set = back.command().await;
+    assert_eq!(told(&set), 5_000_000);
+    back.refuse(&set, ErrorCode::NotFound).await;
+    pair.cluster.task_when(task.id, |task| task.trail.iter().any(|line| line.text.starts_with("not changed"))).await;
+    // Who asks for the same once more has it told once more.
+    client.set_task_bandwidth(task.id, Some(BytesPerSec(5_000_000))).await.expect("recorded");
+    assert_eq!(told(&back.command().await), 5_000_000);
+}
+
+#[tokio::test]
+async fn what_is_no_migration_has_ended_or_gets_too_little_has_no_other_bandwidth() {
+    let mut pair = pair().await;
+    let client = pair.cluster.admin();
+    let start = client.tasks().await.expect("tasks").first().expect("the start").id;
+    assert_eq!(code(client.set_task_bandwidth(start, None).await), ErrorCode::BadRequest);
+    let refusal = client.set_task_bandwidth(start, Some(BytesPerSec(999_999))).await.expect_err("too little").refusal();
+    assert!(refusal.message.contains("hardly get on"), "{refusal}");
+    let policy = MigrationPolicy { bandwidth: Some(BytesPerSec(1)), ..MigrationPolicy::default() };
+    let request = api::VmMigrate { host: name("h2"), policy, dry_run: true, reason: None };
+    assert_eq!(code(client.migrate_vm(&name("web1"), &request).await), ErrorCode::BadRequest);
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    let prepare = pair.a2.command().await;
+    pair.a2.refuse(&prepare, ErrorCode::NotEnoughSpace).await;
+    let settle = pair.a2.command().await;
+    pair.a2.done(&settle, 0).await;
+    pair.cluster.ended(task.id).await;
+    assert_eq!(code(client.set_task_bandwidth(task.id, None).await), ErrorCode::TooLate);
 }

@@ -8,8 +8,8 @@ use godwit_link::certificate::CONTROLLER;
 use godwit_link::v1::{self, agent_message::Body, command::Action, controller_message, link_client::LinkClient};
 use godwit_link::{PROTOCOL, encode};
 use godwit_model::{
-    Boot, Bytes, ErrorCode, HostFacts, HostLoad, ImportFormat, MigrationFigures, MigrationPolicy, Millis, Name, NetworkKind,
-    NicSpec, Refusal, RunState, TaskId, UnixMillis, VmId, VmSpec,
+    Boot, Bytes, BytesPerSec, ErrorCode, Estimate, HostFacts, HostLoad, ImportFormat, MigrationFigures, MigrationForecast,
+    MigrationPolicy, Millis, Name, NetworkKind, NicSpec, Refusal, RunState, TaskId, UnixMillis, VmId, VmSpec,
 };
 use rcgen::{CertificateParams, KeyPair};
 use tokio::sync::mpsc;
@@ -436,6 +436,16 @@ pub(super) const FIGURES: MigrationFigures = MigrationFigures {
     wire_bytes: Bytes::mib(1),
     ram_bytes: Bytes::mib(2),
     rounds: 3,
+    forecast: Some(MigrationForecast {
+        memory: Bytes::mib(2),
+        dirty_rate: BytesPerSec(1),
+        rate: BytesPerSec(1),
+        total: Estimate { least: Millis(3_000), expected: Millis(3_500), most: Millis(4_000) },
+        blackout: Estimate { least: Millis(50), expected: Millis(60), most: Millis(300) },
+        wire_bytes: Estimate { least: Bytes(1), expected: Bytes(2), most: Bytes(3) },
+        needs: None,
+        learned_from: 0,
+    }),
 };
 
 /// How a migration ended.

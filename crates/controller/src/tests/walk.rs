@@ -134,6 +134,7 @@ fn body_for(operation: &str) -> Value {
         "network_create" => json!({"name": "stolen", "kind": {"type": "bridge", "bridge": "br0"}}),
         "host_set" => json!({"migration_bandwidth": 125_000_000}),
         "network_set" => json!({"mtu": 9000}),
+        "task_bandwidth" => json!({"bandwidth": 125_000_000}),
         "vm_migrate" => json!({"host": "h1"}),
         "vm_set" => json!(spec(Bytes::mib(64))),
         "vm_exec" => json!({"program": "/bin/true"}),
@@ -184,12 +185,13 @@ async fn garbage_is_refused_in_the_one_form_and_breaks_nothing() {
             }
         }
     }
+    let nobody = uuid::Uuid::nil().to_string();
     let large = format!("{{\"name\": \"{}\"}}", "x".repeat(2 << 20));
     for operation in
         operations.iter().filter(|operation| operation.described.get("requestBody").is_some() && operation.id != "image_import")
     {
         let response = admin
-            .request(operation.method.clone(), &filled(&operation.path, "x", "x"))
+            .request(operation.method.clone(), &filled(&operation.path, &nobody, &nobody))
             .body(large.clone())
             .send()
             .await
@@ -198,7 +200,7 @@ async fn garbage_is_refused_in_the_one_form_and_breaks_nothing() {
         // Without a length that could be looked at.
         let chunks = futures::stream::iter((0..40).map(|_| Ok::<_, std::io::Error>(vec![b' '; 64 << 10])));
         let response = admin
-            .request(operation.method.clone(), &filled(&operation.path, "x", "x"))
+            .request(operation.method.clone(), &filled(&operation.path, &nobody, &nobody))
             .body(reqwest::Body::wrap_stream(chunks))
             .send()
             .await

@@ -317,6 +317,15 @@ impl Qmp {
         self.tell("calc-dirty-rate", json!({"calc-time": seconds})).await
     }
 
+    /// As [`Qmp::calc_dirty_rate`]; one that is under way already is as good, which QEMU refuses to begin again.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn begin_dirty_rate(&self, seconds: u32) -> Result<(), QmpError> {
+        let Err(refused) = self.calc_dirty_rate(seconds).await else { return Ok(()) };
+        if self.query_dirty_rate().await?.status == "measuring" { Ok(()) } else { Err(refused) }
+    }
+
     /// `query-dirty-rate`.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use godwit_api::v1::{Task, VmMigrate};
-use godwit_model::{BytesPerSec, MigrationPolicy, Millis, Name};
+use godwit_model::{BytesPerSec, MigrationForecast, MigrationPolicy, Millis, Name};
 
 use crate::error::Failure;
 use crate::output::print_data;
@@ -37,7 +37,7 @@ pub(crate) struct MigrateArgs {
     /// Why; recorded with the task
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
-    /// Only check, and say what was found
+    /// Only check, and say what was found and what it would cost
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -74,5 +74,30 @@ fn plan(task: &Task, to: &Name) -> String {
     let lines = task.trail.iter().map(|line| line.text.as_str()).chain([task.step.as_str()]);
     // That the asking itself is done is no finding.
     let findings = lines.filter(|line| !line.is_empty() && *line != "done").map(|line| format!("  {}\n", visible(line)));
-    format!("{} could move to {to}\n{}", task.subject, findings.collect::<String>())
+    let costs = task.forecast.iter().map(costs);
+    format!("{} could move to {to}\n{}", task.subject, findings.chain(costs).collect::<String>())
+}
+
+/// What it would cost.
+fn costs(forecast: &MigrationForecast) -> String {
+    let MigrationForecast { memory, dirty_rate, total, blackout, wire_bytes, needs, learned_from, .. } = forecast;
+    let learned = match learned_from {
+        0 => "nothing is known of earlier moves: a link of 1 Gbit/s is assumed".to_owned(),
+        1 => "learned from an earlier move".to_owned(),
+        more => format!("learned from {more} earlier moves like it"),
+    };
+    let mut lines = vec![
+        format!("time      {} ({} to {})", total.expected, total.least, total.most),
+        format!("blackout  {} ({} to {})", blackout.expected, blackout.least, blackout.most),
+        format!("wire      {} ({} to {})", wire_bytes.expected, wire_bytes.least, wire_bytes.most),
+        format!("from      {memory} that the guest has touched, {dirty_rate} written to; {learned}"),
+    ];
+    if let Some(needs) = needs {
+        let faster = needs.bandwidth.map(|rate| format!(", or {rate} on the wire")).unwrap_or_default();
+        lines.push(format!(
+            "As it writes now the VM cannot be stopped within its budget. It could be with --max-blackout {}ms{faster}.",
+            needs.max_blackout.get()
+        ));
+    }
+    lines.iter().map(|line| format!("  {line}\n")).collect()
 }

@@ -23,9 +23,10 @@ pub(crate) fn start_writer(knobs: &Knobs, pool: &Arc<PagePool>, counters: &Arc<C
         return Ok(());
     }
     let (pool, counters, sizes, tick) = (Arc::clone(pool), Arc::clone(counters), knobs.write_size.clone(), knobs.tick);
+    let phase = knobs.phase;
     thread("writer", move || {
         give_way();
-        let mut pace = Pace::new(rate, now());
+        let mut pace = Pace::new(rate, now()).in_phases(phase);
         let spread = (sizes.end() - sizes.start() + 1) as u64;
         loop {
             let due = pace.due(now());
@@ -43,10 +44,10 @@ pub(crate) fn start_writer(knobs: &Knobs, pool: &Arc<PagePool>, counters: &Arc<C
 /// Writes to memory for measurements at the rate that was asked for, and verifies it when somebody wants that.
 pub(crate) fn start_load(knobs: &Knobs, mut load: Load, counters: &Arc<Counters>) -> std::io::Result<()> {
     let rate = if knobs.working_set < PAGE_SIZE as u64 { 0 } else { knobs.dirty / PAGE_SIZE as u64 };
-    let (counters, tick) = (Arc::clone(counters), knobs.tick);
+    let (counters, tick, phase) = (Arc::clone(counters), knobs.tick, knobs.phase);
     thread("load", move || {
         give_way();
-        let mut pace = Pace::new(rate, now());
+        let mut pace = Pace::new(rate, now()).in_phases(phase);
         loop {
             let due = pace.due(now());
             for _ in 0..due {
