@@ -18,6 +18,8 @@ const SHARE: Spread = Spread { least: 0.1, middle: 0.45, most: 1.03 };
 const PASSES: u32 = 64;
 /// A pass that leaves more than this part of what it sent is no progress.
 const PROGRESS: f64 = 0.9;
+/// Of what a VM takes along where nobody has seen it, a host that has kept its memory gets mostly so much.
+const HOME: f64 = 0.1;
 /// How far off an expected time may be: of a VM that nobody knows, and of one that has moved once.
 const UNKNOWN: (f64, f64) = (0.3, 3.0);
 const ONCE: (f64, f64) = (0.6, 1.7);
@@ -99,8 +101,12 @@ impl Lessons {
         });
         Self {
             count: u32::try_from(figures.len()).unwrap_or(u32::MAX),
-            // What is known of the other kind is no lower limit.
-            share: if known { share } else { Spread { least: 0.0, most: share.most.max(SHARE.most), ..share } },
+            share: match (known, past.returns) {
+                (true, _) => share,
+                // All of it, if nothing was kept.
+                (false, true) => Spread { least: 0.0, middle: share.middle * HOME, ..share },
+                (false, false) => Spread { middle: share.middle.max(SHARE.middle), most: share.most.max(SHARE.most), ..share },
+            },
             rate: spread(&|figures| moved(figures) / moving_time(figures)),
             blackout: Some(spread(&|figures| seconds(figures.blackout))),
             error,
@@ -255,6 +261,12 @@ mod tests {
         assert!(returning(true, 500, 1, &policy, &[home, out]).wire_bytes.expected < Bytes(20 * MB));
         let first_way_home = returning(true, 500, 1, &policy, &[out]);
         assert_eq!((first_way_home.learned_from, first_way_home.wire_bytes.least), (1, Bytes(0)));
+        assert!(
+            first_way_home.wire_bytes.expected < Bytes(25 * MB) && first_way_home.wire_bytes.most > Bytes(200 * MB),
+            "{first_way_home:?}"
+        );
+        let first_way_out = of(500, 1, &policy, &[home]).wire_bytes;
+        assert!(first_way_out.expected > Bytes(200 * MB) && first_way_out.most > Bytes(500 * MB), "{first_way_out:?}");
         // What was off before is the range of the next.
         let mut known = out;
         let total = Estimate { expected: Millis(5_000), ..Estimate::default() };
