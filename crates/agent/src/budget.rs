@@ -52,6 +52,11 @@ impl Budget {
         self.lock().told = Some(limit);
     }
 
+    /// What all moves may take together, as far as the controller has said it.
+    pub(crate) fn limit(&self) -> Limit {
+        self.lock().told.flatten()
+    }
+
     /// The limit for the move of `vm`, which has sent so many bytes by `now` and may take `own` by its policy. `None` as long as the controller has not
     /// said anything: what was said to a carry before still counts.
     pub(crate) fn share(&self, vm: VmId, own: Option<BytesPerSec>, sent: u64, now: Instant) -> Option<Limit> {
@@ -136,6 +141,7 @@ mod tests {
         const MB: u64 = 1_000_000;
         let (budget, start) = (Budget::default(), Instant::now());
         budget.set(Some(BytesPerSec(100 * MB)));
+        assert_eq!(budget.limit(), Some(BytesPerSec(100 * MB)));
         let share = |number, own: Option<u64>, sent, seconds| {
             let now = start + Duration::from_secs(seconds);
             budget.share(vm(number), own.map(BytesPerSec), sent, now).flatten().map_or(0, BytesPerSec::get)

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use godwit_model::VmId;
 
-/// A turn that lasts longer holds up nobody: something is wrong with that switch, and others need not wait for its end.
+/// A turn that lasts longer, and longer than the VM's blackout may be, holds up nobody: something is wrong with that switch, and others need not wait
+/// for its end.
 const LONGEST: Duration = Duration::from_secs(2);
 
 /// Has a move send nothing for so long, or go on.
@@ -22,6 +23,7 @@ pub(crate) struct Turns {
 
 #[derive(Default)]
 struct Inner {
+    /// Whose it is, and until when at most.
     turn: Option<(VmId, Instant)>,
     moves: BTreeMap<VmId, Hold>,
 }
@@ -36,18 +38,19 @@ impl fmt::Debug for Inner {
 #[derive(Debug)]
 pub(crate) struct Seat {
     vm: VmId,
+    longest: Duration,
     inner: Arc<Mutex<Inner>>,
 }
 
 impl Turns {
-    /// The VM is about to leave; `hold` has its memory wait.
-    pub(crate) fn join(&self, vm: VmId, hold: impl Fn(Duration) + Send + 'static) -> Seat {
+    /// The VM is about to leave, with so long a blackout at most; `hold` has its memory wait.
+    pub(crate) fn join(&self, vm: VmId, max_blackout: Duration, hold: impl Fn(Duration) + Send + 'static) -> Seat {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, since)) = inner.turn {
-            hold(LONGEST.saturating_sub(since.elapsed()));
+        if let Some((_, until)) = inner.turn {
+            hold(until.saturating_duration_since(Instant::now()));
         }
         inner.moves.insert(vm, Box::new(hold));
-        Seat { vm, inner: Arc::clone(&self.inner) }
+        Seat { vm, longest: max_blackout.max(LONGEST), inner: Arc::clone(&self.inner) }
     }
 }
 
@@ -55,12 +58,13 @@ impl Seat {
     /// Whether it is this VM's turn to stand still, from now until [`Seat::end`].
     pub(crate) fn take(&self, now: Instant) -> bool {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        match inner.turn {
-            Some((vm, _)) if vm == self.vm => return true,
-            Some((_, since)) if now.saturating_duration_since(since) < LONGEST => return false,
-            _ => inner.turn = Some((self.vm, now)),
+        if let Some((vm, until)) = inner.turn
+            && until > now
+        {
+            return vm == self.vm;
         }
-        inner.hold_all_but(self.vm, LONGEST);
+        inner.turn = Some((self.vm, now + self.longest));
+        inner.hold_all_but(self.vm, self.longest);
         true
     }
 
@@ -99,7 +103,7 @@ mod tests {
         let (turns, (tell, told)) = (Turns::default(), mpsc::channel());
         let seat = |number: u128| {
             let tell = tell.clone();
-            turns.join(VmId::new(uuid::Uuid::from_u128(number)), move |time| {
+            turns.join(VmId::new(uuid::Uuid::from_u128(number)), Duration::from_millis(300), move |time| {
                 let _ = tell.send((number, time.as_millis()));
             })
         };

@@ -34,7 +34,12 @@ pub(crate) async fn past_moves(db: &Db, vm: VmId, from: &Name, to: &Name) -> Res
 
 fn moves_of(reigns: &[Reign], from: &Name, to: &Name) -> PastMoves {
     let ran: Vec<&Reign> = reigns.iter().filter(|reign| reign.began.is_some()).collect();
-    let had = |host: &Name, until: usize| ran.iter().take(until).any(|reign| reign.host == *host);
+    // A host keeps the memory of a VM that left it while it ran; after a stop that memory is nobody's any more.
+    let stopped = |reign: &Reign| matches!(reign.end, Some(ReignEnd::Stopped | ReignEnd::Crashed));
+    let had = |host: &Name, until: usize| {
+        let since = ran.iter().take(until).rev().take_while(|reign| !stopped(reign));
+        since.filter(|reign| reign.end == Some(ReignEnd::Moved)).any(|reign| reign.host == *host)
+    };
     let moves = ran.windows(2).enumerate().filter_map(|(position, pair)| match pair {
         [before, reign] => {
             let same_way = before.host == *from && reign.host == *to;
@@ -168,27 +173,30 @@ mod tests {
             granted: UnixMillis(number),
             began: ran.then_some(UnixMillis(number)),
             ended: None,
-            end: None,
+            end: ran.then_some(ReignEnd::Moved),
             task: None,
             kind: String::new(),
             principal: String::new(),
             reason: None,
             figures: total.map(|total| MigrationFigures { total: Millis(total), ..MigrationFigures::default() }),
         };
-        let reigns = [
+        let mut reigns = [
             reign(1, "h1", true, None),
             reign(2, "h3", false, None),
             reign(3, "h2", true, Some(30)),
             reign(4, "h1", true, Some(40)),
         ];
-        let told = |from: &str, to: &str| {
-            let past = moves_of(&reigns, &name(from), &name(to));
+        let told = |reigns: &[Reign], from: &str, to: &str| {
+            let past = moves_of(reigns, &name(from), &name(to));
             let moves = past.moves.iter().map(|past| (past.same_way, past.returned, past.figures.total.get()));
             (past.returns, moves.collect::<Vec<_>>())
         };
-        assert_eq!(told("h1", "h2"), (true, vec![(false, true, 40), (true, false, 30)]));
-        assert_eq!(told("h2", "h1"), (true, vec![(true, true, 40), (false, false, 30)]));
-        assert_eq!(told("h1", "h3"), (false, vec![(false, true, 40), (false, false, 30)]), "granted, and never used");
+        assert_eq!(told(&reigns, "h1", "h2"), (true, vec![(false, true, 40), (true, false, 30)]));
+        assert_eq!(told(&reigns, "h2", "h1"), (true, vec![(true, true, 40), (false, false, 30)]));
+        assert_eq!(told(&reigns, "h1", "h3"), (false, vec![(false, true, 40), (false, false, 30)]), "granted, and never used");
+        reigns[2].end = Some(ReignEnd::Stopped);
+        let past = moves_of(&reigns, &name("h1"), &name("h2"));
+        assert!(!past.returns && !past.moves[0].returned, "it was started afresh in between: {past:?}");
         let many: Vec<Reign> = (0..30).map(|number| reign(number, "h1", true, Some(number))).collect();
         let past = moves_of(&many, &name("h1"), &name("h1"));
         assert_eq!((past.moves.len(), past.moves[0].figures.total), (LEARNED, Millis(29)));

@@ -74,7 +74,9 @@ struct Lessons {
 
 impl Lessons {
     fn of(past: &PastMoves) -> Self {
-        let whole = |past: &&PastMove| past.figures.ram_bytes.get() > 0 && past.figures.total.get() > 0;
+        // Of one whose agent was restarted in the middle it is not known how long it took.
+        let whole =
+            |past: &&PastMove| past.figures.ram_bytes.get() > 0 && past.figures.total.get() > 0 && past.figures.blackout.get() > 0;
         let alike = |past: &&PastMove, returns| past.returned == returns;
         // A move to a host that kept the VM's memory is another thing than one that takes all of it along.
         let kinds: [&dyn Fn(&&PastMove) -> bool; 3] =
@@ -114,9 +116,11 @@ impl Lessons {
     }
 }
 
-/// Memory that a move was about: what was touched then, as what is touched now is counted; of older records what QEMU wrote.
+/// Memory that a move sent: all that was touched then, as it is counted now, and what was written meanwhile; of older records what QEMU wrote.
 fn moved(figures: &MigrationFigures) -> f64 {
-    figures.forecast.map_or(figures.ram_bytes, |forecast| forecast.memory).get().max(1) as f64
+    let written = |forecast: MigrationForecast| forecast.dirty_rate.get() as f64 * moving_time(figures);
+    let sent = figures.forecast.map_or(figures.ram_bytes.get() as f64, |forecast| forecast.memory.get() as f64 + written(forecast));
+    sent.max(1.0)
 }
 
 /// Seconds in which memory went over.
@@ -196,7 +200,10 @@ pub fn forecast(outlook: &Outlook<'_>) -> MigrationForecast {
         needs: (!course.fits).then(|| MigrationNeeds {
             max_blackout: millis((course.blackout * SPARE * 100.0).ceil() / 100.0),
             bandwidth: needed_rate(memory, dirty_rate, budget)
-                .map(|rate| BytesPerSec((rate * lessons.share.middle * SPARE) as u64)),
+                .map(|rate| rate * SPARE)
+                // The hosts themselves do not get on any faster.
+                .filter(|rate| *rate <= lessons.rate.most.max(WORK))
+                .map(|rate| BytesPerSec((rate * lessons.share.middle) as u64)),
         }),
         learned_from: lessons.count,
     }
@@ -277,17 +284,30 @@ mod tests {
     }
 
     #[test]
+    fn what_a_guest_wrote_while_it_moved_is_not_counted_twice() {
+        let policy = MigrationPolicy::default();
+        // 600 MB and what a guest that writes 120 MB/s wrote in 4 s: 1,080 MB in 4 s.
+        let mut busy = PastMove { same_way: true, returned: false, figures: figures(4_950, 1_080, 216, 250) };
+        busy.figures.forecast =
+            Some(MigrationForecast { memory: Bytes(600 * MB), dirty_rate: BytesPerSec(120 * MB), ..MigrationForecast::default() });
+        let told = of(600, 120, &policy, &[busy]);
+        assert!((4_000..6_000).contains(&told.total.expected.get()) && told.needs.is_none(), "{told:?}");
+        assert!((180 * MB..260 * MB).contains(&told.wire_bytes.expected.get()), "{told:?}");
+    }
+
+    #[test]
     fn a_guest_that_writes_too_much_is_told_what_it_needs_and_has_enough_with_it() {
         let policy = MigrationPolicy::default();
         let hot = of(1_000, 400, &policy, &[]);
         let needs = hot.needs.expect("it cannot be stopped within 300 ms");
         let allowed = MigrationPolicy { max_blackout: needs.max_blackout, ..policy };
         assert_eq!(of(1_000, 400, &allowed, &[]).needs, None);
-        let wire = needs.bandwidth.expect("a faster link does it");
-        let fast = PastMove { same_way: true, returned: false, figures: figures(10_700, 10_000, 4_500, 0) };
-        assert!(wire.get() > 180 * MB && of(1_000, 400, &policy, &[fast]).needs.is_none(), "{wire}");
+        assert_eq!(needs.bandwidth, None, "no link makes hosts faster that are believed to move 250 MB/s");
+        let fast = PastMove { same_way: true, returned: false, figures: figures(10_750, 10_000, 4_500, 50) };
+        assert!(of(1_000, 400, &policy, &[fast]).needs.is_none(), "such hosts have moved 1 GB/s");
         let limited = MigrationPolicy { bandwidth: Some(BytesPerSec(5 * MB)), ..policy };
-        assert!(of(1_000, 20, &limited, &[fast]).needs.is_some() && of(1_000, 20, &policy, &[fast]).needs.is_none());
+        let wire = of(1_000, 20, &limited, &[fast]).needs.expect("5 MB/s are too little").bandwidth.expect("more does it");
+        assert!(of(1_000, 20, &MigrationPolicy { bandwidth: Some(wire), ..policy }, &[fast]).needs.is_none(), "{wire}");
         let impossible = MigrationPolicy { max_blackout: Millis(20), ..policy };
         assert_eq!(of(1_000, 1, &impossible, &[]).needs.expect("less than a switch takes").bandwidth, None);
     }

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
 use godwit_carrier::pages::digest::is_zero;
-use godwit_carrier::pages::{Batch, Digest, Digester, Encoder, EncoderLimits, GuestMemory, PAGE_SIZE, Page, Pieces, Place};
+use godwit_carrier::pages::{
+    Batch, Digest, Digester, Encoder, EncoderLimits, Encoding, GuestMemory, PAGE_SIZE, Page, Pieces, Place,
+};
 use godwit_carrier::{Frame, Image};
 use godwit_stream::{Element, PageContent, RamStart, Reader, StreamError, WriteError, Writer};
 use tokio::net::unix::OwnedReadHalf;
@@ -41,8 +43,9 @@ const UNHELD_PASS: Duration = Duration::from_secs(1);
 const UNHELD_READ: usize = 64;
 /// A page of zeros in QEMU's stream.
 const ZERO_PAGE: usize = 9;
-/// Shorter pauses are saved up: timers are no finer.
+/// Shorter pauses are saved up: timers are no finer. One that took longer than it should is made up for.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
+const LATE: Duration = Duration::from_millis(20);
 
 /// Between two questions to the destination's QEMU.
 const ASK_EVERY: Duration = Duration::from_millis(250);
@@ -94,6 +97,8 @@ struct Waited {
     link: Duration,
     /// Less was left to do for the destination.
     destination: Duration,
+    /// Another VM of the host stood still.
+    held: Duration,
     comparing: Duration,
 }
 
@@ -127,9 +132,9 @@ pub(super) struct Feed<'a> {
     images: Vec<OwnImage>,
     /// QEMU cannot switch over by itself.
     held: bool,
-    /// Pages that its stream is paced by, if it is: so many take [`UNHELD_PASS`]. How many were read last, and until when they last.
+    /// Pages that its stream is paced by, if it is: so many that cost nothing take [`UNHELD_PASS`]. How many were read last, and until when they last.
     pace: Option<usize>,
-    pages_read: usize,
+    free_pages: usize,
     paced: Instant,
     /// How long to pause while QEMU has nothing to send.
     idle_pause: Duration,
@@ -171,7 +176,7 @@ impl<'a> Feed<'a> {
             images,
             held,
             pace: None,
-            pages_read: 0,
+            free_pages: 0,
             paced: Instant::now(),
             idle_pause: FIRST_PAUSE,
             next_look: Instant::now(),
@@ -288,14 +293,14 @@ impl<'a> Feed<'a> {
             self.on_sealed(&sealed);
         }
         let compression = began.elapsed();
-        let link_is_full = self.pump.is_link_full();
-        loop {
-            tokio::select! {
-                () = self.pump.wait_for_room() => break,
-                sealed = self.seals.settle() => self.on_sealed(&sealed),
-            }
-        }
-        let link = began.elapsed() - compression;
+        let pump = self.pump;
+        self.settle_until(pump.wait_while_held()).await;
+        let held = began.elapsed() - compression;
+        let link_is_full = pump.is_link_full();
+        self.settle_until(pump.wait_for_room()).await;
+        let link = began.elapsed() - compression - held;
+        self.aside += held;
+        self.waited.held += held;
         if link_is_full {
             self.aside += link;
             self.waited.link += link;
@@ -303,7 +308,17 @@ impl<'a> Feed<'a> {
             self.waited.destination += link;
         }
         self.waited.compression += compression;
-        self.seals.on_waited(link, compression);
+        self.seals.on_waited(link, compression, held);
+    }
+
+    async fn settle_until(&mut self, done: impl Future<Output = ()>) {
+        let mut done = std::pin::pin!(done);
+        loop {
+            tokio::select! {
+                () = &mut done => return,
+                sealed = self.seals.settle() => self.on_sealed(&sealed),
+            }
+        }
     }
 
     async fn settle_all(&mut self) {
@@ -320,11 +335,11 @@ impl<'a> Feed<'a> {
     }
 
     async fn keep_pace(&mut self) {
-        let count = std::mem::take(&mut self.pages_read);
+        let count = std::mem::take(&mut self.free_pages);
         let Some(pace) = self.pace else { return };
         let now = Instant::now();
-        self.paced = self.paced.max(now) + UNHELD_PASS.mul_f64(count as f64 / pace as f64);
-        let ahead = self.paced - now;
+        self.paced = self.paced.max(now.checked_sub(LATE).unwrap_or(now)) + UNHELD_PASS.mul_f64(count as f64 / pace as f64);
+        let ahead = self.paced.saturating_duration_since(now);
         if ahead >= SHORTEST_PAUSE && !self.ended {
             self.pump.pause(ahead).await;
             self.aside += now.elapsed();
@@ -406,7 +421,6 @@ impl<'a> Feed<'a> {
             }
             Element::Page { block, page, content } => {
                 (self.part_empty, self.idle, self.idle_pause) = (false, false, FIRST_PAUSE);
-                self.pages_read += 1;
                 let place = self.placed.get(usize::from(block.0)).copied().flatten();
                 let page = u32::try_from(*page).ok();
                 match (place, page, &mut self.encoder) {
@@ -452,10 +466,13 @@ impl<'a> Feed<'a> {
         let none = FeedError::Page { block: place.block, page: place.page };
         let Some(encoder) = &mut self.encoder else { return Err(none) };
         encoder.set_asks(!self.ended && !self.pump.is_hurried());
+        let free = |encoding: Encoding| encoding.zero + encoding.same;
+        let before = free(encoder.encoding());
         // A page that is left out is a VM that is another.
         if !encoder.encode(place, content) {
             return Err(none);
         }
+        self.free_pages += usize::from(free(encoder.encoding()) > before);
         if encoder.is_full() {
             self.flush_pages();
         }

@@ -84,6 +84,8 @@ pub(super) struct Pump {
     hurry: Notify,
     /// Until when nothing is read from QEMU.
     held_until: Cell<Option<Instant>>,
+    /// That may be sooner now.
+    released: Notify,
     stream_bytes: Cell<u64>,
     /// What goes from QEMU through this process, whatever takes the time but the link.
     speed: Cell<Speed>,
@@ -156,6 +158,7 @@ impl Pump {
             hurried: Cell::new(false),
             hurry: Notify::new(),
             held_until: Cell::new(None),
+            released: Notify::new(),
             stream_bytes: Cell::new(0),
             speed: Cell::default(),
             look_speed: Cell::default(),
@@ -181,7 +184,8 @@ impl Pump {
         let session = self.session.borrow();
         let window = session.window();
         let stalled = if session.is_settled() { Duration::ZERO } else { self.now().saturating_sub(window.last_applied()) };
-        let link_rate = window.rate();
+        // What it may take counts from the moment at which that is said, not when it has been measured.
+        let link_rate = window.rate().min(self.pace.borrow().rate.map_or(u64::MAX, BytesPerSec::get));
         Gauge {
             stream_bytes: self.stream_bytes.get(),
             rate: self.rate(link_rate, window.wire_sent()),
@@ -219,13 +223,13 @@ impl Pump {
     pub(super) fn hurry(&self) {
         self.hurried.set(true);
         self.hurry.notify_one();
-        self.room.notify_one();
+        self.released.notify_one();
     }
 
     /// Nothing is read from QEMU for so long, unless there is hurry.
     pub(super) fn hold(&self, time: Duration) {
         self.held_until.set(Instant::now().checked_add(time));
-        self.room.notify_one();
+        self.released.notify_one();
     }
 
     fn is_held_until(&self) -> Option<Instant> {
@@ -320,21 +324,24 @@ impl Pump {
 
     /// Waits until more may be sent: read from QEMU, or answered.
     pub(super) async fn wait_for_room(&self) {
-        loop {
-            let held_until = self.is_held_until();
-            if held_until.is_none() && self.session.borrow().window().has_room() {
-                return;
-            }
+        while !self.session.borrow().window().has_room() {
+            self.room.notified().await;
+        }
+    }
+
+    /// Waits as long as another move of the host has its turn.
+    pub(super) async fn wait_while_held(&self) {
+        while let Some(until) = self.is_held_until() {
             tokio::select! {
-                () = self.room.notified() => {}
-                () = tokio::time::sleep_until(held_until.unwrap_or_else(Instant::now)), if held_until.is_some() => {}
+                () = self.released.notified() => {}
+                () = tokio::time::sleep_until(until) => {}
             }
         }
     }
 
-    /// Whether there is no room because of the link, or of another move, rather than of the work that is left to the destination.
+    /// Whether there is no room because of the link, rather than of the work that is left to the destination.
     pub(super) fn is_link_full(&self) -> bool {
-        self.is_held_until().is_some() || self.session.borrow().window().is_link_full()
+        self.session.borrow().window().is_link_full()
     }
 
     /// A frame of the peer's that took `size` bytes is off the queue. It is acknowledged unless it came to nothing.

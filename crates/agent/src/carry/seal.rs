@@ -127,10 +127,11 @@ impl<'a> Seals<'a> {
         self.sealing += 1;
     }
 
-    /// So long nothing could be read for the sake of the link, and of compression, since this was last told.
-    pub(super) fn on_waited(&mut self, link: Duration, compression: Duration) {
+    /// So long nothing could be read for the sake of the link, of compression, and of another move, since this was last told.
+    pub(super) fn on_waited(&mut self, link: Duration, compression: Duration, held: Duration) {
         let all = self.told.elapsed();
         self.told += all;
+        let all = all.saturating_sub(held);
         self.choice.on_spent(Spent { all, link, compression });
     }
 

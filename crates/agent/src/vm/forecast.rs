@@ -1,5 +1,6 @@
 //! What a move of a VM is expected to cost: what only its host can measure, and `godwit_migration::forecast`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_migration::{Outlook, forecast};
@@ -13,6 +14,7 @@ use tokio::task::JoinHandle;
 use super::actor::{Actor, Answer, qemu_failed};
 use super::placement::{self, Access};
 use crate::carry::{PlacedBlock, ProcessMemory};
+use crate::host::SharedHost;
 
 /// A sample takes a second; on a host without a free core, some.
 pub(super) const SAMPLE_LIMIT: Duration = Duration::from_secs(10);
@@ -25,9 +27,10 @@ impl Actor {
         request: ForecastRequest,
         reply: oneshot::Sender<Result<Answer, Refusal>>,
     ) {
+        let host = Arc::clone(&self.host);
         match self.look_ahead(generation).await {
             Ok((qmp, memory)) => drop(tokio::spawn(async move {
-                let told = forecast_with(&qmp, memory, &request).await;
+                let told = forecast_with(&qmp, memory, &host, &request).await;
                 let _ = reply.send(told.map(|told| Answer { result: godwit_link::encode(&told), ..Answer::default() }));
             })),
             Err(refusal) => drop(reply.send(Err(refusal))),
@@ -68,6 +71,7 @@ fn touched(memory: &ProcessMemory) -> std::io::Result<Bytes> {
 async fn forecast_with(
     qmp: &Qmp,
     memory: JoinHandle<Option<Bytes>>,
+    host: &SharedHost,
     request: &ForecastRequest,
 ) -> Result<MigrationForecast, Refusal> {
     qmp.begin_dirty_rate(1).await.map_err(qemu_failed)?;
@@ -76,7 +80,7 @@ async fn forecast_with(
     let (Some(mib), Some(memory)) = (measured, memory) else {
         return Err(Refusal::new(ErrorCode::QemuFailed, "what the VM has, or writes, could not be measured").retry(Retry::Safe));
     };
-    Ok(of_measured(memory, rate_of(mib), &request.policy, &request.past))
+    Ok(of_measured(host, memory, rate_of(mib), &request.policy, &request.past))
 }
 
 /// QEMU counts in whole MiB per second: the fraction is taken for one more.
@@ -84,6 +88,14 @@ pub(super) fn rate_of(mib: i64) -> BytesPerSec {
     BytesPerSec(u64::try_from(mib).unwrap_or(0).saturating_add(1) << 20)
 }
 
-pub(super) fn of_measured(memory: Bytes, dirty_rate: BytesPerSec, policy: &MigrationPolicy, past: &PastMoves) -> MigrationForecast {
-    forecast(&Outlook { memory, dirty_rate, policy, past })
+pub(super) fn of_measured(
+    host: &SharedHost,
+    memory: Bytes,
+    dirty_rate: BytesPerSec,
+    policy: &MigrationPolicy,
+    past: &PastMoves,
+) -> MigrationForecast {
+    // What the host may send counts as the move's own limit.
+    let bandwidth = [policy.bandwidth, host.budget.limit()].into_iter().flatten().min();
+    forecast(&Outlook { memory, dirty_rate, policy: &MigrationPolicy { bandwidth, ..*policy }, past })
 }

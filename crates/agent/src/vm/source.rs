@@ -40,6 +40,8 @@ const UNLIMITED: BytesPerSec = BytesPerSec(16 << 30);
 const LATE: Millis = Millis(1);
 /// How often to ask whether another VM's turn is over.
 const TURN: Millis = Millis(50);
+/// How long what carry says of the link may be older than what it was told to take.
+const LIMIT_LAG: Duration = Duration::from_millis(500);
 const PROGRESS_EVERY: Duration = Duration::from_millis(300);
 
 /// The volatile half of a move away from here.
@@ -70,15 +72,17 @@ pub(super) struct SourceMove {
     past: PastMoves,
     touched: Option<JoinHandle<Option<Bytes>>>,
     forecast: Option<MigrationForecast>,
-    /// What carry was told to take of the wire at most.
+    /// What carry was told to take of the wire at most, and when that became much less: what it says of the link lags behind.
     bandwidth: Option<Option<BytesPerSec>>,
+    limited: Option<Instant>,
     /// Key and places of the VM's memory, which is kept when it has left. The key is in no journal: an agent that began after the move has none.
     keep: Option<(StayKey, Vec<PlacedBlock>)>,
 }
 
 impl SourceMove {
     fn new(host: &SharedHost, grant: Grant, policy: MigrationPolicy, carry: Option<CarryClient>, held: bool) -> Self {
-        let seat = carry.as_ref().map(|carry| host.turns.join(grant.vm, carry.holder()));
+        let blackout = Duration::from_millis(policy.max_blackout.get());
+        let seat = carry.as_ref().map(|carry| host.turns.join(grant.vm, blackout, carry.holder()));
         let machine = Source::new(policy, grant.expires, Millis(0)).held(held);
         Self {
             grant,
@@ -102,16 +106,17 @@ impl SourceMove {
             touched: None,
             forecast: None,
             bandwidth: None,
+            limited: None,
             keep: None,
         }
     }
 
     /// Says what the move is expected to cost, as soon as that can be said.
-    async fn foresee(&mut self) {
+    async fn foresee(&mut self, host: &SharedHost) {
         let Some(dirty_rate) = self.watch.sampled else { return };
         let Some(touched) = self.touched.take_if(|touched| touched.is_finished()) else { return };
         let Ok(Some(memory)) = touched.await else { return };
-        let forecast = of_measured(memory, dirty_rate, self.machine.policy(), &self.past);
+        let forecast = of_measured(host, memory, dirty_rate, self.machine.policy(), &self.past);
         tracing::info!(?forecast, "what the move is expected to cost");
         self.forecast = Some(forecast);
     }
@@ -121,8 +126,6 @@ impl SourceMove {
         let carry = outgoing.carry.as_ref().and_then(|identity| {
             CarryClient::adopt(identity, &host.carry_socket(vm), notices.clone())
                 .inspect_err(|error| tracing::warn!(error = error as &dyn std::error::Error, "no carry"))
-                // The VM may have been stopped by the agent before this one.
-                .inspect(CarryClient::hurry)
                 .ok()
         });
         Self::new(host, outgoing.grant.clone(), outgoing.policy, carry, outgoing.held)
@@ -130,7 +133,9 @@ impl SourceMove {
 
     /// Whether the VM may be stopped now. A QEMU that may switch over by itself cannot wait.
     fn take_turn(&self, now: Instant) -> bool {
-        self.seat.as_ref().is_none_or(|seat| seat.take(now)) || !self.held
+        let limited = self.limited.is_some_and(|limited| now.saturating_duration_since(limited) < LIMIT_LAG);
+        let turn = !limited && self.seat.as_ref().is_none_or(|seat| seat.take(now));
+        turn || !self.held
     }
 
     pub(super) fn on_peer(&mut self, peer: &Peer) {
@@ -350,6 +355,7 @@ impl Actor {
 
     /// One look and one action; how long to wait then, or `None` to look again at once.
     async fn step_source(&mut self) -> Option<Duration> {
+        self.share_bandwidth();
         let (record, view) = match self.see_source().await {
             Ok(seen) => seen,
             Err(refusal) => {
@@ -360,10 +366,12 @@ impl Actor {
         let Some(Moving::Source(moving)) = &mut self.moving else { return Some(RETRY) };
         let action = moving.machine.decide(record, &view);
         // Whoever stopped it.
+        let now = Instant::now();
         if moving.machine.stopped().is_some() && !std::mem::replace(&mut moving.hurried, true) {
             moving.carry.iter().for_each(CarryClient::hurry);
+            // It has its turn, or another has: nobody waits for that any more.
+            let _ = moving.seat.as_ref().map(|seat| seat.take(now));
         }
-        let now = Instant::now();
         let action = match action {
             SourceAction::Stop if !moving.take_turn(now) => SourceAction::Wait(TURN),
             SourceAction::ContinueVm => {
@@ -378,7 +386,6 @@ impl Actor {
         if action == SourceAction::Stop {
             moving.predicted = predicted_blackout(&view);
         }
-        self.share_bandwidth();
         self.tell_progress(record, &view);
         self.act_source(action).await
     }
@@ -390,7 +397,12 @@ impl Actor {
         let (own, sent) = (moving.machine.policy().bandwidth, carry.status().wire_bytes);
         let Some(share) = self.host.budget.share(self.vm, own, sent, Instant::now()) else { return };
         if moving.bandwidth != Some(share) && carry.set_bandwidth(share) {
-            moving.bandwidth = Some(share);
+            let bytes = |limit: Option<BytesPerSec>| limit.map_or(u64::MAX, BytesPerSec::get);
+            let before = moving.bandwidth.replace(share);
+            // Shares change all the time, by a little.
+            if before.is_some_and(|before| bytes(share) < bytes(before) / 4 * 3) {
+                moving.limited = Some(Instant::now());
+            }
         }
     }
 
@@ -408,7 +420,7 @@ impl Actor {
         let qemu = match qmp {
             Some(qmp) => {
                 moving.watch.sample(&qmp).await;
-                moving.foresee().await;
+                moving.foresee(&self.host).await;
                 Some(moving.watch.look(&qmp).await.map_err(qemu_failed)?)
             }
             None => None,
@@ -448,7 +460,11 @@ impl Actor {
                     moving.stopped = Some(Instant::now());
                     moving.carry.iter().for_each(CarryClient::hurry);
                 }
-                self.stop_first().await
+                let stopped = self.stop_first().await;
+                if let (Err(_), Some(Moving::Source(moving))) = (&stopped, &self.moving) {
+                    moving.seat.iter().for_each(Seat::end);
+                }
+                stopped
             }
             SourceAction::Migrate => match self.monitor() {
                 Ok(qmp) => qmp.migrate_fd(MIGRATION_FD).await.map_err(qemu_failed),

@@ -7,7 +7,7 @@ use super::{Tasks, note};
 use crate::checks::enough_bandwidth;
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
-use crate::rows::{MigrateWork, TaskRow, VmRow, Work};
+use crate::rows::{MigrateWork, Stage, TaskRow, VmRow, Work};
 
 impl Tasks {
     /// Changes it; answers the task as it is then.
@@ -26,7 +26,8 @@ impl Tasks {
                     .hint("`godwit task list --running` shows what runs")
                     .into());
             };
-            if ended || work.source_ended.is_some() {
+            let through = work.source_ended.as_ref().is_some_and(|ended| ended.moved) || work.stage == Stage::Settle;
+            if ended || through {
                 return Err(Refusal::new(ErrorCode::TooLate, "the migration has sent all that it had to send")
                     .hint(format!("`godwit task show {id}` says how it stands"))
                     .into());
