@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
-use godwit_carrier::pages::digest::is_zero;
+use godwit_carrier::pages::digest::{ZERO, is_zero};
 use godwit_carrier::pages::{
     Batch, Digest, Digester, Encoder, EncoderLimits, Encoding, GuestMemory, PAGE_SIZE, Page, Pieces, Place,
 };
@@ -39,6 +39,11 @@ const LOOKING_SHARE: u32 = 8;
 /// How long a QEMU that may switch over by itself takes at least to go through its memory: what is zero, or there already, no link slows down, and it
 /// would be through before the agent could stop the VM.
 const UNHELD_PASS: Duration = Duration::from_secs(1);
+/// So many times as long where the destination holds memory, and hardly anything travels.
+const UNHELD_HOME: usize = 2;
+/// So many of the first pages that the destination holds it is sent nevertheless: as long as nothing travels nobody knows the link, and without that no blackout can
+/// be predicted.
+const PROBE: usize = 64;
 /// What it is read by then at most, a part of its memory if all of that were zeros: what was read already holds up nobody.
 const UNHELD_READ: usize = 64;
 /// A page of zeros in QEMU's stream.
@@ -135,6 +140,8 @@ pub(super) struct Feed<'a> {
     /// Pages that its stream is paced by, if it is: so many that cost nothing take [`UNHELD_PASS`]. How many were read last, and until when they last.
     pace: Option<usize>,
     free_pages: usize,
+    /// Pages that are to be sent although they may be there.
+    probing: usize,
     paced: Instant,
     /// How long to pause while QEMU has nothing to send.
     idle_pause: Duration,
@@ -177,6 +184,7 @@ impl<'a> Feed<'a> {
             held,
             pace: None,
             free_pages: 0,
+            probing: 0,
             paced: Instant::now(),
             idle_pause: FIRST_PAUSE,
             next_look: Instant::now(),
@@ -341,6 +349,7 @@ impl<'a> Feed<'a> {
         self.paced = self.paced.max(now.checked_sub(LATE).unwrap_or(now)) + UNHELD_PASS.mul_f64(count as f64 / pace as f64);
         let ahead = self.paced.saturating_duration_since(now);
         if ahead >= SHORTEST_PAUSE && !self.ended {
+            self.flush();
             self.pump.pause(ahead).await;
             self.aside += now.elapsed();
         }
@@ -387,9 +396,16 @@ impl<'a> Feed<'a> {
             encoder.set_images(Box::new(shared));
         }
         let pages: u64 = start.blocks.iter().map(|block| block.pages()).sum();
-        self.pace = usize::try_from(pages.max(1)).ok().filter(|_| !self.held);
+        let part = if holdings.held.is_empty() { 1 } else { UNHELD_HOME };
+        self.pace = usize::try_from(pages).ok().map(|pages| (pages / part).max(1)).filter(|_| !self.held);
+        let most = if self.held { 0 } else { PROBE };
         for (block, first, digests) in holdings.held {
-            for (page, digest) in (first..).zip(digests) {
+            for (page, mut digest) in (first..).zip(digests) {
+                if self.probing < most && digest != ZERO {
+                    self.probing += 1;
+                    // It holds something there that is nothing of ours.
+                    digest = digest.map(|byte| !byte);
+                }
                 encoder.on_held(Place { block, page }, digest);
             }
         }
@@ -465,7 +481,10 @@ impl<'a> Feed<'a> {
     fn encode_page(&mut self, place: Place, content: Option<&Page>) -> Result<(), FeedError> {
         let none = FeedError::Page { block: place.block, page: place.page };
         let Some(encoder) = &mut self.encoder else { return Err(none) };
-        encoder.set_asks(!self.ended && !self.pump.is_hurried());
+        encoder.set_asks(self.probing == 0 && !self.ended && !self.pump.is_hurried());
+        if content.is_some() {
+            self.probing = self.probing.saturating_sub(1);
+        }
         let free = |encoding: Encoding| encoding.zero + encoding.same;
         let before = free(encoder.encoding());
         // A page that is left out is a VM that is another.
