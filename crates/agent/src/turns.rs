@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use godwit_model::VmId;
 
-/// A turn that lasts longer, and longer than the VM's blackout may be, holds up nobody: something is wrong with that switch, and others need not wait
-/// for its end.
-const LONGEST: Duration = Duration::from_secs(2);
+/// How long a turn may last: as long as the VM's blackout, within these. Behind that something is wrong with the switch, and others need not wait for its
+/// end, nor do they if an agent is gone that could end it.
+const LONGEST: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(10));
 
 /// Has a move send nothing for so long, or go on.
 type Hold = Box<dyn Fn(Duration) + Send>;
@@ -46,11 +46,10 @@ impl Turns {
     /// The VM is about to leave, with so long a blackout at most; `hold` has its memory wait.
     pub(crate) fn join(&self, vm: VmId, max_blackout: Duration, hold: impl Fn(Duration) + Send + 'static) -> Seat {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, until)) = inner.turn {
-            hold(until.saturating_duration_since(Instant::now()));
-        }
+        // It may be held still by a turn of the agent before this one.
+        hold(inner.turn.map_or(Duration::ZERO, |(_, until)| until.saturating_duration_since(Instant::now())));
         inner.moves.insert(vm, Box::new(hold));
-        Seat { vm, longest: max_blackout.max(LONGEST), inner: Arc::clone(&self.inner) }
+        Seat { vm, longest: max_blackout.clamp(LONGEST.0, LONGEST.1), inner: Arc::clone(&self.inner) }
     }
 }
 
@@ -107,7 +106,9 @@ mod tests {
                 let _ = tell.send((number, time.as_millis()));
             })
         };
-        ((1..=3).map(seat).collect(), told)
+        let seats = (1..=3).map(seat).collect();
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), [(1, 0), (2, 0), (3, 0)], "whoever held them before");
+        (seats, told)
     }
 
     #[test]
@@ -127,14 +128,14 @@ mod tests {
     fn a_turn_that_lasts_too_long_holds_up_nobody_and_its_end_takes_nobodys_turn() {
         let (mut seats, told) = three();
         let now = Instant::now();
-        assert!(seats[0].take(now) && seats[1].take(now + LONGEST));
+        assert!(seats[0].take(now) && seats[1].take(now + LONGEST.0));
         let before = told.try_iter().count();
         seats[0].end();
         assert_eq!((before, told.try_iter().count()), (4, 0));
-        assert!(!seats[2].take(now + LONGEST));
+        assert!(!seats[2].take(now + LONGEST.0));
         // A move that is over, however it ended, takes its turn along.
         seats.remove(1);
-        assert!(seats[1].take(now + LONGEST));
+        assert!(seats[1].take(now + LONGEST.0));
         assert_eq!(told.try_iter().collect::<Vec<_>>(), [(1, 0), (3, 0), (1, 2_000)]);
     }
 }

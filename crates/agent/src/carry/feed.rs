@@ -39,8 +39,9 @@ const LOOKING_SHARE: u32 = 8;
 /// How long a QEMU that may switch over by itself takes at least to go through its memory: what is zero, or there already, no link slows down, and it
 /// would be through before the agent could stop the VM.
 const UNHELD_PASS: Duration = Duration::from_secs(1);
-/// So many times as long where the destination holds memory, and hardly anything travels.
+/// So many times as long where the destination holds more than one page in so many of it, and hardly anything travels.
 const UNHELD_HOME: usize = 2;
+const HOME: usize = 8;
 /// So many of the first pages that the destination holds it is sent nevertheless: as long as nothing travels nobody knows the link, and without that no blackout can
 /// be predicted.
 const PROBE: usize = 64;
@@ -252,7 +253,7 @@ impl<'a> Feed<'a> {
             let limit = match self.pace {
                 _ if self.ended || self.pump.is_hurried() => READ,
                 _ if self.idle => IDLE_READ,
-                Some(pages) => (pages * ZERO_PAGE / UNHELD_READ).clamp(PAGE_SIZE, READ),
+                Some(pages) => (pages.saturating_mul(ZERO_PAGE) / UNHELD_READ).clamp(PAGE_SIZE, READ),
                 // How much memory there is stands at the beginning.
                 None if !self.held && self.encoder.is_none() => PAGE_SIZE,
                 None => READ,
@@ -395,9 +396,10 @@ impl<'a> Feed<'a> {
         if let Some(shared) = SharedImages::new(std::mem::take(&mut self.images), &holdings.images) {
             encoder.set_images(Box::new(shared));
         }
-        let pages: u64 = start.blocks.iter().map(|block| block.pages()).sum();
-        let part = if holdings.held.is_empty() { 1 } else { UNHELD_HOME };
-        self.pace = usize::try_from(pages).ok().map(|pages| (pages / part).max(1)).filter(|_| !self.held);
+        let pages = usize::try_from(start.blocks.iter().map(|block| block.pages()).sum::<u64>()).unwrap_or(usize::MAX);
+        let held: usize = holdings.held.iter().map(|(_, _, digests)| digests.len()).sum();
+        let part = if held > pages / HOME { UNHELD_HOME } else { 1 };
+        self.pace = (!self.held).then_some((pages / part).max(1));
         let most = if self.held { 0 } else { PROBE };
         for (block, first, digests) in holdings.held {
             for (page, mut digest) in (first..).zip(digests) {

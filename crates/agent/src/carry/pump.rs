@@ -232,7 +232,7 @@ impl Pump {
         self.released.notify_one();
     }
 
-    fn is_held_until(&self) -> Option<Instant> {
+    fn hold_end(&self) -> Option<Instant> {
         self.held_until.get().filter(|until| !self.hurried.get() && *until > Instant::now())
     }
 
@@ -331,7 +331,7 @@ impl Pump {
 
     /// Waits as long as another move of the host has its turn.
     pub(super) async fn wait_while_held(&self) {
-        while let Some(until) = self.is_held_until() {
+        while let Some(until) = self.hold_end() {
             tokio::select! {
                 () = self.released.notified() => {}
                 () = tokio::time::sleep_until(until) => {}

@@ -28,7 +28,7 @@ impl Tasks {
             };
             let through = work.source_ended.as_ref().is_some_and(|ended| ended.moved) || work.stage == Stage::Settle;
             if ended || through {
-                return Err(Refusal::new(ErrorCode::TooLate, "the migration has sent all that it had to send")
+                return Err(Refusal::new(ErrorCode::TooLate, "the migration has sent what it had to send, or is given up")
                     .hint(format!("`godwit task show {id}` says how it stands"))
                     .into());
             }
