@@ -8,7 +8,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use crate::pages::{MAX_PAYLOAD, PIECES, Pieces};
 
 /// Version of the format; both sides must name the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Largest payload of a data frame.
 pub const MAX_DATA: usize = 256 << 10;
@@ -28,6 +28,12 @@ pub const MAX_DIGESTS: usize = 4096;
 /// Most pages whose pieces are asked for, or told, in one frame.
 pub const MAX_WANTED: usize = 256;
 
+/// Most runs of pages in one frame.
+pub const MAX_RUNS: usize = 1024;
+
+/// Most pages that are missed in one frame.
+pub const MAX_MISSED: usize = 256;
+
 const HEADER: usize = 5;
 const IDENTITY: usize = 2 + 16 + 16 + 8 + KEY + 8;
 const KEY: usize = 32;
@@ -36,6 +42,7 @@ const DIGEST: usize = 16;
 const IMAGE: usize = 32 + 4;
 const BLOCK: usize = 2;
 const PAGE: usize = 4;
+const RUN: usize = 4 + 4;
 const PIECE_HASHES: usize = PIECES * 4;
 /// Largest list of blocks: a count, and a name of up to 255 bytes and a length for each.
 const MAX_MEMORY: usize = 2 + MAX_BLOCKS * (1 + 255 + 4);
@@ -154,6 +161,27 @@ pub enum Frame {
         /// The pages.
         pages: Vec<(u32, Pieces)>,
     },
+    /// The destination's QEMU can do post-copy: it is to be advised first, and tells its memory after that.
+    Advise,
+    /// Pages that come after the switch: until then nobody has them. The destination forgets what it holds there.
+    Left {
+        /// Number of the block.
+        block: u16,
+        /// The first page, and how many follow each other.
+        runs: Vec<(u32, u32)>,
+    },
+    /// All that is left was named. What follows in QEMU's stream has the VM run without it, and from there on each such page comes once.
+    Switch {
+        /// Number of the RAM section in QEMU's stream.
+        section: u32,
+    },
+    /// The destination's QEMU waits for these pages.
+    Missed {
+        /// Number of the block.
+        block: u16,
+        /// The pages.
+        pages: Vec<u32>,
+    },
 }
 
 /// Bytes that are not a frame. The connection is worthless from here on.
@@ -196,6 +224,10 @@ mod kind {
     pub(super) const WANTED: u8 = 15;
     pub(super) const PIECES: u8 = 16;
     pub(super) const IMAGES: u8 = 17;
+    pub(super) const ADVISE: u8 = 18;
+    pub(super) const LEFT: u8 = 19;
+    pub(super) const SWITCH: u8 = 20;
+    pub(super) const MISSED: u8 = 21;
 }
 
 impl Frame {
@@ -203,14 +235,21 @@ impl Frame {
     #[must_use]
     pub const fn sequenced_by(&self) -> Option<Side> {
         match self {
-            Self::Forward(_) | Self::ForwardEnd | Self::Pages(_) | Self::Wanted { .. } => Some(Side::Source),
+            Self::Forward(_)
+            | Self::ForwardEnd
+            | Self::Pages(_)
+            | Self::Wanted { .. }
+            | Self::Left { .. }
+            | Self::Switch { .. } => Some(Side::Source),
             Self::Return(_)
             | Self::ReturnEnd
             | Self::Memory(_)
             | Self::Images(_)
             | Self::Held { .. }
             | Self::HeldEnd
-            | Self::Pieces { .. } => Some(Side::Destination),
+            | Self::Pieces { .. }
+            | Self::Advise
+            | Self::Missed { .. } => Some(Side::Destination),
             Self::Hello(_) | Self::Welcome(_) | Self::Control(_) | Self::Ack(_) | Self::Ping(_) | Self::Pong(_) => None,
         }
     }
@@ -224,7 +263,8 @@ impl Frame {
             Self::Held { digests, .. } => digests.len() * DIGEST,
             Self::Memory(blocks) => blocks.len() * 64,
             Self::Images(images) => images.len() * size_of::<Image>(),
-            Self::Wanted { pages, .. } => pages.len() * PAGE,
+            Self::Wanted { pages, .. } | Self::Missed { pages, .. } => pages.len() * PAGE,
+            Self::Left { runs, .. } => runs.len() * RUN,
             Self::Pieces { pages, .. } => pages.len() * size_of::<(u32, Pieces)>(),
             _ => 0,
         };
@@ -234,7 +274,7 @@ impl Frame {
     /// Appends the frame's bytes to `out`.
     ///
     /// Nothing may be longer than its kind allows ([`MAX_DATA`], [`MAX_CONTROL`], [`crate::pages::MAX_PAYLOAD`], [`MAX_BLOCKS`],
-    /// [`MAX_IMAGES`], [`MAX_DIGESTS`], [`MAX_WANTED`]); the sender cuts before.
+    /// [`MAX_IMAGES`], [`MAX_DIGESTS`], [`MAX_WANTED`], [`MAX_RUNS`], [`MAX_MISSED`]); the sender cuts before.
     pub fn encode(&self, out: &mut BytesMut) {
         match self {
             Self::Hello(greeting) => put_greeting(out, kind::HELLO, greeting),
@@ -265,11 +305,18 @@ impl Frame {
                 put(out, kind::HELD, &payload);
             }
             Self::HeldEnd => put(out, kind::HELD_END, &[]),
-            Self::Wanted { block, pages } => {
-                let mut payload = BytesMut::with_capacity(BLOCK + pages.len() * PAGE);
+            Self::Wanted { block, pages } => put_pages(out, kind::WANTED, *block, pages),
+            Self::Missed { block, pages } => put_pages(out, kind::MISSED, *block, pages),
+            Self::Advise => put(out, kind::ADVISE, &[]),
+            Self::Switch { section } => put(out, kind::SWITCH, &section.to_be_bytes()),
+            Self::Left { block, runs } => {
+                let mut payload = BytesMut::with_capacity(BLOCK + runs.len() * RUN);
                 payload.put_u16(*block);
-                pages.iter().for_each(|page| payload.put_u32(*page));
-                put(out, kind::WANTED, &payload);
+                for (first, pages) in runs {
+                    payload.put_u32(*first);
+                    payload.put_u32(*pages);
+                }
+                put(out, kind::LEFT, &payload);
             }
             Self::Pieces { block, pages } => {
                 let mut payload = BytesMut::with_capacity(BLOCK + pages.len() * (PAGE + PIECE_HASHES));
@@ -301,6 +348,13 @@ fn put_greeting(out: &mut BytesMut, kind: u8, greeting: &Greeting) {
     payload.put_u64(identity.generation);
     payload.put_slice(key);
     payload.put_u64(*taken);
+    put(out, kind, &payload);
+}
+
+fn put_pages(out: &mut BytesMut, kind: u8, block: u16, pages: &[u32]) {
+    let mut payload = BytesMut::with_capacity(BLOCK + pages.len() * PAGE);
+    payload.put_u16(block);
+    pages.iter().for_each(|page| payload.put_u32(*page));
     put(out, kind, &payload);
 }
 
@@ -348,7 +402,7 @@ impl Decoder {
         let fits = match kind {
             kind::HELLO | kind::WELCOME => size == IDENTITY,
             kind::FORWARD | kind::RETURN => (1..=MAX_DATA).contains(&size),
-            kind::FORWARD_END | kind::RETURN_END | kind::HELD_END => size == 0,
+            kind::FORWARD_END | kind::RETURN_END | kind::HELD_END | kind::ADVISE => size == 0,
             kind::CONTROL => size <= MAX_CONTROL,
             kind::ACK | kind::PING | kind::PONG => size == 8,
             kind::PAGES => (1..=MAX_PAYLOAD).contains(&size),
@@ -357,6 +411,9 @@ impl Decoder {
             kind::HELD => is_list(size, HELD_HEADER, DIGEST, MAX_DIGESTS),
             kind::WANTED => is_list(size, BLOCK, PAGE, MAX_WANTED),
             kind::PIECES => is_list(size, BLOCK, PAGE + PIECE_HASHES, MAX_WANTED),
+            kind::LEFT => is_list(size, BLOCK, RUN, MAX_RUNS),
+            kind::SWITCH => size == 4,
+            kind::MISSED => is_list(size, BLOCK, PAGE, MAX_MISSED),
             _ => return Err(MalformedFrame::Kind(kind)),
         };
         if !fits {
@@ -382,7 +439,17 @@ impl Decoder {
             kind::PAGES => Frame::Pages(payload),
             kind::MEMORY => Frame::Memory(blocks(payload).ok_or(MalformedFrame::List(kind))?),
             kind::HELD => held(payload),
-            kind::WANTED => wanted(payload),
+            kind::WANTED => {
+                let (block, pages) = pages(payload);
+                Frame::Wanted { block, pages }
+            }
+            kind::MISSED => {
+                let (block, pages) = pages(payload);
+                Frame::Missed { block, pages }
+            }
+            kind::LEFT => left(payload),
+            kind::SWITCH => Frame::Switch { section: payload.get_u32() },
+            kind::ADVISE => Frame::Advise,
             kind::PIECES => pieces(payload),
             kind::IMAGES => images(payload),
             _ => Frame::HeldEnd,
@@ -428,10 +495,20 @@ const fn is_list(size: usize, head: usize, each: usize, most: usize) -> bool {
 }
 
 /// Reads pages from a payload whose length was checked.
-fn wanted(mut payload: Bytes) -> Frame {
+fn pages(mut payload: Bytes) -> (u16, Vec<u32>) {
     let block = payload.get_u16();
     let (pages, _) = payload.as_chunks::<PAGE>();
-    Frame::Wanted { block, pages: pages.iter().map(|page| u32::from_be_bytes(*page)).collect() }
+    (block, pages.iter().map(|page| u32::from_be_bytes(*page)).collect())
+}
+
+/// Reads runs of pages from a payload whose length was checked.
+fn left(mut payload: Bytes) -> Frame {
+    let block = payload.get_u16();
+    let mut runs = Vec::with_capacity(payload.len() / RUN);
+    while payload.has_remaining() {
+        runs.push((payload.get_u32(), payload.get_u32()));
+    }
+    Frame::Left { block, runs }
 }
 
 /// Reads pages and their pieces from a payload whose length was checked.

@@ -3,13 +3,14 @@
 //! [`Reader`] and [`Writer`] are the way from source to destination, [`ReturnReader`] and [`ReturnWriter`] the way back. What is read
 //! and written again is the same, byte for byte, so that a process between two QEMUs can take the RAM pages out and leave all else as it is.
 //! Whatever is not understood is passed on untouched or refused, never guessed. The grammar is in `docs/spec/qemu-stream.md`, whose
-//! examples the tests read. Start with [`Element`].
+//! examples the tests read. Start with [`Element`]; [`postcopy`] is what a process says that plays a source itself.
 
 mod configuration;
 mod cursor;
 mod early;
 mod element;
 mod error;
+pub mod postcopy;
 mod ram;
 mod reader;
 mod return_path;

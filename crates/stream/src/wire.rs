@@ -17,6 +17,7 @@ pub(crate) mod kind {
     pub(crate) const END: u8 = 0x03;
     pub(crate) const FULL: u8 = 0x04;
     pub(crate) const SUBSECTION: u8 = 0x05;
+    pub(crate) const DESCRIPTION: u8 = 0x06;
     pub(crate) const CONFIGURATION: u8 = 0x07;
     pub(crate) const COMMAND: u8 = 0x08;
     pub(crate) const FOOTER: u8 = 0x7e;
@@ -33,9 +34,13 @@ pub(crate) mod flag {
     pub(crate) const MULTIFD_FLUSH: u64 = 0x200;
 }
 
-/// Commands that change what follows them.
+/// Commands that change what follows them, and one that does not.
 pub(crate) mod command {
+    pub(crate) const PING: u16 = 2;
     pub(crate) const POSTCOPY_ADVISE: u16 = 3;
+    pub(crate) const POSTCOPY_LISTEN: u16 = 4;
+    pub(crate) const POSTCOPY_RUN: u16 = 5;
+    pub(crate) const POSTCOPY_DISCARD: u16 = 6;
     pub(crate) const PACKAGED: u16 = 7;
     pub(crate) const ENABLE_COLO: u16 = 8;
     pub(crate) const POSTCOPY_RESUME: u16 = 9;

@@ -36,6 +36,10 @@ fn examples() -> Vec<(&'static str, Frame)> {
         ("held_end", Frame::HeldEnd),
         ("images", Frame::Images(vec![Image { digest: [0x66; 32], pages: 524_288 }])),
         ("wanted", Frame::Wanted { block: 0, pages: vec![7, 300] }),
+        ("advise", Frame::Advise),
+        ("left", Frame::Left { block: 0, runs: vec![(7, 1), (300, 2)] }),
+        ("switch", Frame::Switch { section: 2 }),
+        ("missed", Frame::Missed { block: 0, pages: vec![7] }),
         ("pieces", Frame::Pieces { block: 0, pages: vec![(7, std::array::from_fn(|index| index as u32))] }),
     ]
 }
@@ -111,6 +115,10 @@ fn any_frame() -> impl Strategy<Value = Frame> {
         held.prop_map(|(block, first, digests)| Frame::Held { block, first, digests }),
         data.clone().prop_map(Frame::Pages),
         Just(Frame::HeldEnd),
+        Just(Frame::Advise),
+        any::<u32>().prop_map(|section| Frame::Switch { section }),
+        (any::<u16>(), prop::collection::vec(any::<(u32, u32)>(), 1..20)).prop_map(|(block, runs)| Frame::Left { block, runs }),
+        (any::<u16>(), prop::collection::vec(any::<u32>(), 1..=MAX_MISSED)).prop_map(|(block, pages)| Frame::Missed { block, pages }),
         prop::collection::vec((any::<[u8; 32]>(), any::<u32>()), 1..=MAX_IMAGES)
             .prop_map(|images| Frame::Images(images.into_iter().map(|(digest, pages)| Image { digest, pages }).collect())),
         data.clone().prop_map(Frame::Forward),

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use super::batch::{Entry, Writer};
 use super::digest::{CHECK, ZERO};
 use super::images::Images;
+use super::rest::{PageSet, Rest};
 use super::signature::Signatures;
 use super::wanted::{Pieces, Wanted};
 use super::{Digest, Digester, PAGE_SIZE, PIECE, PIECES, Page};
@@ -102,6 +103,8 @@ pub struct Encoder {
     signatures: Signatures,
     wanted: Wanted,
     asks: bool,
+    /// Pages that the destination does not hold, and that are not sent for now.
+    left: PageSet,
     batch: Writer,
     shares: Shares,
     raw: u64,
@@ -133,6 +136,13 @@ struct Shares {
     all: u64,
 }
 
+impl Batch {
+    /// Of pages that come after the switch.
+    pub(super) fn after(body: Bytes, raw: u64) -> Self {
+        Self { body, raw, shares: Shares::default() }
+    }
+}
+
 impl Encoder {
     /// For a destination that places `blocks`, whose lengths in pages are given, all of them zero until [`Encoder::on_held`] says otherwise.
     /// A block that anybody else writes to has the length 0 here, whatever the destination says of it: a page that is taken for a copy of one
@@ -140,6 +150,7 @@ impl Encoder {
     #[must_use]
     pub fn new(digester: Digester, blocks: &[u32], limits: EncoderLimits) -> Self {
         let mut total = 0_u32;
+        let left = PageSet::new(blocks);
         let blocks: Vec<(u32, u32)> = blocks
             .iter()
             .map(|pages| {
@@ -165,6 +176,7 @@ impl Encoder {
             signatures: Signatures::new(pages, signatures),
             wanted: Wanted::new(pages),
             asks: false,
+            left,
             batch: Writer::default(),
             shares: Shares::default(),
             raw: 0,
@@ -270,7 +282,44 @@ impl Encoder {
         true
     }
 
-    /// The same for a page that was looked at without being named.
+    /// A page that QEMU names, or that was looked at, and that is not sent now but after the switch, unless the destination holds that very
+    /// content. Whether there is such a page.
+    #[must_use = "a page that is none is not left"]
+    pub fn leave(&mut self, place: Place, content: Option<&Page>, named: bool) -> bool {
+        let Some(number) = self.number(place) else { return false };
+        if named {
+            self.mark_sent(number);
+        }
+        // What waited is out of date.
+        drop(self.wanted.take(number));
+        let digest = content.map_or(ZERO, |content| self.digester.page(content));
+        if self.held.get(number as usize) == Some(&digest) {
+            self.encoding.same += 1;
+            self.left.remove(place);
+        } else {
+            self.left.insert(place);
+        }
+        true
+    }
+
+    /// Pages that were left.
+    #[must_use]
+    pub const fn left(&self) -> &PageSet {
+        &self.left
+    }
+
+    /// What is left is sent from here on; one page is in any case, if there is one at all. What the encoder remembers is of no more use.
+    #[must_use]
+    pub fn into_rest(mut self) -> Rest {
+        if self.left.is_empty()
+            && let Some(first) = self.place(0)
+        {
+            self.left.insert(first);
+        }
+        Rest::new(self.left, self.encoding)
+    }
+
+    /// Encodes a page that was looked at without being named. Whether there is such a page; there must be room.
     #[must_use = "a page that is none was not sent"]
     pub fn encode_unnamed(&mut self, place: Place, content: Option<&Page>) -> bool {
         let Some(number) = self.number(place) else { return false };
