@@ -10,6 +10,8 @@
 //!                         agent                       agent
 //! ```
 
+mod after;
+mod arrive;
 mod client;
 mod connect;
 mod connections;

@@ -94,6 +94,9 @@ pub(crate) struct Outgoing {
     pub(crate) record: SourceRecord,
     /// QEMU cannot switch over by itself while the VM runs.
     pub(crate) held: bool,
+    /// Pages may have been left for after the switch: this host keeps the memory until the destination has all of it.
+    #[serde(default)]
+    pub(crate) leaving: bool,
     pub(crate) carry: Option<ProcessIdentity>,
     pub(crate) began: UnixMillis,
 }
@@ -105,6 +108,9 @@ pub(crate) struct Incoming {
     pub(crate) record: DestinationRecord,
     pub(crate) carry: Option<ProcessIdentity>,
     pub(crate) carry_port: u16,
+    /// Its QEMU is set up for post-copy.
+    #[serde(default)]
+    pub(crate) advises: bool,
 }
 
 /// How a move ended here: kept and repeated until the controller has stored it.

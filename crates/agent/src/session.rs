@@ -373,9 +373,9 @@ fn vm_command(
             (vm, VmCommand::Forecast { generation, request: decode("request", &forecast.request)? })
         }
         Action::Cancel(cancel) => (convert::vm_id(&cancel.vm)?, VmCommand::Cancel { task: convert::task_id(task)? }),
-        Action::Bandwidth(set) => {
-            let bandwidth = Some(set.bandwidth).filter(|bandwidth| *bandwidth > 0).map(BytesPerSec);
-            (convert::vm_id(&set.vm)?, VmCommand::SetBandwidth { task: convert::task_id(task)?, bandwidth })
+        Action::Policy(set) => {
+            let policy = decode("policy", &set.policy)?;
+            (convert::vm_id(&set.vm)?, VmCommand::SetPolicy { task: convert::task_id(task)?, policy })
         }
         Action::Settle(settle) => (
             convert::vm_id(&settle.vm)?,

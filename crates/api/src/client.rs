@@ -410,6 +410,16 @@ impl Client {
         self.post(&format!("/tasks/{task}/bandwidth"), &v1::TaskBandwidth { bandwidth }).await
     }
 
+    /// Has a migration's VM go on at the destination before all of its memory is there; answers the task as it is then.
+    pub async fn postcopy_task(&self, task: TaskId) -> Result<v1::Task> {
+        self.post(&format!("/tasks/{task}/postcopy"), &()).await
+    }
+
+    /// Slows a migration's VM down until it can be moved; answers the task as it is then.
+    pub async fn throttle_task(&self, task: TaskId) -> Result<v1::Task> {
+        self.post(&format!("/tasks/{task}/throttle"), &()).await
+    }
+
     /// Every team.
     pub async fn teams(&self) -> Result<Vec<v1::Team>> {
         self.list("/teams").await

@@ -10,6 +10,9 @@ const MAX_WINDOW: u64 = 64 << 20;
 /// Most guest memory, and stream, that what is in flight stands for.
 const MAX_RAW: u64 = 32 << 20;
 const QUEUE: Duration = Duration::from_millis(50);
+/// The same while the destination's QEMU waits for pages.
+const SHORT_QUEUE: Duration = Duration::from_millis(5);
+const MIN_SHORT_WINDOW: u64 = 64 << 10;
 /// So much must be in flight at least for the link to count as used, and half of the window: less says nothing about what it could take. On a long way a
 /// little at a time is always in flight.
 const BUSY: u64 = 64 << 10;
@@ -116,6 +119,14 @@ impl Window {
         };
         let bytes = u128::from(rate) * time.as_micros() * percent / 100_000_000;
         u64::try_from(bytes).unwrap_or(u64::MAX).clamp(MIN_WINDOW, MAX_WINDOW)
+    }
+
+    /// The most that may be in flight while somebody waits for what comes behind it.
+    #[must_use]
+    pub fn short_limit(&self) -> u64 {
+        let rate = self.rates.iter().max().copied().unwrap_or_default();
+        let bytes = u128::from(rate) * (self.round_trip() + SHORT_QUEUE).as_micros() / 1_000_000;
+        u64::try_from(bytes).unwrap_or(u64::MAX).clamp(MIN_SHORT_WINDOW, MAX_WINDOW)
     }
 
     /// Bytes of frames sent and not yet applied.

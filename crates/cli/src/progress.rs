@@ -297,6 +297,7 @@ mod tests {
             wire_bytes: Bytes::mib(412),
             ram_bytes: Bytes::mib(1_100),
             rounds: 3,
+            left: Bytes(0),
             forecast: None,
         });
         let (h1, h2) = (Name::new("h1").expect("name"), Name::new("h2").expect("name"));

@@ -92,6 +92,8 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(tasks::task_show))
         .routes(routes!(tasks::task_cancel))
         .routes(routes!(tasks::task_bandwidth))
+        .routes(routes!(tasks::task_postcopy))
+        .routes(routes!(tasks::task_throttle))
         .routes(routes!(events::event_watch))
         .routes(routes!(teams::team_list, teams::team_create))
         .routes(routes!(teams::token_list, teams::token_create))

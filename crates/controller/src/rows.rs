@@ -428,7 +428,7 @@ pub(crate) struct MigrateWork {
     pub(crate) source: Name,
     pub(crate) destination: Name,
     pub(crate) policy: MigrationPolicy,
-    /// How often its bandwidth was changed since it was asked for, and how many of these changes this attempt's source has answered.
+    /// How often its policy was changed since it was asked for, and how many of these changes this attempt's source has answered.
     #[serde(default)]
     pub(crate) changes: u64,
     #[serde(default)]

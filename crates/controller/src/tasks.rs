@@ -32,13 +32,13 @@ use crate::rows::{TaskRow, VmRow, Work};
 
 mod admit;
 mod autostart;
-mod bandwidth;
 mod cancel;
 mod change;
 mod exec;
 mod forecast;
 mod import;
 mod migrate;
+mod policy;
 mod power;
 
 pub(crate) use admit::{Ask, Asked, host_down};

@@ -56,6 +56,12 @@ pub fn predict_blackout(warm_up: &WarmUp) -> Millis {
     Millis(copy.saturating_add(warm_up.queued.get()).saturating_add(FIXED.get()).saturating_add(round_trips))
 }
 
+/// Whether a later pass will leave markedly less than this one: the guest dirties at most four fifths of what is moved.
+#[must_use]
+pub(crate) const fn converges(warm_up: &WarmUp) -> bool {
+    warm_up.dirty_rate.get() <= warm_up.rate.get() / 5 * 4
+}
+
 /// Whether the rest of this pass, and what is under way, is worth waiting for: the guest dirties so much less than is moved that the blackout is
 /// then at most half as long, apart from what every switch costs.
 #[must_use]

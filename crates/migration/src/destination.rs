@@ -47,6 +47,8 @@ pub struct DestinationView {
     pub aborted: Option<Refusal>,
     /// The source has said that it knows how it ended.
     pub settled: bool,
+    /// The source has said that memory that was left is lost.
+    pub lost: bool,
     /// `cont` was refused since this process began to look.
     pub cont_refused: Option<Refusal>,
     /// The VM has been announced on its networks since this process began to look.
@@ -130,7 +132,7 @@ impl Destination {
         }
         let since = *self.released_seen.get_or_insert(view.now);
         match (qemu.migration, qemu.vcpus) {
-            (QemuMigration::Completed, Vcpus::Paused) => DestinationAction::Record(DestinationRecord::Activated),
+            (QemuMigration::Completed | QemuMigration::PostCopy, Vcpus::Paused) => DestinationAction::Record(DestinationRecord::Activated),
             _ if view.now.get().saturating_sub(since.get()) > LOAD_LIMIT.get() => {
                 decline(failed("the destination's QEMU did not finish loading what was released to it"))
             }
@@ -168,7 +170,13 @@ impl Destination {
         }
         let resumed = *self.resumed.get_or_insert(view.now);
         let since = Millis(view.now.get().saturating_sub(resumed.get()));
-        DestinationAction::Tell(PeerMessage::Running { since }, REPEAT)
+        // A QEMU that is dead needs nothing more.
+        let whole = view.qemu.as_ref().is_none_or(|qemu| qemu.migration == QemuMigration::Completed);
+        if view.lost && !whole {
+            // It would wait for its memory for ever.
+            return DestinationAction::EndQemu;
+        }
+        DestinationAction::Tell(if whole { PeerMessage::Whole { since } } else { PeerMessage::Running { since } }, REPEAT)
     }
 }
 

@@ -31,11 +31,19 @@ pub enum PeerMessage {
         /// How long its vCPUs had run when this was sent.
         since: Millis,
     },
+    /// Destination: I run it or have run it, and need nothing more of it: all memory that was left has come, or its QEMU is dead. Said in place of `Running`
+    /// after post-copy.
+    Whole {
+        /// As of `Running`.
+        since: Millis,
+    },
     /// Destination: I have never run it and never shall.
     Declined {
         /// Why.
         reason: Refusal,
     },
+    /// Source: memory that was left is lost, and with it the VM if you still need it.
+    Lost,
     /// Source: I know how it ended; you need not tell me again.
     Settled,
 }

@@ -7,15 +7,17 @@
 //!      │ given up, failed, declined             ▼
 //!      └──────────────▶ ended: stayed ◀────── Returned (continued)
 //! ```
+//! In post-copy pages are left before the stop, and `Released` lasts until the destination has all of them.
+//!
 //! *Our stop*: the VM is stopped by us, proven by `paused` while QEMU still copies. If QEMU reaches its own switch-over first, the move is
 //! cancelled and tried again. A destination is told `Released` only after the record is durable, and only then can it run.
 
 use std::hash::{Hash, Hasher};
 
-use godwit_model::{BytesPerSec, ErrorCode, MigrationPolicy, Millis, Refusal, Retry, UnixMillis};
+use godwit_model::{ErrorCode, MigrationPolicy, Millis, PostCopy, Refusal, Retry, Rung, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use crate::convergence::{WarmUp, predict_blackout, shrinks_soon};
+use crate::convergence::{WarmUp, converges, predict_blackout, shrinks_soon};
 use crate::message::PeerMessage;
 use crate::view::{CarryView, Outcome, QemuMigration, QemuView, Vcpus};
 
@@ -49,6 +51,10 @@ pub struct SourceView {
     pub declined: Option<Refusal>,
     /// The destination has said that it runs the VM.
     pub running: bool,
+    /// The destination has said that it runs the VM and has all of its memory.
+    pub whole: bool,
+    /// The VM's memory is no longer here: its QEMU has died.
+    pub memory_gone: bool,
     /// The user wants it cancelled.
     pub cancel: bool,
 }
@@ -62,6 +68,10 @@ pub enum SourceAction {
     Migrate,
     /// QMP `stop`, then look.
     Stop,
+    /// Remember, durably, that pages may be left for after the switch, then have carry leave them.
+    Leave,
+    /// Have QEMU slow the VM down.
+    Throttle,
     /// QMP `migrate-continue` from `pre-switchover`.
     ContinueSwitchOver,
     /// QMP `migrate_cancel`.
@@ -87,17 +97,25 @@ pub struct Source {
     stopped: Option<Millis>,
     /// When the blackout was first within the budget, and worth shortening.
     within: Option<Millis>,
+    /// Since when passes bring it no nearer to that.
+    missed: Option<Millis>,
+    throttles: bool,
+    /// Pages may be left for after the switch.
+    leaves: bool,
     giving_up: Option<Refusal>,
 }
 
 /// Of all that decisions depend on: why a move is given up is told, and decides nothing.
 impl Hash for Source {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        let Self { policy, expires, began, held, asked, stopped, within, giving_up } = self;
-        (policy, expires, began, held, asked, stopped, within, giving_up.is_some()).hash(state);
+        let Self { policy, expires, began, held, asked, stopped, within, missed, throttles, leaves, giving_up } = self;
+        (policy, expires, began, held, asked, stopped, within).hash(state);
+        (missed, throttles, leaves, giving_up.is_some()).hash(state);
     }
 }
 
+/// The number of QEMU's pass that looks at every page.
+const FIRST_PASS: u32 = 1;
 /// How often to look when nothing is expected soon.
 const IDLE: Millis = Millis(250);
 /// How often to look while the decision to stop may be near.
@@ -113,7 +131,19 @@ impl Source {
     /// A source that begins, or begins again after a restart, to look at `now`.
     #[must_use]
     pub fn new(policy: MigrationPolicy, expires: UnixMillis, now: Millis) -> Self {
-        Self { policy, expires, began: now, held: false, asked: false, stopped: None, within: None, giving_up: None }
+        Self {
+            policy,
+            expires,
+            began: now,
+            held: false,
+            asked: false,
+            stopped: None,
+            within: None,
+            missed: None,
+            throttles: false,
+            leaves: false,
+            giving_up: None,
+        }
     }
 
     /// Of a QEMU that cannot switch over by itself while the VM runs, so that the end of a pass may be waited for.
@@ -123,15 +153,39 @@ impl Source {
         self
     }
 
+    /// Of a move in which pages may have been left for after the switch, by this process or one before it.
+    #[must_use]
+    pub const fn leaving(mut self, leaves: bool) -> Self {
+        self.leaves = leaves;
+        self
+    }
+
     /// The limits that it keeps.
     #[must_use]
     pub const fn policy(&self) -> &MigrationPolicy {
         &self.policy
     }
 
-    /// It may take this much of the wire from here on.
-    pub const fn set_bandwidth(&mut self, bandwidth: Option<BytesPerSec>) {
-        self.policy.bandwidth = bandwidth;
+    /// It keeps these from here on.
+    pub const fn set_policy(&mut self, policy: MigrationPolicy) {
+        self.policy = policy;
+    }
+
+    /// Pages may be left for after the switch from here on.
+    pub const fn on_leaving(&mut self) {
+        self.leaves = true;
+    }
+
+    /// QEMU was told to slow the VM down.
+    pub const fn on_throttled(&mut self) {
+        self.throttles = true;
+    }
+
+    /// The rung on which it stands, if passes bring the blackout no nearer to the budget.
+    #[must_use]
+    pub fn rung(&self, now: Millis) -> Option<Rung> {
+        let since = now.get().saturating_sub(self.missed?.get());
+        Some(self.policy.on_miss.at(since, self.policy.patience.get()))
     }
 
     /// When our stop was proven, if it was.
@@ -161,7 +215,7 @@ impl Source {
     pub fn decide(&mut self, record: SourceRecord, view: &SourceView) -> SourceAction {
         match record {
             SourceRecord::Offered => self.decide_offered(view),
-            SourceRecord::Released => decide_released(view),
+            SourceRecord::Released => self.decide_released(view),
             SourceRecord::Returned => self.decide_returned(view),
             SourceRecord::Confirmed => SourceAction::End(Outcome::Moved),
         }
@@ -173,8 +227,8 @@ impl Source {
         }
         let Some(qemu) = &view.qemu else {
             // Proven dead it can never run again. If it had been stopped by us, nothing ran since, and the destination may hold everything;
-            // otherwise what the destination holds may be older than the disks.
-            let whole = self.stopped.is_some() && view.declined.is_none();
+            // otherwise what the destination holds may be older than the disks, and what was left is lost.
+            let whole = self.stopped.is_some() && view.declined.is_none() && !self.leaves;
             return SourceAction::Record(if whole { SourceRecord::Released } else { SourceRecord::Returned });
         };
         match self.of_this_move(qemu) {
@@ -189,7 +243,11 @@ impl Source {
             }
             QemuMigration::None => self.decide_begin(qemu, view),
             QemuMigration::Cancelling => SourceAction::Wait(BLACKOUT),
-            QemuMigration::Active | QemuMigration::PreSwitchover | QemuMigration::Device | QemuMigration::Unknown => {
+            QemuMigration::Active
+            | QemuMigration::PreSwitchover
+            | QemuMigration::Device
+            | QemuMigration::PostCopy
+            | QemuMigration::Unknown => {
                 self.asked = true;
                 self.decide_under_way(qemu, view)
             }
@@ -263,8 +321,37 @@ impl Source {
             }
             return SourceAction::Stop;
         }
+        if let Some(action) = self.decide_miss(qemu, &warm_up, view) {
+            return action;
+        }
         let near = blackout.get() < self.policy.max_blackout.get().saturating_mul(4);
         SourceAction::Wait(if near || qemu.remaining.get() < 64 << 20 { NEAR } else { IDLE })
+    }
+
+    /// What else is done about a budget that cannot be kept.
+    fn decide_miss(&mut self, qemu: &QemuView, warm_up: &WarmUp, view: &SourceView) -> Option<SourceAction> {
+        let is_through = qemu.rounds > FIRST_PASS;
+        if view.carry.leaving {
+            return None;
+        }
+        let wanted = self.leaves || (self.policy.postcopy == PostCopy::Now && is_through);
+        if wanted && view.carry.can_leave {
+            return Some(SourceAction::Leave);
+        }
+        if !is_through || converges(warm_up) {
+            self.missed = None;
+            return None;
+        }
+        self.missed.get_or_insert(view.now);
+        match self.rung(view.now)? {
+            Rung::Postcopy if view.carry.can_leave => Some(SourceAction::Leave),
+            Rung::Throttle if !self.throttles => Some(SourceAction::Throttle),
+            Rung::GiveUp => {
+                self.giving_up = Some(self.not_converging(view));
+                Some(SourceAction::CancelQemu)
+            }
+            Rung::WaitForQuiet | Rung::Throttle | Rung::Postcopy | Rung::Ask => None,
+        }
     }
 
     fn reason_to_give_up(&self, view: &SourceView) -> Option<Refusal> {
@@ -300,12 +387,18 @@ impl Source {
     fn not_converging(&self, view: &SourceView) -> Refusal {
         let dirty = view.qemu.as_ref().and_then(|qemu| qemu.dirty_rate);
         let dirty = dirty.map_or_else(|| "at an unknown rate".into(), |rate| format!("at {rate}"));
-        let (rate, budget, timeout) = (view.carry.rate, self.policy.max_blackout, self.policy.timeout);
+        let (rate, budget) = (view.carry.rate, self.policy.max_blackout);
+        let time = Millis(view.now.get().saturating_sub(self.began.get()));
+        // It was wanted, and this is why it was not done.
+        let unable = self.policy.prepares_postcopy() && !view.carry.can_leave;
+        let unable = if unable { "; the destination's QEMU cannot do post-copy" } else { "" };
         Refusal::new(
             ErrorCode::NotConverging,
-            format!("after {timeout} the VM still dirties memory {dirty} while the link takes {rate}: a blackout of {budget} cannot be kept"),
+            format!("after {time} the VM still dirties memory {dirty} while {rate} are moved: a blackout of {budget} cannot be kept{unable}"),
         )
-        .hint("try at a quieter time, allow a longer `--max-blackout`, or give the migration more bandwidth")
+        .hint(
+            "try at a quieter time, allow a longer `--max-blackout` or `--on-miss throttle` or `postcopy`, or give the migration more bandwidth",
+        )
         .retry(Retry::Safe)
     }
 
@@ -319,6 +412,17 @@ impl Source {
             Some(Vcpus::Running | Vcpus::Other) | None => self.end_stayed(view),
             Some(Vcpus::Paused | Vcpus::PostMigrate) => SourceAction::ContinueVm,
             Some(Vcpus::FinishMigrate | Vcpus::InMigrate) => SourceAction::Wait(BLACKOUT),
+        }
+    }
+
+    /// It cannot be run here any more: the destination is told until it answers, and keeps its memory here until it has all of it.
+    fn decide_released(&self, view: &SourceView) -> SourceAction {
+        match (&view.declined, view.running) {
+            (_, true) if view.whole || !self.leaves => SourceAction::Record(SourceRecord::Confirmed),
+            (_, true) if view.memory_gone => SourceAction::Tell(PeerMessage::Lost, Millis(500)),
+            (_, true) => SourceAction::Wait(IDLE),
+            (Some(_), false) => SourceAction::Record(SourceRecord::Returned),
+            (None, false) => SourceAction::Tell(PeerMessage::Released, Millis(500)),
         }
     }
 
@@ -347,14 +451,6 @@ fn qemu_first() -> Refusal {
     Refusal::new(ErrorCode::QemuFirst, "QEMU reached its own switch-over before our stop; cancelled")
         .hint("it is tried again by itself")
         .retry(Retry::Safe)
-}
-
-fn decide_released(view: &SourceView) -> SourceAction {
-    match (&view.declined, view.running) {
-        (_, true) => SourceAction::Record(SourceRecord::Confirmed),
-        (Some(_), false) => SourceAction::Record(SourceRecord::Returned),
-        (None, false) => SourceAction::Tell(PeerMessage::Released, Millis(500)),
-    }
 }
 
 #[cfg(test)]

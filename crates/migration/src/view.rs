@@ -30,6 +30,8 @@ pub enum QemuMigration {
     PreSwitchover,
     /// `device`: the device state is under way.
     Device,
+    /// A destination that has the devices' state, and memory that is still to come.
+    PostCopy,
     /// `completed`.
     Completed,
     /// `failed` or `failing`.
@@ -63,6 +65,8 @@ pub struct QemuView {
     pub dirty_rate: Option<BytesPerSec>,
     /// Time since QEMU last collected dirty pages.
     pub since_sync: Millis,
+    /// How often it has done that: passes over memory.
+    pub rounds: u32,
 }
 
 /// The carry process of a side.
@@ -82,6 +86,10 @@ pub struct CarryView {
     pub stalled: Millis,
     /// How long the destination's QEMU has not answered the last question; 0 if it has.
     pub unanswered: Millis,
+    /// Post-copy is possible.
+    pub can_leave: bool,
+    /// Pages are left for after the switch: `rate` is that of noting them.
+    pub leaving: bool,
 }
 
 /// How a move ended for a side.

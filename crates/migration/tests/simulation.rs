@@ -204,12 +204,12 @@ impl World {
                 PeerMessage::Released => self.released = true,
                 PeerMessage::Aborted { reason } => self.aborted = Some(reason),
                 PeerMessage::Settled => self.settled = true,
-                PeerMessage::Running { .. } | PeerMessage::Declined { .. } => {}
+                _ => {}
             }
         }
         for (_, message) in self.to_source.extract_if(.., |(at, _)| *at <= now) {
             match message {
-                PeerMessage::Running { .. } => self.running = true,
+                PeerMessage::Running { .. } | PeerMessage::Whole { .. } => self.running = true,
                 PeerMessage::Declined { reason } => self.declined = Some(reason),
                 _ => {}
             }
@@ -263,6 +263,7 @@ impl World {
             remaining: Bytes(qemu.remaining),
             dirty_rate: Some(BytesPerSec(10 << 20)),
             since_sync: Millis(200),
+            rounds: 1,
         })
     }
 
@@ -293,11 +294,15 @@ impl World {
                 rate: BytesPerSec(100 << 20),
                 queued: Millis(0),
                 unanswered: Millis(0),
+                can_leave: false,
+                leaving: false,
                 round_trip: Millis(1),
                 stalled: Millis(0),
             },
             declined: self.declined.clone(),
             running: self.running,
+            whole: false,
+            memory_gone: false,
             cancel: self.cancel,
         };
         let action = self.source.decide(self.source_record, &view);
@@ -328,6 +333,7 @@ impl World {
                 Self::send(&mut self.to_destination, &mut self.random, self.now, false, &last);
                 self.source_ended = Some(outcome);
             }
+            SourceAction::Leave | SourceAction::Throttle => {}
             SourceAction::Migrate
             | SourceAction::Stop
             | SourceAction::ContinueSwitchOver
@@ -368,6 +374,7 @@ impl World {
             qemu: Self::seen(self.destination_qemu.as_ref()),
             released: self.released,
             aborted: self.aborted.clone(),
+            lost: false,
             settled: self.settled,
             cont_refused: self.cont_refused.clone(),
             announced: self.announced,

@@ -10,6 +10,7 @@ pub mod hostile;
 pub mod ids;
 pub mod import;
 pub mod lifecycle;
+pub mod ladder;
 pub mod migration;
 pub mod name;
 pub mod network;
@@ -23,9 +24,10 @@ pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
 pub use ids::{ImageId, NetworkId, TaskId, TeamId, TokenId, VmId, Vmgenid};
 pub use import::ImportFormat;
 pub use lifecycle::{Activity, Admission, RunState, VmRequest};
+pub use ladder::{Ladder, MalformedLadder, Rung};
 pub use migration::{
     Estimate, ForecastRequest, MigrationFigures, MigrationForecast, MigrationNeeds, MigrationPhase, MigrationPolicy,
-    MigrationProgress, PastMove, PastMoves,
+    MigrationProgress, PastMove, PastMoves, PostCopy,
 };
 pub use name::{InvalidName, Name};
 pub use network::{

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, BytesPerSec, Millis};
+use crate::{Bytes, BytesPerSec, Ladder, Millis, Rung};
 
 /// Limits that a migration keeps; none of them is ever raised by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
@@ -18,6 +18,41 @@ pub struct MigrationPolicy {
     pub stall: Millis,
     /// Longest time between our stop and QEMU's `completed`. After it the source is continued.
     pub stop_limit: Millis,
+    /// What is done when passes over memory do not bring the blackout any nearer to `max_blackout`.
+    #[schema(value_type = Vec<Rung>)]
+    pub on_miss: Ladder,
+    /// How long waiting for quiet, or throttling, is given before the next rung of `on_miss`.
+    pub patience: Millis,
+    /// Post-copy beside what `on_miss` says.
+    pub postcopy: PostCopy,
+}
+
+impl MigrationPolicy {
+    /// Whether the destination is to be made ready for post-copy: that has to be known before memory begins to move.
+    #[must_use]
+    pub fn prepares_postcopy(&self) -> bool {
+        self.postcopy != PostCopy::ByLadder || self.on_miss.has(Rung::Postcopy) || self.on_miss.has(Rung::Ask)
+    }
+
+    /// Whether the VM's QEMU is to be made ready for slowing it down: that has to be known before the migration begins.
+    #[must_use]
+    pub fn prepares_throttle(&self) -> bool {
+        self.on_miss.has(Rung::Throttle) || self.on_miss.has(Rung::Ask)
+    }
+}
+
+/// Whether a VM may go on at the destination before all of its memory is there. From then on it needs both hosts until all has come: if one of them,
+/// or its QEMU there, dies meanwhile, the VM is lost as in a crash.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PostCopy {
+    /// Only if the ladder comes to it.
+    #[default]
+    ByLadder,
+    /// And when it is asked for while the migration runs.
+    Ready,
+    /// As soon as every page was looked at once.
+    Now,
 }
 
 impl Default for MigrationPolicy {
@@ -28,6 +63,9 @@ impl Default for MigrationPolicy {
             timeout: Millis(30 * 60_000),
             stall: Millis(120_000),
             stop_limit: Millis(10_000),
+            on_miss: Ladder::default(),
+            patience: Millis(60_000),
+            postcopy: PostCopy::default(),
         }
     }
 }
@@ -44,6 +82,8 @@ pub enum MigrationPhase {
     StopAndCopy,
     /// The source has released the VM; the destination takes over.
     HandOver,
+    /// The VM runs at the destination, and memory that was left follows.
+    PostCopy,
     /// The destination runs; the source is cleared.
     CleanUp,
 }
@@ -57,6 +97,7 @@ impl MigrationPhase {
             Self::WarmUp => "warm-up",
             Self::StopAndCopy => "stop-and-copy",
             Self::HandOver => "hand-over",
+            Self::PostCopy => "post-copy",
             Self::CleanUp => "clean-up",
         }
     }
@@ -104,6 +145,9 @@ pub struct MigrationFigures {
     pub ram_bytes: Bytes,
     /// Passes over memory.
     pub rounds: u32,
+    /// Memory that followed after the switch, in post-copy.
+    #[serde(default)]
+    pub left: Bytes,
     /// What it was expected to cost, once the source had measured how much the VM writes; none if it had left before.
     #[serde(default)]
     pub forecast: Option<MigrationForecast>,

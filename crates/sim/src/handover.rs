@@ -54,6 +54,8 @@ pub enum Wrong {
     SaysDeclinedEarly,
     /// A host forgets a move and does not keep that its generation is not to be taken up again.
     KeepsNoFloor,
+    /// The source does not wait until the destination has what was left.
+    KeepsNothingBack,
     /// A destination takes the death of a QEMU that nobody has told to run the VM for a crash of the VM.
     TakesDeathForCrash,
     /// The last fact of a source is said once and never asked for again: who has forgotten a move answers nothing.
@@ -69,6 +71,8 @@ pub struct HandOver {
     pub faults: u8,
     /// QEMU from 8.1 on, which does not switch over by itself while the VM runs.
     pub held: bool,
+    /// Pages are left for after the switch.
+    pub postcopy: bool,
     /// What is wrong on purpose.
     pub wrong: Wrong,
 }
@@ -87,6 +91,8 @@ pub struct World {
     /// The move that the controller carries out, or did last.
     current: u8,
     controller_up: bool,
+    /// Pages are left for after the switch.
+    postcopy: bool,
     faults_left: u8,
     /// The QEMU that owned the VM has died, or one of which nobody knows whether it had been told to run: then nobody may be left running.
     vm_crashed: bool,
@@ -149,6 +155,7 @@ struct SourceMove {
     clock: u64,
     declined: bool,
     running: bool,
+    whole: bool,
     cancel: bool,
 }
 
@@ -166,6 +173,7 @@ struct DestinationMove {
     clock: u64,
     released: bool,
     aborted: bool,
+    lost: bool,
     settled: bool,
     cont_refused: bool,
     announced: bool,
@@ -293,14 +301,19 @@ pub enum Fact {
     Running,
     /// See `PeerMessage::Declined`.
     Declined,
+    /// See `PeerMessage::Whole`.
+    Whole,
+    /// See `PeerMessage::Lost`.
+    Lost,
 }
 
-const FACTS: usize = 5;
-const EVERY_FACT: [Fact; FACTS] = [Fact::Released, Fact::Aborted, Fact::Settled, Fact::Running, Fact::Declined];
+const FACTS: usize = 7;
+const EVERY_FACT: [Fact; FACTS] =
+    [Fact::Released, Fact::Aborted, Fact::Settled, Fact::Running, Fact::Declined, Fact::Whole, Fact::Lost];
 
 impl Fact {
     const fn is_for_destination(self) -> bool {
-        matches!(self, Self::Released | Self::Aborted | Self::Settled)
+        matches!(self, Self::Released | Self::Aborted | Self::Settled | Self::Lost)
     }
 }
 
@@ -329,6 +342,8 @@ pub enum Step {
     QemuIsFirst(u8),
     /// The last byte reaches the destination's carry.
     LastByte(u8),
+    /// The destination's QEMU has the last page that was left.
+    LastPage(u8),
     /// A fact arrives.
     Arrives(u8, Fact),
     /// The controller goes on.
@@ -399,7 +414,7 @@ const fn generation(number: u8) -> u8 {
 }
 
 impl World {
-    fn new(faults: u8) -> Self {
+    fn new(faults: u8, postcopy: bool) -> Self {
         let owner = Record { generation: 1, holding: Holding::Owner };
         let qemu = Qemu { vcpus: Vcpus::Running, migration: QemuMigration::None, of: 0, resumes: false, descriptor: false };
         let first = Host { up: true, disk: Some(owner), memory: Some(owner), qemu: Some(qemu), ..Host::default() };
@@ -410,6 +425,7 @@ impl World {
             moves: [going, Move::default()],
             current: 0,
             controller_up: true,
+            postcopy,
             faults_left: faults,
             vm_crashed: false,
             broken: None,
@@ -430,9 +446,9 @@ impl World {
                     moving.forget_what_made_it_give_up()
                 }
                 (Some(Moving::Source(number, moving)), Holding::Source(..)) => {
-                    let (declined, running) = (moving.declined, moving.running);
-                    let fresh = agent::source_move();
-                    here.moving = Some(Moving::Source(*number, SourceMove { declined, running, ..fresh }));
+                    let (declined, running, whole) = (moving.declined, moving.running, moving.whole);
+                    let fresh = agent::source_move(self.postcopy);
+                    here.moving = Some(Moving::Source(*number, SourceMove { declined, running, whole, ..fresh }));
                 }
                 (Some(Moving::Destination(_, moving)), Holding::Destination(_, Taken::Prepared)) if !moving.released => {
                     moving.clock = 0
@@ -441,9 +457,10 @@ impl World {
                     (moving.clock, moving.released) = (0, false);
                 }
                 (Some(Moving::Destination(number, moving)), Holding::Destination(_, Taken::Running | Taken::Declined)) => {
-                    let DestinationMove { aborted, settled, announced, .. } = *moving;
+                    let DestinationMove { aborted, lost, settled, announced, .. } = *moving;
                     let fresh = agent::destination_move();
-                    here.moving = Some(Moving::Destination(*number, DestinationMove { aborted, settled, announced, ..fresh }));
+                    let moving = DestinationMove { aborted, lost, settled, announced, ..fresh };
+                    here.moving = Some(Moving::Destination(*number, moving));
                 }
                 _ => {}
             }
@@ -502,7 +519,7 @@ impl Model for HandOver {
     type Step = Step;
 
     fn begin(&self) -> World {
-        World::new(self.faults)
+        World::new(self.faults, self.postcopy)
     }
 
     fn steps(&self, world: &World, next: &mut Vec<(Step, World)>) {

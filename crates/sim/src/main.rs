@@ -12,12 +12,13 @@ use godwit_sim::{HandOver, Route, Wrong, explore};
 const LIMIT: usize = 120_000_000;
 
 const USAGE: &str = "\
-Usage: godwit-sim [ROUTE FAULTS QEMU]...          where ROUTE is once, back or onward, and QEMU is 7.2 or 10.0
+Usage: godwit-sim [ROUTE FAULTS QEMU]...          where ROUTE is once, back or onward, and QEMU is 7.2, 10.0 or postcopy
        godwit-sim plane [--seeds N] [--seed S]    N moves from seed S on, or that of seed S";
 
 /// What is explored if nothing else is said.
 const ALL: &[&str] = &[
     "once", "3", "7.2", "once", "3", "10.0", "back", "1", "7.2", "back", "1", "10.0", "onward", "0", "7.2", "onward", "0", "10.0",
+    "once", "3", "postcopy", "back", "1", "postcopy",
 ];
 
 fn main() -> ExitCode {
@@ -69,10 +70,11 @@ fn parse(three: &[&str]) -> Option<HandOver> {
         "onward" => Route::Onward,
         _ => return None,
     };
-    let held = match *qemu {
-        "7.2" => false,
-        "10.0" => true,
+    let (held, postcopy) = match *qemu {
+        "7.2" => (false, false),
+        "10.0" => (true, false),
+        "postcopy" => (true, true),
         _ => return None,
     };
-    Some(HandOver { route, faults: faults.parse().ok()?, held, wrong: Wrong::Nothing })
+    Some(HandOver { route, faults: faults.parse().ok()?, held, postcopy, wrong: Wrong::Nothing })
 }

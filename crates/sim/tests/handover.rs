@@ -27,7 +27,7 @@ fn holds(model: HandOver) {
 
 /// The first rule that a wrong protocol breaks.
 fn caught(route: Route, faults: u8, held: bool, wrong: Wrong) -> &'static str {
-    let found = explored(HandOver { route, faults, held, wrong });
+    let found = explored(HandOver { route, faults, held, postcopy: wrong == Wrong::KeepsNothingBack, wrong });
     let violation = found.violation.unwrap_or_else(|| panic!("{wrong:?} was not found out"));
     println!("{}\n{}", violation.rule, violation.trace.join("\n"));
     violation.rule
@@ -35,19 +35,30 @@ fn caught(route: Route, faults: u8, held: bool, wrong: Wrong) -> &'static str {
 
 #[test]
 fn prop_one_move_with_two_faults_keeps_every_rule() {
-    holds(HandOver { route: Route::Once, faults: 2, held: true, wrong: Wrong::Nothing });
+    holds(HandOver { route: Route::Once, faults: 2, held: true, postcopy: false, wrong: Wrong::Nothing });
 }
 
 #[test]
 fn prop_one_move_of_a_qemu_that_may_be_first_keeps_every_rule() {
-    holds(HandOver { route: Route::Once, faults: 1, held: false, wrong: Wrong::Nothing });
+    holds(HandOver { route: Route::Once, faults: 1, held: false, postcopy: false, wrong: Wrong::Nothing });
 }
 
 #[test]
 fn prop_there_and_back_keeps_every_rule() {
     for held in [false, true] {
-        holds(HandOver { route: Route::ThereAndBack, faults: 0, held, wrong: Wrong::Nothing });
+        holds(HandOver { route: Route::ThereAndBack, faults: 0, held, postcopy: false, wrong: Wrong::Nothing });
     }
+}
+
+#[test]
+fn prop_post_copy_keeps_every_rule() {
+    holds(HandOver { route: Route::Once, faults: 2, held: true, postcopy: true, wrong: Wrong::Nothing });
+    holds(HandOver { route: Route::ThereAndBack, faults: 0, held: true, postcopy: true, wrong: Wrong::Nothing });
+}
+
+#[test]
+fn a_source_that_does_not_keep_what_was_left_is_found_out() {
+    assert_eq!(caught(Route::Once, 0, true, Wrong::KeepsNothingBack), rules::NOTHING_REMOVED);
 }
 
 #[test]

@@ -136,6 +136,11 @@ impl CarryClient {
         let _ = self.to_carry.try_send(ToCarry::Hurry);
     }
 
+    /// Leaves pages for after the switch from here on.
+    pub(crate) fn leave(&self) {
+        let _ = self.to_carry.try_send(ToCarry::Leave);
+    }
+
     /// Has it read nothing from QEMU for so long, or go on with 0; the VM's own hurry overrides it.
     pub(crate) fn holder(&self) -> impl Fn(Duration) + Send + use<> {
         let to_carry = self.to_carry.clone();
@@ -216,7 +221,7 @@ async fn talk(
                 let Some(Ok(line)) = line else { return };
                 let notice = match serde_json::from_str(&line) {
                     Ok(FromCarry::Status(new)) => {
-                        status.send_replace(new);
+                        status.send_replace(*new);
                         CarryNotice::Status
                     }
                     Ok(FromCarry::Peer(message)) => CarryNotice::Peer(message),

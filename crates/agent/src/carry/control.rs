@@ -41,11 +41,18 @@ pub(crate) struct CarryConfig {
 pub(crate) enum Role {
     /// Dials.
     ///
-    /// `own` is where the guest's memory is, if QEMU emulates its vCPUs and may miss a write.
+    /// `own` is where the guest's memory is, and `emulated` that QEMU emulates its vCPUs and may miss a write.
     /// `held` says that QEMU cannot switch over by itself; one that can must not be through before the agent has looked.
-    Source { address: SocketAddr, bandwidth: Option<BytesPerSec>, own: Option<Placement>, held: bool, images: Vec<IndexedImageFds> },
-    /// Accepts connections on this listening descriptor.
-    Destination { listen_fd: RawFd, placement: Option<Placement>, kept: Option<KeptMemory>, images: Vec<ImageFd> },
+    Source {
+        address: SocketAddr,
+        bandwidth: Option<BytesPerSec>,
+        own: Option<Placement>,
+        emulated: bool,
+        held: bool,
+        images: Vec<IndexedImageFds>,
+    },
+    /// Accepts connections on this listening descriptor. `advises` says that its QEMU is set up for post-copy.
+    Destination { listen_fd: RawFd, placement: Option<Placement>, advises: bool, kept: Option<KeptMemory>, images: Vec<ImageFd> },
 }
 
 /// An image that the VM was made from, with its index.
@@ -125,6 +132,28 @@ pub(crate) struct CarryStatus {
     pub(crate) round_trip_us: u64,
     /// Milliseconds since something in flight was last applied; 0 while nothing is in flight.
     pub(crate) stalled_ms: u64,
+    /// Of post-copy.
+    #[serde(default)]
+    pub(crate) postcopy: PostCopyStatus,
+}
+
+/// Where post-copy is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct PostCopyStatus {
+    /// Both sides can do it.
+    pub(crate) possible: bool,
+    /// Pages are left for after the switch.
+    pub(crate) leaving: bool,
+    /// The destination was told to go on without them.
+    pub(crate) switched: bool,
+    /// At the source, pages that were not sent; at the destination, such that have not come.
+    pub(crate) left: u64,
+    /// At the destination: pages that its QEMU waited for, and how long in microseconds: half of them less, one in a hundred more, and the longest.
+    pub(crate) missed: u64,
+    pub(crate) median_us: u64,
+    pub(crate) p99_us: u64,
+    pub(crate) longest_us: u64,
 }
 
 /// How pages were sent.
@@ -145,7 +174,7 @@ pub(crate) struct PageCounts {
 #[serde(rename_all = "snake_case")]
 pub(super) enum FromCarry {
     /// How it stands.
-    Status(CarryStatus),
+    Status(Box<CarryStatus>),
     /// A message of the other agent.
     Peer(Box<serde_json::value::RawValue>),
 }
@@ -162,6 +191,8 @@ pub(super) enum ToCarry {
     Hold(Millis),
     /// What it may take of the wire from here on.
     Bandwidth(Option<BytesPerSec>),
+    /// Send no page any more before the switch, if post-copy is possible.
+    Leave,
     /// End the process.
     Quit,
 }

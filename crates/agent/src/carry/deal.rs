@@ -14,10 +14,12 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, oneshot};
 
+use super::after::MissedPages;
+use super::arrive::{Arrival, NotItsPart, WaitFigures};
 use super::feed::{Holdings, ToldPieces};
 use super::images::ReadableImage;
 use super::memory::ProcessMemory;
-use super::pump::Pump;
+use super::pump::{LOADED, Pump};
 
 /// How long the source's QEMU may keep its socket after the destination's QEMU closed: longer than it needs to close by itself.
 const LINGER: Duration = Duration::from_secs(3);
@@ -36,7 +38,7 @@ pub(super) enum DealError {
     #[error("the return path cannot be written again: {0}")]
     ReturnWrite(#[from] ReturnWriteError),
     #[error("the peer sent {0}, which is not its part")]
-    Unexpected(&'static str),
+    Unexpected(NotItsPart),
 }
 
 impl From<ApplyError<io::Error>> for DealError {
@@ -65,61 +67,177 @@ impl ToQemu {
     }
 }
 
-/// The destination: never returns but with an error.
+/// What the destination's QEMU says that is for its carry, and whether it is set up for post-copy.
+pub(super) struct FromQemu {
+    pub(super) advises: bool,
+    /// It has prepared for post-copy.
+    pub(super) advised: oneshot::Receiver<()>,
+    /// It asks for pages.
+    pub(super) asks: mpsc::UnboundedReceiver<ReturnMessage>,
+}
+
+/// The destination, as it deals with frames.
+struct Destination<'a> {
+    pump: &'a Pump,
+    qemu: ToQemu,
+    digester: Digester,
+    applier: Applier,
+    /// The memory of a QEMU that waits; none once the VM may run.
+    memory: Option<ProcessMemory>,
+    images: Vec<Image>,
+    /// Of post-copy, if that is possible.
+    arrival: Option<Arrival>,
+    ended: bool,
+}
+
+/// The destination: never returns but with an error. `prepare` brings back what was kept of the memory; `tell` is told what post-copy costs the guest.
 pub(super) async fn at_destination(
     pump: &Pump,
     qemu: OwnedWriteHalf,
     mut frames: mpsc::UnboundedReceiver<Frame>,
     digester: Digester,
-    mut memory: Option<ProcessMemory>,
+    (mut memory, mut from_qemu): (Option<ProcessMemory>, FromQemu),
+    prepare: impl AsyncFnOnce(&mut ProcessMemory),
+    tell: impl Fn(WaitFigures, u64),
 ) -> Result<std::convert::Infallible, DealError> {
-    tell_holdings(pump, &digester, memory.as_mut()).await?;
-    let lengths = memory.iter().flat_map(ProcessMemory::blocks).map(|block| block.pages).collect();
-    let images: Vec<Image> = memory.iter().flat_map(ProcessMemory::images).map(ReadableImage::told).collect();
-    let mut applier = Applier::new(digester.clone(), lengths).with_images(images.iter().map(|image| image.pages).collect());
     let mut qemu = ToQemu { qemu, gone: false };
-    let mut ended = false;
-    while let Some(frame) = frames.recv().await {
-        match &frame {
-            Frame::Forward(data) => {
+    if from_qemu.advises {
+        pump.push(&Frame::Advise, 0);
+        wait_for_advice(pump, &mut qemu, &mut frames, &mut from_qemu.advised).await?;
+    }
+    if let Some(memory) = &mut memory {
+        prepare(memory).await;
+    }
+    tell_holdings(pump, &digester, memory.as_mut()).await?;
+    let blocks = memory.as_ref().map(told_blocks).unwrap_or_default();
+    let images: Vec<Image> = memory.iter().flat_map(ProcessMemory::images).map(ReadableImage::told).collect();
+    let applier = Applier::new(digester.clone(), blocks.iter().map(|block| block.pages).collect());
+    let applier = applier.with_images(images.iter().map(|image| image.pages).collect());
+    let arrival = Arrival::new(&blocks).filter(|_| from_qemu.advises);
+    let mut destination = Destination { pump, qemu, digester, applier, memory, images, arrival, ended: false };
+    loop {
+        tokio::select! {
+            biased;
+            Some(message) = from_qemu.asks.recv() => destination.on_asked(&message).await,
+            Some(frame) = frames.recv() => {
+                destination.deal(&frame).await?;
+                // What QEMU did not take was not dealt with: the source must not go on.
+                pump.on_dealt(frame.memory(), !destination.qemu.gone);
+            }
+            else => return std::future::pending().await,
+        }
+        if let Some(arrival) = &destination.arrival {
+            tell(arrival.figures(), arrival.missing());
+        }
+    }
+}
+
+/// Passes on what comes before RAM's start, until QEMU has prepared for post-copy.
+async fn wait_for_advice(
+    pump: &Pump,
+    qemu: &mut ToQemu,
+    frames: &mut mpsc::UnboundedReceiver<Frame>,
+    advised: &mut oneshot::Receiver<()>,
+) -> Result<(), DealError> {
+    loop {
+        tokio::select! {
+            Ok(()) = &mut *advised => return Ok(()),
+            Some(frame) = frames.recv() => {
+                let Frame::Forward(data) = &frame else {
+                    return Err(DealError::Unexpected("something other than the beginning"));
+                };
                 qemu.write(data).await;
+                pump.on_dealt(frame.memory(), !qemu.gone);
+            }
+            else => return std::future::pending().await,
+        }
+    }
+}
+
+impl Destination<'_> {
+    async fn deal(&mut self, frame: &Frame) -> Result<(), DealError> {
+        let pump = self.pump;
+        match frame {
+            Frame::Forward(data) => {
+                self.qemu.write(data).await;
                 pump.on_read(data.len() as u64);
             }
-            Frame::Pages(payload) => {
-                let memory = memory.as_mut().ok_or(DealError::Unexpected("pages that it was not asked for"))?;
-                let applied = applier.apply(payload, memory).map_err(|error| match error {
-                    ApplyError::Image { image } => {
-                        DealError::Image(images.get(usize::from(image)).map(|image| image.digest).unwrap_or_default())
-                    }
-                    other => other.into(),
-                })?;
-                pump.on_read(u64::from(applied.pages) * PAGE_SIZE as u64);
-                tokio::task::yield_now().await;
-            }
+            Frame::Pages(payload) => self.apply(payload).await?,
             Frame::Wanted { block, pages } => {
-                let memory = memory.as_mut().ok_or(DealError::Unexpected("questions about pages after the end"))?;
+                let memory = self.memory.as_mut().ok_or(DealError::Unexpected("questions about pages after the end"))?;
                 // A question is a fraction of its answer: who does not take the answers gets no more of them.
                 pump.wait_for_room().await;
                 let mut told = Vec::with_capacity(pages.len());
                 for page in pages {
                     let mut content = [0; PAGE_SIZE];
                     memory.read(*block, *page, &mut content)?;
-                    told.push((*page, digester.told_pieces(&content)));
+                    told.push((*page, self.digester.told_pieces(&content)));
                 }
                 pump.push(&Frame::Pieces { block: *block, pages: told }, 0);
             }
-            Frame::ForwardEnd if !ended => {
-                ended = true;
+            Frame::Left { block, runs } => {
+                let told = self.arrival()?.on_left(*block, runs).map_err(DealError::Unexpected)?;
+                self.qemu.write(&told).await;
+            }
+            Frame::Switch { section } => {
+                self.arrival()?.on_switch(*section).map_err(DealError::Unexpected)?;
+                // A look at a page that is missing would wait for it, and with it all that could bring it.
+                self.memory = None;
+            }
+            Frame::ForwardEnd if !self.ended => {
+                self.ended = true;
                 // The VM may run from here on: nobody writes to its memory any more.
-                memory = None;
-                qemu.close(Shutdown::Write);
+                self.memory = None;
+                if let Some(arrival) = self.arrival.as_ref().filter(|arrival| arrival.is_switched()) {
+                    let end = arrival.end().map_err(DealError::Unexpected)?;
+                    tracing::info!(figures = ?arrival.figures(), "all memory has come");
+                    self.qemu.write(&end).await;
+                }
+                self.qemu.close(Shutdown::Write);
             }
             _ => return Err(DealError::Unexpected("a second end")),
         }
-        // What QEMU did not take was not dealt with: the source must not go on.
-        pump.on_dealt(frame.memory(), !qemu.gone);
+        Ok(())
     }
-    std::future::pending().await
+
+    fn arrival(&mut self) -> Result<&mut Arrival, DealError> {
+        self.arrival.as_mut().ok_or(DealError::Unexpected("post-copy"))
+    }
+
+    async fn apply(&mut self, payload: &[u8]) -> Result<(), DealError> {
+        let mut out = BytesMut::new();
+        let applied = if let Some(mut arriving) = self.arrival.as_mut().and_then(|arrival| arrival.memory(&mut out)) {
+            let applied = self.applier.apply(payload, &mut arriving)?;
+            arriving.end();
+            applied
+        } else {
+            let memory = self.memory.as_mut().ok_or(DealError::Unexpected("pages that it was not asked for"))?;
+            self.applier.apply(payload, memory).map_err(|error| match error {
+                ApplyError::Image { image } => {
+                    DealError::Image(self.images.get(usize::from(image)).map(|image| image.digest).unwrap_or_default())
+                }
+                other => other.into(),
+            })?
+        };
+        self.pump.on_read(u64::from(applied.pages) * PAGE_SIZE as u64);
+        if !out.is_empty() {
+            self.qemu.write(&out.freeze()).await;
+        }
+        tokio::task::yield_now().await;
+        Ok(())
+    }
+
+    async fn on_asked(&mut self, message: &ReturnMessage) {
+        let pump = self.pump;
+        if let Some(arrival) = &mut self.arrival {
+            let supplied = arrival.on_asked(message, pump);
+            self.qemu.write(&supplied).await;
+        }
+    }
+}
+
+fn told_blocks(memory: &ProcessMemory) -> Vec<Block> {
+    memory.blocks().iter().map(|block| Block { id: Bytes::from(block.id.clone()), pages: block.pages }).collect()
 }
 
 /// Says where pages are placed and what is there already: a QEMU that waits has hardly touched its memory.
@@ -129,8 +247,7 @@ async fn tell_holdings(pump: &Pump, digester: &Digester, memory: Option<&mut Pro
         pump.push(&Frame::HeldEnd, 0);
         return Ok(());
     };
-    let blocks: Vec<Block> =
-        memory.blocks().iter().map(|block| Block { id: Bytes::from(block.id.clone()), pages: block.pages }).collect();
+    let blocks = told_blocks(memory);
     let lengths: Vec<u32> = blocks.iter().map(|block| block.pages).collect();
     pump.push(&Frame::Memory(blocks), 0);
     let images: Vec<Image> = memory.images().iter().map(ReadableImage::told).collect();
@@ -186,12 +303,25 @@ impl Answers {
         self.reader.buffer_mut().extend_from_slice(data);
         let mut kept = BytesMut::new();
         while let Some(message) = self.reader.next_message()? {
-            if !matches!(message, ReturnMessage::Pong(number) if pump.on_qemu_answered(number)) {
-                self.writer.write(&message, &mut kept)?;
+            match message {
+                // The devices' state was taken: for the source's QEMU this is the end, see `docs/spec/carrier.md`.
+                ReturnMessage::Pong(LOADED) if pump.is_switched() => self.writer.write(&ReturnMessage::Shut(0), &mut kept)?,
+                ReturnMessage::Pong(number) if pump.on_qemu_answered(number) => {}
+                // Of the destination's QEMU, when it has all: the source's has ended.
+                ReturnMessage::Shut(_) if pump.is_switched() => {}
+                message => self.writer.write(&message, &mut kept)?,
             }
         }
         Ok(kept.freeze())
     }
+}
+
+/// Who is told what the destination says.
+pub(super) struct Listening {
+    pub(super) advise: oneshot::Sender<bool>,
+    pub(super) told: oneshot::Sender<Holdings>,
+    pub(super) pieces: mpsc::UnboundedSender<ToldPieces>,
+    pub(super) missed: mpsc::UnboundedSender<MissedPages>,
 }
 
 /// The source: never returns but with an error. `pages` is how many pages the VM has at most.
@@ -200,11 +330,13 @@ pub(super) async fn at_source(
     qemu: OwnedWriteHalf,
     mut frames: mpsc::UnboundedReceiver<Frame>,
     pages: u64,
-    told: oneshot::Sender<Holdings>,
-    pieces: mpsc::UnboundedSender<ToldPieces>,
+    listening: Listening,
 ) -> Result<std::convert::Infallible, DealError> {
+    let Listening { advise, told, pieces, missed } = listening;
     let mut qemu = ToQemu { qemu, gone: false };
     let mut answers = Answers::default();
+    let mut advise = Some(advise);
+    let mut missed_left = pages;
     let mut listening = Some(told);
     let mut holdings: Option<Holdings> = None;
     let mut digests_left = pages;
@@ -221,7 +353,20 @@ pub(super) async fn at_source(
                 tokio::time::sleep(LINGER).await;
                 qemu.close(Shutdown::Both);
             }
+            Frame::Advise if holdings.is_none() && advise.is_some() => {
+                // Nobody listens any more: then QEMU has closed before it began. The same below.
+                let _ = advise.take().map(|advise| advise.send(true));
+            }
+            Frame::Missed { block, pages } => {
+                // Each page once.
+                missed_left = missed_left
+                    .checked_sub(pages.len() as u64)
+                    .filter(|_| pump.is_switched())
+                    .ok_or(DealError::Unexpected("pages that it cannot miss"))?;
+                let _ = missed.send((block, pages));
+            }
             Frame::Memory(blocks) if holdings.is_none() && listening.is_some() => {
+                let _ = advise.take().map(|advise| advise.send(false));
                 let told: u64 = blocks.iter().map(|block| u64::from(block.pages)).sum();
                 if told > pages {
                     return Err(DealError::Unexpected("more memory than the VM has"));
@@ -247,7 +392,6 @@ pub(super) async fn at_source(
                 let (Some(holdings), Some(listening)) = (holdings.take(), listening.take()) else {
                     return Err(DealError::Unexpected("an end of digests"));
                 };
-                // Nobody listens any more: then QEMU has closed before it began.
                 let _ = listening.send(holdings);
             }
             Frame::Pieces { block, pages } => {

@@ -4,18 +4,20 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
-use godwit_carrier::pages::digest::{ZERO, is_zero};
+use godwit_carrier::pages::digest::ZERO;
 use godwit_carrier::pages::{
-    Batch, Digest, Digester, Encoder, EncoderLimits, Encoding, GuestMemory, PAGE_SIZE, Page, Pieces, Place,
+    Batch, Digest, Digester, Encoder, EncoderLimits, Encoding, PAGE_SIZE, Page, Pieces, Place,
 };
 use godwit_carrier::{Frame, Image};
+use godwit_stream::postcopy::{DeviceState, DeviceStateTooLong, put_advise, put_package};
 use godwit_stream::{Element, PageContent, RamStart, Reader, StreamError, WriteError, Writer};
 use tokio::net::unix::OwnedReadHalf;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
+use super::after::{After, MissedPages, OwnMemory, name_left};
 use super::images::{OwnImage, SharedImages};
 use super::memory::ProcessMemory;
-use super::pump::Pump;
+use super::pump::{ADVISED, LOADED, Pump};
 use super::seal::{Sealers, Seals};
 
 /// Room for one read from QEMU: so much is encoded before anything else is looked at.
@@ -53,6 +55,9 @@ const ZERO_PAGE: usize = 9;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
 const LATE: Duration = Duration::from_millis(20);
 
+/// So many pages that were left are named at once while the VM runs.
+const NAMED_AT_ONCE: u64 = 4096;
+
 /// Between two questions to the destination's QEMU.
 const ASK_EVERY: Duration = Duration::from_millis(250);
 /// QEMU's command that asks its peer for a sign of life, which comes back over the return path with the same number.
@@ -69,6 +74,23 @@ pub(super) enum FeedError {
     Page { block: u16, page: u32 },
     #[error("the memory of QEMU cannot be looked at: {0}")]
     Memory(#[from] std::io::Error),
+    #[error(transparent)]
+    DeviceState(#[from] DeviceStateTooLong),
+}
+
+/// What the feed hears of the destination.
+pub(super) struct Heard {
+    /// Whether its QEMU can do post-copy; that comes first.
+    pub(super) advise: oneshot::Receiver<bool>,
+    pub(super) pieces: mpsc::UnboundedReceiver<ToldPieces>,
+    pub(super) missed: mpsc::UnboundedReceiver<MissedPages>,
+}
+
+/// The guest's own memory.
+pub(super) struct Own {
+    pub(super) memory: ProcessMemory,
+    /// Its QEMU emulates its vCPUs and may have missed a write; see [`Feed::look_again`].
+    pub(super) emulated: bool,
 }
 
 /// What the destination has said of its memory.
@@ -118,7 +140,7 @@ pub(super) struct Feed<'a> {
     forward: BytesMut,
     encoder: Option<Encoder>,
     seals: Seals<'a>,
-    pieces: mpsc::UnboundedReceiver<ToldPieces>,
+    heard: Heard,
     /// Names of the blocks that the destination places.
     told: Vec<Bytes>,
     /// For each block of the stream its number at the destination, if that places its pages.
@@ -132,8 +154,17 @@ pub(super) struct Feed<'a> {
     idle: bool,
     /// RAM is through: from here on all is device state, and the VM stands still.
     ended: bool,
-    /// The guest's own memory, of a QEMU that may have missed a write; see [`Feed::look_again`].
-    own: Option<ProcessMemory>,
+    given: Option<Own>,
+    /// The guest's own memory, by the destination's numbers, and whether it is compared.
+    own: Option<OwnMemory>,
+    looks: bool,
+    /// The destination's QEMU has been advised of post-copy.
+    advised: bool,
+    /// No page is sent any more before the switch, see [`Feed::leave`]; the pages that were named, and the state of the devices.
+    leaving: bool,
+    named: u64,
+    devices: DeviceState,
+    section_number: u32,
     /// Images that the VM was made from, until it is known which of them the destination has.
     images: Vec<OwnImage>,
     /// QEMU cannot switch over by itself.
@@ -159,10 +190,10 @@ impl<'a> Feed<'a> {
         pump: &'a Pump,
         sealers: Sealers,
         digester: Digester,
-        own: Option<ProcessMemory>,
+        own: Option<Own>,
         images: Vec<OwnImage>,
         held: bool,
-        pieces: mpsc::UnboundedReceiver<ToldPieces>,
+        heard: Heard,
     ) -> Self {
         Self {
             pump,
@@ -172,7 +203,7 @@ impl<'a> Feed<'a> {
             forward: BytesMut::new(),
             encoder: None,
             seals: Seals::new(pump, sealers),
-            pieces,
+            heard,
             told: Vec::new(),
             placed: Vec::new(),
             section: Section::None,
@@ -180,7 +211,14 @@ impl<'a> Feed<'a> {
             idle: false,
             part_empty: false,
             ended: false,
-            own,
+            given: own,
+            own: None,
+            looks: false,
+            advised: false,
+            leaving: false,
+            named: 0,
+            devices: DeviceState::default(),
+            section_number: 0,
             images,
             held,
             pace: None,
@@ -195,7 +233,7 @@ impl<'a> Feed<'a> {
         }
     }
 
-    /// Runs until QEMU closes its side, which is passed on.
+    /// Runs until QEMU closes its side, which is passed on; in post-copy until all memory was sent.
     pub(super) async fn run(mut self, qemu: &OwnedReadHalf, holdings: impl Future<Output = Holdings>) -> Result<(), FeedError> {
         let mut holdings = Some(Box::pin(holdings));
         let first = Instant::now();
@@ -206,10 +244,16 @@ impl<'a> Feed<'a> {
                 if let Element::RamStart(start) = &element
                     && let Some(holdings) = holdings.take()
                 {
+                    self.advise().await;
                     self.begin(start, holdings.await);
                 }
                 self.pass(element)?;
             }
+            if let Some(devices) = self.devices.take() {
+                tracing::info!(took = ?first.elapsed(), waited = ?self.waited, "QEMU's stream is through");
+                return Ok(self.switch(&devices).await?);
+            }
+            self.begin_leaving();
             self.keep_pace().await;
             if self.next_look <= began {
                 self.compare_meanwhile()?;
@@ -241,13 +285,13 @@ impl<'a> Feed<'a> {
             let began = Instant::now();
             tokio::select! {
                 () = self.pump.pause(self.idle_pause) => self.idle_pause = (self.idle_pause * 2).min(LONGEST_PAUSE),
-                Some(told) = self.pieces.recv() => self.on_pieces(&told),
+                Some(told) = self.heard.pieces.recv() => self.on_pieces(&told),
             }
             self.waited.idle += began.elapsed();
         }
         loop {
             // One answer for each read, which found room.
-            if let Ok(told) = self.pieces.try_recv() {
+            if let Ok(told) = self.heard.pieces.try_recv() {
                 self.on_pieces(&told);
             }
             let limit = match self.pace {
@@ -272,7 +316,7 @@ impl<'a> Feed<'a> {
                         readable = qemu.readable() => if readable.is_err() {
                             return Ok(None);
                         },
-                        Some(told) = self.pieces.recv() => self.on_pieces(&told),
+                        Some(told) = self.heard.pieces.recv() => self.on_pieces(&told),
                         sealed = self.seals.settle() => self.on_sealed(&sealed),
                         () = tokio::time::sleep(SILENT), if !self.is_flushed() => self.flush(),
                     }
@@ -291,7 +335,66 @@ impl<'a> Feed<'a> {
 
     /// Whether memory is compared as long as QEMU has nothing to send.
     fn is_looking(&self) -> bool {
-        self.own.is_some() && !self.ended && !self.pump.is_hurried()
+        self.looks && !self.ended && !self.pump.is_hurried()
+    }
+
+    /// Has the destination's QEMU prepare for post-copy, if it can do that: it forgets what is in its memory, so its carry waits for the answer.
+    async fn advise(&mut self) {
+        self.advised = (&mut self.heard.advise).await.unwrap_or(false);
+        if self.advised {
+            put_advise(&mut self.forward);
+            self.put_ping(ADVISED);
+            self.flush();
+        }
+    }
+
+    /// From here on pages are left, if that was decided, is possible, and the VM runs.
+    fn begin_leaving(&mut self) {
+        if self.pump.is_leaving() && !self.leaving && !self.ended {
+            tracing::info!("sends no page any more before the switch");
+            self.wait_no_longer();
+            self.flush();
+            self.leaving = true;
+        }
+    }
+
+    /// A page is noted, instead of being sent, unless the destination has it as it is. What was noted is named now and then: the destination's
+    /// QEMU is to forget it while the VM still runs here.
+    fn leave(&mut self, place: Place, content: Option<&Page>, is_named: bool) -> Result<(), FeedError> {
+        let none = FeedError::Page { block: place.block, page: place.page };
+        let Some(encoder) = &mut self.encoder else { return Err(none) };
+        if !encoder.leave(place, content, is_named) {
+            return Err(none);
+        }
+        self.free_pages += 1;
+        self.pump.set_left(self.named + encoder.left().len());
+        if encoder.left().len() >= NAMED_AT_ONCE {
+            self.name_left();
+        }
+        Ok(())
+    }
+
+    fn name_left(&mut self) {
+        let Some(encoder) = &mut self.encoder else { return };
+        let left = encoder.take_left();
+        self.named += left.len();
+        name_left(&mut self.seals, &left);
+    }
+
+    /// The VM stands still, and all but what was left is at the destination: it goes on there, and what was left follows.
+    async fn switch(mut self, devices: &[u8]) -> Result<(), std::io::Error> {
+        self.name_left();
+        let (Some(encoder), Some(own)) = (self.encoder.take(), self.own.take()) else {
+            return Err(std::io::Error::other("there is no memory to send"));
+        };
+        let (rest, last) = encoder.into_rest();
+        name_left(&mut self.seals, &last);
+        self.seals.push(Frame::Switch { section: self.section_number }, 0);
+        put_package(&mut self.forward, devices, LOADED);
+        self.flush();
+        self.settle_all().await;
+        self.pump.on_switched(rest.left().len());
+        After { pump: self.pump, seals: self.seals, own, rest, missed: self.heard.missed }.run().await
     }
 
     /// Waits until more may be read: a thread must be free to compress it, and the link must take it.
@@ -412,6 +515,13 @@ impl<'a> Feed<'a> {
             }
         }
         let (placed, told) = (self.placed.iter().flatten().count(), lengths.len());
+        self.section_number = start.section;
+        if let Some(Own { memory, emulated }) = self.given.take() {
+            let own = OwnMemory::new(memory, &self.told);
+            let all = (0..).zip(&lengths).all(|(number, pages)| *pages > 0 && own.has(number));
+            self.pump.set_can_leave(self.advised && all && placed > 0);
+            (self.own, self.looks) = (Some(own), emulated);
+        }
         if placed < told {
             tracing::warn!(
                 placed,
@@ -446,6 +556,7 @@ impl<'a> Feed<'a> {
                     _ => self.write_page(&element)?,
                 }
             }
+            Element::EndBegin | Element::EndEnd | Element::Opaque(_) if self.leaving => self.pass_end_of_leaving(&element)?,
             _ => {
                 if let Element::EndBegin = element {
                     (self.section, self.ended) = (Section::End, true);
@@ -470,14 +581,34 @@ impl<'a> Feed<'a> {
         Ok(())
     }
 
-    fn encode(&mut self, place: Place, content: &PageContent) -> Result<(), FeedError> {
-        match content {
-            PageContent::Zero => self.encode_page(place, None),
-            PageContent::Data(data) => match data.first_chunk() {
-                Some(page) => self.encode_page(place, Some(page)),
-                None => Err(FeedError::Page { block: place.block, page: place.page }),
-            },
+    /// RAM does not end for the destination's QEMU, and what comes behind it is kept until it is whole.
+    fn pass_end_of_leaving(&mut self, element: &Element) -> Result<(), FeedError> {
+        match element {
+            Element::EndBegin => {
+                (self.section, self.ended) = (Section::Part, true);
+                self.encoder.iter_mut().for_each(Encoder::on_stopped);
+            }
+            Element::EndEnd => {
+                self.section = Section::None;
+                if std::mem::take(&mut self.part_open) {
+                    self.writer.write(&Element::PartEnd, &mut self.forward)?;
+                }
+                self.look_again()?;
+            }
+            Element::Opaque(bytes) => self.devices.push(bytes)?,
+            _ => {}
         }
+        Ok(())
+    }
+
+    fn encode(&mut self, place: Place, content: &PageContent) -> Result<(), FeedError> {
+        let page = match content {
+            PageContent::Zero => None,
+            PageContent::Data(data) => {
+                Some(data.first_chunk().ok_or(FeedError::Page { block: place.block, page: place.page })?)
+            }
+        };
+        if self.leaving { self.leave(place, page, true) } else { self.encode_page(place, page) }
     }
 
     fn encode_page(&mut self, place: Place, content: Option<&Page>) -> Result<(), FeedError> {
@@ -527,7 +658,7 @@ impl<'a> Feed<'a> {
     fn look_again(&mut self) -> Result<(), FeedError> {
         let began = Instant::now();
         let (pages, missed) = self.compare(MOST_LOOKED_AT)?;
-        self.own = None;
+        self.looks = false;
         tracing::info!(pages, missed, took = ?began.elapsed(), "looked again at what the guest wrote to");
         Ok(())
     }
@@ -536,24 +667,30 @@ impl<'a> Feed<'a> {
     fn compare(&mut self, most: usize) -> Result<(usize, usize), FeedError> {
         let began = Instant::now();
         let (mut pages, mut differed) = (0, 0);
-        while pages < most
+        while self.looks
+            && pages < most
             && let (Some(own), Some(encoder)) = (&mut self.own, &mut self.encoder)
             && let Some(place) = encoder.take_written_to()
         {
-            let Some(id) = self.told.get(usize::from(place.block)) else { continue };
-            let Some(number) = own.blocks().iter().position(|block| block.id.as_bytes() == id) else { continue };
+            if !own.has(place.block) {
+                continue;
+            }
             let mut page = [0; PAGE_SIZE];
-            own.read(u16::try_from(number).unwrap_or(u16::MAX), place.page, &mut page)?;
+            let content = own.read(place, &mut page)?;
             let before = encoder.encoding().same;
-            encoder.set_asks(!self.ended && !self.pump.is_hurried());
-            if !encoder.encode_unnamed(place, (!is_zero(&page)).then_some(&page)) {
-                return Err(FeedError::Page { block: place.block, page: place.page });
-            }
-            differed += usize::from(encoder.encoding().same == before);
             pages += 1;
-            if encoder.is_full() {
-                self.flush_pages();
+            if self.leaving {
+                self.leave(place, content, false)?;
+            } else {
+                encoder.set_asks(!self.ended && !self.pump.is_hurried());
+                if !encoder.encode_unnamed(place, content) {
+                    return Err(FeedError::Page { block: place.block, page: place.page });
+                }
+                if encoder.is_full() {
+                    self.flush_pages();
+                }
             }
+            differed += usize::from(self.encoder.as_ref().is_some_and(|encoder| encoder.encoding().same == before));
         }
         let took = began.elapsed();
         self.aside += took;
@@ -584,7 +721,7 @@ impl<'a> Feed<'a> {
     }
 
     fn tell_looked_at(&self) {
-        if let (Some(_), Some(encoder)) = (&self.own, &self.encoder) {
+        if let (true, Some(encoder)) = (self.looks, &self.encoder) {
             self.pump.set_looked_at(encoder.written_to().min(MOST_LOOKED_AT));
         }
     }
@@ -597,10 +734,14 @@ impl<'a> Feed<'a> {
             && let Some(number) = self.pump.ask_qemu()
         {
             self.asked = Instant::now();
-            let ping = Element::Command { number: PING, payload: Bytes::copy_from_slice(&number.to_be_bytes()) };
-            if let Err(error) = self.writer.write(&ping, &mut self.forward) {
-                tracing::error!(%error, "the destination's QEMU cannot be asked");
-            }
+            self.put_ping(number);
+        }
+    }
+
+    fn put_ping(&mut self, number: u32) {
+        let ping = Element::Command { number: PING, payload: Bytes::copy_from_slice(&number.to_be_bytes()) };
+        if let Err(error) = self.writer.write(&ping, &mut self.forward) {
+            tracing::error!(%error, "the destination's QEMU cannot be asked");
         }
     }
 

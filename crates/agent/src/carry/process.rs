@@ -14,8 +14,10 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use godwit_carrier::pages::{Digester, Encoding};
+use godwit_carrier::frame::MAX_DATA;
 use godwit_carrier::{Frame, Identity, Image, Side};
 use godwit_qemu::cage::relay::{self, RelayError};
+use godwit_stream::{ReturnError, ReturnMessage, ReturnReader, ReturnWriteError, ReturnWriter};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
@@ -24,14 +26,15 @@ use tokio::time::Instant;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::connect::{self, Acceptor, Dialler};
+use super::arrive::WaitFigures;
 use super::control::{
-    CarryConfig, CarryStatus, FromCarry, ImageFd, IndexedImageFds, MAX_LINE, PageCounts, Placement, Role, ToCarry,
+    CarryConfig, CarryStatus, FromCarry, ImageFd, IndexedImageFds, MAX_LINE, PageCounts, Placement, PostCopyStatus, Role, ToCarry,
 };
-use super::deal::DealError;
-use super::feed::Feed;
+use super::deal::{DealError, FromQemu, Listening};
+use super::feed::{Feed, Heard, Holdings, Own};
 use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
-use super::pump::{Gauge, KeepAlive, Pump};
+use super::pump::{ADVISED, Gauge, KeepAlive, Pump};
 use super::seal::{Sealers, SealersError};
 use super::{connections, deal, home};
 use crate::tls::Material;
@@ -195,6 +198,11 @@ fn tell_gauge(status: &watch::Sender<CarryStatus>, gauge: Gauge, wire_bytes: u64
         status.looking_ms = u64::try_from(gauge.looking.as_millis()).unwrap_or(u64::MAX);
         status.unanswered_ms = u64::try_from(gauge.unanswered.as_millis()).unwrap_or(u64::MAX);
         status.stalled_ms = u64::try_from(gauge.stalled.as_millis()).unwrap_or(u64::MAX);
+        // The destination's are told as pages come.
+        if gauge.can_leave {
+            let Gauge { leaving, switched, left, .. } = gauge;
+            status.postcopy = PostCopyStatus { possible: true, leaving, switched, left, ..status.postcopy };
+        }
     });
 }
 
@@ -215,37 +223,42 @@ async fn move_bytes(
     };
     let (reader, writer) = means.qemu.into_split();
     match config.role {
-        Role::Source { address, own, held, images, .. } => {
+        Role::Source { address, own, emulated, held, images, .. } => {
             let key = session_key()?;
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
-            let (told, holdings) = oneshot::channel();
+            let (listening, holdings, heard) = listen();
             let holdings = async { holdings.await.unwrap_or_default() };
-            let (told_pieces, pieces) = mpsc::unbounded_channel();
+            let own = own.map(|own| Own { memory: memory(own), emulated });
             let sealers = means.sealers.ok_or("a source has threads that compress")?;
             let images = images.into_iter().filter_map(own_image).collect();
-            let feed = Feed::new(pump, sealers, Digester::new(&key), own.map(memory), images, held, pieces);
+            let feed = Feed::new(pump, sealers, Digester::new(&key), own, images, held, heard);
             tokio::select! {
                 error = connections::of_source(pump, &dialler, key, patience, from_agent, tell) => Err(text(error)),
-                error = deal::at_source(pump, writer, frames, config.pages, told, told_pieces) => error.map_err(text),
+                error = deal::at_source(pump, writer, frames, config.pages, listening) => error.map_err(text),
                 Err(error) = feed.run(&reader, holdings) => Err(text(error)),
             }
         }
-        Role::Destination { listen_fd, placement, kept, images } => {
+        Role::Destination { listen_fd, placement, advises, kept, images } => {
             let listener = StdTcpListener::from(take(listen_fd));
             let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener)).map_err(text)?;
             let mut acceptor = Acceptor::new(listener, peer, &material, wire).map_err(text)?;
             let image = |ImageFd { fd, digest, pages }| ReadableImage::new(take(fd), Image { digest, pages });
             let mut memory = placement.map(|placement| memory(placement).with_images(images.into_iter().map(image).collect()));
-            let kept = kept.map(|kept| (std::fs::File::from(take(kept.file_fd)), kept.key));
+            let mut kept = kept.map(|kept| (std::fs::File::from(take(kept.file_fd)), kept.key));
             let (told, key) = oneshot::channel();
+            let (to_carry, from_qemu) = from_qemu(advises);
             let deal = async {
-                if let (Some(memory), Some((file, key))) = (&mut memory, kept)
-                    && let Err(error) = home::bring_back(file, key, memory).await
-                {
-                    tracing::info!(error = &error as &dyn std::error::Error, "what was kept of the memory is of no use");
+                // A QEMU that is advised of post-copy forgets what is in its memory.
+                if !advises && let Some(memory) = &mut memory {
+                    bring_back(kept.take(), memory).await;
                 }
+                let prepare = async |memory: &mut ProcessMemory| bring_back(kept, memory).await;
+                let tell = |figures, missing| tell_arrival(status, figures, missing);
                 match key.await {
-                    Ok(key) => deal::at_destination(pump, writer, frames, Digester::new(&key), memory).await,
+                    Ok(key) => {
+                        let digester = Digester::new(&key);
+                        deal::at_destination(pump, writer, frames, digester, (memory, from_qemu), prepare, tell).await
+                    }
                     Err(_) => std::future::pending().await,
                 }
             };
@@ -257,10 +270,50 @@ async fn move_bytes(
                     }
                     Err(text(error))
                 }
-                never = return_path(pump, &reader) => match never {},
+                error = return_path(pump, &reader, to_carry) => Err(text(error)),
             }
         }
     }
+}
+
+/// What a source hears: who is told, and who listens.
+pub(super) fn listen() -> (Listening, oneshot::Receiver<Holdings>, Heard) {
+    let (advise, advised) = oneshot::channel();
+    let (told, holdings) = oneshot::channel();
+    let (told_pieces, pieces) = mpsc::unbounded_channel();
+    let (told_missed, missed) = mpsc::unbounded_channel();
+    let listening = Listening { advise, told, pieces: told_pieces, missed: told_missed };
+    (listening, holdings, Heard { advise: advised, pieces, missed })
+}
+
+/// What the destination's QEMU says to its carry.
+pub(super) fn from_qemu(advises: bool) -> (ToCarryOfQemu, FromQemu) {
+    let (advised, is_advised) = oneshot::channel();
+    let (asks, asked) = mpsc::unbounded_channel();
+    (ToCarryOfQemu { advised: Some(advised), asks }, FromQemu { advises, advised: is_advised, asks: asked })
+}
+
+async fn bring_back(kept: Option<(std::fs::File, [u8; 32])>, memory: &mut ProcessMemory) {
+    if let Some((file, key)) = kept
+        && let Err(error) = home::bring_back(file, key, memory).await
+    {
+        tracing::info!(error = &error as &dyn std::error::Error, "what was kept of the memory is of no use");
+    }
+}
+
+/// How post-copy goes at the destination.
+fn tell_arrival(status: &watch::Sender<CarryStatus>, waits: WaitFigures, missing: u64) {
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let told = PostCopyStatus {
+        possible: true,
+        left: missing,
+        missed: waits.count,
+        median_us: micros(waits.median),
+        p99_us: micros(waits.p99),
+        longest_us: micros(waits.longest),
+        ..PostCopyStatus::default()
+    };
+    status.send_if_modified(|status| std::mem::replace(&mut status.postcopy, told) != told);
 }
 
 /// One that cannot be read is done without.
@@ -273,17 +326,44 @@ fn memory(placement: Placement) -> ProcessMemory {
     ProcessMemory::new(take(placement.memory_fd), take(placement.map_fd), placement.blocks)
 }
 
-/// The destination's QEMU answers: its words go back as they are.
-pub(super) async fn return_path(pump: &Pump, qemu: &OwnedReadHalf) -> Infallible {
-    let mut buffer = BytesMut::new();
+/// Where what the destination's QEMU says goes, if it is for its carry.
+pub(super) struct ToCarryOfQemu {
+    advised: Option<oneshot::Sender<()>>,
+    asks: mpsc::UnboundedSender<ReturnMessage>,
+}
+
+/// The destination's QEMU answers: its words go back as they are, but for those of post-copy, which are its carry's.
+pub(super) async fn return_path(pump: &Pump, qemu: &OwnedReadHalf, mut to_carry: ToCarryOfQemu) -> ReturnPathError {
+    let mut reader = ReturnReader::new();
+    let mut writer = ReturnWriter::default();
     loop {
+        let buffer = reader.buffer_mut();
         buffer.reserve(RETURN_READ);
-        match qemu.try_read_buf(&mut buffer) {
+        match qemu.try_read_buf(buffer) {
             Ok(0) => break,
             Ok(_) => {
-                let data = buffer.split().freeze();
-                let raw = data.len() as u64;
-                pump.push(&Frame::Return(data), raw);
+                let mut passed = BytesMut::new();
+                loop {
+                    let message = match reader.next_message() {
+                        Ok(Some(message)) => message,
+                        Ok(None) => break,
+                        Err(error) => return error.into(),
+                    };
+                    match message {
+                        ReturnMessage::Pong(ADVISED) => drop(to_carry.advised.take().map(|advised| advised.send(()))),
+                        ReturnMessage::ReqPages { .. } | ReturnMessage::ReqPagesId { .. } => drop(to_carry.asks.send(message)),
+                        message => {
+                            if let Err(error) = writer.write(&message, &mut passed) {
+                                return error.into();
+                            }
+                        }
+                    }
+                }
+                while !passed.is_empty() {
+                    let data = passed.split_to(passed.len().min(MAX_DATA)).freeze();
+                    let raw = data.len() as u64;
+                    pump.push(&Frame::Return(data), raw);
+                }
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 if qemu.readable().await.is_err() {
@@ -295,6 +375,15 @@ pub(super) async fn return_path(pump: &Pump, qemu: &OwnedReadHalf) -> Infallible
     }
     pump.push(&Frame::ReturnEnd, 0);
     std::future::pending().await
+}
+
+/// Why the return path cannot be passed on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReturnPathError {
+    #[error("the return path is not understood: {0}")]
+    Read(#[from] ReturnError),
+    #[error("the return path cannot be written again: {0}")]
+    Write(#[from] ReturnWriteError),
 }
 
 fn session_key() -> Result<[u8; 32], String> {
@@ -345,6 +434,7 @@ async fn answer_agent(
                     Ok(ToCarry::Hurry) => pump.hurry(),
                     Ok(ToCarry::Hold(time)) => pump.hold(Duration::from_millis(time.get())),
                     Ok(ToCarry::Bandwidth(bandwidth)) => pump.set_bandwidth(bandwidth),
+                    Ok(ToCarry::Leave) => pump.leave(),
                     Ok(ToCarry::Quit) => return true,
                     Err(_) => return false,
                 }
@@ -360,11 +450,11 @@ async fn answer_agent(
             }
             Ok(()) = status.changed() => {
                 told = Instant::now();
-                FromCarry::Status(status.borrow_and_update().clone())
+                FromCarry::Status(Box::new(status.borrow_and_update().clone()))
             }
             () = tokio::time::sleep_until(told + Duration::from_secs(5)) => {
                 told = Instant::now();
-                FromCarry::Status(status.borrow().clone())
+                FromCarry::Status(Box::new(status.borrow().clone()))
             }
         };
         let mut text = serde_json::to_vec(&say).expect("our own types serialise");

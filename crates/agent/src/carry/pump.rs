@@ -55,6 +55,11 @@ const READ: usize = 64 << 10;
 const MAX_QUEUED: usize = 64 << 20;
 /// Numbers of our questions to the destination's QEMU; QEMU's own are small.
 const OUR_QUESTIONS: u32 = 0x4757_0000;
+/// Of the question behind the advice of post-copy, and of the one behind the state of the devices.
+pub(super) const ADVISED: u32 = 0x4758_0001;
+pub(super) const LOADED: u32 = 0x4758_0002;
+/// A page was missed so lately that the next is expected: what it would wait for is kept short.
+const MISSING: Duration = Duration::from_millis(100);
 
 /// How a connection's life is watched.
 #[derive(Clone, Copy, Debug)]
@@ -101,6 +106,18 @@ pub(super) struct Pump {
     looked_at: Cell<usize>,
     /// Pages whose pieces were asked for and not told yet.
     wanted: Cell<usize>,
+    after: After,
+}
+
+/// What post-copy needs to know.
+#[derive(Default)]
+struct After {
+    can_leave: Cell<bool>,
+    leaving: Cell<bool>,
+    switched: Cell<bool>,
+    left: Cell<u64>,
+    /// When a page was missed last.
+    missed: Cell<Option<Instant>>,
 }
 
 /// What the agent is told.
@@ -118,6 +135,11 @@ pub(super) struct Gauge {
     /// How long it takes to compare what is to be compared once more.
     pub(super) looking: Duration,
     pub(super) encoding: Encoding,
+    /// Post-copy is possible; it was begun; pages that come after the switch.
+    pub(super) can_leave: bool,
+    pub(super) leaving: bool,
+    pub(super) switched: bool,
+    pub(super) left: u64,
 }
 
 /// What the loops of one connection share.
@@ -168,6 +190,7 @@ impl Pump {
             waiting: Cell::new(0),
             looked_at: Cell::new(0),
             wanted: Cell::new(0),
+            after: After::default(),
         };
         (pump, queue)
     }
@@ -196,11 +219,19 @@ impl Pump {
             unanswered: self.question.get().1.map_or(Duration::ZERO, |asked| self.now().saturating_sub(asked)),
             looking: self.look_speed.get().time_for((self.looked_at.get() * PAGE_SIZE) as u64),
             encoding: self.encoding.get(),
+            can_leave: self.after.can_leave.get(),
+            leaving: self.after.leaving.get(),
+            switched: self.after.switched.get(),
+            left: self.after.left.get(),
         }
     }
 
     /// A page takes its time on the link, and its time in QEMU and this process.
     fn rate(&self, link_rate: u64, wire_sent: u64) -> u64 {
+        if self.after.leaving.get() {
+            // No page takes the link.
+            return self.speed.get().per_second();
+        }
         if link_rate == 0 {
             return 0;
         }
@@ -244,6 +275,60 @@ impl Pump {
     pub(super) async fn pause(&self, time: Duration) {
         if !self.hurried.get() {
             let _ = tokio::time::timeout(time, self.hurry.notified()).await;
+        }
+    }
+
+    /// Pages are left from here on, if that is possible.
+    pub(super) fn leave(&self) {
+        if self.after.can_leave.get() {
+            self.after.leaving.set(true);
+            self.hurry.notify_one();
+        }
+    }
+
+    pub(super) fn is_leaving(&self) -> bool {
+        self.after.leaving.get()
+    }
+
+    pub(super) fn set_can_leave(&self, can: bool) {
+        self.after.can_leave.set(can);
+    }
+
+    pub(super) fn set_left(&self, pages: u64) {
+        self.after.left.set(pages);
+    }
+
+    /// The destination is told to go on without these pages.
+    pub(super) fn on_switched(&self, pages: u64) {
+        self.after.left.set(pages);
+        self.after.switched.set(true);
+    }
+
+    pub(super) fn is_switched(&self) -> bool {
+        self.after.switched.get()
+    }
+
+    /// The destination's QEMU waits for a page.
+    pub(super) fn on_missed(&self) {
+        self.after.missed.set(Some(Instant::now()));
+    }
+
+    /// Whether it did so lately.
+    pub(super) fn is_missing(&self) -> bool {
+        self.after.missed.get().is_some_and(|missed| missed.elapsed() < MISSING)
+    }
+
+    /// Whether more of what is left may be sent, of which nobody waits for.
+    pub(super) fn has_room_after(&self) -> bool {
+        let session = self.session.borrow();
+        let window = session.window();
+        window.has_room() && (!self.is_missing() || window.in_flight() < window.short_limit())
+    }
+
+    /// Waits until that is so.
+    pub(super) async fn wait_for_room_after(&self) {
+        while !self.has_room_after() {
+            let _ = tokio::time::timeout(MISSING, self.room.notified()).await;
         }
     }
 

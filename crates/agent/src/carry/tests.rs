@@ -27,7 +27,7 @@ use super::connect::{Acceptor, Dialler, Expected, Greeted};
 use super::connections::{self, SessionError};
 use super::control::PlacedBlock;
 use super::deal;
-use super::feed::Feed;
+use super::feed::{Feed, Own};
 use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
 use super::pump::{KeepAlive, Pump, PumpError};
@@ -88,10 +88,10 @@ fn source_at(
     let ended = tokio::task::spawn_local(async move {
         let (pump, frames) = Pump::new(Side::Source, identity, keep_alive, rate, to_agent);
         let (reader, writer) = ours.into_split();
-        let (told, holdings) = oneshot::channel();
-        let (told_pieces, pieces) = mpsc::unbounded_channel();
+        let (listening, holdings, heard) = super::process::listen();
+        let own = own.map(|memory| Own { memory, emulated: true });
         let sealers = Sealers::start(|| Ok::<_, std::convert::Infallible>(())).expect("threads");
-        let feed = Feed::new(&pump, sealers, Digester::new(&KEY), own, images, held, pieces);
+        let feed = Feed::new(&pump, sealers, Digester::new(&KEY), own, images, held, heard);
         let feeding = async {
             feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
             std::future::pending().await
@@ -99,7 +99,7 @@ fn source_at(
         let tell = |connected| counted.set(counted.get() + u32::from(connected));
         tokio::select! {
             error = connections::of_source(&pump, &dialler, KEY, PATIENCE, &mut from_agent, tell) => error,
-            Err(error) = deal::at_source(&pump, writer, frames, 10_000, told, told_pieces) => panic!("{error}"),
+            Err(error) = deal::at_source(&pump, writer, frames, 10_000, listening) => panic!("{error}"),
             () = feeding => unreachable!("it waits"),
         }
     });
@@ -114,14 +114,15 @@ fn destination(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive
         let (pump, frames) = Pump::new(Side::Destination, IDENTITY, keep_alive, None, to_agent);
         let (reader, writer) = ours.into_split();
         let (told, key) = oneshot::channel();
+        let (to_carry, from_qemu) = super::process::from_qemu(false);
         let dealing = async {
-            let key = key.await.expect("a session");
-            deal::at_destination(&pump, writer, frames, Digester::new(&key), memory).await
+            let digester = Digester::new(&key.await.expect("a session"));
+            deal::at_destination(&pump, writer, frames, digester, (memory, from_qemu), async |_| (), |_, _| ()).await
         };
         tokio::select! {
             error = connections::of_destination(&pump, &mut acceptor, told, PATIENCE, &mut from_agent, |_| ()) => error,
             Err(error) = dealing => panic!("{error}"),
-            never = super::process::return_path(&pump, &reader) => match never {},
+            error = super::process::return_path(&pump, &reader, to_carry) => panic!("{error}"),
         }
     });
     Running { qemu, to_peer, from_peer, ended, connections: Rc::default() }

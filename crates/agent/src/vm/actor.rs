@@ -7,7 +7,7 @@ use godwit_link::statement::grant_digest;
 use godwit_link::v1;
 use godwit_migration::{DestinationRecord, Peer, PeerMessage, SourceRecord};
 use godwit_model::{
-    BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, MigrationPolicy, Millis, Name, PastMoves, Refusal, ResolvedSpec,
+    ErrorCode, ForecastRequest, Generation, Grant, MigrationPolicy, Millis, Name, PastMoves, Refusal, ResolvedSpec,
     Retry, RunState, TaskId, VmId,
 };
 use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
@@ -75,10 +75,10 @@ pub(crate) enum VmCommand {
     Cancel {
         task: TaskId,
     },
-    /// What the move may take of the wire.
-    SetBandwidth {
+    /// The limits of the move are others.
+    SetPolicy {
         task: TaskId,
-        bandwidth: Option<BytesPerSec>,
+        policy: MigrationPolicy,
     },
     Settle {
         task: TaskId,
@@ -410,8 +410,8 @@ impl Actor {
     fn answer_of_past(&self, task: TaskId, said: &Said) {
         let ran = self.record.as_ref().is_some_and(|record| record.generation >= said.peer.generation);
         if ran && said.peer.message == PeerMessage::Released {
-            // It was activated here, and may have gone on from here since.
-            return answer(&self.host, task, said, PeerMessage::Running { since: Millis(0) });
+            // It was activated here, and may have gone on from here since; it is forgotten only when nothing more is needed.
+            return answer(&self.host, task, said, PeerMessage::Whole { since: Millis(0) });
         }
         answer_for_nobody(&self.host, task, said);
     }
@@ -446,7 +446,7 @@ impl Actor {
                 self.migrate(grant, address, policy, memory_key, past).await.map(|()| Answer::default())
             }
             VmCommand::Cancel { task } => self.cancel(task).map(|()| Answer::default()),
-            VmCommand::SetBandwidth { task, bandwidth } => self.set_bandwidth(task, bandwidth).map(|()| Answer::default()),
+            VmCommand::SetPolicy { task, policy } => self.set_policy(task, policy).map(|()| Answer::default()),
             VmCommand::Settle { task, generation } => self.settle(task, generation).await.map(|()| Answer::default()),
             VmCommand::Forget => self.forget().map(|()| Answer::default()),
             VmCommand::Forecast { .. } => Err(Refusal::new(ErrorCode::Internal, "a forecast is answered later")),

@@ -11,6 +11,7 @@ use godwit_model::{
     Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState, TaskId,
     VmId,
 };
+use godwit_qemu::qmp::Qmp;
 use godwit_qemu::qmp::commands::AnnounceSchedule;
 use godwit_qemu::{PassedFds, Start};
 use godwit_vault::StayKey;
@@ -32,6 +33,7 @@ const UNKNOWN: QemuView = QemuView {
     remaining: Bytes(0),
     dirty_rate: None,
     since_sync: Millis(0),
+    rounds: 0,
 };
 
 /// The volatile half of a move to here.
@@ -43,6 +45,7 @@ pub(super) struct DestinationMove {
     began: Instant,
     released: bool,
     aborted: Option<Refusal>,
+    lost: bool,
     settled: bool,
     cont_refused: Option<Refusal>,
     announced: bool,
@@ -59,6 +62,7 @@ impl DestinationMove {
             began: Instant::now(),
             released: false,
             aborted: None,
+            lost: false,
             settled: false,
             cont_refused: None,
             announced: false,
@@ -80,8 +84,9 @@ impl DestinationMove {
         match &peer.message {
             PeerMessage::Released => self.released = true,
             PeerMessage::Aborted { reason } => self.aborted = Some(reason.clone()),
+            PeerMessage::Lost => self.lost = true,
             PeerMessage::Settled => self.settled = true,
-            PeerMessage::Running { .. } | PeerMessage::Declined { .. } => {}
+            PeerMessage::Running { .. } | PeerMessage::Whole { .. } | PeerMessage::Declined { .. } => {}
         }
     }
 }
@@ -117,7 +122,8 @@ impl Actor {
         let address = self.host.migration_address();
         let listener = TcpListener::bind((address, 0)).map_err(|error| host_failed("cannot listen for the source", &error))?;
         let carry_port = listener.local_addr().map_err(|error| host_failed("cannot listen for the source", &error))?.port();
-        let incoming = Incoming { grant: grant.clone(), record: DestinationRecord::Prepared, carry: None, carry_port };
+        let incoming =
+            Incoming { grant: grant.clone(), record: DestinationRecord::Prepared, carry: None, carry_port, advises: false };
         let record = VmRecord::new(spec, Generation(0), 0, Holding::Destination(incoming));
         self.begin(record, Start::Incoming).await?;
         match self.begin_destination(&grant, listener, policy, memory_key).await {
@@ -147,6 +153,7 @@ impl Actor {
         let capabilities: Vec<(&str, bool)> =
             wanted.into_iter().filter(|(wanted, _)| known.iter().any(|known| known.capability == *wanted)).collect();
         qmp.set_migration_capabilities(&capabilities).await.map_err(qemu_failed)?;
+        let advises = policy.prepares_postcopy() && can_do_postcopy(&qmp).await;
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
         qmp.getfd(INCOMING_FD, qemus.into()).await.map_err(qemu_failed)?;
         let source = grant.source.clone().ok_or_else(|| Refusal::new(ErrorCode::BadRequest, "the grant names no source"))?;
@@ -155,10 +162,11 @@ impl Actor {
         let placement = self.memory_blocks(&qmp).await.and_then(|blocks| self.place(blocks, Access::Write, &mut fds));
         let kept = memory_key.and_then(|key| self.lend_memory(&key, &mut fds));
         let images = self.lend_images(&mut fds).await;
-        let role = Role::Destination { listen_fd, placement, kept, images };
+        let role = Role::Destination { listen_fd, placement, advises, kept, images };
         let carry = self.start_carry(role, grant, &source, ours.into(), policy.stall, fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
             incoming.carry = Some(carry.identity().clone());
+            incoming.advises = advises;
         }
         let kept = match self.save() {
             Ok(()) => qmp.migrate_incoming_fd(INCOMING_FD).await.map_err(qemu_failed),
@@ -201,14 +209,16 @@ impl Actor {
     }
 
     async fn see_destination(&mut self) -> Result<(DestinationRecord, DestinationView), Refusal> {
-        let record = match self.record.as_ref().map(|record| &record.holding) {
-            Some(Holding::Destination(incoming)) => incoming.record.clone(),
+        let (record, advises) = match self.record.as_ref().map(|record| &record.holding) {
+            Some(Holding::Destination(incoming)) => (incoming.record.clone(), incoming.advises),
             _ => return Err(Refusal::new(ErrorCode::Internal, "the journal knows no move")),
         };
         // What is decided needs no answer of QEMU; and one that hangs while it loads must not keep this host from declining.
         let asked = match record {
             DestinationRecord::Prepared if self.process.is_some() => self.monitor().ok().cloned(),
             DestinationRecord::Activated if self.process.is_some() => Some(self.monitor()?.clone()),
+            // Whether all of its memory has come.
+            DestinationRecord::Running if advises && self.process.is_some() => self.monitor().ok().cloned(),
             _ => None,
         };
         let must_answer = record == DestinationRecord::Activated;
@@ -231,6 +241,7 @@ impl Actor {
             qemu,
             released: moving.released,
             aborted: moving.aborted.clone(),
+            lost: moving.lost,
             settled: moving.settled,
             cont_refused: moving.cont_refused.clone(),
             announced: moving.announced,
@@ -285,7 +296,7 @@ impl Actor {
             Ok(()) => {
                 // What comes for the VM from here on waits at its tap instead of going to where it was.
                 self.announce_by_host();
-                self.command(godwit_qemu::Qmp::cont).await
+                self.command(Qmp::cont).await
             }
             // Nothing has run.
             Err(refusal) => Err(refusal.retry(Retry::Safe)),
@@ -393,4 +404,10 @@ impl Actor {
         }
         None
     }
+}
+
+/// Sets this QEMU up for post-copy, if it can do that.
+async fn can_do_postcopy(qmp: &Qmp) -> bool {
+    let set = qmp.set_migration_capabilities(&[("postcopy-ram", true)]).await;
+    set.inspect_err(|error| tracing::warn!(%error, "no post-copy: QEMU needs userfaultfd, see `godwit host show`")).is_ok()
 }

@@ -102,12 +102,14 @@ impl Watch {
     pub(super) async fn look(&mut self, qmp: &Qmp) -> Result<QemuView, QmpError> {
         let status = qmp.query_status().await?;
         let migration = qmp.query_migrate().await?;
+        let dirty_rate = self.follow(&migration);
         Ok(QemuView {
             vcpus: vcpus(&status.status),
             migration: phase(&migration),
             remaining: Bytes(migration.ram.as_ref().map_or(0, |ram| ram.remaining)),
-            dirty_rate: self.follow(&migration),
+            dirty_rate,
             since_sync: millis(self.synced.elapsed()),
+            rounds: self.ram.rounds,
         })
     }
 
@@ -142,6 +144,7 @@ fn phase(migration: &Migration) -> QemuMigration {
         MigrationStatus::Setup | MigrationStatus::Active => QemuMigration::Active,
         MigrationStatus::PreSwitchover => QemuMigration::PreSwitchover,
         MigrationStatus::Device => QemuMigration::Device,
+        MigrationStatus::PostcopyActive => QemuMigration::PostCopy,
         MigrationStatus::Completed => QemuMigration::Completed,
         MigrationStatus::Failed | MigrationStatus::Failing => QemuMigration::Failed,
         MigrationStatus::Cancelling => QemuMigration::Cancelling,
@@ -164,6 +167,8 @@ pub(super) fn carry_view(carry: Option<&CarryClient>) -> (CarryView, CarryStatus
         round_trip: Millis(status.round_trip_us.div_ceil(1_000)),
         stalled: Millis(status.stalled_ms),
         unanswered: Millis(status.unanswered_ms),
+        can_leave: status.postcopy.possible,
+        leaving: status.postcopy.leaving,
     };
     (view, status)
 }

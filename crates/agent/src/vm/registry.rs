@@ -109,12 +109,12 @@ impl Registry {
 /// What is said of a move that this host no longer, or never, took part in.
 pub(super) fn answer_for_nobody(host: &SharedHost, task: TaskId, said: &Said) {
     let message = match &said.peer.message {
-        PeerMessage::Running { .. } | PeerMessage::Declined { .. } => PeerMessage::Settled,
+        PeerMessage::Running { .. } | PeerMessage::Whole { .. } | PeerMessage::Declined { .. } => PeerMessage::Settled,
         // A move that is not in the journal was never activated here, and its generation will not be prepared again.
         PeerMessage::Released => PeerMessage::Declined {
             reason: Refusal::new(ErrorCode::MigrationFailed, "the destination holds nothing of this move").retry(Retry::Safe),
         },
-        PeerMessage::Aborted { .. } | PeerMessage::Settled => return,
+        PeerMessage::Aborted { .. } | PeerMessage::Lost | PeerMessage::Settled => return,
     };
     answer(host, task, said, message);
 }

@@ -16,7 +16,7 @@ use godwit_model::{
 };
 use godwit_qemu::PassedFds;
 use godwit_qemu::qmp::Qmp;
-use godwit_qemu::qmp::commands::{MigrationParameters, StoppedBy};
+use godwit_qemu::qmp::commands::{CpuThrottle, MigrationParameters, StoppedBy};
 use godwit_vault::StayKey;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -38,6 +38,13 @@ const SEND_BUFFER: usize = 32 << 10;
 const UNLIMITED: BytesPerSec = BytesPerSec(16 << 30);
 /// QEMU's own switch-over is to come as late as it lets us ask.
 const LATE: Millis = Millis(1);
+/// Of a guest's memory.
+const PAGE: u64 = 4096;
+/// How often carry says what it does.
+const LEAVING: Duration = Duration::from_millis(100);
+/// How QEMU slows a VM down: not at all, though it is set up for that before the migration begins; and when it is to do so.
+const UNTHROTTLED: MigrationParameters = throttled(1);
+const THROTTLED: MigrationParameters = throttled(99);
 /// How often to ask whether another VM's turn is over.
 const TURN: Millis = Millis(50);
 /// How long what carry says of the link may be older than what it was told to take.
@@ -53,6 +60,7 @@ pub(super) struct SourceMove {
     began: Instant,
     declined: Option<Refusal>,
     running: Option<Millis>,
+    whole: bool,
     cancel: bool,
     /// QEMU cannot switch over by itself while the VM runs.
     held: bool,
@@ -75,6 +83,8 @@ pub(super) struct SourceMove {
     /// What carry was told to take of the wire at most, and when that became much less: what it says of the link lags behind.
     bandwidth: Option<Option<BytesPerSec>>,
     limited: Option<Instant>,
+    /// Memory that was left for after the switch.
+    left: Bytes,
     /// Key and places of the VM's memory, which is kept when it has left. The key is in no journal: an agent that began after the move has none.
     keep: Option<(StayKey, Vec<PlacedBlock>)>,
 }
@@ -92,6 +102,7 @@ impl SourceMove {
             began: Instant::now(),
             declined: None,
             running: None,
+            whole: false,
             cancel: false,
             held,
             stop_limit: Duration::from_millis(policy.stop_limit.get()),
@@ -107,6 +118,7 @@ impl SourceMove {
             forecast: None,
             bandwidth: None,
             limited: None,
+            left: Bytes(0),
             keep: None,
         }
     }
@@ -128,7 +140,8 @@ impl SourceMove {
                 .inspect_err(|error| tracing::warn!(error = error as &dyn std::error::Error, "no carry"))
                 .ok()
         });
-        Self::new(host, outgoing.grant.clone(), outgoing.policy, carry, outgoing.held)
+        let moving = Self::new(host, outgoing.grant.clone(), outgoing.policy, carry, outgoing.held);
+        Self { machine: moving.machine.clone().leaving(outgoing.leaving), ..moving }
     }
 
     /// Whether the VM may be stopped now. A QEMU that may switch over by itself cannot wait.
@@ -144,7 +157,8 @@ impl SourceMove {
         }
         match &peer.message {
             PeerMessage::Declined { reason } => self.declined = Some(reason.clone()),
-            PeerMessage::Running { since } => {
+            PeerMessage::Running { since } | PeerMessage::Whole { since } => {
+                self.whole |= matches!(peer.message, PeerMessage::Whole { .. });
                 self.seat.iter().for_each(Seat::end);
                 if self.running.is_none() {
                     self.running = Some(*since);
@@ -155,7 +169,7 @@ impl SourceMove {
                     });
                 }
             }
-            PeerMessage::Released | PeerMessage::Aborted { .. } | PeerMessage::Settled => {}
+            PeerMessage::Released | PeerMessage::Aborted { .. } | PeerMessage::Lost | PeerMessage::Settled => {}
         }
     }
 }
@@ -198,6 +212,7 @@ impl Actor {
                 record: SourceRecord::Offered,
                 carry: None,
                 held: false,
+                leaving: false,
                 began: unix_now(),
             });
         }
@@ -227,7 +242,7 @@ impl Actor {
         policy: MigrationPolicy,
     ) -> Result<(CarryClient, bool, Option<Vec<PlacedBlock>>), Refusal> {
         let qmp = self.monitor()?.clone();
-        let held = prepare_source(&qmp).await?;
+        let held = prepare_source(&qmp, policy.prepares_throttle()).await?;
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
         // What QEMU has put there is behind the present; and each time it has nothing to say, it says so until there is no room.
         let shortened = rustix::net::sockopt::set_socket_send_buffer_size(&qemus, SEND_BUFFER);
@@ -237,9 +252,10 @@ impl Actor {
         let emulated = self.host.facts.accelerator == Accelerator::Tcg;
         // Later QEMU may hang, and nothing is to wait for it.
         let blocks = self.memory_blocks(&qmp).await;
-        let own = blocks.clone().filter(|_| emulated).and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
+        let needed = emulated || policy.prepares_postcopy();
+        let own = blocks.clone().filter(|_| needed).and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
         let images = self.lend_indexed_images(&mut fds).await;
-        let role = Role::Source { address, bandwidth: policy.bandwidth, own, held, images };
+        let role = Role::Source { address, bandwidth: policy.bandwidth, own, emulated, held, images };
         let carry = self.start_carry(role, grant, &grant.destination, ours.into(), policy.stall, fds).await?;
         if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
             outgoing.carry = Some(carry.identity().clone());
@@ -315,26 +331,52 @@ impl Actor {
         }
     }
 
-    /// The move of `task` may take this much of the wire from here on, also after a restart.
-    pub(super) fn set_bandwidth(&mut self, task: TaskId, bandwidth: Option<BytesPerSec>) -> Result<(), Refusal> {
+    /// The move of `task` keeps this policy from here on, also after a restart.
+    pub(super) fn set_policy(&mut self, task: TaskId, policy: MigrationPolicy) -> Result<(), Refusal> {
         match (&mut self.moving, self.record.as_mut().map(|record| &mut record.holding)) {
             (Some(Moving::Source(moving)), Some(Holding::Source(outgoing))) if moving.grant.task == task => {
-                let before = std::mem::replace(&mut outgoing.policy.bandwidth, bandwidth);
-                moving.machine.set_bandwidth(bandwidth);
-                self.save().inspect_err(|_| self.take_bandwidth_back(before))
+                let before = std::mem::replace(&mut outgoing.policy, policy);
+                moving.machine.set_policy(policy);
+                self.save().inspect_err(|_| self.take_policy_back(before))
             }
             _ => Err(Refusal::new(ErrorCode::NotFound, "this host carries out no such move")),
         }
     }
 
     /// It could not be journalled: what was before counts.
-    fn take_bandwidth_back(&mut self, before: Option<BytesPerSec>) {
+    fn take_policy_back(&mut self, before: MigrationPolicy) {
         if let (Some(Moving::Source(moving)), Some(Holding::Source(outgoing))) =
             (&mut self.moving, self.record.as_mut().map(|record| &mut record.holding))
         {
-            outgoing.policy.bandwidth = before;
-            moving.machine.set_bandwidth(before);
+            outgoing.policy = before;
+            moving.machine.set_policy(before);
         }
+    }
+
+    /// Pages may be left for after the switch from here on, also after a restart: then this host must keep them.
+    fn leave(&mut self) -> Result<(), Refusal> {
+        if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding)
+            && !std::mem::replace(&mut outgoing.leaving, true)
+        {
+            self.save()?;
+            tracing::info!("post-copy: pages are left for after the switch");
+        }
+        if let Some(Moving::Source(moving)) = &mut self.moving {
+            moving.machine.on_leaving();
+            moving.carry.iter().for_each(CarryClient::leave);
+        }
+        Ok(())
+    }
+
+    /// Has QEMU slow the VM down, more and more, until it can be stopped within its budget.
+    async fn throttle(&mut self) -> Result<(), Refusal> {
+        let qmp = self.monitor()?.clone();
+        qmp.set_migration_parameters(THROTTLED).await.map_err(qemu_failed)?;
+        tracing::info!("the VM is slowed down");
+        if let Some(Moving::Source(moving)) = &mut self.moving {
+            moving.machine.on_throttled();
+        }
+        Ok(())
     }
 
     /// Looks at the move, if there is one, and does what is to be done, until there is something to wait for.
@@ -414,6 +456,7 @@ impl Actor {
         // What was released, or is confirmed, no longer depends on this QEMU: one that hangs must hold up nothing.
         let asks = matches!(record, SourceRecord::Offered | SourceRecord::Returned);
         let qmp = if asks && self.process.is_some() { Some(self.monitor()?.clone()) } else { None };
+        let memory_gone = self.process.is_none();
         let Some(Moving::Source(moving)) = &mut self.moving else {
             return Err(Refusal::new(ErrorCode::Internal, "no move"));
         };
@@ -433,6 +476,8 @@ impl Actor {
             carry,
             declined: moving.declined.clone(),
             running: moving.running.is_some(),
+            whole: moving.whole,
+            memory_gone,
             cancel: moving.cancel,
         };
         Ok((record, view))
@@ -466,6 +511,15 @@ impl Actor {
                 }
                 stopped
             }
+            SourceAction::Leave => {
+                if let Err(refusal) = self.leave() {
+                    tracing::warn!(message = refusal.message, "post-copy cannot be begun");
+                    return Some(RETRY);
+                }
+                // Until carry says that it does so.
+                return Some(LEAVING);
+            }
+            SourceAction::Throttle => self.throttle().await,
             SourceAction::Migrate => match self.monitor() {
                 Ok(qmp) => qmp.migrate_fd(MIGRATION_FD).await.map_err(qemu_failed),
                 Err(refusal) => Err(refusal),
@@ -554,6 +608,7 @@ impl Actor {
                 wire_bytes: Bytes(status.wire_bytes),
                 ram_bytes: Bytes(status.stream_bytes),
                 rounds: moving.watch.ram.rounds,
+                left: if status.postcopy.switched { moving.left } else { Bytes(0) },
                 forecast: moving.forecast,
             },
         };
@@ -608,6 +663,7 @@ impl Actor {
             (SourceRecord::Offered, Some((_, QemuMigration::None))) => MigrationPhase::Prepare,
             (SourceRecord::Offered, Some((Vcpus::Running, _))) => MigrationPhase::WarmUp,
             (SourceRecord::Offered, _) => MigrationPhase::StopAndCopy,
+            (SourceRecord::Released, _) if view.running => MigrationPhase::PostCopy,
             (SourceRecord::Released, _) => MigrationPhase::HandOver,
             (SourceRecord::Returned | SourceRecord::Confirmed, _) => MigrationPhase::CleanUp,
         };
@@ -615,7 +671,11 @@ impl Actor {
         if last.0.is_some_and(|(at, before)| before == phase && at.elapsed() < PROGRESS_EVERY) {
             return;
         }
-        let remaining = qemu.map_or(Bytes(0), |qemu| qemu.remaining);
+        let left = Bytes(status.postcopy.left.saturating_mul(PAGE));
+        if status.postcopy.switched {
+            moving.left = moving.left.max(left);
+        }
+        let remaining = if phase == MigrationPhase::PostCopy { left } else { qemu.map_or(Bytes(0), |qemu| qemu.remaining) };
         let total = moving.watch.ram.total.get();
         let believed = match phase {
             MigrationPhase::Prepare => 0,
@@ -626,6 +686,7 @@ impl Actor {
             MigrationPhase::WarmUp => 900 + 60 * total.saturating_sub(remaining.get()) / total,
             MigrationPhase::StopAndCopy => 970,
             MigrationPhase::HandOver => 985,
+            MigrationPhase::PostCopy => 990,
             MigrationPhase::CleanUp => 995,
         };
         let permille = last.1.max(u16::try_from(believed).unwrap_or(0));
@@ -652,6 +713,16 @@ impl Actor {
     }
 }
 
+/// By so many percent at most, in steps of 10.
+const fn throttled(most: u8) -> MigrationParameters {
+    MigrationParameters {
+        max_bandwidth: None,
+        downtime_limit: None,
+        avail_switchover_bandwidth: None,
+        cpu_throttle: Some(CpuThrottle { initial: if most < 20 { most } else { 20 }, increment: 10, most }),
+    }
+}
+
 /// Blackout if the VM were stopped now, once that is known.
 fn predicted_blackout(view: &SourceView) -> Option<Millis> {
     view.qemu.as_ref().and_then(|qemu| WarmUp::of(qemu, &view.carry)).map(|warm_up| predict_blackout(&warm_up))
@@ -669,7 +740,7 @@ fn with_cause(reason: &Refusal, broken: Option<&str>) -> Refusal {
 
 /// Sets what a source needs. What this QEMU does not have is left out where that is safe. Answers whether QEMU is held from switching over by
 /// itself while the VM runs.
-async fn prepare_source(qmp: &Qmp) -> Result<bool, Refusal> {
+async fn prepare_source(qmp: &Qmp, may_throttle: bool) -> Result<bool, Refusal> {
     let known: Vec<String> =
         qmp.query_migrate_capabilities().await.map_err(qemu_failed)?.into_iter().map(|known| known.capability).collect();
     let mut capabilities = vec![("events", true), ("return-path", true), ("pause-before-switchover", true)];
@@ -684,7 +755,16 @@ async fn prepare_source(qmp: &Qmp) -> Result<bool, Refusal> {
     if held {
         capabilities.push(("switchover-ack", true));
     }
+    // What this QEMU was set up for before is still set: post-copy when the VM came, the other when it did not leave.
+    for (capability, wanted) in [("postcopy-ram", false), ("auto-converge", may_throttle)] {
+        if known.iter().any(|known| known == capability) {
+            capabilities.push((capability, wanted));
+        }
+    }
     qmp.set_migration_capabilities(&capabilities).await.map_err(qemu_failed)?;
+    if may_throttle {
+        qmp.set_migration_parameters(UNTHROTTLED).await.map_err(qemu_failed)?;
+    }
     let parameters =
         MigrationParameters { max_bandwidth: Some(UNLIMITED), downtime_limit: Some(LATE), ..MigrationParameters::default() };
     qmp.set_migration_parameters(parameters).await.map_err(qemu_failed)?;

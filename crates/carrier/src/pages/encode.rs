@@ -103,8 +103,9 @@ pub struct Encoder {
     signatures: Signatures,
     wanted: Wanted,
     asks: bool,
-    /// Pages that the destination does not hold, and that are not sent for now.
+    /// Pages that the destination does not hold as they are, and that are not sent for now; and those of which it was told.
     left: PageSet,
+    gone: PageSet,
     batch: Writer,
     shares: Shares,
     raw: u64,
@@ -176,6 +177,7 @@ impl Encoder {
             signatures: Signatures::new(pages, signatures),
             wanted: Wanted::new(pages),
             asks: false,
+            gone: left.clone(),
             left,
             batch: Writer::default(),
             shares: Shares::default(),
@@ -292,6 +294,9 @@ impl Encoder {
         }
         // What waited is out of date.
         drop(self.wanted.take(number));
+        if self.gone.contains(place) {
+            return true;
+        }
         let digest = content.map_or(ZERO, |content| self.digester.page(content));
         if self.held.get(number as usize) == Some(&digest) {
             self.encoding.same += 1;
@@ -302,21 +307,40 @@ impl Encoder {
         true
     }
 
-    /// Pages that were left.
+    /// Pages that were left since the last [`Encoder::take_left`].
     #[must_use]
     pub const fn left(&self) -> &PageSet {
         &self.left
     }
 
-    /// What is left is sent from here on; one page is in any case, if there is one at all. What the encoder remembers is of no more use.
+    /// Those pages: from here on the destination holds nothing there, and they are sent after the switch, whatever is in them.
+    pub fn take_left(&mut self) -> PageSet {
+        let none = self.left.emptied();
+        let taken = std::mem::replace(&mut self.left, none);
+        for block in 0..taken.blocks() {
+            for page in taken.runs(block).into_iter().flat_map(|(first, pages)| first..first + pages) {
+                let place = Place { block, page };
+                self.gone.insert(place);
+                if let Some(number) = self.number(place) {
+                    self.set_held(number, ZERO);
+                    self.signatures.forget(number);
+                }
+            }
+        }
+        taken
+    }
+
+    /// What was left is sent from here on, and what else is left now; one page is in any case, if there is one at all. Also answers those of them that
+    /// were not taken before.
     #[must_use]
-    pub fn into_rest(mut self) -> Rest {
-        if self.left.is_empty()
+    pub fn into_rest(mut self) -> (Rest, PageSet) {
+        if self.gone.is_empty()
             && let Some(first) = self.place(0)
         {
             self.left.insert(first);
         }
-        Rest::new(self.left, self.encoding)
+        let last = self.take_left();
+        (Rest::new(self.gone, self.encoding), last)
     }
 
     /// Encodes a page that was looked at without being named. Whether there is such a page; there must be room.

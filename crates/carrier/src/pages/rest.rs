@@ -19,6 +19,13 @@ impl PageSet {
         Self { blocks: blocks.iter().map(|pages| (*pages, words(*pages))).collect(), count: 0 }
     }
 
+    /// An empty one of the same blocks.
+    #[must_use]
+    pub fn emptied(&self) -> Self {
+        let blocks = self.blocks.iter().map(|(pages, words)| (*pages, vec![0; words.len()])).collect();
+        Self { blocks, count: 0 }
+    }
+
     /// How many pages are in it.
     #[must_use]
     pub const fn len(&self) -> u64 {

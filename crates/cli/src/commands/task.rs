@@ -51,6 +51,13 @@ pub(crate) enum Verb {
         #[arg(value_name = "RATE")]
         bandwidth: Bandwidth,
     },
+    /// Have a migration's VM go on at its destination now; the memory that is left follows
+    #[command(after_help = "Only of a migration that was begun with --allow-postcopy, or with postcopy or ask in --on-miss. \
+Until all memory has come the VM needs both hosts: if one of them dies meanwhile, the VM crashes.")]
+    Postcopy(TaskArgs),
+    /// Slow a migration's VM down until it can be moved within its budget
+    #[command(after_help = "Only of a migration that was begun with throttle or ask in --on-miss.")]
+    Throttle(TaskArgs),
     /// Cancel a task, and wait until nothing of it is left
     Cancel {
         #[command(flatten)]
@@ -102,6 +109,14 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
                 let limit = limit.map_or_else(|| "any bandwidth".to_owned(), |limit| limit.to_string());
                 format!("{} of {} may take {limit}", visible(&task.kind), task.subject)
             })
+        }
+        Verb::Postcopy(args) => {
+            let task = session.client.postcopy_task(find(&session, &args.task).await?).await?;
+            print_data(session.format, &task, || format!("{} goes on at its destination as soon as that is possible", task.subject))
+        }
+        Verb::Throttle(args) => {
+            let task = session.client.throttle_task(find(&session, &args.task).await?).await?;
+            print_data(session.format, &task, || format!("{} is slowed down", task.subject))
         }
         Verb::Cancel { task, wait } => cancel(&session, &task, &wait).await,
     }

@@ -207,6 +207,8 @@ fn routes(script: Shared) -> Router {
         .route("/v1/tasks", get(list_tasks))
         .route("/v1/tasks/{id}", get(poll_task))
         .route("/v1/tasks/{id}/cancel", post(the_task))
+        .route("/v1/tasks/{id}/postcopy", post(the_task))
+        .route("/v1/tasks/{id}/throttle", post(the_task))
         .route("/v1/tasks/{id}/bandwidth", post(the_task))
         .route("/v1/images/{name}", axum::routing::put(import))
         .route("/v1/hosts/{name}", get(show_host).delete(async || StatusCode::NO_CONTENT))

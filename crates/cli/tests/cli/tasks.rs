@@ -35,6 +35,7 @@ fn moved(revision: u64) -> Task {
         wire_bytes: Bytes::mib(412),
         ram_bytes: Bytes::GIB,
         rounds: 3,
+        left: Bytes(0),
         forecast: None,
     };
     Task { figures: Some(figures), ..task("vm.migrate", TaskState::Done, revision) }

@@ -1,4 +1,4 @@
-//! Tasks: look, cancel, give more or less bandwidth.
+//! Tasks: look, cancel, change what a migration may do.
 
 use std::sync::Arc;
 
@@ -84,4 +84,30 @@ pub(super) async fn task_bandwidth(
 ) -> Answer<Json<v1::Task>> {
     find(&app, &who, Action::Change, id).await?;
     Ok(Json(views::task(&app.tasks.set_bandwidth(id, body.bandwidth, &who.name).await?)))
+}
+
+/// Has a migration's VM go on at the destination before all of its memory is there
+#[utoipa::path(post, path = "/v1/tasks/{task}/postcopy", tag = "task", operation_id = "task_postcopy", params(("task" = TaskId, Path)),
+    responses((status = 200, body = v1::Task), Refusals))]
+pub(super) async fn task_postcopy(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Identified(id): Identified<TaskId>,
+    MaybeBody(()): MaybeBody<()>,
+) -> Answer<Json<v1::Task>> {
+    find(&app, &who, Action::Change, id).await?;
+    Ok(Json(views::task(&app.tasks.switch_to_postcopy(id, &who.name).await?)))
+}
+
+/// Slows a migration's VM down until it can be moved within its budget
+#[utoipa::path(post, path = "/v1/tasks/{task}/throttle", tag = "task", operation_id = "task_throttle", params(("task" = TaskId, Path)),
+    responses((status = 200, body = v1::Task), Refusals))]
+pub(super) async fn task_throttle(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Identified(id): Identified<TaskId>,
+    MaybeBody(()): MaybeBody<()>,
+) -> Answer<Json<v1::Task>> {
+    find(&app, &who, Action::Change, id).await?;
+    Ok(Json(views::task(&app.tasks.throttle(id, &who.name).await?)))
 }

@@ -193,7 +193,7 @@ impl Tasks {
                     continue;
                 }
                 if work.changes_told < work.changes && self.hub.presence(&work.source).is_some() {
-                    self.tell_bandwidth(id, vm, work).await?;
+                    self.tell_policy(id, vm, work).await?;
                     continue;
                 }
             }

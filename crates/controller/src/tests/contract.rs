@@ -101,6 +101,9 @@ async fn what_is_answered_fits_what_is_described() {
     contract.hold("task_show", send(get.clone(), &format!("/tasks/{id}"), null.clone()).await, 200).await;
     let limit = json!({"bandwidth": 1_000_000});
     contract.hold("task_bandwidth", send(post.clone(), &format!("/tasks/{id}/bandwidth"), limit).await, 200).await;
+    for (operation, path) in [("task_postcopy", "postcopy"), ("task_throttle", "throttle")] {
+        contract.hold(operation, send(post.clone(), &format!("/tasks/{id}/{path}"), null.clone()).await, 400).await;
+    }
     contract.hold("task_cancel", send(post.clone(), &format!("/tasks/{id}/cancel"), null.clone()).await, 200).await;
     let prepare = other.command().await;
     other.refuse(&prepare, godwit_model::ErrorCode::NotEnoughSpace).await;

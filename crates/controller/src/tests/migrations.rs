@@ -348,7 +348,10 @@ async fn a_migrations_bandwidth_changes_while_it_runs_and_a_source_whose_answer_
     pair.begin(2).await;
     pair.cluster.task_when(task.id, |task| task.step.contains("moves from")).await;
     let told = |command: &v1::Command| match &command.action {
-        Some(Action::Bandwidth(set)) => set.bandwidth,
+        Some(Action::Policy(set)) => {
+            let policy: MigrationPolicy = serde_json::from_slice(&set.policy).expect("a policy");
+            policy.bandwidth.map_or(0, BytesPerSec::get)
+        }
         other => panic!("{other:?}"),
     };
     client.set_task_bandwidth(task.id, Some(BytesPerSec(5_000_000))).await.expect("recorded");

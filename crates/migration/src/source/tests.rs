@@ -14,6 +14,7 @@ fn view(vcpus: Vcpus, migration: QemuMigration) -> SourceView {
             remaining: Bytes(1 << 30),
             dirty_rate: Some(BytesPerSec(1 << 20)),
             since_sync: Millis(100),
+            rounds: 1,
         }),
         carry: CarryView {
             usable: true,
@@ -23,9 +24,13 @@ fn view(vcpus: Vcpus, migration: QemuMigration) -> SourceView {
             round_trip: Millis(1),
             stalled: Millis(0),
             unanswered: Millis(0),
+            can_leave: false,
+            leaving: false,
         },
         declined: None,
         running: false,
+        whole: false,
+        memory_gone: false,
         cancel: false,
     }
 }

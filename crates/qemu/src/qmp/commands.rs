@@ -21,6 +21,19 @@ pub struct MigrationParameters {
     pub downtime_limit: Option<Millis>,
     /// Rate that QEMU should assume for its own decision (8.2 and later).
     pub avail_switchover_bandwidth: Option<BytesPerSec>,
+    /// How auto-converge slows the guest down.
+    pub cpu_throttle: Option<CpuThrottle>,
+}
+
+/// In percent of the time of its vCPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuThrottle {
+    /// At first.
+    pub initial: u8,
+    /// More, each time that this does not suffice.
+    pub increment: u8,
+    /// At most.
+    pub most: u8,
 }
 
 /// Who stopped the vCPUs of a migrating source.
@@ -240,6 +253,9 @@ impl Qmp {
             ("max-bandwidth", parameters.max_bandwidth.map(BytesPerSec::get)),
             ("downtime-limit", parameters.downtime_limit.map(Millis::get)),
             ("avail-switchover-bandwidth", parameters.avail_switchover_bandwidth.map(BytesPerSec::get)),
+            ("cpu-throttle-initial", parameters.cpu_throttle.map(|throttle| throttle.initial.into())),
+            ("cpu-throttle-increment", parameters.cpu_throttle.map(|throttle| throttle.increment.into())),
+            ("max-cpu-throttle", parameters.cpu_throttle.map(|throttle| throttle.most.into())),
         ];
         let set = fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), json!(value?))));
         self.tell("migrate-set-parameters", Value::Object(set.collect::<Map<_, _>>())).await

@@ -87,6 +87,6 @@ pub(crate) async fn begin(source: &Vm, destination: &Vm, held: bool, speed: Byte
 
 pub(crate) async fn set_speed(source: &Vm, speed: BytesPerSec) {
     let parameters =
-        MigrationParameters { max_bandwidth: Some(speed), downtime_limit: Some(Millis(1)), avail_switchover_bandwidth: None };
+        MigrationParameters { max_bandwidth: Some(speed), downtime_limit: Some(Millis(1)), ..MigrationParameters::default() };
     source.qmp.set_migration_parameters(parameters).await.expect("parameters");
 }

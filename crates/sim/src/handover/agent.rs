@@ -21,10 +21,10 @@ fn reason() -> Refusal {
     Refusal::new(ErrorCode::MigrationFailed, "because")
 }
 
-pub(super) fn source_move() -> SourceMove {
+pub(super) fn source_move(postcopy: bool) -> SourceMove {
     // The wall clock never passes it: that would end the warm-up just as its own limit does.
-    let machine = Source::new(MigrationPolicy::default(), EXPIRES, Millis(0));
-    SourceMove { machine, clock: 0, declined: false, running: false, cancel: false }
+    let machine = Source::new(MigrationPolicy::default(), EXPIRES, Millis(0)).leaving(postcopy);
+    SourceMove { machine, clock: 0, declined: false, running: false, whole: false, cancel: false }
 }
 
 pub(super) fn destination_move() -> DestinationMove {
@@ -33,14 +33,15 @@ pub(super) fn destination_move() -> DestinationMove {
         clock: 0,
         released: false,
         aborted: false,
+        lost: false,
         settled: false,
         cont_refused: false,
         announced: false,
     }
 }
 
-pub(super) fn new_source(number: u8) -> Moving {
-    Moving::Source(number, source_move())
+pub(super) fn new_source(world: &World, number: u8) -> Moving {
+    Moving::Source(number, source_move(world.postcopy))
 }
 
 pub(super) fn new_destination(number: u8) -> Moving {
@@ -98,6 +99,7 @@ fn idle(model: &HandOver, steps: &mut Steps<'_>, host: u8) {
             Holding::Source(_, SourceRecord::Offered | SourceRecord::Returned)
                 | Holding::Destination(_, Taken::Prepared | Taken::Activated)
         );
+    let asks = asks || (here.qemu.is_some() && steps.world.postcopy && matches!(record.holding, Holding::Destination(_, Taken::Running)));
     if asks {
         let vcpus = here.qemu.map_or(Vcpus::Other, |qemu| qemu.vcpus);
         steps.add(Step::LooksAtStatus(host), |after| after.hosts[usize::from(host)].doing = Doing::Seen(vcpus));
@@ -158,11 +160,13 @@ fn arrive(model: &HandOver, world: &mut World, host: u8, number: u8, fact: Fact)
         Some(Moving::Source(of, moving)) if *of == number => match fact {
             Fact::Declined => moving.declined = true,
             Fact::Running => moving.running = true,
+            Fact::Whole => (moving.running, moving.whole) = (true, true),
             _ => {}
         },
         Some(Moving::Destination(of, moving)) if *of == number => match fact {
             Fact::Released => moving.released = true,
             Fact::Aborted => moving.aborted = true,
+            Fact::Lost => moving.lost = true,
             Fact::Settled if may_settle => moving.settled = true,
             _ => {}
         },
@@ -170,10 +174,10 @@ fn arrive(model: &HandOver, world: &mut World, host: u8, number: u8, fact: Fact)
         _ => {
             let ran = here.memory.is_some_and(|record| record.generation >= generation(number));
             match fact {
-                Fact::Released if ran => world.say(number, Fact::Running),
+                Fact::Released if ran => world.say(number, Fact::Whole),
                 Fact::Released => world.say(number, Fact::Declined),
-                Fact::Running | Fact::Declined => world.say(number, Fact::Settled),
-                Fact::Aborted | Fact::Settled => {}
+                Fact::Running | Fact::Whole | Fact::Declined => world.say(number, Fact::Settled),
+                Fact::Aborted | Fact::Lost | Fact::Settled => {}
             }
         }
     }
@@ -191,14 +195,15 @@ fn stale(world: &mut World, host: u8, carried_out: bool) {
 }
 
 fn restart(world: &mut World, host: u8) {
-    let here = &mut world.hosts[usize::from(host)];
-    here.up = true;
-    here.memory = here.disk;
-    here.moving = match here.disk.map(|record| record.holding) {
-        Some(Holding::Source(number, _)) => Some(new_source(number)),
+    let moving = match world.hosts[usize::from(host)].disk.map(|record| record.holding) {
+        Some(Holding::Source(number, _)) => Some(new_source(world, number)),
         Some(Holding::Destination(number, _)) => Some(new_destination(number)),
         Some(Holding::Owner) | None => None,
     };
+    let here = &mut world.hosts[usize::from(host)];
+    here.up = true;
+    here.memory = here.disk;
+    here.moving = moving;
     // A QEMU that no record names was never continued, and is ended.
     if here.disk.is_none() {
         here.qemu = None;
@@ -225,6 +230,7 @@ fn decide(model: &HandOver, world: &mut World, host: u8, status: Option<Vcpus>, 
         remaining: Bytes(0),
         dirty_rate: fits.then_some(BytesPerSec(1)),
         since_sync: Millis(0),
+        rounds: 1,
     });
     let Some(record) = world.hosts[place].memory else { return };
     match (world.hosts[place].moving.clone(), record.holding) {
@@ -238,6 +244,7 @@ fn decide(model: &HandOver, world: &mut World, host: u8, status: Option<Vcpus>, 
                 remaining: Bytes(0),
                 dirty_rate: None,
                 since_sync: Millis(0),
+                rounds: 1,
             });
             decide_destination(model, world, host, (number, moving), taken, seen.or(unknown));
         }
@@ -266,9 +273,13 @@ fn decide_source(
             unanswered: Millis(0),
             round_trip: Millis(0),
             stalled: Millis(0),
+            can_leave: true,
+            leaving: true,
         },
         declined: moving.declined.then(reason),
         running: moving.running,
+        whole: moving.whole,
+        memory_gone: world.hosts[usize::from(host)].qemu.is_none(),
         cancel: moving.cancel,
     };
     spoil_source(model.wrong, record, &mut view);
@@ -281,6 +292,8 @@ fn decide_source(
             Doing::Idle
         }
         SourceAction::Migrate => Doing::Told(Command::Migrate),
+        // Nothing that could go wrong comes of it.
+        SourceAction::Leave | SourceAction::Throttle => Doing::Idle,
         SourceAction::Stop => Doing::Told(Command::Stop),
         SourceAction::ContinueSwitchOver => Doing::Told(Command::Continue),
         SourceAction::CancelQemu => Doing::Told(Command::Cancel),
@@ -301,6 +314,7 @@ fn spoil_source(wrong: Wrong, record: SourceRecord, view: &mut SourceView) {
     match (wrong, record, &mut view.qemu) {
         (Wrong::TakesSilenceForDeclined, SourceRecord::Released, _) if !view.running => view.declined = Some(reason()),
         (Wrong::RemovesAfterRelease, SourceRecord::Released, _) => view.running = true,
+        (Wrong::KeepsNothingBack, SourceRecord::Released, _) => view.whole |= view.running,
         (Wrong::TakesQemusStopForOurs | Wrong::ReleasesWithoutProvenStop, SourceRecord::Offered, Some(qemu)) => {
             if qemu.vcpus == Vcpus::FinishMigrate && qemu.migration == QemuMigration::PreSwitchover {
                 qemu.vcpus = Vcpus::Paused;
@@ -335,11 +349,12 @@ fn decide_destination(
         qemu,
         released: moving.released,
         aborted: moving.aborted.then(reason),
+        lost: moving.lost,
         settled: moving.settled,
         cont_refused: moving.cont_refused.then(reason),
         announced: moving.announced,
     };
-    let loaded = view.qemu.as_ref().is_some_and(|qemu| qemu.migration == QemuMigration::Completed && qemu.vcpus == Vcpus::Paused);
+    let loaded = view.qemu.as_ref().is_some_and(|seen| qemu::has_loaded(seen.migration) && seen.vcpus == Vcpus::Paused);
     view.released |= model.wrong == Wrong::RunsWithoutRelease && loaded;
     let action = moving.machine.decide(&record, &view);
     let mut doing = Doing::Idle;
@@ -383,6 +398,8 @@ const fn fact(message: &PeerMessage) -> Fact {
         PeerMessage::Released => Fact::Released,
         PeerMessage::Aborted { .. } => Fact::Aborted,
         PeerMessage::Running { .. } => Fact::Running,
+        PeerMessage::Whole { .. } => Fact::Whole,
+        PeerMessage::Lost => Fact::Lost,
         PeerMessage::Declined { .. } => Fact::Declined,
         PeerMessage::Settled => Fact::Settled,
     }

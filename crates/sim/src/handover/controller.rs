@@ -137,7 +137,8 @@ fn move_out(world: &mut World, number: u8) -> bool {
     qemu.descriptor = true;
     let record = Some(Record { holding: Holding::Source(number, SourceRecord::Offered), ..record });
     here.memory = record;
-    here.moving = Some(new_source(number));
+    let moving = new_source(world, number);
+    world.hosts[usize::from(going.source)].moving = Some(moving);
     let wire = &mut world.moves[usize::from(number)].wire;
     *wire = if *wire == Wire::Listening { Wire::Connected } else { Wire::Cut };
     write(world, going.source, record);

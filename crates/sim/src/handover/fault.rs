@@ -1,6 +1,6 @@
 //! What may go wrong, as often as a run's faults allow.
 
-use godwit_migration::SourceRecord;
+use godwit_migration::{QemuMigration, SourceRecord};
 
 use super::agent::{forget, keep_end, raise_floor, with_destination, with_source, write};
 use super::{Doing, EVERY_FACT, Ending, Fault, HOSTS, Holding, Record, Steps, Taken, Wire, World};
@@ -111,6 +111,12 @@ fn qemu_dies(world: &mut World, host: u8) {
         Some(Holding::Source(..) | Holding::Destination(..)) | None => false,
     };
     world.vm_crashed |= owned(here.disk) || owned(here.memory);
+    // With its source's QEMU a VM loses the memory that was left.
+    let going = world.moves[usize::from(qemu.of)];
+    let there = world.hosts[usize::from(going.destination)].qemu;
+    world.vm_crashed |= going.source == host
+        && going.past.released
+        && there.is_some_and(|there| there.of == qemu.of && there.migration == QemuMigration::PostCopy);
     world.cut(qemu.of);
 }
 

@@ -20,10 +20,25 @@ pub(super) fn steps(model: &HandOver, steps: &mut Steps<'_>, host: u8) {
     };
     match (qemu.vcpus, qemu.migration) {
         // A destination.
-        (Vcpus::InMigrate, _) if going.whole => goes_on(|qemu| {
-            qemu.migration = QemuMigration::Completed;
-            qemu.vcpus = Vcpus::Paused;
-        }),
+        (Vcpus::InMigrate, _) if going.whole => {
+            let loaded = if world.postcopy { QemuMigration::PostCopy } else { QemuMigration::Completed };
+            steps.add(Step::Qemu(host), |after| {
+                if let Some(qemu) = &mut after.hosts[place].qemu {
+                    (qemu.migration, qemu.vcpus) = (loaded, Vcpus::Paused);
+                }
+            });
+        }
+        // What was left comes as long as it is at the source; connections are made anew.
+        (_, QemuMigration::PostCopy) => {
+            let source = world.hosts[usize::from(going.source)].qemu;
+            if source.is_some_and(|source| source.of == qemu.of) {
+                steps.add(Step::LastPage(qemu.of), |after| {
+                    if let Some(qemu) = &mut after.hosts[place].qemu {
+                        qemu.migration = QemuMigration::Completed;
+                    }
+                });
+            }
+        }
         (Vcpus::InMigrate, _) if cut => steps.add(Step::Qemu(host), |after| after.hosts[place].qemu = None),
         (Vcpus::InMigrate, _) => {}
         // A source: our stop, or its own, leads to `finish-migrate`, and that to the gate.
@@ -42,7 +57,7 @@ pub(super) fn steps(model: &HandOver, steps: &mut Steps<'_>, host: u8) {
         (_, QemuMigration::PreSwitchover | QemuMigration::Device) if cut => goes_on(|qemu| qemu.migration = QemuMigration::Failed),
         (_, QemuMigration::Device) => {
             let loaded = world.hosts[usize::from(going.destination)].qemu;
-            let loaded = loaded.is_some_and(|other| other.of == qemu.of && other.migration == QemuMigration::Completed);
+            let loaded = loaded.is_some_and(|other| other.of == qemu.of && has_loaded(other.migration));
             if loaded {
                 goes_on(|qemu| qemu.migration = QemuMigration::Completed);
             } else if !going.whole {
@@ -62,6 +77,11 @@ pub(super) fn steps(model: &HandOver, steps: &mut Steps<'_>, host: u8) {
         }
         _ => {}
     }
+}
+
+/// Whether a destination has the devices' state.
+pub(super) const fn has_loaded(migration: QemuMigration) -> bool {
+    matches!(migration, QemuMigration::Completed | QemuMigration::PostCopy)
 }
 
 fn comes_to_nothing(model: &HandOver, world: &mut World, host: u8) {

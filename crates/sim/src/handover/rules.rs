@@ -2,7 +2,7 @@
 
 use godwit_migration::{QemuMigration, SourceRecord, Vcpus};
 
-use super::{Doing, HandOver, Holding, Moving, Record, Stage, Taken, World, controller};
+use super::{Doing, HandOver, Holding, Moving, Record, Stage, Taken, World, controller, qemu};
 
 /// Counting every QEMU, whoever let it run.
 pub const ONE_RUNNER: &str = "at most one QEMU runs the VM";
@@ -50,7 +50,7 @@ pub(super) fn look(world: &mut World) {
     for number in 0..=world.current {
         let going = world.moves[usize::from(number)];
         let loaded = world.hosts[usize::from(going.destination)].qemu;
-        let loaded = loaded.is_some_and(|qemu| qemu.of == number && qemu.migration == QemuMigration::Completed);
+        let loaded = loaded.is_some_and(|qemu| qemu.of == number && qemu::has_loaded(qemu.migration));
         let source = world.hosts[usize::from(going.source)].qemu;
         let source_runs = source.is_some_and(|qemu| qemu.of == number && qemu.vcpus == Vcpus::Running);
         let past = &mut world.moves[usize::from(number)].past;
@@ -114,12 +114,17 @@ pub(super) fn on_qemu_ended(world: &mut World, host: u8) {
     match &here.moving {
         Some(Moving::Source(number, _)) => {
             // A destination whose QEMU died after it took the VM over has run it, or the VM has crashed.
-            let proven = world.moves[usize::from(*number)].past.ran || world.vm_crashed;
-            if !proven {
+            let going = world.moves[usize::from(*number)];
+            let there = world.hosts[usize::from(going.destination)].qemu;
+            let needs_more = there.is_some_and(|qemu| qemu.of == *number && qemu.migration == QemuMigration::PostCopy);
+            if !(world.vm_crashed || (going.past.ran && !needs_more)) {
                 world.breaks(NOTHING_REMOVED);
             }
         }
-        Some(Moving::Destination(number, _)) if world.moves[usize::from(*number)].past.ran => world.breaks(NOT_DECLINED_AFTER_RUN),
+        // One whose memory is lost has crashed.
+        Some(Moving::Destination(number, moving)) if world.moves[usize::from(*number)].past.ran && !(moving.lost && world.vm_crashed) => {
+            world.breaks(NOT_DECLINED_AFTER_RUN)
+        }
         _ => {}
     }
 }

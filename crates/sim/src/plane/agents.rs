@@ -132,7 +132,9 @@ impl World {
             PeerMessage::Released => agents.released = true,
             PeerMessage::Aborted { reason } => agents.aborted = Some(reason),
             PeerMessage::Settled => agents.settled = true,
-            PeerMessage::Running { .. } => agents.running = true,
+            PeerMessage::Running { .. } | PeerMessage::Whole { .. } => agents.running = true,
+            // Of post-copy, which these agents do not do.
+            PeerMessage::Lost => {}
             PeerMessage::Declined { reason } => agents.declined = Some(reason),
         }
     }
@@ -140,8 +142,8 @@ impl World {
     /// A side that has forgotten the move is asked about it.
     fn answer_about_the_past(&mut self, side: Side, message: &PeerMessage) {
         let answer = match (message, &self.agents.destination_ended) {
-            (PeerMessage::Running { .. } | PeerMessage::Declined { .. }, _) => PeerMessage::Settled,
-            (PeerMessage::Released, Some(Outcome::Moved)) => PeerMessage::Running { since: Millis(0) },
+            (PeerMessage::Running { .. } | PeerMessage::Whole { .. } | PeerMessage::Declined { .. }, _) => PeerMessage::Settled,
+            (PeerMessage::Released, Some(Outcome::Moved)) => PeerMessage::Whole { since: Millis(0) },
             (PeerMessage::Released, Some(Outcome::Stayed(reason))) => PeerMessage::Declined { reason: reason.clone() },
             _ => return,
         };
@@ -158,6 +160,7 @@ impl World {
             remaining: Bytes(qemu.remaining()),
             dirty_rate: qemu.dirty_rate().map(BytesPerSec),
             since_sync: Millis(qemu.since_sync(self.now) / MILLISECOND),
+            rounds: 1,
         };
         let millis = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let waits = if self.source.session.is_settled() { 0 } else { self.now / MILLISECOND - millis(window.last_applied()) };
@@ -173,9 +176,13 @@ impl World {
                 round_trip: Millis(millis(window.round_trip())),
                 stalled: Millis(waits),
                 unanswered: Millis(self.feed.unanswered(self.now) / MILLISECOND),
+                can_leave: false,
+                leaving: false,
             },
             declined: self.agents.declined.clone(),
             running: self.agents.running,
+            whole: false,
+            memory_gone: false,
             cancel: self.agents.cancel,
         }
     }
@@ -197,6 +204,7 @@ impl World {
                 }
                 self.mark(Mark::Stopped);
             }
+            SourceAction::Leave | SourceAction::Throttle => {}
             SourceAction::ContinueSwitchOver => self.source_qemu.continue_switch_over(),
             SourceAction::CancelQemu => self.source_qemu.cancel(),
             SourceAction::ContinueVm => self.source_qemu.run_on(),
@@ -257,10 +265,12 @@ impl World {
                 remaining: Bytes(0),
                 dirty_rate: None,
                 since_sync: Millis(0),
+                rounds: 0,
             }),
             released: self.agents.released
                 || (self.wrong == Wrong::RunsWithoutRelease && qemu.migration == QemuMigration::Completed),
             aborted: self.agents.aborted.clone(),
+            lost: false,
             settled: self.agents.settled,
             cont_refused: None,
             announced: self.agents.announced,

@@ -180,6 +180,7 @@ impl Plan {
                 timeout: Millis(120_000),
                 stall: Millis(30_000),
                 stop_limit: Millis(10_000),
+                ..MigrationPolicy::default()
             },
             held_back: random.one_in(2),
             faults: Self::faults(random),

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use godwit_api::v1::{Task, VmMigrate};
-use godwit_model::{BytesPerSec, MigrationForecast, MigrationPolicy, Millis, Name};
+use godwit_model::{BytesPerSec, Ladder, MigrationForecast, MigrationPolicy, Millis, Name, PostCopy};
 
 use crate::error::Failure;
 use crate::output::print_data;
@@ -18,6 +18,7 @@ its blackout budget stays where it is, and the error says so. Ctrl-C stops watch
 Examples:
   godwit vm migrate web1 --to h2 --dry-run
   godwit vm migrate web1 --to h2 --max-blackout 100ms --reason 'h1 gets new memory'
+  godwit vm migrate db1 --to h2 --on-miss wait-for-quiet,postcopy --patience 5m
   godwit task wait $(godwit vm migrate web1 --to h2 --detach)")]
 pub(crate) struct MigrateArgs {
     /// Its name
@@ -34,6 +35,18 @@ pub(crate) struct MigrateArgs {
     /// Give up if memory was not copied after this time [default: 30m]
     #[arg(long, value_name = "TIME")]
     timeout: Option<Millis>,
+    /// What to do when the blackout cannot be kept, in this order: wait-for-quiet, throttle, postcopy, ask, give-up [default: wait-for-quiet]
+    #[arg(long, value_name = "RUNGS")]
+    on_miss: Option<Ladder>,
+    /// How long to wait for quiet, and to throttle, before what comes next in --on-miss [default: 1m]
+    #[arg(long, value_name = "TIME")]
+    patience: Option<Millis>,
+    /// Make ready for `godwit task postcopy`
+    #[arg(long)]
+    allow_postcopy: bool,
+    /// Go on at the destination as soon as every page was looked at once; the memory that is left follows. Until it has come the VM needs both hosts
+    #[arg(long)]
+    postcopy_now: bool,
     /// Why; recorded with the task
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
@@ -50,6 +63,13 @@ pub(super) async fn run(session: &Session, args: MigrateArgs) -> Result<(), Fail
         max_blackout: args.max_blackout.unwrap_or(defaults.max_blackout),
         bandwidth: args.bandwidth.or(defaults.bandwidth),
         timeout: args.timeout.unwrap_or(defaults.timeout),
+        on_miss: args.on_miss.unwrap_or(defaults.on_miss),
+        patience: args.patience.unwrap_or(defaults.patience),
+        postcopy: match (args.postcopy_now, args.allow_postcopy) {
+            (true, _) => PostCopy::Now,
+            (false, true) => PostCopy::Ready,
+            (false, false) => PostCopy::ByLadder,
+        },
         ..defaults
     };
     let request = VmMigrate { host: args.to, policy, dry_run: args.dry_run, reason: args.reason };

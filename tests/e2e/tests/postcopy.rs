@@ -1,0 +1,60 @@
+//! VMs that go on before all of their memory is there.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use godwit_e2e::{Cluster, ClusterSpec, GuestSpec, other_qemu};
+use godwit_model::{Bytes, BytesPerSec, MigrationFigures, MigrationPolicy, MigrationPhase, PostCopy};
+
+/// A guest that writes more than the link takes: whole pages that do not compress, in no order.
+fn hot(name: &str) -> GuestSpec {
+    GuestSpec::small(name).knob("touch_total=96M").knob("working_set=48M").knob("dirty=24M").knob("mix=unique:100").knob("check=8M")
+}
+
+/// The rate of the wire.
+const SLOW: BytesPerSec = BytesPerSec(10_000_000);
+
+fn now() -> MigrationPolicy {
+    MigrationPolicy { bandwidth: Some(SLOW), postcopy: PostCopy::Now, ..MigrationPolicy::default() }
+}
+
+fn moved(cluster: &mut Cluster, vm: &str, to: &str, policy: MigrationPolicy) -> Result<MigrationFigures> {
+    let task = cluster.begin_move(vm, to, policy)?;
+    let done = cluster.done(task, Duration::from_secs(180))?;
+    let figures = done.figures.context("figures")?;
+    ensure!(cluster.host_of(vm)? == to, "{vm} is not on {to}");
+    eprintln!("to {to}: {figures:?}");
+    cluster.check()?;
+    Ok(figures)
+}
+
+fn there_and_back(qemus: [Option<&Path>; 2]) -> Result<()> {
+    let mut spec = ClusterSpec::new(2)?;
+    for (host, qemu) in ["h1", "h2"].into_iter().zip(qemus) {
+        spec = qemu.into_iter().fold(spec, |spec, qemu| spec.qemu(host, qemu)).agent(host, &["--unprivileged-userfaultfd"]);
+    }
+    let mut cluster = spec.up()?;
+    cluster.boot(&hot("web").vcpus(2), "h1")?;
+    for to in ["h2", "h1"] {
+        let figures = moved(&mut cluster, "web", to, now())?;
+        ensure!(figures.left > Bytes::mib(1), "next to nothing was left: {figures:?}");
+    }
+    cluster.finish()
+}
+
+#[test]
+fn a_vm_goes_on_before_its_memory_is_there_and_every_page_comes() -> Result<()> {
+    there_and_back([None, None])
+}
+
+#[test]
+fn a_vm_goes_on_before_its_memory_is_there_on_another_version_of_qemu() -> Result<()> {
+    match other_qemu() {
+        Some(other) => there_and_back([None, Some(&other)]),
+        None => {
+            eprintln!("GODWIT_QEMU_OTHER is not set: nothing is proven here");
+            Ok(())
+        }
+    }
+}
