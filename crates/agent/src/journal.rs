@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -97,6 +98,9 @@ pub(crate) struct Outgoing {
     /// Pages may have been left for after the switch: this host keeps the memory until the destination has all of it.
     #[serde(default)]
     pub(crate) leaving: bool,
+    /// Where the destination's carry listens.
+    #[serde(default)]
+    pub(crate) address: Option<SocketAddr>,
     pub(crate) carry: Option<ProcessIdentity>,
     pub(crate) began: UnixMillis,
 }
@@ -111,6 +115,12 @@ pub(crate) struct Incoming {
     /// Its QEMU is set up for post-copy.
     #[serde(default)]
     pub(crate) advises: bool,
+    /// The number of QEMU's RAM section, known from the switch on: what another carry needs to go on.
+    #[serde(default)]
+    pub(crate) section: Option<u32>,
+    /// The carry is not the first.
+    #[serde(default)]
+    pub(crate) again: bool,
 }
 
 /// How a move ended here: kept and repeated until the controller has stored it.

@@ -175,6 +175,13 @@ pub enum Frame {
         /// Number of the RAM section in QEMU's stream.
         section: u32,
     },
+    /// Pages that the destination does not have, told to a source that goes on after the first connection of the two QEMUs was lost.
+    Absent {
+        /// Number of the block.
+        block: u16,
+        /// The first page, and how many follow each other.
+        runs: Vec<(u32, u32)>,
+    },
     /// The destination's QEMU waits for these pages.
     Missed {
         /// Number of the block.
@@ -228,6 +235,7 @@ mod kind {
     pub(super) const LEFT: u8 = 19;
     pub(super) const SWITCH: u8 = 20;
     pub(super) const MISSED: u8 = 21;
+    pub(super) const ABSENT: u8 = 22;
 }
 
 impl Frame {
@@ -249,6 +257,7 @@ impl Frame {
             | Self::HeldEnd
             | Self::Pieces { .. }
             | Self::Advise
+            | Self::Absent { .. }
             | Self::Missed { .. } => Some(Side::Destination),
             Self::Hello(_) | Self::Welcome(_) | Self::Control(_) | Self::Ack(_) | Self::Ping(_) | Self::Pong(_) => None,
         }
@@ -264,7 +273,7 @@ impl Frame {
             Self::Memory(blocks) => blocks.len() * 64,
             Self::Images(images) => images.len() * size_of::<Image>(),
             Self::Wanted { pages, .. } | Self::Missed { pages, .. } => pages.len() * PAGE,
-            Self::Left { runs, .. } => runs.len() * RUN,
+            Self::Left { runs, .. } | Self::Absent { runs, .. } => runs.len() * RUN,
             Self::Pieces { pages, .. } => pages.len() * size_of::<(u32, Pieces)>(),
             _ => 0,
         };
@@ -309,15 +318,8 @@ impl Frame {
             Self::Missed { block, pages } => put_pages(out, kind::MISSED, *block, pages),
             Self::Advise => put(out, kind::ADVISE, &[]),
             Self::Switch { section } => put(out, kind::SWITCH, &section.to_be_bytes()),
-            Self::Left { block, runs } => {
-                let mut payload = BytesMut::with_capacity(BLOCK + runs.len() * RUN);
-                payload.put_u16(*block);
-                for (first, pages) in runs {
-                    payload.put_u32(*first);
-                    payload.put_u32(*pages);
-                }
-                put(out, kind::LEFT, &payload);
-            }
+            Self::Left { block, runs } => put_runs(out, kind::LEFT, *block, runs),
+            Self::Absent { block, runs } => put_runs(out, kind::ABSENT, *block, runs),
             Self::Pieces { block, pages } => {
                 let mut payload = BytesMut::with_capacity(BLOCK + pages.len() * (PAGE + PIECE_HASHES));
                 payload.put_u16(*block);
@@ -355,6 +357,16 @@ fn put_pages(out: &mut BytesMut, kind: u8, block: u16, pages: &[u32]) {
     let mut payload = BytesMut::with_capacity(BLOCK + pages.len() * PAGE);
     payload.put_u16(block);
     pages.iter().for_each(|page| payload.put_u32(*page));
+    put(out, kind, &payload);
+}
+
+fn put_runs(out: &mut BytesMut, kind: u8, block: u16, runs: &[(u32, u32)]) {
+    let mut payload = BytesMut::with_capacity(BLOCK + runs.len() * RUN);
+    payload.put_u16(block);
+    for (first, pages) in runs {
+        payload.put_u32(*first);
+        payload.put_u32(*pages);
+    }
     put(out, kind, &payload);
 }
 
@@ -411,7 +423,7 @@ impl Decoder {
             kind::HELD => is_list(size, HELD_HEADER, DIGEST, MAX_DIGESTS),
             kind::WANTED => is_list(size, BLOCK, PAGE, MAX_WANTED),
             kind::PIECES => is_list(size, BLOCK, PAGE + PIECE_HASHES, MAX_WANTED),
-            kind::LEFT => is_list(size, BLOCK, RUN, MAX_RUNS),
+            kind::LEFT | kind::ABSENT => is_list(size, BLOCK, RUN, MAX_RUNS),
             kind::SWITCH => size == 4,
             kind::MISSED => is_list(size, BLOCK, PAGE, MAX_MISSED),
             _ => return Err(MalformedFrame::Kind(kind)),
@@ -447,7 +459,14 @@ impl Decoder {
                 let (block, pages) = pages(payload);
                 Frame::Missed { block, pages }
             }
-            kind::LEFT => left(payload),
+            kind::LEFT => {
+                let (block, runs) = runs(payload);
+                Frame::Left { block, runs }
+            }
+            kind::ABSENT => {
+                let (block, runs) = runs(payload);
+                Frame::Absent { block, runs }
+            }
             kind::SWITCH => Frame::Switch { section: payload.get_u32() },
             kind::ADVISE => Frame::Advise,
             kind::PIECES => pieces(payload),
@@ -502,13 +521,13 @@ fn pages(mut payload: Bytes) -> (u16, Vec<u32>) {
 }
 
 /// Reads runs of pages from a payload whose length was checked.
-fn left(mut payload: Bytes) -> Frame {
+fn runs(mut payload: Bytes) -> (u16, Vec<(u32, u32)>) {
     let block = payload.get_u16();
     let mut runs = Vec::with_capacity(payload.len() / RUN);
     while payload.has_remaining() {
         runs.push((payload.get_u32(), payload.get_u32()));
     }
-    Frame::Left { block, runs }
+    (block, runs)
 }
 
 /// Reads pages and their pieces from a payload whose length was checked.

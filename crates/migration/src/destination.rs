@@ -47,12 +47,27 @@ pub struct DestinationView {
     pub aborted: Option<Refusal>,
     /// The source has said that it knows how it ended.
     pub settled: bool,
+    /// This side's carry.
+    pub carry: ArrivingCarry,
     /// The source has said that memory that was left is lost.
     pub lost: bool,
     /// `cont` was refused since this process began to look.
     pub cont_refused: Option<Refusal>,
     /// The VM has been announced on its networks since this process began to look.
     pub announced: bool,
+}
+
+/// The carry of a destination, as far as its machine has to know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ArrivingCarry {
+    /// The process lives, its session is not over, and the source has not said that it cannot reach it.
+    pub usable: bool,
+    /// The source's carry has said who it is.
+    pub connected: bool,
+    /// It is not the first of this move.
+    pub again: bool,
+    /// Where it listens.
+    pub port: u16,
 }
 
 /// What the destination does next.
@@ -66,6 +81,8 @@ pub enum DestinationAction {
     EndQemu,
     /// Announce the VM's addresses on its networks.
     Announce,
+    /// Start another carry for a QEMU that runs and waits for pages.
+    GoOn,
     /// Make this record durable, then look.
     Record(DestinationRecord),
     /// Tell the source, by every way there is; then wait this long for an answer.
@@ -175,6 +192,14 @@ impl Destination {
         if view.lost && !whole {
             // It would wait for its memory for ever.
             return DestinationAction::EndQemu;
+        }
+        if view.qemu.as_ref().is_some_and(|qemu| qemu.migration == QemuMigration::PostCopy) {
+            if !view.carry.usable {
+                return DestinationAction::GoOn;
+            }
+            if view.carry.again && !view.carry.connected {
+                return DestinationAction::Tell(PeerMessage::GoOn { port: view.carry.port }, REPEAT);
+            }
         }
         DestinationAction::Tell(if whole { PeerMessage::Whole { since } } else { PeerMessage::Running { since } }, REPEAT)
     }

@@ -19,7 +19,7 @@ pub mod source;
 pub mod view;
 
 pub use convergence::{WarmUp, predict_blackout};
-pub use destination::{Destination, DestinationAction, DestinationRecord, DestinationView};
+pub use destination::{ArrivingCarry, Destination, DestinationAction, DestinationRecord, DestinationView};
 pub use forecast::{Outlook, forecast};
 pub use message::{Peer, PeerMessage};
 pub use source::{Source, SourceAction, SourceRecord, SourceView};

@@ -42,6 +42,16 @@ pub enum PeerMessage {
         /// Why.
         reason: Refusal,
     },
+    /// Source: I cannot send what was left to the carry that listens on this port of yours: it, or mine, is gone.
+    Cut {
+        /// The port.
+        port: u16,
+    },
+    /// Destination: to send what was left, dial this port of mine.
+    GoOn {
+        /// The port.
+        port: u16,
+    },
     /// Source: memory that was left is lost, and with it the VM if you still need it.
     Lost,
     /// Source: I know how it ended; you need not tell me again.

@@ -53,6 +53,10 @@ pub struct SourceView {
     pub running: bool,
     /// The destination has said that it runs the VM and has all of its memory.
     pub whole: bool,
+    /// The port of the destination's carry that this side's was told to dial.
+    pub port: u16,
+    /// The destination has said that this one is to be dialled instead.
+    pub next_port: Option<u16>,
     /// The VM's memory is no longer here: its QEMU has died.
     pub memory_gone: bool,
     /// The user wants it cancelled.
@@ -72,6 +76,8 @@ pub enum SourceAction {
     Leave,
     /// Have QEMU slow the VM down.
     Throttle,
+    /// Start another carry that sends what the destination does not have, to this port.
+    GoOn(u16),
     /// QMP `migrate-continue` from `pre-switchover`.
     ContinueSwitchOver,
     /// QMP `migrate_cancel`.
@@ -420,6 +426,10 @@ impl Source {
         match (&view.declined, view.running) {
             (_, true) if view.whole || !self.leaves => SourceAction::Record(SourceRecord::Confirmed),
             (_, true) if view.memory_gone => SourceAction::Tell(PeerMessage::Lost, Millis(500)),
+            (_, true) if view.next_port.is_some_and(|port| port != view.port) => {
+                SourceAction::GoOn(view.next_port.unwrap_or(view.port))
+            }
+            (_, true) if !view.carry.usable => SourceAction::Tell(PeerMessage::Cut { port: view.port }, Millis(500)),
             (_, true) => SourceAction::Wait(IDLE),
             (Some(_), false) => SourceAction::Record(SourceRecord::Returned),
             (None, false) => SourceAction::Tell(PeerMessage::Released, Millis(500)),

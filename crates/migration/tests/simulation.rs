@@ -2,7 +2,7 @@
 //! The QEMUs behave as measured on 7.2 and 10.0, including the source that resumes by itself when QEMU had stopped it.
 
 use godwit_migration::{
-    CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage, QemuMigration, QemuView,
+    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage, QemuMigration, QemuView,
     Source, SourceAction, SourceRecord, SourceView, Vcpus,
 };
 use godwit_model::{Bytes, BytesPerSec, ErrorCode, MigrationPolicy, Millis, Refusal, UnixMillis};
@@ -302,6 +302,8 @@ impl World {
             declined: self.declined.clone(),
             running: self.running,
             whole: false,
+            port: 0,
+            next_port: None,
             memory_gone: false,
             cancel: self.cancel,
         };
@@ -333,7 +335,7 @@ impl World {
                 Self::send(&mut self.to_destination, &mut self.random, self.now, false, &last);
                 self.source_ended = Some(outcome);
             }
-            SourceAction::Leave | SourceAction::Throttle => {}
+            SourceAction::Leave | SourceAction::Throttle | SourceAction::GoOn(_) => {}
             SourceAction::Migrate
             | SourceAction::Stop
             | SourceAction::ContinueSwitchOver
@@ -374,6 +376,7 @@ impl World {
             qemu: Self::seen(self.destination_qemu.as_ref()),
             released: self.released,
             aborted: self.aborted.clone(),
+            carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0 },
             lost: false,
             settled: self.settled,
             cont_refused: self.cont_refused.clone(),
@@ -407,6 +410,7 @@ impl World {
                 }
             }
             DestinationAction::EndQemu => self.destination_qemu = None,
+            DestinationAction::GoOn => {}
             DestinationAction::Announce => self.announced = true,
             DestinationAction::Tell(message, _) => Self::send(&mut self.to_source, &mut self.random, self.now, faulty, &message),
             DestinationAction::End(outcome) => self.destination_ended = Some(outcome),

@@ -4,6 +4,7 @@
 //! before RAM's start  advise
 //! the switch          discard …  package { listen, device state, ping, run }
 //! after it            part { page … } …  end
+//! after a cut         resume  part { page … } …  end
 //! ```
 //! The source QEMU of such a stream knows nothing of it: it ends as any other does, and [`DeviceState`] takes the end apart. After the switch no page
 //! may be sent twice, nor one that was not discarded: QEMU gives up over it.
@@ -98,6 +99,11 @@ impl<'a> PagesAfter<'a> {
         self.out.put_u64(flag::EOS);
         put_footer(self.out, self.section);
     }
+}
+
+/// On a new connection, to a destination that has lost the one before: it goes on, and asks once more for what it waits for.
+pub fn put_resume(out: &mut BytesMut) {
+    put_command(out, command::POSTCOPY_RESUME, &[]);
 }
 
 /// All pages have been sent.

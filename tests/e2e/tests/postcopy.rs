@@ -4,12 +4,18 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_e2e::{Cluster, ClusterSpec, GuestSpec, other_qemu};
-use godwit_model::{Bytes, BytesPerSec, MigrationFigures, MigrationPolicy, MigrationPhase, PostCopy};
+use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, other_qemu};
+use godwit_model::{Bytes, BytesPerSec, MigrationFigures, MigrationPhase, MigrationPolicy, PostCopy};
 
 /// A guest that writes more than the link takes: whole pages that do not compress, in no order.
 fn hot(name: &str) -> GuestSpec {
     GuestSpec::small(name).knob("touch_total=96M").knob("working_set=48M").knob("dirty=24M").knob("mix=unique:100").knob("check=8M")
+}
+
+/// Into the time in which the VM runs at its destination and memory follows.
+fn into_the_rest(cluster: &mut Cluster, vm: &str, to: &str) -> Result<()> {
+    let task = cluster.begin_move(vm, to, now())?;
+    cluster.wait_progress(task, |progress| progress.phase == MigrationPhase::PostCopy && progress.remaining > Bytes(0)).map(drop)
 }
 
 /// The rate of the wire.
@@ -57,4 +63,31 @@ fn a_vm_goes_on_before_its_memory_is_there_on_another_version_of_qemu() -> Resul
             Ok(())
         }
     }
+}
+
+#[test]
+fn what_was_left_follows_whoever_dies_meanwhile() -> Result<()> {
+    let spec = ClusterSpec::new(2)?;
+    let spec = ["h1", "h2"].into_iter().fold(spec, |spec, host| spec.agent(host, &["--unprivileged-userfaultfd", "--stays", "0"]));
+    let mut cluster = spec.up()?;
+    cluster.boot(&hot("web"), "h1")?;
+    // The carry of either side, both, and the agents.
+    let deaths: [&[Party<'_>]; 4] = [
+        &[Party::Carry("web", "h1")],
+        &[Party::Carry("web", "h1")],
+        &[Party::Carry("web", "h1"), Party::Carry("web", "h2")],
+        &[Party::Agent("h1"), Party::Agent("h2")],
+    ];
+    for (dead, to) in deaths.into_iter().zip(["h2", "h1", "h2", "h1"]) {
+        into_the_rest(&mut cluster, "web", to)?;
+        for party in dead {
+            eprintln!("-- {party:?} dies");
+            cluster.run(&[Action::Kill(*party)])?;
+        }
+        for party in dead.iter().filter(|party| matches!(party, Party::Agent(_))) {
+            cluster.run(&[Action::Restart(*party)])?;
+        }
+        cluster.run(&[Action::Ends("web", Ending::Moved(to))])?;
+    }
+    cluster.finish()
 }

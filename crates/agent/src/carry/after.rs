@@ -5,13 +5,14 @@ use std::io;
 use bytes::Bytes;
 use godwit_carrier::frame::MAX_RUNS;
 use godwit_carrier::pages::digest::is_zero;
-use godwit_carrier::pages::{GuestMemory, PAGE_SIZE, PageSet, Place, Rest, Sealer};
+use godwit_carrier::pages::{Encoding, GuestMemory, PAGE_SIZE, PageSet, Place, Rest, Sealer};
 use godwit_carrier::{Frame, Level};
 use tokio::sync::mpsc;
 
+use super::feed::Holdings;
 use super::memory::ProcessMemory;
 use super::pump::Pump;
-use super::seal::Seals;
+use super::seal::{Sealers, Seals};
 
 /// Pages that go into a batch at once; fewer while the destination's QEMU waits for some, which are to overtake them.
 const BATCH: usize = 64;
@@ -54,6 +55,27 @@ pub(super) fn name_left(seals: &mut Seals<'_>, left: &PageSet) {
             seals.push(Frame::Left { block, runs: runs.to_vec() }, 0);
         }
     }
+}
+
+/// The source in a session that goes on after a switch: sends what the destination does not have.
+pub(super) async fn again(
+    pump: &Pump,
+    sealers: Sealers,
+    memory: ProcessMemory,
+    holdings: Holdings,
+    missed: mpsc::UnboundedReceiver<MissedPages>,
+) -> io::Result<()> {
+    let names: Vec<Bytes> = holdings.blocks.iter().map(|block| block.id.clone()).collect();
+    let lengths: Vec<u32> = holdings.blocks.iter().map(|block| block.pages).collect();
+    let mut left = PageSet::new(&lengths);
+    for (block, runs) in holdings.absent {
+        for page in runs.into_iter().flat_map(|(first, pages)| first..first.saturating_add(pages)) {
+            left.insert(Place { block, page });
+        }
+    }
+    pump.on_switched(left.len());
+    let rest = Rest::new(left, Encoding::default());
+    After { pump, seals: Seals::new(pump, sealers), own: OwnMemory::new(memory, &names), rest, missed }.run().await
 }
 
 /// Sends what is left.

@@ -59,6 +59,17 @@ impl Arrival {
         Some(Self { ids, left, missing, supplied: none, section: None, asked: None, waits: Waits::default() })
     }
 
+    /// After the first connection was lost: these pages have not come.
+    pub(super) fn again(blocks: &[Block], section: u32, absent: PageSet) -> Option<Self> {
+        let arrival = Self::new(blocks)?;
+        Some(Self { left: absent.clone(), missing: absent, section: Some(section), ..arrival })
+    }
+
+    /// Number of the RAM section, once the destination has switched.
+    pub(super) const fn section(&self) -> Option<u32> {
+        self.section
+    }
+
     pub(super) fn is_switched(&self) -> bool {
         self.section.is_some()
     }

@@ -122,6 +122,11 @@ impl CarryClient {
         self.process.is_alive()
     }
 
+    /// Whether its session is not over either.
+    pub(crate) fn is_usable(&self) -> bool {
+        self.is_alive() && self.status.borrow().broken.is_none()
+    }
+
     pub(crate) fn identity(&self) -> &ProcessIdentity {
         self.process.identity()
     }

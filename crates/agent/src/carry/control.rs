@@ -41,6 +41,7 @@ pub(crate) struct CarryConfig {
 pub(crate) enum Role {
     /// Dials.
     ///
+    /// With `again` it sends what the destination does not have, of a VM that has left; QEMU's socket is then of no use.
     /// `own` is where the guest's memory is, and `emulated` that QEMU emulates its vCPUs and may miss a write.
     /// `held` says that QEMU cannot switch over by itself; one that can must not be through before the agent has looked.
     Source {
@@ -50,9 +51,18 @@ pub(crate) enum Role {
         emulated: bool,
         held: bool,
         images: Vec<IndexedImageFds>,
+        again: bool,
     },
-    /// Accepts connections on this listening descriptor. `advises` says that its QEMU is set up for post-copy.
-    Destination { listen_fd: RawFd, placement: Option<Placement>, advises: bool, kept: Option<KeptMemory>, images: Vec<ImageFd> },
+    /// Accepts connections on this listening descriptor. `advises` says that its QEMU is set up for post-copy. `again` is the number of the RAM
+    /// section, of a QEMU that runs and waits for pages.
+    Destination {
+        listen_fd: RawFd,
+        placement: Option<Placement>,
+        advises: bool,
+        kept: Option<KeptMemory>,
+        images: Vec<ImageFd>,
+        again: Option<u32>,
+    },
 }
 
 /// An image that the VM was made from, with its index.
@@ -147,6 +157,8 @@ pub(crate) struct PostCopyStatus {
     pub(crate) leaving: bool,
     /// The destination was told to go on without them.
     pub(crate) switched: bool,
+    /// At the destination: the number of the RAM section, once it has switched.
+    pub(crate) section: Option<u32>,
     /// At the source, pages that were not sent; at the destination, such that have not come.
     pub(crate) left: u64,
     /// At the destination: pages that its QEMU waited for, and how long in microseconds: half of them less, one in a hundred more, and the longest.

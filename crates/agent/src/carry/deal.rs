@@ -1,13 +1,14 @@
 //! What becomes of the peer's frames, in their order: the destination's go to memory and QEMU, the source's to QEMU and to the [`super::feed`].
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::frame::{Block, MAX_DIGESTS};
+use godwit_carrier::frame::{Block, MAX_DIGESTS, MAX_RUNS};
 use godwit_carrier::pages::digest::ZERO;
 use godwit_carrier::pages::{Applier, ApplyError, Digest, Digester, GuestMemory, PAGE_SIZE};
 use godwit_carrier::{Frame, Image};
+use godwit_stream::postcopy::put_resume;
 use godwit_stream::{ReturnError, ReturnMessage, ReturnReader, ReturnWriteError, ReturnWriter};
 use rustix::net::Shutdown;
 use tokio::io::AsyncWriteExt;
@@ -15,7 +16,7 @@ use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, oneshot};
 
 use super::after::MissedPages;
-use super::arrive::{Arrival, NotItsPart, WaitFigures};
+use super::arrive::{Arrival, NotItsPart};
 use super::feed::{Holdings, ToldPieces};
 use super::images::ReadableImage;
 use super::memory::ProcessMemory;
@@ -23,6 +24,8 @@ use super::pump::{LOADED, Pump};
 
 /// How long the source's QEMU may keep its socket after the destination's QEMU closed: longer than it needs to close by itself.
 const LINGER: Duration = Duration::from_secs(3);
+/// How often what post-copy costs the guest is told.
+const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Why the peer's frames cannot be dealt with.
 #[derive(Debug, thiserror::Error)]
@@ -98,7 +101,7 @@ pub(super) async fn at_destination(
     digester: Digester,
     (mut memory, mut from_qemu): (Option<ProcessMemory>, FromQemu),
     prepare: impl AsyncFnOnce(&mut ProcessMemory),
-    tell: impl Fn(WaitFigures, u64),
+    tell: impl Fn(&Arrival),
 ) -> Result<std::convert::Infallible, DealError> {
     let mut qemu = ToQemu { qemu, gone: false };
     if from_qemu.advises {
@@ -114,22 +117,38 @@ pub(super) async fn at_destination(
     let applier = Applier::new(digester.clone(), blocks.iter().map(|block| block.pages).collect());
     let applier = applier.with_images(images.iter().map(|image| image.pages).collect());
     let arrival = Arrival::new(&blocks).filter(|_| from_qemu.advises);
-    let mut destination = Destination { pump, qemu, digester, applier, memory, images, arrival, ended: false };
-    loop {
-        tokio::select! {
-            biased;
-            Some(message) = from_qemu.asks.recv() => destination.on_asked(&message).await,
-            Some(frame) = frames.recv() => {
-                destination.deal(&frame).await?;
-                // What QEMU did not take was not dealt with: the source must not go on.
-                pump.on_dealt(frame.memory(), !destination.qemu.gone);
-            }
-            else => return std::future::pending().await,
-        }
-        if let Some(arrival) = &destination.arrival {
-            tell(arrival.figures(), arrival.missing());
+    let destination = Destination { pump, qemu, digester, applier, memory, images, arrival, ended: false };
+    destination.run(frames, from_qemu.asks, tell).await
+}
+
+/// The destination in a session that goes on after a switch, with a QEMU that runs and waits for pages; never returns but with an error.
+pub(super) async fn at_destination_again(
+    pump: &Pump,
+    qemu: OwnedWriteHalf,
+    frames: mpsc::UnboundedReceiver<Frame>,
+    digester: Digester,
+    (memory, section): (ProcessMemory, u32),
+    from_qemu: FromQemu,
+    tell: impl Fn(&Arrival),
+) -> Result<std::convert::Infallible, DealError> {
+    let blocks = told_blocks(&memory);
+    let absent = memory.absent()?;
+    tracing::info!(pages = absent.len(), "goes on without these");
+    pump.push(&Frame::Memory(blocks.clone()), 0);
+    for block in 0..absent.blocks() {
+        for runs in absent.runs(block).chunks(MAX_RUNS) {
+            pump.push(&Frame::Absent { block, runs: runs.to_vec() }, 0);
         }
     }
+    pump.push(&Frame::HeldEnd, 0);
+    let applier = Applier::new(digester.clone(), blocks.iter().map(|block| block.pages).collect());
+    let arrival = Arrival::again(&blocks, section, absent);
+    let mut qemu = ToQemu { qemu, gone: false };
+    let mut resume = BytesMut::new();
+    put_resume(&mut resume);
+    qemu.write(&resume.freeze()).await;
+    let destination = Destination { pump, qemu, digester, applier, memory: None, images: Vec::new(), arrival, ended: false };
+    destination.run(frames, from_qemu.asks, tell).await
 }
 
 /// Passes on what comes before RAM's start, until QEMU has prepared for post-copy.
@@ -155,6 +174,33 @@ async fn wait_for_advice(
 }
 
 impl Destination<'_> {
+    async fn run(
+        mut self,
+        mut frames: mpsc::UnboundedReceiver<Frame>,
+        mut asks: mpsc::UnboundedReceiver<ReturnMessage>,
+        tell: impl Fn(&Arrival),
+    ) -> Result<std::convert::Infallible, DealError> {
+        let mut told = Instant::now();
+        loop {
+            let mut turns = false;
+            tokio::select! {
+                biased;
+                Some(message) = asks.recv() => self.on_asked(&message).await,
+                Some(frame) = frames.recv() => {
+                    self.deal(&frame).await?;
+                    turns = matches!(frame, Frame::Switch { .. } | Frame::ForwardEnd);
+                    // What QEMU did not take was not dealt with: the source must not go on.
+                    self.pump.on_dealt(frame.memory(), !self.qemu.gone);
+                }
+                else => return std::future::pending().await,
+            }
+            if turns || told.elapsed() >= TELL_EVERY {
+                told = Instant::now();
+                self.arrival.iter().for_each(&tell);
+            }
+        }
+    }
+
     async fn deal(&mut self, frame: &Frame) -> Result<(), DealError> {
         let pump = self.pump;
         match frame {
@@ -383,6 +429,12 @@ pub(super) async fn at_source(
                     .checked_sub(digests.len() as u64)
                     .ok_or(DealError::Unexpected("more digests than the VM has pages"))?;
                 holdings.held.push((block, first, digests));
+            }
+            Frame::Absent { block, runs } => {
+                let holdings = holdings.as_mut().filter(|_| pump.is_switched());
+                let pages: u64 = runs.iter().map(|(_, pages)| u64::from(*pages)).sum();
+                digests_left = digests_left.checked_sub(pages).ok_or(DealError::Unexpected("more pages than the VM has"))?;
+                holdings.ok_or(DealError::Unexpected("pages that are absent"))?.absent.push((block, runs));
             }
             Frame::Images(images) => {
                 let holdings = holdings.as_mut().filter(|holdings| holdings.images.is_empty());

@@ -102,6 +102,8 @@ pub(super) struct Holdings {
     pub(super) images: Vec<Image>,
     /// Digests of consecutive pages: block, first page.
     pub(super) held: Vec<(u16, u32, Vec<Digest>)>,
+    /// Pages that it does not have, in a session that goes on after a switch: block, runs.
+    pub(super) absent: Vec<(u16, Vec<(u32, u32)>)>,
 }
 
 /// Pages of a block with the hashes of their pieces, as the destination has told them.

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use godwit_carrier::pages::{FIRST_IMAGE, GuestMemory, PAGE_SIZE, Page};
+use godwit_carrier::pages::{FIRST_IMAGE, GuestMemory, PAGE_SIZE, Page, PageSet, Place};
 use rustix::io::{Errno, pread, pwrite};
 
 use super::control::PlacedBlock;
@@ -60,6 +60,28 @@ impl ProcessMemory {
         let numbered = (first..).zip(entries);
         let touched = numbered.filter(|(_, entry)| u64::from_ne_bytes(**entry) & PRESENT != 0).map(|(page, _)| page).collect();
         Ok((touched, first.saturating_add(u32::try_from(count).unwrap_or(u32::MAX))))
+    }
+}
+
+impl ProcessMemory {
+    /// Pages that are in no memory: a QEMU that was told to forget them has not got them since.
+    pub(super) fn absent(&self) -> io::Result<PageSet> {
+        let lengths: Vec<u32> = self.blocks.iter().map(|block| block.pages).collect();
+        let mut absent = PageSet::new(&lengths);
+        for (block, pages) in (0..).zip(lengths) {
+            let mut first = 0;
+            while first < pages {
+                let (touched, then) = self.touched(block, first)?;
+                let mut touched = touched.into_iter().peekable();
+                for page in first..then.min(pages) {
+                    if touched.next_if_eq(&page).is_none() {
+                        absent.insert(Place { block, page });
+                    }
+                }
+                first = then;
+            }
+        }
+        Ok(absent)
     }
 }
 
@@ -153,6 +175,9 @@ mod tests {
             touched.extend(more);
             next = then;
         }
+        let absent = memory.absent().expect("the page map");
+        assert_eq!(absent.len() + touched.len() as u64, 19_000);
+        assert!(touched.iter().all(|page| !absent.contains(Place { block: 0, page: *page })));
         assert!(touched.contains(&12_000), "{touched:?}");
         assert!(touched.len() < 9_000, "{} of 19,000 pages were touched", touched.len());
     }

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::connect::{self, Acceptor, Dialler};
-use super::arrive::WaitFigures;
+use super::arrive::Arrival;
 use super::control::{
     CarryConfig, CarryStatus, FromCarry, ImageFd, IndexedImageFds, MAX_LINE, PageCounts, Placement, PostCopyStatus, Role, ToCarry,
 };
@@ -36,7 +36,7 @@ use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
 use super::pump::{ADVISED, Gauge, KeepAlive, Pump};
 use super::seal::{Sealers, SealersError};
-use super::{connections, deal, home};
+use super::{after, connections, deal, home};
 use crate::tls::Material;
 
 /// Time without any agent after which an orphan ends.
@@ -223,13 +223,23 @@ async fn move_bytes(
     };
     let (reader, writer) = means.qemu.into_split();
     match config.role {
-        Role::Source { address, own, emulated, held, images, .. } => {
+        Role::Source { address, own, emulated, held, images, again, .. } => {
             let key = session_key()?;
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
             let (listening, holdings, heard) = listen();
             let holdings = async { holdings.await.unwrap_or_default() };
-            let own = own.map(|own| Own { memory: memory(own), emulated });
             let sealers = means.sealers.ok_or("a source has threads that compress")?;
+            if again {
+                let own = memory(own.ok_or("a source that goes on has the VM's memory")?);
+                pump.on_switched(0);
+                let Heard { missed, .. } = heard;
+                return tokio::select! {
+                    error = connections::of_source(pump, &dialler, key, patience, from_agent, tell) => Err(text(error)),
+                    error = deal::at_source(pump, writer, frames, config.pages, listening) => error.map_err(text),
+                    Err(error) = async { after::again(pump, sealers, own, holdings.await, missed).await } => Err(text(error)),
+                };
+            }
+            let own = own.map(|own| Own { memory: memory(own), emulated });
             let images = images.into_iter().filter_map(own_image).collect();
             let feed = Feed::new(pump, sealers, Digester::new(&key), own, images, held, heard);
             tokio::select! {
@@ -238,7 +248,7 @@ async fn move_bytes(
                 Err(error) = feed.run(&reader, holdings) => Err(text(error)),
             }
         }
-        Role::Destination { listen_fd, placement, advises, kept, images } => {
+        Role::Destination { listen_fd, placement, advises, kept, images, again } => {
             let listener = StdTcpListener::from(take(listen_fd));
             let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener)).map_err(text)?;
             let mut acceptor = Acceptor::new(listener, peer, &material, wire).map_err(text)?;
@@ -249,14 +259,18 @@ async fn move_bytes(
             let (to_carry, from_qemu) = from_qemu(advises);
             let deal = async {
                 // A QEMU that is advised of post-copy forgets what is in its memory.
-                if !advises && let Some(memory) = &mut memory {
+                if !advises && again.is_none() && let Some(memory) = &mut memory {
                     bring_back(kept.take(), memory).await;
                 }
                 let prepare = async |memory: &mut ProcessMemory| bring_back(kept, memory).await;
-                let tell = |figures, missing| tell_arrival(status, figures, missing);
+                let tell = |arrival: &Arrival| tell_arrival(status, arrival);
                 match key.await {
                     Ok(key) => {
                         let digester = Digester::new(&key);
+                        if let Some(section) = again {
+                            let memory = (memory.ok_or(DealError::Unexpected("pages for no memory"))?, section);
+                            return deal::at_destination_again(pump, writer, frames, digester, memory, from_qemu, tell).await;
+                        }
                         deal::at_destination(pump, writer, frames, digester, (memory, from_qemu), prepare, tell).await
                     }
                     Err(_) => std::future::pending().await,
@@ -302,11 +316,13 @@ async fn bring_back(kept: Option<(std::fs::File, [u8; 32])>, memory: &mut Proces
 }
 
 /// How post-copy goes at the destination.
-fn tell_arrival(status: &watch::Sender<CarryStatus>, waits: WaitFigures, missing: u64) {
+fn tell_arrival(status: &watch::Sender<CarryStatus>, arrival: &Arrival) {
+    let waits = arrival.figures();
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let told = PostCopyStatus {
         possible: true,
-        left: missing,
+        section: arrival.section(),
+        left: arrival.missing(),
         missed: waits.count,
         median_us: micros(waits.median),
         p99_us: micros(waits.p99),
@@ -352,6 +368,7 @@ pub(super) async fn return_path(pump: &Pump, qemu: &OwnedReadHalf, mut to_carry:
                     match message {
                         ReturnMessage::Pong(ADVISED) => drop(to_carry.advised.take().map(|advised| advised.send(()))),
                         ReturnMessage::ReqPages { .. } | ReturnMessage::ReqPagesId { .. } => drop(to_carry.asks.send(message)),
+                        ReturnMessage::ResumeAck(_) => tracing::info!("QEMU goes on"),
                         message => {
                             if let Err(error) = writer.write(&message, &mut passed) {
                                 return error.into();

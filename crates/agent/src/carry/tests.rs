@@ -117,7 +117,7 @@ fn destination(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive
         let (to_carry, from_qemu) = super::process::from_qemu(false);
         let dealing = async {
             let digester = Digester::new(&key.await.expect("a session"));
-            deal::at_destination(&pump, writer, frames, digester, (memory, from_qemu), async |_| (), |_, _| ()).await
+            deal::at_destination(&pump, writer, frames, digester, (memory, from_qemu), async |_| (), |_| ()).await
         };
         tokio::select! {
             error = connections::of_destination(&pump, &mut acceptor, told, PATIENCE, &mut from_agent, |_| ()) => error,

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use godwit_migration::{
-    Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, Peer, PeerMessage, QemuMigration, QemuView, Vcpus,
+    ArrivingCarry, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, Peer, PeerMessage, QemuMigration, QemuView, Vcpus,
 };
 use godwit_model::{
     Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState, TaskId,
@@ -13,6 +13,7 @@ use godwit_model::{
 };
 use godwit_qemu::qmp::Qmp;
 use godwit_qemu::qmp::commands::AnnounceSchedule;
+use godwit_qemu::qmp::views::MigrationStatus;
 use godwit_qemu::{PassedFds, Start};
 use godwit_vault::StayKey;
 use tokio::sync::mpsc;
@@ -45,6 +46,8 @@ pub(super) struct DestinationMove {
     began: Instant,
     released: bool,
     aborted: Option<Refusal>,
+    /// The port that the source cannot send to.
+    cut: Option<u16>,
     lost: bool,
     settled: bool,
     cont_refused: Option<Refusal>,
@@ -62,6 +65,7 @@ impl DestinationMove {
             began: Instant::now(),
             released: false,
             aborted: None,
+            cut: None,
             lost: false,
             settled: false,
             cont_refused: None,
@@ -84,9 +88,10 @@ impl DestinationMove {
         match &peer.message {
             PeerMessage::Released => self.released = true,
             PeerMessage::Aborted { reason } => self.aborted = Some(reason.clone()),
+            PeerMessage::Cut { port } => self.cut = Some(*port),
             PeerMessage::Lost => self.lost = true,
             PeerMessage::Settled => self.settled = true,
-            PeerMessage::Running { .. } | PeerMessage::Whole { .. } | PeerMessage::Declined { .. } => {}
+            PeerMessage::Running { .. } | PeerMessage::Whole { .. } | PeerMessage::GoOn { .. } | PeerMessage::Declined { .. } => {}
         }
     }
 }
@@ -122,8 +127,15 @@ impl Actor {
         let address = self.host.migration_address();
         let listener = TcpListener::bind((address, 0)).map_err(|error| host_failed("cannot listen for the source", &error))?;
         let carry_port = listener.local_addr().map_err(|error| host_failed("cannot listen for the source", &error))?.port();
-        let incoming =
-            Incoming { grant: grant.clone(), record: DestinationRecord::Prepared, carry: None, carry_port, advises: false };
+        let incoming = Incoming {
+            grant: grant.clone(),
+            record: DestinationRecord::Prepared,
+            carry: None,
+            carry_port,
+            advises: false,
+            section: None,
+            again: false,
+        };
         let record = VmRecord::new(spec, Generation(0), 0, Holding::Destination(incoming));
         self.begin(record, Start::Incoming).await?;
         match self.begin_destination(&grant, listener, policy, memory_key).await {
@@ -162,7 +174,7 @@ impl Actor {
         let placement = self.memory_blocks(&qmp).await.and_then(|blocks| self.place(blocks, Access::Write, &mut fds));
         let kept = memory_key.and_then(|key| self.lend_memory(&key, &mut fds));
         let images = self.lend_images(&mut fds).await;
-        let role = Role::Destination { listen_fd, placement, advises, kept, images };
+        let role = Role::Destination { listen_fd, placement, advises, kept, images, again: None };
         let carry = self.start_carry(role, grant, &source, ours.into(), policy.stall, fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
             incoming.carry = Some(carry.identity().clone());
@@ -209,8 +221,10 @@ impl Actor {
     }
 
     async fn see_destination(&mut self) -> Result<(DestinationRecord, DestinationView), Refusal> {
-        let (record, advises) = match self.record.as_ref().map(|record| &record.holding) {
-            Some(Holding::Destination(incoming)) => (incoming.record.clone(), incoming.advises),
+        let (record, advises, port, again) = match self.record.as_ref().map(|record| &record.holding) {
+            Some(Holding::Destination(incoming)) => {
+                (incoming.record.clone(), incoming.advises, incoming.carry_port, incoming.again)
+            }
             _ => return Err(Refusal::new(ErrorCode::Internal, "the journal knows no move")),
         };
         // What is decided needs no answer of QEMU; and one that hangs while it loads must not keep this host from declining.
@@ -241,6 +255,12 @@ impl Actor {
             qemu,
             released: moving.released,
             aborted: moving.aborted.clone(),
+            carry: ArrivingCarry {
+                usable: moving.carry.as_ref().is_some_and(CarryClient::is_usable) && moving.cut != Some(port),
+                connected: moving.carry.as_ref().is_some_and(|carry| carry.status().connected),
+                again,
+                port,
+            },
             lost: moving.lost,
             settled: moving.settled,
             cont_refused: moving.cont_refused.clone(),
@@ -252,7 +272,7 @@ impl Actor {
     fn carry_is_usable(&self) -> bool {
         match &self.moving {
             Some(Moving::Destination(moving)) => {
-                moving.carry.as_ref().is_some_and(|carry| carry.is_alive() && carry.status().broken.is_none())
+                moving.carry.as_ref().is_some_and(CarryClient::is_usable)
             }
             _ => false,
         }
@@ -286,9 +306,60 @@ impl Actor {
                 self.announce().await;
                 None
             }
+            DestinationAction::GoOn => {
+                let done = self.go_on_as_destination().await;
+                let done = done.inspect_err(|refusal| tracing::warn!(message = refusal.message, "memory cannot follow yet"));
+                done.is_err().then_some(RETRY)
+            }
             DestinationAction::ContinueVm => self.continue_destination().await,
             DestinationAction::End(outcome) => self.end_destination(outcome).await,
         }
+    }
+
+    /// Has another carry receive what was left, for a QEMU that runs and waits for it.
+    async fn go_on_as_destination(&mut self) -> Result<(), Refusal> {
+        let Some(Holding::Destination(incoming)) = self.record.as_ref().map(|record| &record.holding) else {
+            return Err(Refusal::new(ErrorCode::Internal, "the journal knows no move"));
+        };
+        let (grant, section) = (incoming.grant.clone(), incoming.section);
+        let section = section.ok_or_else(|| Refusal::new(ErrorCode::Internal, "the journal knows no section of memory"))?;
+        let source = grant.source.clone().ok_or_else(|| Refusal::new(ErrorCode::BadRequest, "the grant names no source"))?;
+        // QEMU notices that its socket is closed, and waits for another.
+        if let Some(Moving::Destination(moving)) = &mut self.moving
+            && let Some(carry) = moving.carry.take()
+        {
+            carry.end().await;
+        }
+        let qmp = self.monitor()?.clone();
+        let status = qmp.query_migrate().await.map_err(qemu_failed)?.status();
+        if status != MigrationStatus::PostcopyPaused {
+            return Err(Refusal::new(ErrorCode::QemuFailed, "QEMU has not noticed yet that its connection is gone"));
+        }
+        let address = self.host.migration_address();
+        let listener = TcpListener::bind((address, 0)).map_err(|error| host_failed("cannot listen for the source", &error))?;
+        let port = listener.local_addr().map_err(|error| host_failed("cannot listen for the source", &error))?.port();
+        let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+        qmp.getfd(INCOMING_FD, qemus.into()).await.map_err(qemu_failed)?;
+        let mut fds = PassedFds::new();
+        let listen_fd = fds.pass(listener);
+        let placement = self.memory_blocks(&qmp).await.and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
+        let again = Some(section);
+        let role = Role::Destination { listen_fd, placement, advises: true, kept: None, images: Vec::new(), again };
+        let stall = MigrationPolicy::default().stall;
+        let carry = self.start_carry(role, &grant, &source, ours.into(), stall, fds).await?;
+        if let Err(refusal) = qmp.migrate_recover_fd(INCOMING_FD).await.map_err(qemu_failed) {
+            carry.end().await;
+            return Err(refusal);
+        }
+        if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
+            (incoming.carry, incoming.carry_port, incoming.again) = (Some(carry.identity().clone()), port, true);
+        }
+        self.save_or_log();
+        tracing::info!(port, "another carry waits for what was left");
+        if let Some(Moving::Destination(moving)) = &mut self.moving {
+            moving.carry = Some(carry);
+        }
+        Ok(())
     }
 
     async fn continue_destination(&mut self) -> Option<Duration> {
@@ -344,9 +415,14 @@ impl Actor {
     fn record_destination(&mut self, next: DestinationRecord) -> bool {
         let Some(record) = &mut self.record else { return false };
         let before = record.clone();
+        let section = match &self.moving {
+            Some(Moving::Destination(moving)) => moving.carry.as_ref().and_then(|carry| carry.status().postcopy.section),
+            _ => None,
+        };
         if let Holding::Destination(incoming) = &mut record.holding {
             if next == DestinationRecord::Activated {
                 record.generation = incoming.grant.generation;
+                incoming.section = section;
             }
             incoming.record = next.clone();
         }

@@ -144,7 +144,7 @@ fn phase(migration: &Migration) -> QemuMigration {
         MigrationStatus::Setup | MigrationStatus::Active => QemuMigration::Active,
         MigrationStatus::PreSwitchover => QemuMigration::PreSwitchover,
         MigrationStatus::Device => QemuMigration::Device,
-        MigrationStatus::PostcopyActive => QemuMigration::PostCopy,
+        MigrationStatus::PostcopyActive | MigrationStatus::PostcopyPaused => QemuMigration::PostCopy,
         MigrationStatus::Completed => QemuMigration::Completed,
         MigrationStatus::Failed | MigrationStatus::Failing => QemuMigration::Failed,
         MigrationStatus::Cancelling => QemuMigration::Cancelling,

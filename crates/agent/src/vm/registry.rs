@@ -114,7 +114,11 @@ pub(super) fn answer_for_nobody(host: &SharedHost, task: TaskId, said: &Said) {
         PeerMessage::Released => PeerMessage::Declined {
             reason: Refusal::new(ErrorCode::MigrationFailed, "the destination holds nothing of this move").retry(Retry::Safe),
         },
-        PeerMessage::Aborted { .. } | PeerMessage::Lost | PeerMessage::Settled => return,
+        PeerMessage::Aborted { .. }
+        | PeerMessage::Cut { .. }
+        | PeerMessage::GoOn { .. }
+        | PeerMessage::Lost
+        | PeerMessage::Settled => return,
     };
     answer(host, task, said, message);
 }

@@ -61,6 +61,9 @@ pub(super) struct SourceMove {
     declined: Option<Refusal>,
     running: Option<Millis>,
     whole: bool,
+    next_port: Option<u16>,
+    /// What carries before the present one have sent.
+    sent_before: u64,
     cancel: bool,
     /// QEMU cannot switch over by itself while the VM runs.
     held: bool,
@@ -103,6 +106,8 @@ impl SourceMove {
             declined: None,
             running: None,
             whole: false,
+            next_port: None,
+            sent_before: 0,
             cancel: false,
             held,
             stop_limit: Duration::from_millis(policy.stop_limit.get()),
@@ -169,7 +174,12 @@ impl SourceMove {
                     });
                 }
             }
-            PeerMessage::Released | PeerMessage::Aborted { .. } | PeerMessage::Lost | PeerMessage::Settled => {}
+            PeerMessage::GoOn { port } => self.next_port = Some(*port),
+            PeerMessage::Released
+            | PeerMessage::Aborted { .. }
+            | PeerMessage::Cut { .. }
+            | PeerMessage::Lost
+            | PeerMessage::Settled => {}
         }
     }
 }
@@ -213,6 +223,7 @@ impl Actor {
                 carry: None,
                 held: false,
                 leaving: false,
+                address: Some(address),
                 began: unix_now(),
             });
         }
@@ -255,7 +266,7 @@ impl Actor {
         let needed = emulated || policy.prepares_postcopy();
         let own = blocks.clone().filter(|_| needed).and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
         let images = self.lend_indexed_images(&mut fds).await;
-        let role = Role::Source { address, bandwidth: policy.bandwidth, own, emulated, held, images };
+        let role = Role::Source { address, bandwidth: policy.bandwidth, own, emulated, held, images, again: false };
         let carry = self.start_carry(role, grant, &grant.destination, ours.into(), policy.stall, fds).await?;
         if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
             outgoing.carry = Some(carry.identity().clone());
@@ -368,6 +379,41 @@ impl Actor {
         Ok(())
     }
 
+    /// Has another carry send what the destination does not have, to one that listens on this port there.
+    async fn go_on_as_source(&mut self, port: u16) -> Result<(), Refusal> {
+        let unknown = || Refusal::new(ErrorCode::Internal, "the journal does not say where the VM went");
+        let Some(Holding::Source(outgoing)) = self.record.as_ref().map(|record| &record.holding) else { return Err(unknown()) };
+        let (grant, policy) = (outgoing.grant.clone(), outgoing.policy);
+        let mut address = outgoing.address.ok_or_else(unknown)?;
+        address.set_port(port);
+        if let Some(Moving::Source(moving)) = &mut self.moving
+            && let Some(carry) = moving.carry.take()
+        {
+            moving.sent_before += carry.status().wire_bytes;
+            carry.end().await;
+        }
+        let qmp = self.monitor()?.clone();
+        let blocks = self.memory_blocks(&qmp).await;
+        let mut fds = PassedFds::new();
+        let own = blocks.and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
+        // QEMU's socket was closed when it had completed.
+        let (ours, _) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+        let bandwidth = policy.bandwidth;
+        let role = Role::Source { address, bandwidth, own, emulated: false, held: true, images: Vec::new(), again: true };
+        let carry = self.start_carry(role, &grant, &grant.destination, ours.into(), policy.stall, fds).await?;
+        if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
+            (outgoing.carry, outgoing.address) = (Some(carry.identity().clone()), Some(address));
+        }
+        // One that is in no journal is merely not adopted.
+        self.save_or_log();
+        tracing::info!(port, "another carry sends what was left");
+        if let Some(Moving::Source(moving)) = &mut self.moving {
+            moving.carry = Some(carry);
+            moving.bandwidth = None;
+        }
+        Ok(())
+    }
+
     /// Has QEMU slow the VM down, more and more, until it can be stopped within its budget.
     async fn throttle(&mut self) -> Result<(), Refusal> {
         let qmp = self.monitor()?.clone();
@@ -449,8 +495,8 @@ impl Actor {
     }
 
     async fn see_source(&mut self) -> Result<(SourceRecord, SourceView), Refusal> {
-        let record = match self.record.as_ref().map(|record| &record.holding) {
-            Some(Holding::Source(outgoing)) => outgoing.record,
+        let (record, port) = match self.record.as_ref().map(|record| &record.holding) {
+            Some(Holding::Source(outgoing)) => (outgoing.record, outgoing.address.map_or(0, |address| address.port())),
             _ => return Err(Refusal::new(ErrorCode::Internal, "the journal knows no move")),
         };
         // What was released, or is confirmed, no longer depends on this QEMU: one that hangs must hold up nothing.
@@ -477,6 +523,8 @@ impl Actor {
             declined: moving.declined.clone(),
             running: moving.running.is_some(),
             whole: moving.whole,
+            port,
+            next_port: moving.next_port,
             memory_gone,
             cancel: moving.cancel,
         };
@@ -520,6 +568,13 @@ impl Actor {
                 return Some(LEAVING);
             }
             SourceAction::Throttle => self.throttle().await,
+            SourceAction::GoOn(port) => {
+                if let Err(refusal) = self.go_on_as_source(port).await {
+                    tracing::warn!(message = refusal.message, "what was left cannot be sent yet");
+                    return Some(RETRY);
+                }
+                Ok(())
+            }
             SourceAction::Migrate => match self.monitor() {
                 Ok(qmp) => qmp.migrate_fd(MIGRATION_FD).await.map_err(qemu_failed),
                 Err(refusal) => Err(refusal),
@@ -605,10 +660,10 @@ impl Actor {
                 total: millis(moving.began.elapsed()),
                 blackout: moving.blackout.unwrap_or_default(),
                 predicted_blackout: moving.predicted,
-                wire_bytes: Bytes(status.wire_bytes),
+                wire_bytes: Bytes(moving.sent_before + status.wire_bytes),
                 ram_bytes: Bytes(status.stream_bytes),
                 rounds: moving.watch.ram.rounds,
-                left: if status.postcopy.switched { moving.left } else { Bytes(0) },
+                left: moving.left,
                 forecast: moving.forecast,
             },
         };

@@ -39,6 +39,7 @@ fn examples() -> Vec<(&'static str, Frame)> {
         ("advise", Frame::Advise),
         ("left", Frame::Left { block: 0, runs: vec![(7, 1), (300, 2)] }),
         ("switch", Frame::Switch { section: 2 }),
+        ("absent", Frame::Absent { block: 0, runs: vec![(7, 1)] }),
         ("missed", Frame::Missed { block: 0, pages: vec![7] }),
         ("pieces", Frame::Pieces { block: 0, pages: vec![(7, std::array::from_fn(|index| index as u32))] }),
     ]

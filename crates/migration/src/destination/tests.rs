@@ -18,6 +18,7 @@ fn view(qemu: Option<(Vcpus, QemuMigration)>) -> DestinationView {
         }),
         released: true,
         aborted: None,
+        carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0 },
         lost: false,
         settled: false,
         cont_refused: None,

@@ -30,6 +30,8 @@ fn view(vcpus: Vcpus, migration: QemuMigration) -> SourceView {
         declined: None,
         running: false,
         whole: false,
+        port: 0,
+        next_port: None,
         memory_gone: false,
         cancel: false,
     }

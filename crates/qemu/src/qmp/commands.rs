@@ -293,6 +293,14 @@ impl Qmp {
         self.tell("migrate-incoming", json!({"uri": format!("fd:{name}")})).await
     }
 
+    /// `migrate-recover` on a connected socket, passed before with [`Qmp::getfd`] under `name`: of a post-copy that lost its connection.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn migrate_recover_fd(&self, name: &str) -> Result<(), QmpError> {
+        self.tell("migrate-recover", json!({"uri": format!("fd:{name}")})).await
+    }
+
     /// `migrate_cancel`.
     ///
     /// # Errors

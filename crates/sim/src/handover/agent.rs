@@ -2,7 +2,7 @@
 //! so that between any two of them an agent can die or be frozen.
 
 use godwit_migration::{
-    CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage, QemuMigration, QemuView,
+    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage, QemuMigration, QemuView,
     Source, SourceAction, SourceRecord, SourceView, Vcpus,
 };
 use godwit_model::{Bytes, BytesPerSec, ErrorCode, MigrationPolicy, Millis, Refusal, UnixMillis};
@@ -266,7 +266,8 @@ fn decide_source(
         unix_now: UnixMillis(0),
         qemu,
         carry: CarryView {
-            usable: matches!(wire, Wire::Connected),
+            // After the switch connections are made anew.
+            usable: matches!(wire, Wire::Connected) || record == SourceRecord::Released,
             connected: wire == Wire::Connected,
             rate: BytesPerSec(1 << 20),
             queued: Millis(0),
@@ -279,6 +280,8 @@ fn decide_source(
         declined: moving.declined.then(reason),
         running: moving.running,
         whole: moving.whole,
+        port: 0,
+        next_port: None,
         memory_gone: world.hosts[usize::from(host)].qemu.is_none(),
         cancel: moving.cancel,
     };
@@ -293,7 +296,7 @@ fn decide_source(
         }
         SourceAction::Migrate => Doing::Told(Command::Migrate),
         // Nothing that could go wrong comes of it.
-        SourceAction::Leave | SourceAction::Throttle => Doing::Idle,
+        SourceAction::Leave | SourceAction::Throttle | SourceAction::GoOn(_) => Doing::Idle,
         SourceAction::Stop => Doing::Told(Command::Stop),
         SourceAction::ContinueSwitchOver => Doing::Told(Command::Continue),
         SourceAction::CancelQemu => Doing::Told(Command::Cancel),
@@ -349,6 +352,7 @@ fn decide_destination(
         qemu,
         released: moving.released,
         aborted: moving.aborted.then(reason),
+        carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0 },
         lost: moving.lost,
         settled: moving.settled,
         cont_refused: moving.cont_refused.then(reason),
@@ -359,7 +363,7 @@ fn decide_destination(
     let action = moving.machine.decide(&record, &view);
     let mut doing = Doing::Idle;
     match action {
-        DestinationAction::Wait(_) => {}
+        DestinationAction::Wait(_) | DestinationAction::GoOn => {}
         DestinationAction::Tell(message, _) => world.say(number, fact(&message)),
         DestinationAction::Announce => moving.announced = true,
         DestinationAction::ContinueVm => {
@@ -393,8 +397,9 @@ fn decide_destination(
     here.doing = doing;
 }
 
-const fn fact(message: &PeerMessage) -> Fact {
+fn fact(message: &PeerMessage) -> Fact {
     match message {
+        PeerMessage::Cut { .. } | PeerMessage::GoOn { .. } => unreachable!("connections are made anew without being asked for"),
         PeerMessage::Released => Fact::Released,
         PeerMessage::Aborted { .. } => Fact::Aborted,
         PeerMessage::Running { .. } => Fact::Running,

@@ -2,7 +2,7 @@
 //! is explored in [`crate::handover`].
 
 use godwit_migration::{
-    CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage, QemuMigration, QemuView,
+    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage, QemuMigration, QemuView,
     Source, SourceAction, SourceRecord, SourceView, Vcpus,
 };
 use godwit_model::{Bytes, BytesPerSec, ErrorCode, Millis, Refusal, UnixMillis};
@@ -134,7 +134,7 @@ impl World {
             PeerMessage::Settled => agents.settled = true,
             PeerMessage::Running { .. } | PeerMessage::Whole { .. } => agents.running = true,
             // Of post-copy, which these agents do not do.
-            PeerMessage::Lost => {}
+            PeerMessage::Cut { .. } | PeerMessage::GoOn { .. } | PeerMessage::Lost => {}
             PeerMessage::Declined { reason } => agents.declined = Some(reason),
         }
     }
@@ -182,6 +182,8 @@ impl World {
             declined: self.agents.declined.clone(),
             running: self.agents.running,
             whole: false,
+            port: 0,
+            next_port: None,
             memory_gone: false,
             cancel: self.agents.cancel,
         }
@@ -204,7 +206,7 @@ impl World {
                 }
                 self.mark(Mark::Stopped);
             }
-            SourceAction::Leave | SourceAction::Throttle => {}
+            SourceAction::Leave | SourceAction::Throttle | SourceAction::GoOn(_) => {}
             SourceAction::ContinueSwitchOver => self.source_qemu.continue_switch_over(),
             SourceAction::CancelQemu => self.source_qemu.cancel(),
             SourceAction::ContinueVm => self.source_qemu.run_on(),
@@ -270,6 +272,7 @@ impl World {
             released: self.agents.released
                 || (self.wrong == Wrong::RunsWithoutRelease && qemu.migration == QemuMigration::Completed),
             aborted: self.agents.aborted.clone(),
+            carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0 },
             lost: false,
             settled: self.agents.settled,
             cont_refused: None,
@@ -279,6 +282,7 @@ impl World {
             DestinationAction::Wait(time) => return Ok(time.get() * MILLISECOND),
             DestinationAction::ContinueVm => self.run_at_destination()?,
             DestinationAction::EndQemu => self.destination_qemu.alive = false,
+            DestinationAction::GoOn => {}
             DestinationAction::Announce => self.agents.announced = true,
             DestinationAction::Record(record) => {
                 if record == DestinationRecord::Activated {
