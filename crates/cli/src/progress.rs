@@ -6,7 +6,7 @@ use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use godwit_api::v1::{Task, Transfer};
-use godwit_model::{Bytes, MigrationPhase, MigrationProgress, Millis, Name};
+use godwit_model::{Bytes, MigrationPhase, MigrationProgress, Millis, Name, Rung};
 
 use crate::text::visible;
 
@@ -95,6 +95,12 @@ impl Meter {
         add("dirty", migration.dirty_rate.map(|rate| rate.to_string()));
         add("blackout ≈", migration.predicted_blackout.map(|blackout| blackout.to_string()));
         add("left", migration.time_left.map(|left| left.to_string()));
+        match migration.rung {
+            // Nothing else is being done than before.
+            None | Some(Rung::WaitForQuiet | Rung::GiveUp) => {}
+            Some(Rung::Ask) => line.push_str("  waits for `godwit task postcopy`, `throttle` or `cancel`"),
+            Some(rung) => line.push_str(&format!("  {}", rung.as_str())),
+        }
         line
     }
 }
@@ -107,8 +113,10 @@ pub(crate) fn summary(task: &Task, journey: Option<(&Name, &Name)>, ram: Option<
     let Millis(total) = figures.total;
     let ram = ram.map(|ram| format!(" (RAM {ram})")).unwrap_or_default();
     let passes = if figures.rounds == 1 { "pass" } else { "passes" };
+    let left = figures.left;
+    let left = if left == Bytes(0) { String::new() } else { format!(", {left} followed after the switch") };
     format!(
-        "{subject} moved{journey} in {}.{} s, blackout {}, {} on the wire{ram}, {} {passes}",
+        "{subject} moved{journey} in {}.{} s, blackout {}, {} on the wire{ram}, {} {passes}{left}",
         total / 1_000,
         total % 1_000 / 100,
         figures.blackout,
@@ -216,6 +224,7 @@ mod tests {
             rounds: 1,
             predicted_blackout: Some(Millis(84)),
             time_left: Some(Millis(12_300)),
+            rung: None,
         }
     }
 

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use godwit_model::{
-    Accelerator, Bytes, BytesPerSec, CacheMode, ErrorCode, Firmware, HostFacts, HostLoad, Hyperv, Name, Numa, Platform, Refusal,
-    ResolvedSpec, Retry, VolumeRef,
+    Accelerator, Bytes, BytesPerSec, CacheMode, ErrorCode, Firmware, HostFacts, HostLoad, Hyperv, MigrationPolicy, Name, Numa,
+    Platform, PostCopy, Refusal, ResolvedSpec, Retry, Rung, VolumeRef,
 };
 
 use crate::hub::Presence;
@@ -29,6 +29,9 @@ impl<'a> Candidate<'a> {
 /// Clocks that are off by more take a grant for older or younger than it is by a good part of its life.
 const MAX_SKEW: Duration = Duration::from_secs(60);
 
+/// The finding about a host whose QEMU cannot do post-copy.
+const NO_POSTCOPY: &str = "userfaultfd_postcopy";
+
 /// With less a warm-up takes longer than anybody waits, and keep-alives fail.
 const LEAST_BANDWIDTH: BytesPerSec = BytesPerSec(1_000_000);
 
@@ -39,6 +42,26 @@ pub(crate) fn enough_bandwidth(bandwidth: Option<BytesPerSec>) -> Result<(), Ref
         return Err(refusal.hint("give more, or null for no limit"));
     }
     Ok(())
+}
+
+/// Whether a VM can come to `host` before all of its memory is there, if the policy says that it may. Where somebody is to be asked, that comes
+/// later.
+pub(crate) fn can_do_postcopy(policy: &MigrationPolicy, spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusal> {
+    if policy.postcopy == PostCopy::ByLadder && !policy.on_miss.has(Rung::Postcopy) {
+        return Ok(());
+    }
+    let refusal = |message: String, hint: String| Err(Refusal::new(ErrorCode::UserfaultUnavailable, message).hint(hint));
+    if spec.platform.hugepages.is_some() {
+        return refusal(
+            "a VM on huge pages cannot go on before all of its memory is there".into(),
+            "migrate it without post-copy: leave postcopy out of `--on-miss`, and `--postcopy-now` and `--allow-postcopy`".into(),
+        );
+    }
+    let lacks = host.facts.conditions.iter().find(|condition| condition.name == NO_POSTCOPY);
+    lacks.map_or(Ok(()), |lacks| {
+        let fix = format!("{}; or migrate without post-copy", lacks.fix);
+        refusal(format!("host {} cannot take a VM before all of its memory is there: {}", host.name, lacks.message), fix)
+    })
 }
 
 fn known_word(accelerator: Accelerator) -> &'static str {

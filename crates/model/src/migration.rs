@@ -126,6 +126,9 @@ pub struct MigrationProgress {
     pub predicted_blackout: Option<Millis>,
     /// Time left, if it ends at present rates at all.
     pub time_left: Option<Millis>,
+    /// What is being done about a blackout that cannot be kept within its budget.
+    #[serde(default)]
+    pub rung: Option<Rung>,
 }
 
 /// What a migration cost.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, other_qemu};
-use godwit_model::{Bytes, BytesPerSec, MigrationFigures, MigrationPhase, MigrationPolicy, PostCopy};
+use godwit_model::{Bytes, BytesPerSec, ErrorCode, MigrationFigures, MigrationPhase, MigrationPolicy, Millis, PostCopy, Rung};
 
 /// A guest that writes more than the link takes: whole pages that do not compress, in no order.
 fn hot(name: &str) -> GuestSpec {
@@ -67,10 +67,7 @@ fn a_vm_goes_on_before_its_memory_is_there_on_another_version_of_qemu() -> Resul
 
 #[test]
 fn what_was_left_follows_whoever_dies_meanwhile() -> Result<()> {
-    let spec = ClusterSpec::new(2)?;
-    let spec = ["h1", "h2"].into_iter().fold(spec, |spec, host| spec.agent(host, &["--unprivileged-userfaultfd", "--stays", "0"]));
-    let mut cluster = spec.up()?;
-    cluster.boot(&hot("web"), "h1")?;
+    let mut cluster = up(hot("web"))?;
     // The carry of either side, both, and the agents.
     let deaths: [&[Party<'_>]; 4] = [
         &[Party::Carry("web", "h1")],
@@ -89,5 +86,41 @@ fn what_was_left_follows_whoever_dies_meanwhile() -> Result<()> {
         }
         cluster.run(&[Action::Ends("web", Ending::Moved(to))])?;
     }
+    cluster.finish()
+}
+
+/// Two hosts that can do post-copy, and a guest.
+fn up(guest: GuestSpec) -> Result<Cluster> {
+    let spec = ClusterSpec::new(2)?;
+    let spec = ["h1", "h2"].into_iter().fold(spec, |spec, host| spec.agent(host, &["--unprivileged-userfaultfd", "--stays", "0"]));
+    let mut cluster = spec.up()?;
+    cluster.boot(&guest, "h1")?;
+    Ok(cluster)
+}
+
+#[test]
+fn a_vm_that_cannot_be_moved_within_its_budget_ends_as_its_policy_says() -> Result<()> {
+    let mut cluster = up(hot("web"))?;
+    let policy = |ladder: &str| -> Result<MigrationPolicy> {
+        let on_miss = ladder.parse()?;
+        Ok(MigrationPolicy { bandwidth: Some(SLOW), on_miss, patience: Millis(3_000), ..MigrationPolicy::default() })
+    };
+    cluster.begin_move("web", "h2", policy("wait-for-quiet,give-up")?)?;
+    cluster.run(&[Action::Ends("web", Ending::Stayed("h1", &[ErrorCode::NotConverging]))])?;
+
+    let figures = moved(&mut cluster, "web", "h2", policy("throttle")?)?;
+    ensure!(figures.left == Bytes(0), "{figures:?}");
+
+    let task = cluster.begin_move("web", "h1", policy("ask")?)?;
+    cluster.wait_progress(task, |progress| progress.rung == Some(Rung::Ask))?;
+    cluster.ask(cluster.client().postcopy_task(task))?;
+    let figures = cluster.done(task, Duration::from_secs(120))?.figures.context("figures")?;
+    ensure!(figures.left > Bytes::mib(1), "{figures:?}");
+    cluster.check()?;
+
+    let task = cluster.begin_move("web", "h2", MigrationPolicy { bandwidth: Some(SLOW), ..MigrationPolicy::default() })?;
+    let refusal = cluster.ask(cluster.client().postcopy_task(task)).err().context("post-copy of a migration that is not ready for it")?;
+    ensure!(refusal.code == ErrorCode::BadRequest && refusal.hint.is_some(), "{refusal:?}");
+    cluster.run(&[Action::Cancel("web"), Action::Ends("web", Ending::Cancelled("h1"))])?;
     cluster.finish()
 }

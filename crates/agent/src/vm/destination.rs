@@ -165,7 +165,9 @@ impl Actor {
         let capabilities: Vec<(&str, bool)> =
             wanted.into_iter().filter(|(wanted, _)| known.iter().any(|known| known.capability == *wanted)).collect();
         qmp.set_migration_capabilities(&capabilities).await.map_err(qemu_failed)?;
-        let advises = policy.prepares_postcopy() && can_do_postcopy(&qmp).await;
+        // QEMU asks for whole huge pages, which are not what memory is counted in here.
+        let ordinary = self.record.as_ref().is_some_and(|record| record.spec.platform.hugepages.is_none());
+        let advises = ordinary && policy.prepares_postcopy() && can_do_postcopy(&qmp).await;
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
         qmp.getfd(INCOMING_FD, qemus.into()).await.map_err(qemu_failed)?;
         let source = grant.source.clone().ok_or_else(|| Refusal::new(ErrorCode::BadRequest, "the grant names no source"))?;

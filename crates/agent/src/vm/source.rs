@@ -761,6 +761,7 @@ impl Actor {
             rounds: moving.watch.ram.rounds,
             predicted_blackout: predicted_blackout(view),
             time_left,
+            rung: moving.machine.rung(view.now).filter(|_| phase == MigrationPhase::WarmUp),
         };
         moving.told = Some((Instant::now(), phase, permille));
         let progress = godwit_link::encode(&progress);

@@ -23,6 +23,7 @@ fn moving(phase: MigrationPhase, permille: u16, revision: u64) -> Task {
         rounds: 1,
         predicted_blackout: None,
         time_left: None,
+        rung: None,
     };
     Task { progress: Some(progress), ..task("vm.migrate", TaskState::Running, revision) }
 }

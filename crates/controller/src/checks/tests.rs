@@ -1,6 +1,6 @@
 //! Each rule broken alone, and what is said of it.
 
-use godwit_model::{Boot, DiskFormat, HostNetworks, LiveChange, PoolFacts, ResolvedDisk, Tpm, TpmVersion, VmId, VmSpec};
+use godwit_model::{Boot, DiskFormat, HostCondition, HostNetworks, HugePages, LiveChange, PoolFacts, ResolvedDisk, Tpm, TpmVersion, VmId, VmSpec};
 
 use super::*;
 use crate::resolve::decide_start;
@@ -93,6 +93,30 @@ fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
     }
     let refusal = check(|_, _, _, load| load.memory_free = Bytes::mib(500)).expect_err("too little");
     assert!(refusal.message.contains("12 MiB (12582912 bytes) are missing"), "{refusal}");
+}
+
+#[test]
+fn a_host_that_cannot_do_post_copy_is_refused_only_where_it_is_wanted() {
+    let lacks = HostCondition { name: NO_POSTCOPY.into(), message: "no userfaultfd".into(), fix: "set a sysctl".into() };
+    let (able, unable) = (facts(), HostFacts { conditions: vec![lacks], ..facts() });
+    let ladder = |rungs: &str| MigrationPolicy { on_miss: rungs.parse().expect("a ladder"), ..MigrationPolicy::default() };
+    let now = MigrationPolicy { postcopy: PostCopy::Now, ..MigrationPolicy::default() };
+    let (h2, load) = (name("h2"), load(Bytes::GIB));
+    let on = |facts, policy: &MigrationPolicy, spec: &ResolvedSpec| {
+        can_do_postcopy(policy, spec, Candidate { name: &h2, facts, load: &load, skew: None })
+    };
+    let mut huge = spec();
+    huge.platform.hugepages = Some(HugePages::Mib2);
+    for wanted in [now, ladder("throttle,postcopy")] {
+        assert!(on(&able, &wanted, &spec()).is_ok());
+        for refused in [on(&unable, &wanted, &spec()), on(&able, &wanted, &huge)] {
+            let refusal = refused.expect_err("it cannot");
+            assert!(refusal.code == ErrorCode::UserfaultUnavailable && refusal.hint.is_some(), "{refusal}");
+        }
+    }
+    for unwanted in [MigrationPolicy::default(), ladder("ask"), ladder("throttle,give_up")] {
+        assert!(on(&unable, &unwanted, &huge).is_ok());
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use super::change::reclaim;
 use super::{Outcome, Tasks, conclude, note};
-use crate::checks::{Candidate, blocked, check_move, enough_bandwidth};
+use crate::checks::{Candidate, blocked, can_do_postcopy, check_move, enough_bandwidth};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
 use crate::history;
@@ -267,6 +267,7 @@ impl Tasks {
         let to = Candidate::new(destination, &there);
         blocked(&vm.blocked).map_or(Ok(()), Err)?;
         enough_bandwidth(request.policy.bandwidth)?;
+        can_do_postcopy(&request.policy, spec, to)?;
         check_move(spec, Candidate::new(&source, &here), to)?;
         check_networks(spec, &self.networks_of(&vm.team).await?, to)?;
         if vm.memory_salt.is_empty() {

@@ -3,10 +3,7 @@
 use godwit_api::v1::{self as api, TaskState};
 use godwit_link::v1::{self, agent_message::Body, command::Action};
 use godwit_link::{decode, encode};
-use godwit_model::{
-    Bytes, BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, MigrationForecast, MigrationPhase, MigrationPolicy,
-    MigrationProgress, Millis, PastMoves, RunState,
-};
+use godwit_model::{Bytes, BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, Ladder, MigrationForecast, MigrationPhase, MigrationPolicy, MigrationProgress, Millis, PastMoves, RunState, Rung};
 use reqwest::Method;
 
 use super::support::*;
@@ -33,6 +30,10 @@ fn grant(grant: Option<v1::Signed>) -> Grant {
 impl Pair {
     /// Up to the source's acceptance.
     async fn begin(&mut self, generation: u64) {
+        self.begin_with(generation, MigrationPolicy::default()).await;
+    }
+
+    async fn begin_with(&mut self, generation: u64, policy: MigrationPolicy) {
         let prepare = self.a2.command().await;
         let Some(Action::Prepare(body)) = &prepare.action else { panic!("{prepare:?}") };
         let (incoming, memory_key) = (grant(body.grant.clone()), body.memory_key.clone());
@@ -47,7 +48,7 @@ impl Pair {
         assert_eq!((body.address.as_str(), body.carry_port), ("10.0.0.2", 4_711));
         assert_eq!(grant(body.grant.clone()).generation, Generation(generation));
         assert!(body.memory_key == memory_key, "both hosts seal and open with the same key");
-        assert_eq!(decode::<MigrationPolicy>("policy", &body.policy).expect("policy"), MigrationPolicy::default());
+        assert_eq!(decode::<MigrationPolicy>("policy", &body.policy).expect("policy"), policy);
         self.a1.done(&out, 0).await;
     }
 }
@@ -71,6 +72,7 @@ async fn a_vm_moves_and_belongs_to_the_destination() {
         rounds: 1,
         predicted_blackout: None,
         time_left: None,
+        rung: None,
     };
     pair.a1.send(Body::Progress(v1::Progress { task: task.id.to_string(), progress: encode(&progress(500)) })).await;
     pair.cluster.task_when(task.id, |task| task.progress.as_ref().is_some_and(|progress| progress.permille == 500)).await;
@@ -394,4 +396,32 @@ async fn what_is_no_migration_has_ended_or_gets_too_little_has_no_other_bandwidt
     pair.a2.done(&settle, 0).await;
     pair.cluster.ended(task.id).await;
     assert_eq!(code(client.set_task_bandwidth(task.id, None).await), ErrorCode::TooLate);
+}
+
+#[tokio::test]
+async fn post_copy_and_throttling_are_told_only_where_a_migration_was_begun_for_them() {
+    let mut pair = pair().await;
+    let client = pair.cluster.admin();
+    let begin = |policy| api::VmMigrate { host: name("h2"), policy, dry_run: false, reason: None };
+    let ask = MigrationPolicy { on_miss: Ladder::only(Rung::Ask), ..MigrationPolicy::default() };
+    let task = client.migrate_vm(&name("web1"), &begin(ask)).await.expect("accepted");
+    pair.begin_with(2, ask).await;
+    pair.cluster.task_when(task.id, |task| task.step.contains("moves from")).await;
+    let told = |command: &v1::Command| match &command.action {
+        Some(Action::Policy(set)) => serde_json::from_slice::<MigrationPolicy>(&set.policy).expect("a policy"),
+        other => panic!("{other:?}"),
+    };
+    client.throttle_task(task.id).await.expect("recorded");
+    let set = pair.a1.command().await;
+    assert_eq!(told(&set).on_miss, Ladder::only(Rung::Throttle));
+    pair.a1.done(&set, 0).await;
+    assert_eq!(code(client.postcopy_task(task.id).await), ErrorCode::BadRequest, "the ladder that allowed it is gone");
+
+    let other = self::pair().await;
+    let client = other.cluster.admin();
+    let task = other.cluster.migrate("web1", "h2").await.expect("accepted");
+    for refused in [client.postcopy_task(task.id).await, client.throttle_task(task.id).await] {
+        let refusal = refused.expect_err("not begun for it").refusal();
+        assert!(refusal.code == ErrorCode::BadRequest && refusal.hint.is_some(), "{refusal}");
+    }
 }

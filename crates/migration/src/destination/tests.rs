@@ -67,3 +67,28 @@ fn qemus_own_refusal_gives_the_vm_back() {
     let refused = DestinationView { cont_refused: refused, ..view(LOADED) };
     assert!(declines(&destination.decide(&DestinationRecord::Activated, &refused)));
 }
+
+#[test]
+fn a_destination_in_post_copy_takes_the_vm_over_and_says_when_it_is_whole() {
+    let waiting = |vcpus| view(Some((vcpus, QemuMigration::PostCopy)));
+    let mut destination = Destination::new(UnixMillis(1_000));
+    let action = destination.decide(&DestinationRecord::Prepared, &waiting(Vcpus::Paused));
+    assert_eq!(action, DestinationAction::Record(DestinationRecord::Activated));
+    let running = |change: fn(&mut DestinationView)| {
+        let mut seen = DestinationView { announced: true, ..waiting(Vcpus::Running) };
+        change(&mut seen);
+        Destination::new(UnixMillis(1_000)).decide(&DestinationRecord::Running, &seen)
+    };
+    let tells = |action: DestinationAction| match action {
+        DestinationAction::Tell(message, _) => message,
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(tells(running(|_| ())), PeerMessage::Running { .. }));
+    assert_eq!(running(|seen| seen.carry.usable = false), DestinationAction::GoOn);
+    let message = tells(running(|seen| seen.carry = ArrivingCarry { usable: true, connected: false, again: true, port: 7 }));
+    assert_eq!(message, PeerMessage::GoOn { port: 7 });
+    assert_eq!(running(|seen| seen.lost = true), DestinationAction::EndQemu);
+    for whole in [running(|seen| seen.qemu = None), running(|seen| seen.qemu.as_mut().expect("alive").migration = QemuMigration::Completed)] {
+        assert!(matches!(tells(whole), PeerMessage::Whole { .. }));
+    }
+}

@@ -1,6 +1,6 @@
 //! Tables for single decisions; whole runs are in `tests/simulation.rs`.
 
-use godwit_model::{Bytes, BytesPerSec};
+use godwit_model::{Bytes, BytesPerSec, Ladder};
 
 use super::*;
 
@@ -172,4 +172,93 @@ fn a_switch_that_takes_too_long_is_undone() {
     let failed = view(Vcpus::Paused, QemuMigration::Failed);
     assert_eq!(source.decide(SourceRecord::Offered, &failed), SourceAction::Record(SourceRecord::Returned));
     assert_eq!(source.decide(SourceRecord::Returned, &failed), SourceAction::ContinueVm);
+}
+
+/// A guest that writes more than the link takes, at a moment of its warm-up.
+fn hot(now: u64, can_leave: bool) -> SourceView {
+    let mut hot = view(Vcpus::Running, QemuMigration::Active);
+    hot.now = Millis(now);
+    let qemu = hot.qemu.as_mut().expect("alive");
+    (qemu.dirty_rate, qemu.rounds) = (Some(BytesPerSec(150 << 20)), 2);
+    hot.carry.can_leave = can_leave;
+    hot
+}
+
+fn on_miss(ladder: &str) -> Source {
+    let on_miss: Ladder = ladder.parse().expect("a ladder");
+    Source::new(MigrationPolicy { on_miss, patience: Millis(10_000), ..MigrationPolicy::default() }, UnixMillis(1_000_000), Millis(0))
+}
+
+#[test]
+fn each_rung_comes_in_its_time_and_ends_as_promised() {
+    let mut source = on_miss("wait_for_quiet,throttle,postcopy");
+    let waits = |action| matches!(action, SourceAction::Wait(_));
+    assert!(waits(source.decide(SourceRecord::Offered, &hot(1_000, true))));
+    assert_eq!(source.rung(Millis(1_000)), Some(Rung::WaitForQuiet));
+    assert!(waits(source.decide(SourceRecord::Offered, &hot(10_900, true))));
+    assert_eq!(source.decide(SourceRecord::Offered, &hot(11_000, true)), SourceAction::Throttle);
+    source.on_throttled();
+    assert!(waits(source.decide(SourceRecord::Offered, &hot(20_900, true))), "once");
+    assert_eq!(source.decide(SourceRecord::Offered, &hot(21_000, true)), SourceAction::Leave);
+    source.on_leaving();
+    // Until carry says that it does.
+    assert_eq!(source.decide(SourceRecord::Offered, &hot(21_100, true)), SourceAction::Leave);
+    let mut leaving = hot(21_200, true);
+    leaving.carry.leaving = true;
+    assert!(waits(source.decide(SourceRecord::Offered, &leaving)));
+    leaving.carry.rate = BytesPerSec(8 << 30);
+    assert_eq!(source.decide(SourceRecord::Offered, &leaving), SourceAction::Stop, "against the speed of memory");
+
+    let mut source = on_miss("give_up");
+    assert_eq!(source.decide(SourceRecord::Offered, &hot(1_000, true)), SourceAction::CancelQemu);
+    assert_eq!(source.giving_up().map(|reason| reason.code), Some(ErrorCode::NotConverging));
+    let mut source = on_miss("ask");
+    assert!(waits(source.decide(SourceRecord::Offered, &hot(900_000, true))));
+    source.set_policy(MigrationPolicy { postcopy: PostCopy::Now, ..*source.policy() });
+    assert_eq!(source.decide(SourceRecord::Offered, &hot(900_100, true)), SourceAction::Leave, "somebody has decided");
+}
+
+#[test]
+fn a_quiet_moment_ends_the_miss_and_the_first_pass_is_none() {
+    let mut source = on_miss("wait_for_quiet,give_up");
+    let _ = source.decide(SourceRecord::Offered, &hot(1_000, false));
+    let mut quiet = hot(10_000, false);
+    quiet.qemu.as_mut().expect("alive").dirty_rate = Some(BytesPerSec(1 << 20));
+    assert!(matches!(source.decide(SourceRecord::Offered, &quiet), SourceAction::Wait(_)));
+    assert_eq!(source.rung(Millis(10_000)), None);
+    assert!(matches!(source.decide(SourceRecord::Offered, &hot(11_500, false)), SourceAction::Wait(_)), "it begins anew");
+    let mut first = hot(1_000, true);
+    first.qemu.as_mut().expect("alive").rounds = 1;
+    assert!(matches!(on_miss("give_up").decide(SourceRecord::Offered, &first), SourceAction::Wait(_)));
+}
+
+#[test]
+fn a_destination_that_cannot_do_post_copy_is_named_when_the_move_is_given_up() {
+    let mut source = on_miss("postcopy");
+    assert!(matches!(source.decide(SourceRecord::Offered, &hot(1_000, false)), SourceAction::Wait(_)));
+    assert_eq!(source.decide(SourceRecord::Offered, &hot(31 * 60_000, false)), SourceAction::CancelQemu);
+    let reason = source.giving_up().expect("given up");
+    assert!(reason.code == ErrorCode::NotConverging && reason.message.contains("cannot do post-copy"), "{reason}");
+}
+
+#[test]
+fn memory_that_was_left_is_kept_until_the_destination_has_it() {
+    let source = || source().leaving(true);
+    let mut seen = view(Vcpus::PostMigrate, QemuMigration::Completed);
+    seen.running = true;
+    assert!(matches!(source().decide(SourceRecord::Released, &seen), SourceAction::Wait(_)));
+    seen.carry.usable = false;
+    seen.port = 7;
+    assert_eq!(source().decide(SourceRecord::Released, &seen), SourceAction::Tell(PeerMessage::Cut { port: 7 }, Millis(500)));
+    seen.next_port = Some(9);
+    assert_eq!(source().decide(SourceRecord::Released, &seen), SourceAction::GoOn(9));
+    seen.memory_gone = true;
+    assert_eq!(source().decide(SourceRecord::Released, &seen), SourceAction::Tell(PeerMessage::Lost, Millis(500)));
+    seen.whole = true;
+    assert_eq!(source().decide(SourceRecord::Released, &seen), SourceAction::Record(SourceRecord::Confirmed));
+    // A QEMU that died before the release took it along.
+    let mut source = source();
+    source.on_stopped(Millis(900));
+    let dead = SourceView { qemu: None, running: false, whole: false, ..seen };
+    assert_eq!(source.decide(SourceRecord::Offered, &dead), SourceAction::Record(SourceRecord::Returned));
 }

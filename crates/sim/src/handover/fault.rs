@@ -111,11 +111,10 @@ fn qemu_dies(world: &mut World, host: u8) {
         Some(Holding::Source(..) | Holding::Destination(..)) | None => false,
     };
     world.vm_crashed |= owned(here.disk) || owned(here.memory);
-    // With its source's QEMU a VM loses the memory that was left.
+    // With its source's QEMU a VM loses the memory that was left, and before the release itself.
     let going = world.moves[usize::from(qemu.of)];
     let there = world.hosts[usize::from(going.destination)].qemu;
     world.vm_crashed |= going.source == host
-        && going.past.released
         && there.is_some_and(|there| there.of == qemu.of && there.migration == QemuMigration::PostCopy);
     world.cut(qemu.of);
 }
