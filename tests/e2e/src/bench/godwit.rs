@@ -27,6 +27,7 @@ pub(super) struct Godwit {
     cluster: Cluster,
     names: Vec<String>,
     addresses: Vec<Ipv4Addr>,
+    policy: MigrationPolicy,
 }
 
 impl Godwit {
@@ -64,7 +65,7 @@ impl Godwit {
         guests.chunks(BOOTING).try_for_each(|guests| cluster.boot_all(guests))?;
         let addresses = names.iter().map(|name| Ok(cluster.guest(name)?.address)).collect::<Result<_>>()?;
         set_links(cluster.lab(), link)?;
-        Ok(Self { cluster, names, addresses })
+        Ok(Self { cluster, names, addresses, policy: scenario.policy() })
     }
 
     /// Takes everything down.
@@ -143,7 +144,7 @@ impl Mover for Godwit {
         let began = Instant::now();
         let mut tasks = Vec::new();
         for name in &self.names {
-            tasks.push(self.cluster.begin_move(name, to, MigrationPolicy::default()).context("ask for the move")?);
+            tasks.push(self.cluster.begin_move(name, to, self.policy).context("ask for the move")?);
         }
         // Whoever is waited for first, it is over with the last.
         let moves = tasks.iter().map(|task| self.follow(*task, began)).collect::<Result<Vec<_>>>()?;

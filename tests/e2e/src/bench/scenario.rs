@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use godwit_lab::LinkRate;
-use godwit_model::Bytes;
+use godwit_model::{Bytes, Ladder, MigrationPolicy, Rung};
 
 const PAGE: u64 = 4096;
 
@@ -95,6 +95,12 @@ impl Scenario {
     /// How many guests move together.
     pub(super) const fn guests(self) -> u8 {
         if matches!(self, Self::E) { 8 } else { 1 }
+    }
+
+    /// Godwit's policy: where the guest may write more than the link takes, post-copy.
+    pub(super) fn policy(self) -> MigrationPolicy {
+        let on_miss = if matches!(self, Self::B512 | Self::B4096) { Ladder::only(Rung::Postcopy) } else { Ladder::default() };
+        MigrationPolicy { on_miss, ..MigrationPolicy::default() }
     }
 
     /// RAM of each guest.

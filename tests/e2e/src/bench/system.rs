@@ -104,7 +104,8 @@ impl System {
     /// How it is set, for people.
     pub(super) fn settings(self) -> String {
         if self == Self::Godwit {
-            return format!("with TLS; defaults: max-blackout {} ms", MigrationPolicy::default().max_blackout.get());
+            let blackout = MigrationPolicy::default().max_blackout.get();
+            return format!("with TLS; defaults: max-blackout {blackout} ms; in B512 and B4096 with --on-miss postcopy");
         }
         let mut parameters = self.parameters(Bytes(0));
         if self == Self::Xbzrle {

@@ -42,7 +42,7 @@ impl Ground {
         }
         for host in HOSTS.into_iter().flatten() {
             let pool = format!("{COPIES}={}", home.join(host).join(COPIES).display());
-            spec = spec.agent(host, &["--pool", &pool, "--shared-pool", COPIES]);
+            spec = spec.agent(host, &["--pool", &pool, "--shared-pool", COPIES, "--unprivileged-userfaultfd"]);
         }
         let mut cluster = spec.up()?;
         cluster.listen_in_hosts()?;
@@ -127,6 +127,9 @@ impl Ground {
         let small = GuestSpec::small(vm).memory(Bytes::mib(160));
         let spec = match plan.load {
             Load::Idle => small.knob("dirty=0").knob("touch_total=24M").knob("check=6M").knob("witness_every=20"),
+            Load::Busy if plan.is_postcopy() => {
+                small.knob("touch_total=64M").knob("working_set=32M").knob("dirty=12M").knob("mix=unique:100").knob("check=12M")
+            }
             Load::Busy => small.knob("touch_total=64M").knob("working_set=8M").knob("dirty=2M").knob("check=12M"),
         };
         Ok(match plan.disk {

@@ -75,7 +75,8 @@ impl<'a> Scene<'a> {
         let cluster = &self.ground.cluster;
         match kind {
             FaultKind::Kill(party) => {
-                let held = matches!(party, Party::Qemu(Side::Source)) && !self.tracks.source_released();
+                let holds = || !self.tracks.source_released() || self.tracks.keeps_memory();
+                let held = matches!(party, Party::Qemu(Side::Source)) && holds();
                 cluster.kill(self.party(*party))?;
                 let held = held || matches!(party, Party::Qemu(Side::Destination)) && self.destination_holds();
                 let daemon = matches!(party, Party::Agent(_) | Party::Controller).then_some(*party);

@@ -44,6 +44,8 @@ pub enum Mark {
     Released,
     /// The destination has journalled that the VM is its own.
     Activated,
+    /// The VM runs on the destination, and memory that was left follows.
+    Follows,
     /// The source has journalled that the destination runs the VM.
     Confirmed,
 }
@@ -57,6 +59,7 @@ impl fmt::Display for Mark {
             Self::Stop => "stop-and-copy",
             Self::Released => "release",
             Self::Activated => "activation",
+            Self::Follows => "post-copy",
             Self::Confirmed => "clean-up",
         })
     }
@@ -121,6 +124,7 @@ impl Tracks {
             Mark::Stop => self.log_says("action=Stop"),
             Mark::Released => self.source_released(),
             Mark::Activated => self.destination_activated(),
+            Mark::Follows => self.keeps_memory() && self.destination_activated(),
             Mark::Confirmed => match Holding::read(&self.source_journal) {
                 Holding::Source { record, .. } => record == "confirmed",
                 other => other == Holding::Nothing,
@@ -136,6 +140,11 @@ impl Tracks {
             Holding::Nothing => true,
             Holding::Owner | Holding::Destination { .. } => false,
         }
+    }
+
+    /// Whether the source has given the VM away, and keeps memory of it that was left: that is lost with its QEMU.
+    pub(crate) fn keeps_memory(&self) -> bool {
+        matches!(Holding::read(&self.source_journal), Holding::Source { record, leaving: true, .. } if record == "released")
     }
 
     /// Whether the destination has taken the VM.
@@ -165,7 +174,7 @@ impl Tracks {
 enum Holding {
     Nothing,
     Owner,
-    Source { record: String, carry: bool },
+    Source { record: String, carry: bool, leaving: bool },
     Destination { record: String },
 }
 
@@ -181,7 +190,11 @@ impl Holding {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         match holding["as"].as_str() {
             Some("owner") => Self::Owner,
-            Some("source") => Self::Source { record: text(&holding["record"]), carry: !holding["carry"].is_null() },
+            Some("source") => Self::Source {
+                record: text(&holding["record"]),
+                carry: !holding["carry"].is_null(),
+                leaving: holding["leaving"].as_bool().unwrap_or_default(),
+            },
             Some("destination") => Self::Destination { record: text(&holding["record"]["record"]) },
             _ => Self::Nothing,
         }
@@ -194,7 +207,7 @@ mod tests {
 
     #[test]
     fn journals_tell_how_far_a_move_is() {
-        let source = |record: &str, carry: bool| Holding::Source { record: record.into(), carry };
+        let source = |record: &str, carry: bool| Holding::Source { record: record.into(), carry, leaving: false };
         for (text, holding) in [
             (r#"{"holding":{"as":"owner"}}"#, Holding::Owner),
             (r#"{"holding":{"as":"source","record":"offered","carry":null}}"#, source("offered", false)),

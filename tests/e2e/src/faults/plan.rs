@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use godwit_guest::Noise;
-use godwit_model::{BytesPerSec, MigrationPolicy, Millis};
+use godwit_model::{BytesPerSec, MigrationPolicy, Millis, PostCopy};
 
 use super::fault::{Fault, FaultKind, FullDisk, Party, Planned, Side};
 use super::moment::{Mark, Moment};
@@ -75,8 +75,25 @@ impl Plan {
         };
         let length = load.expected_length(bandwidth);
         let count = draw.of(&[1, 1, 2]);
-        let faults = (0..count).map(|_| draw.planned(length)).collect();
+        let mut faults: Vec<Planned> = (0..count).map(|_| draw.planned(length)).collect();
+        let mut policy = policy;
+        if draw.of(&[true, false]) {
+            policy.postcopy = PostCopy::Now;
+            policy.bandwidth = Some(draw.of(&[BytesPerSec(15_000_000), BytesPerSec(8_000_000)]));
+            // What is new in it comes after the hand-over.
+            if let Some(first) = faults.first_mut()
+                && draw.of(&[true, false])
+            {
+                first.moment = Moment { mark: Mark::Follows, after: draw.millis(0, 3_000) };
+            }
+        }
         Self { seed, source, destination, load, disk, policy, faults }
+    }
+
+    /// Whether the VM goes on before all of its memory is there.
+    #[must_use]
+    pub fn is_postcopy(&self) -> bool {
+        self.policy.postcopy == PostCopy::Now
     }
 
     /// The longest time for which one of its faults lasts.
@@ -248,7 +265,8 @@ mod tests {
         let count = |texts: BTreeSet<String>| texts.len();
         assert_eq!(count(plans.iter().map(|plan| format!("{:?}{:?}", plan.source, plan.destination)).collect()), 4);
         assert_eq!(count(plans.iter().map(|plan| format!("{:?}{:?}", plan.load, plan.disk)).collect()), 6);
-        assert_eq!(count(faults().map(|planned| format!("{:?}", planned.moment.mark)).collect()), 7);
+        assert_eq!(count(faults().map(|planned| format!("{:?}", planned.moment.mark)).collect()), 8);
+        assert!((400..600).contains(&plans.iter().filter(|plan| plan.is_postcopy()).count()));
         // Seven parties are killed and stopped; two links cut, half cut, and slow; three disks full; three processes with failing
         // syncs, and three with clocks that are off.
         let kinds = faults().map(|planned| planned.fault.kind.summary());

@@ -78,7 +78,7 @@ pub(super) fn run(ground: &mut Ground, plan: &Plan, logs: &Path) -> Result<Run> 
     let witness = heard.vm(&vm).context("the witness never heard it")?;
     let mut run = Run {
         seed: plan.seed,
-        kind: "pre-copy".to_owned(),
+        kind: if plan.is_postcopy() { "post-copy" } else { "pre-copy" }.to_owned(),
         fault: together(done.iter().map(|done| done.fault.as_str())),
         moment: together(done.iter().map(|done| done.moment.as_str())),
         outcome: judged.outcome,
