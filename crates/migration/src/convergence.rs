@@ -56,6 +56,12 @@ pub fn predict_blackout(warm_up: &WarmUp) -> Millis {
     Millis(copy.saturating_add(warm_up.queued.get()).saturating_add(FIXED.get()).saturating_add(round_trips))
 }
 
+/// What every stop costs, however little is left to send.
+#[must_use]
+pub(crate) fn least_blackout(warm_up: &WarmUp) -> Millis {
+    predict_blackout(&WarmUp { remaining: Bytes(0), since_sync: Millis(0), queued: Millis(0), ..*warm_up })
+}
+
 /// Whether a later pass will leave markedly less than this one: the guest dirties at most four fifths of what is moved.
 #[must_use]
 pub(crate) const fn converges(warm_up: &WarmUp) -> bool {
@@ -67,7 +73,7 @@ pub(crate) const fn converges(warm_up: &WarmUp) -> bool {
 #[must_use]
 pub(crate) fn shrinks_soon(warm_up: &WarmUp) -> bool {
     let blackout = predict_blackout(warm_up);
-    let least = predict_blackout(&WarmUp { remaining: Bytes(0), since_sync: Millis(0), queued: Millis(0), ..*warm_up });
+    let least = least_blackout(warm_up);
     let pass = blackout.get().saturating_sub(least.get());
     // A pass later this much is to be sent again.
     let since_sync = Millis(warm_up.since_sync.get().saturating_add(pass));

@@ -68,6 +68,8 @@ pub struct ArrivingCarry {
     pub again: bool,
     /// Where it listens.
     pub port: u16,
+    /// It has told which section of QEMU's stream is memory: without that no other could go on in its place.
+    pub has_section: bool,
 }
 
 /// What the destination does next.
@@ -83,6 +85,8 @@ pub enum DestinationAction {
     Announce,
     /// Start another carry for a QEMU that runs and waits for pages.
     GoOn,
+    /// Give QEMU the connection to that carry.
+    Recover,
     /// Make this record durable, then look.
     Record(DestinationRecord),
     /// Tell the source, by every way there is; then wait this long for an answer.
@@ -139,6 +143,9 @@ impl Destination {
             return decline(reason.clone());
         }
         let Some(qemu) = &view.qemu else { return decline(failed("the destination's QEMU ended before it had loaded the VM")) };
+        if qemu.migration.needs_pages() && !view.carry.usable {
+            return decline(failed("the destination's carry ended before the VM was taken over"));
+        }
         if matches!(qemu.migration, QemuMigration::Failed | QemuMigration::Cancelled) {
             return decline(failed("the destination's QEMU could not load the VM"));
         }
@@ -149,7 +156,10 @@ impl Destination {
         }
         let since = *self.released_seen.get_or_insert(view.now);
         match (qemu.migration, qemu.vcpus) {
-            (QemuMigration::Completed | QemuMigration::PostCopy, Vcpus::Paused) => DestinationAction::Record(DestinationRecord::Activated),
+            (QemuMigration::PostCopy | QemuMigration::PostCopyPaused, Vcpus::Paused) if view.carry.has_section => {
+                DestinationAction::Record(DestinationRecord::Activated)
+            }
+            (QemuMigration::Completed, Vcpus::Paused) => DestinationAction::Record(DestinationRecord::Activated),
             _ if view.now.get().saturating_sub(since.get()) > LOAD_LIMIT.get() => {
                 decline(failed("the destination's QEMU did not finish loading what was released to it"))
             }
@@ -182,25 +192,29 @@ impl Destination {
         if !view.announced && view.qemu.is_some() {
             return DestinationAction::Announce;
         }
+        let needs_pages = view.qemu.as_ref().is_some_and(|qemu| qemu.migration.needs_pages());
+        if needs_pages && (view.lost || view.settled) {
+            // It would wait for its memory for ever: it is lost, or the source knows nothing of it any more.
+            return DestinationAction::EndQemu;
+        }
         if view.settled {
             return DestinationAction::End(Outcome::Moved);
         }
         let resumed = *self.resumed.get_or_insert(view.now);
         let since = Millis(view.now.get().saturating_sub(resumed.get()));
+        if needs_pages && !view.carry.usable {
+            return DestinationAction::GoOn;
+        }
+        if needs_pages && view.carry.again {
+            let paused = view.qemu.as_ref().is_some_and(|qemu| qemu.migration == QemuMigration::PostCopyPaused);
+            match view.carry.connected {
+                false => return DestinationAction::Tell(PeerMessage::GoOn { port: view.carry.port }, REPEAT),
+                true if paused => return DestinationAction::Recover,
+                true => {}
+            }
+        }
         // A QEMU that is dead needs nothing more.
         let whole = view.qemu.as_ref().is_none_or(|qemu| qemu.migration == QemuMigration::Completed);
-        if view.lost && !whole {
-            // It would wait for its memory for ever.
-            return DestinationAction::EndQemu;
-        }
-        if view.qemu.as_ref().is_some_and(|qemu| qemu.migration == QemuMigration::PostCopy) {
-            if !view.carry.usable {
-                return DestinationAction::GoOn;
-            }
-            if view.carry.again && !view.carry.connected {
-                return DestinationAction::Tell(PeerMessage::GoOn { port: view.carry.port }, REPEAT);
-            }
-        }
         DestinationAction::Tell(if whole { PeerMessage::Whole { since } } else { PeerMessage::Running { since } }, REPEAT)
     }
 }

@@ -74,9 +74,11 @@ struct Lessons {
 
 impl Lessons {
     fn of(past: &PastMoves) -> Self {
-        // Of one whose agent was restarted in the middle it is not known how long it took.
-        let whole =
-            |past: &&PastMove| past.figures.ram_bytes.get() > 0 && past.figures.total.get() > 0 && past.figures.blackout.get() > 0;
+        // Of one whose agent was restarted in the middle it is not known how long it took; of one in post-copy not what had to be sent.
+        let whole = |past: &&PastMove| {
+            let MigrationFigures { ram_bytes, total, blackout, left, .. } = past.figures;
+            ram_bytes.get() > 0 && total.get() > 0 && blackout.get() > 0 && left.get() == 0
+        };
         let alike = |past: &&PastMove, returns| past.returned == returns;
         // A move to a host that kept the VM's memory is another thing than one that takes all of it along.
         let kinds: [&dyn Fn(&&PastMove) -> bool; 3] =

@@ -17,7 +17,7 @@ use std::hash::{Hash, Hasher};
 use godwit_model::{ErrorCode, MigrationPolicy, Millis, PostCopy, Refusal, Retry, Rung, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use crate::convergence::{WarmUp, converges, predict_blackout, shrinks_soon};
+use crate::convergence::{WarmUp, converges, least_blackout, predict_blackout, shrinks_soon};
 use crate::message::PeerMessage;
 use crate::view::{CarryView, Outcome, QemuMigration, QemuView, Vcpus};
 
@@ -122,6 +122,8 @@ impl Hash for Source {
 
 /// The number of QEMU's pass that looks at every page.
 const FIRST_PASS: u32 = 1;
+/// A miss is none before it has lasted so long: one look may have seen a moment.
+const MISS_LASTS: Millis = Millis(1_000);
 /// How often to look when nothing is expected soon.
 const IDLE: Millis = Millis(250);
 /// How often to look while the decision to stop may be near.
@@ -253,6 +255,7 @@ impl Source {
             | QemuMigration::PreSwitchover
             | QemuMigration::Device
             | QemuMigration::PostCopy
+            | QemuMigration::PostCopyPaused
             | QemuMigration::Unknown => {
                 self.asked = true;
                 self.decide_under_way(qemu, view)
@@ -319,6 +322,7 @@ impl Source {
         }
         let blackout = predict_blackout(&warm_up);
         if blackout <= self.policy.max_blackout {
+            self.missed = None;
             if self.held && shrinks_soon(&warm_up) {
                 let within = *self.within.get_or_insert(view.now);
                 if view.now.get().saturating_sub(within.get()) < SHORTENED.get() {
@@ -344,11 +348,14 @@ impl Source {
         if wanted && view.carry.can_leave {
             return Some(SourceAction::Leave);
         }
-        if !is_through || converges(warm_up) {
+        if !is_through || (converges(warm_up) && least_blackout(warm_up) <= self.policy.max_blackout) {
             self.missed = None;
             return None;
         }
-        self.missed.get_or_insert(view.now);
+        let missed = *self.missed.get_or_insert(view.now);
+        if view.now.get().saturating_sub(missed.get()) < MISS_LASTS.get() {
+            return None;
+        }
         match self.rung(view.now)? {
             Rung::Postcopy if view.carry.can_leave => Some(SourceAction::Leave),
             Rung::Throttle if !self.throttles => Some(SourceAction::Throttle),

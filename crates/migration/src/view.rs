@@ -32,6 +32,8 @@ pub enum QemuMigration {
     Device,
     /// A destination that has the devices' state, and memory that is still to come.
     PostCopy,
+    /// The same, without a connection that it could come over.
+    PostCopyPaused,
     /// `completed`.
     Completed,
     /// `failed` or `failing`.
@@ -45,6 +47,12 @@ pub enum QemuMigration {
 }
 
 impl QemuMigration {
+    /// Whether memory is still to come to a destination that has the devices' state.
+    #[must_use]
+    pub const fn needs_pages(self) -> bool {
+        matches!(self, Self::PostCopy | Self::PostCopyPaused)
+    }
+
     /// Whether QEMU has stopped moving bytes for good.
     #[must_use]
     pub const fn is_over(self) -> bool {

@@ -376,7 +376,7 @@ impl World {
             qemu: Self::seen(self.destination_qemu.as_ref()),
             released: self.released,
             aborted: self.aborted.clone(),
-            carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0 },
+            carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0, has_section: true },
             lost: false,
             settled: self.settled,
             cont_refused: self.cont_refused.clone(),
@@ -410,7 +410,7 @@ impl World {
                 }
             }
             DestinationAction::EndQemu => self.destination_qemu = None,
-            DestinationAction::GoOn => {}
+            DestinationAction::GoOn | DestinationAction::Recover => {}
             DestinationAction::Announce => self.announced = true,
             DestinationAction::Tell(message, _) => Self::send(&mut self.to_source, &mut self.random, self.now, faulty, &message),
             DestinationAction::End(outcome) => self.destination_ended = Some(outcome),

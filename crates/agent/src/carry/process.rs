@@ -423,11 +423,22 @@ async fn answer_agents(
     pump: &Pump,
 ) {
     loop {
-        let Ok(Ok((agent, _))) = tokio::time::timeout(ORPHAN, control.accept()).await else { return };
+        let agent = match tokio::time::timeout(ORPHAN, control.accept()).await {
+            Ok(Ok((agent, _))) => agent,
+            // A VM that runs waits for what is left.
+            Err(_) if is_serving(&status.borrow()) => continue,
+            Ok(Err(_)) | Err(_) => return,
+        };
         if answer_agent(agent, &to_peer, &mut from_peer, status.subscribe(), pump).await {
             return;
         }
     }
+}
+
+/// Whether there is memory that a VM which runs still needs.
+fn is_serving(status: &CarryStatus) -> bool {
+    let PostCopyStatus { switched, section, left, .. } = status.postcopy;
+    status.broken.is_none() && left > 0 && (switched || section.is_some())
 }
 
 /// Whether the agent said quit, rather than being gone.

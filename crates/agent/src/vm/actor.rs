@@ -457,6 +457,8 @@ impl Actor {
                 if open { Ok(Answer::default()) } else { Err(guest::no_agent()) }
             }
             VmCommand::PowerOff => self.power_off().await,
+            // A VM that runs elsewhere needs its memory.
+            VmCommand::CutOff if self.keeps_memory() => Err(Refusal::new(ErrorCode::VmBusy, "memory of the VM is still on its way")),
             VmCommand::CutOff => {
                 self.end_process().await;
                 Ok(Answer::default())

@@ -1,6 +1,7 @@
 //! The destination's side of a move: prepares a QEMU that waits, then carries out what `godwit_migration::Destination` decides.
 
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -48,6 +49,8 @@ pub(super) struct DestinationMove {
     aborted: Option<Refusal>,
     /// The port that the source cannot send to.
     cut: Option<u16>,
+    /// QEMU's end of the socket to a carry that goes on: it gets it when the source's has come. One that is closed before it has resumed ends QEMU 7.2.
+    recovers: Option<OwnedFd>,
     lost: bool,
     settled: bool,
     cont_refused: Option<Refusal>,
@@ -66,6 +69,7 @@ impl DestinationMove {
             released: false,
             aborted: None,
             cut: None,
+            recovers: None,
             lost: false,
             settled: false,
             cont_refused: None,
@@ -223,9 +227,9 @@ impl Actor {
     }
 
     async fn see_destination(&mut self) -> Result<(DestinationRecord, DestinationView), Refusal> {
-        let (record, advises, port, again) = match self.record.as_ref().map(|record| &record.holding) {
+        let (record, advises, port, again, section) = match self.record.as_ref().map(|record| &record.holding) {
             Some(Holding::Destination(incoming)) => {
-                (incoming.record.clone(), incoming.advises, incoming.carry_port, incoming.again)
+                (incoming.record.clone(), incoming.advises, incoming.carry_port, incoming.again, incoming.section)
             }
             _ => return Err(Refusal::new(ErrorCode::Internal, "the journal knows no move")),
         };
@@ -262,6 +266,7 @@ impl Actor {
                 connected: moving.carry.as_ref().is_some_and(|carry| carry.status().connected),
                 again,
                 port,
+                has_section: section.is_some() || arriving_section(moving.carry.as_ref()).is_some(),
             },
             lost: moving.lost,
             settled: moving.settled,
@@ -313,6 +318,11 @@ impl Actor {
                 let done = done.inspect_err(|refusal| tracing::warn!(message = refusal.message, "memory cannot follow yet"));
                 done.is_err().then_some(RETRY)
             }
+            DestinationAction::Recover => {
+                let done = self.recover().await;
+                let done = done.inspect_err(|refusal| tracing::warn!(message = refusal.message, "QEMU does not go on yet"));
+                done.is_err().then_some(RETRY)
+            }
             DestinationAction::ContinueVm => self.continue_destination().await,
             DestinationAction::End(outcome) => self.end_destination(outcome).await,
         }
@@ -341,7 +351,6 @@ impl Actor {
         let listener = TcpListener::bind((address, 0)).map_err(|error| host_failed("cannot listen for the source", &error))?;
         let port = listener.local_addr().map_err(|error| host_failed("cannot listen for the source", &error))?.port();
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
-        qmp.getfd(INCOMING_FD, qemus.into()).await.map_err(qemu_failed)?;
         let mut fds = PassedFds::new();
         let listen_fd = fds.pass(listener);
         let placement = self.memory_blocks(&qmp).await.and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
@@ -349,19 +358,35 @@ impl Actor {
         let role = Role::Destination { listen_fd, placement, advises: true, kept: None, images: Vec::new(), again };
         let stall = MigrationPolicy::default().stall;
         let carry = self.start_carry(role, &grant, &source, ours.into(), stall, fds).await?;
-        if let Err(refusal) = qmp.migrate_recover_fd(INCOMING_FD).await.map_err(qemu_failed) {
-            carry.end().await;
-            return Err(refusal);
-        }
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
             (incoming.carry, incoming.carry_port, incoming.again) = (Some(carry.identity().clone()), port, true);
         }
         self.save_or_log();
         tracing::info!(port, "another carry waits for what was left");
         if let Some(Moving::Destination(moving)) = &mut self.moving {
-            moving.carry = Some(carry);
+            (moving.carry, moving.recovers) = (Some(carry), Some(qemus.into()));
         }
         Ok(())
+    }
+
+    /// The source's carry has come: QEMU gets the connection.
+    async fn recover(&mut self) -> Result<(), Refusal> {
+        let qmp = self.monitor()?.clone();
+        let Some(Moving::Destination(moving)) = &mut self.moving else { return Ok(()) };
+        let recovered = match moving.recovers.take() {
+            Some(socket) => match qmp.getfd(INCOMING_FD, socket).await {
+                Ok(()) => qmp.migrate_recover_fd(INCOMING_FD).await.map_err(qemu_failed),
+                Err(error) => Err(qemu_failed(error)),
+            },
+            None => Err(Refusal::new(ErrorCode::Internal, "an agent before this one had the connection")),
+        };
+        // With it the carry is of no use.
+        if recovered.is_err()
+            && let Some(carry) = moving.carry.take()
+        {
+            carry.end().await;
+        }
+        recovered
     }
 
     async fn continue_destination(&mut self) -> Option<Duration> {
@@ -418,13 +443,13 @@ impl Actor {
         let Some(record) = &mut self.record else { return false };
         let before = record.clone();
         let section = match &self.moving {
-            Some(Moving::Destination(moving)) => moving.carry.as_ref().and_then(|carry| carry.status().postcopy.section),
+            Some(Moving::Destination(moving)) => arriving_section(moving.carry.as_ref()),
             _ => None,
         };
         if let Holding::Destination(incoming) = &mut record.holding {
             if next == DestinationRecord::Activated {
                 record.generation = incoming.grant.generation;
-                incoming.section = section;
+                incoming.section = section.or(incoming.section);
             }
             incoming.record = next.clone();
         }
@@ -482,6 +507,11 @@ impl Actor {
         }
         None
     }
+}
+
+/// The number of the RAM section, once this carry has told it.
+fn arriving_section(carry: Option<&CarryClient>) -> Option<u32> {
+    carry.and_then(|carry| carry.status().postcopy.section)
 }
 
 /// Sets this QEMU up for post-copy, if it can do that.

@@ -174,7 +174,11 @@ impl SourceMove {
                     });
                 }
             }
-            PeerMessage::GoOn { port } => self.next_port = Some(*port),
+            PeerMessage::GoOn { port } => {
+                // Only who runs it says that.
+                self.running.get_or_insert(Millis(0));
+                self.next_port = Some(*port);
+            }
             PeerMessage::Released
             | PeerMessage::Aborted { .. }
             | PeerMessage::Cut { .. }
@@ -323,6 +327,12 @@ impl Actor {
         self.save_or_log();
     }
 
+    /// Whether the VM has gone on elsewhere, and memory that was left is here.
+    pub(super) fn keeps_memory(&self) -> bool {
+        let record = self.record.as_ref().map(|record| &record.holding);
+        matches!(record, Some(Holding::Source(outgoing)) if outgoing.leaving && outgoing.record == SourceRecord::Released)
+    }
+
     /// Asks for the move of `task` to be cancelled.
     pub(super) fn cancel(&mut self, task: TaskId) -> Result<(), Refusal> {
         let too_late = || Refusal::new(ErrorCode::TooLate, "the switch has begun: the VM is about to run on the destination");
@@ -369,7 +379,12 @@ impl Actor {
         if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding)
             && !std::mem::replace(&mut outgoing.leaving, true)
         {
-            self.save()?;
+            if let Err(refusal) = self.save() {
+                if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
+                    outgoing.leaving = false;
+                }
+                return Err(refusal);
+            }
             tracing::info!("post-copy: pages are left for after the switch");
         }
         if let Some(Moving::Source(moving)) = &mut self.moving {
@@ -502,10 +517,16 @@ impl Actor {
         // What was released, or is confirmed, no longer depends on this QEMU: one that hangs must hold up nothing.
         let asks = matches!(record, SourceRecord::Offered | SourceRecord::Returned);
         let qmp = if asks && self.process.is_some() { Some(self.monitor()?.clone()) } else { None };
-        let memory_gone = self.process.is_none();
+        let is_dead = self.process.is_none();
         let Some(Moving::Source(moving)) = &mut self.moving else {
             return Err(Refusal::new(ErrorCode::Internal, "no move"));
         };
+        let all_sent = moving.carry.as_ref().is_some_and(|carry| {
+            let postcopy = carry.status().postcopy;
+            carry.is_usable() && postcopy.switched && postcopy.left == 0
+        });
+        // What is on its way arrives without it.
+        let memory_gone = is_dead && !all_sent;
         let qemu = match qmp {
             Some(qmp) => {
                 moving.watch.sample(&qmp).await;

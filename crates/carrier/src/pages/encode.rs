@@ -289,14 +289,14 @@ impl Encoder {
     #[must_use = "a page that is none is not left"]
     pub fn leave(&mut self, place: Place, content: Option<&Page>, named: bool) -> bool {
         let Some(number) = self.number(place) else { return false };
+        if self.gone.contains(place) {
+            return true;
+        }
         if named {
             self.mark_sent(number);
         }
         // What waited is out of date.
         drop(self.wanted.take(number));
-        if self.gone.contains(place) {
-            return true;
-        }
         let digest = content.map_or(ZERO, |content| self.digester.page(content));
         if self.held.get(number as usize) == Some(&digest) {
             self.encoding.same += 1;
@@ -324,6 +324,7 @@ impl Encoder {
                 if let Some(number) = self.number(place) {
                     self.set_held(number, ZERO);
                     self.signatures.forget(number);
+                    self.forget_written_to(number);
                 }
             }
         }
@@ -483,6 +484,17 @@ impl Encoder {
             self.written_to = self.written_to + usize::from(*again & bit != 0) - usize::from(counted);
         }
         before
+    }
+
+    /// Whatever is in it, nobody looks at it again.
+    fn forget_written_to(&mut self, number: u32) {
+        let bit = 1 << (number % 64);
+        if let Some(again) = self.again.get_mut(number as usize / 64)
+            && *again & bit != 0
+        {
+            *again &= !bit;
+            self.written_to -= 1;
+        }
     }
 
     /// From here on the guest stands still: what comes is as it stays.

@@ -5,7 +5,7 @@ use godwit_link::v1::{self, command::Action};
 use godwit_model::{BytesPerSec, ErrorCode, Ladder, MigrationPolicy, PostCopy, Refusal, Rung, TaskId};
 
 use super::{Tasks, note};
-use crate::checks::enough_bandwidth;
+use crate::checks::{Candidate, can_do_postcopy, enough_bandwidth};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
 use crate::rows::{MigrateWork, Stage, TaskRow, VmRow, Work};
@@ -29,6 +29,7 @@ impl Tasks {
 
     /// Has the VM go on at the destination before all of its memory is there.
     pub(crate) async fn switch_to_postcopy(&self, id: TaskId, principal: &str) -> Result<Stored<TaskRow>, Fault> {
+        self.postcopy_is_possible(id).await?;
         self.change_policy(id, &format!("{principal} wants post-copy"), |policy| {
             if !policy.prepares_postcopy() {
                 return Err(Refusal::new(ErrorCode::BadRequest, "the migration was begun without post-copy")
@@ -40,12 +41,26 @@ impl Tasks {
         .await
     }
 
+    /// That the destination can do it was not looked at where only somebody was to be asked.
+    async fn postcopy_is_possible(&self, id: TaskId) -> Result<(), Fault> {
+        let task = self.task(id).await?.row;
+        let Work::Migrate(work) = &task.work else { return Ok(()) };
+        let (_, vm) = self.both(id).await?;
+        let (Some(spec), Some(presence)) = (&vm.row.resolved, self.hub.presence(&work.destination)) else { return Ok(()) };
+        let wanted = MigrationPolicy { postcopy: PostCopy::Now, ..work.policy };
+        Ok(can_do_postcopy(&wanted, spec, Candidate::new(&work.destination, &presence))?)
+    }
+
     /// Has the VM slowed down until it can be moved within its budget.
     pub(crate) async fn throttle(&self, id: TaskId, principal: &str) -> Result<Stored<TaskRow>, Fault> {
         self.change_policy(id, &format!("{principal} has the VM slowed down"), |policy| {
             if !policy.prepares_throttle() {
                 return Err(Refusal::new(ErrorCode::BadRequest, "the migration was begun without throttling")
                     .hint("cancel it, and begin it again with throttle or ask in `--on-miss`"));
+            }
+            // What it was made ready for it stays ready for.
+            if policy.prepares_postcopy() && policy.postcopy == PostCopy::ByLadder {
+                policy.postcopy = PostCopy::Ready;
             }
             policy.on_miss = Ladder::only(Rung::Throttle);
             Ok(())

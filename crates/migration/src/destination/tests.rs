@@ -18,7 +18,7 @@ fn view(qemu: Option<(Vcpus, QemuMigration)>) -> DestinationView {
         }),
         released: true,
         aborted: None,
-        carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0 },
+        carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0, has_section: true },
         lost: false,
         settled: false,
         cont_refused: None,
@@ -85,9 +85,25 @@ fn a_destination_in_post_copy_takes_the_vm_over_and_says_when_it_is_whole() {
     };
     assert!(matches!(tells(running(|_| ())), PeerMessage::Running { .. }));
     assert_eq!(running(|seen| seen.carry.usable = false), DestinationAction::GoOn);
-    let message = tells(running(|seen| seen.carry = ArrivingCarry { usable: true, connected: false, again: true, port: 7 }));
+    let message = tells(running(|seen| {
+        seen.carry = ArrivingCarry { usable: true, connected: false, again: true, port: 7, has_section: true };
+    }));
     assert_eq!(message, PeerMessage::GoOn { port: 7 });
+    let came = |seen: &mut DestinationView| {
+        seen.carry.again = true;
+        seen.qemu.as_mut().expect("alive").migration = QemuMigration::PostCopyPaused;
+    };
+    assert_eq!(running(came), DestinationAction::Recover, "the source's carry has come");
     assert_eq!(running(|seen| seen.lost = true), DestinationAction::EndQemu);
+    assert_eq!(running(|seen| seen.settled = true), DestinationAction::EndQemu, "nobody knows of its memory any more");
+    // Before it has been taken over the source has all of it.
+    let mut without = waiting(Vcpus::Paused);
+    without.carry.usable = false;
+    assert!(declines(&Destination::new(UnixMillis(1_000)).decide(&DestinationRecord::Prepared, &without)));
+    let mut early = waiting(Vcpus::Paused);
+    early.carry.has_section = false;
+    let action = Destination::new(UnixMillis(1_000)).decide(&DestinationRecord::Prepared, &early);
+    assert!(matches!(action, DestinationAction::Wait(_)), "no other carry could go on in its place");
     for whole in [running(|seen| seen.qemu = None), running(|seen| seen.qemu.as_mut().expect("alive").migration = QemuMigration::Completed)] {
         assert!(matches!(tells(whole), PeerMessage::Whole { .. }));
     }

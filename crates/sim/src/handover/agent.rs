@@ -352,7 +352,7 @@ fn decide_destination(
         qemu,
         released: moving.released,
         aborted: moving.aborted.then(reason),
-        carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0 },
+        carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0, has_section: true },
         lost: moving.lost,
         settled: moving.settled,
         cont_refused: moving.cont_refused.then(reason),
@@ -363,7 +363,7 @@ fn decide_destination(
     let action = moving.machine.decide(&record, &view);
     let mut doing = Doing::Idle;
     match action {
-        DestinationAction::Wait(_) | DestinationAction::GoOn => {}
+        DestinationAction::Wait(_) | DestinationAction::GoOn | DestinationAction::Recover => {}
         DestinationAction::Tell(message, _) => world.say(number, fact(&message)),
         DestinationAction::Announce => moving.announced = true,
         DestinationAction::ContinueVm => {

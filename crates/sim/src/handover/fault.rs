@@ -1,6 +1,6 @@
 //! What may go wrong, as often as a run's faults allow.
 
-use godwit_migration::{QemuMigration, SourceRecord};
+use godwit_migration::SourceRecord;
 
 use super::agent::{forget, keep_end, raise_floor, with_destination, with_source, write};
 use super::{Doing, EVERY_FACT, Ending, Fault, HOSTS, Holding, Record, Steps, Taken, Wire, World};
@@ -115,7 +115,7 @@ fn qemu_dies(world: &mut World, host: u8) {
     let going = world.moves[usize::from(qemu.of)];
     let there = world.hosts[usize::from(going.destination)].qemu;
     world.vm_crashed |= going.source == host
-        && there.is_some_and(|there| there.of == qemu.of && there.migration == QemuMigration::PostCopy);
+        && there.is_some_and(|there| there.of == qemu.of && there.migration.needs_pages());
     world.cut(qemu.of);
 }
 

@@ -1,6 +1,6 @@
 //! What must be so in every state, and what a good end is.
 
-use godwit_migration::{QemuMigration, SourceRecord, Vcpus};
+use godwit_migration::{SourceRecord, Vcpus};
 
 use super::{Doing, HandOver, Holding, Moving, Record, Stage, Taken, World, controller, qemu};
 
@@ -116,7 +116,7 @@ pub(super) fn on_qemu_ended(world: &mut World, host: u8) {
             // A destination whose QEMU died after it took the VM over has run it, or the VM has crashed.
             let going = world.moves[usize::from(*number)];
             let there = world.hosts[usize::from(going.destination)].qemu;
-            let needs_more = there.is_some_and(|qemu| qemu.of == *number && qemu.migration == QemuMigration::PostCopy);
+            let needs_more = there.is_some_and(|qemu| qemu.of == *number && qemu.migration.needs_pages());
             if !(world.vm_crashed || (going.past.ran && !needs_more)) {
                 world.breaks(NOTHING_REMOVED);
             }

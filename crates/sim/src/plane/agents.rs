@@ -272,7 +272,7 @@ impl World {
             released: self.agents.released
                 || (self.wrong == Wrong::RunsWithoutRelease && qemu.migration == QemuMigration::Completed),
             aborted: self.agents.aborted.clone(),
-            carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0 },
+            carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0, has_section: true },
             lost: false,
             settled: self.agents.settled,
             cont_refused: None,
@@ -282,7 +282,7 @@ impl World {
             DestinationAction::Wait(time) => return Ok(time.get() * MILLISECOND),
             DestinationAction::ContinueVm => self.run_at_destination()?,
             DestinationAction::EndQemu => self.destination_qemu.alive = false,
-            DestinationAction::GoOn => {}
+            DestinationAction::GoOn | DestinationAction::Recover => {}
             DestinationAction::Announce => self.agents.announced = true,
             DestinationAction::Record(record) => {
                 if record == DestinationRecord::Activated {
