@@ -125,6 +125,10 @@ impl Window {
     #[must_use]
     pub fn short_limit(&self) -> u64 {
         let rate = self.rates.iter().max().copied().unwrap_or_default();
+        if rate == 0 {
+            // It must be learnt first.
+            return self.limit();
+        }
         let bytes = u128::from(rate) * (self.round_trip() + SHORT_QUEUE).as_micros() / 1_000_000;
         u64::try_from(bytes).unwrap_or(u64::MAX).clamp(MIN_SHORT_WINDOW, MAX_WINDOW)
     }

@@ -202,11 +202,12 @@ impl Destination {
         }
         let resumed = *self.resumed.get_or_insert(view.now);
         let since = Millis(view.now.get().saturating_sub(resumed.get()));
-        if needs_pages && !view.carry.usable {
+        let paused = view.qemu.as_ref().is_some_and(|qemu| qemu.migration == QemuMigration::PostCopyPaused);
+        // The first carry's connection is given to QEMU with its start: once lost, it is lost.
+        if needs_pages && (!view.carry.usable || (paused && !view.carry.again)) {
             return DestinationAction::GoOn;
         }
         if needs_pages && view.carry.again {
-            let paused = view.qemu.as_ref().is_some_and(|qemu| qemu.migration == QemuMigration::PostCopyPaused);
             match view.carry.connected {
                 false => return DestinationAction::Tell(PeerMessage::GoOn { port: view.carry.port }, REPEAT),
                 true if paused => return DestinationAction::Recover,

@@ -94,7 +94,9 @@ impl After<'_> {
         let mut at = Place { block: 0, page: 0 };
         tracing::info!(pages = self.rest.left().len(), "sends what was left");
         while !self.rest.left().is_empty() {
-            while let Ok(missed) = self.missed.try_recv() {
+            while !self.pump.is_flooded()
+                && let Ok(missed) = self.missed.try_recv()
+            {
                 at = self.answer(&missed, &mut sealer)?.unwrap_or(at);
             }
             if !self.seals.is_full() && self.pump.has_room_after() {
@@ -103,7 +105,7 @@ impl After<'_> {
                 continue;
             }
             tokio::select! {
-                Some(missed) = self.missed.recv() => at = self.answer(&missed, &mut sealer)?.unwrap_or(at),
+                Some(missed) = self.missed.recv(), if !self.pump.is_flooded() => at = self.answer(&missed, &mut sealer)?.unwrap_or(at),
                 _ = self.seals.settle() => {}
                 () = self.pump.wait_for_room_after(), if !self.seals.is_full() => {}
             }

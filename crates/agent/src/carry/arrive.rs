@@ -131,7 +131,10 @@ impl Arrival {
             ReturnMessage::ReqPages { start, length } => (*start, *length),
             _ => return out.freeze(),
         };
-        let (Some(block), Some(section)) = (self.asked, self.section) else { return out.freeze() };
+        let (Some(block), Some(section)) = (self.asked, self.section) else {
+            tracing::warn!(?message, "QEMU waits for a page of memory that is not placed here");
+            return out.freeze();
+        };
         let page_size = PAGE_SIZE as u64;
         let last = start.saturating_add(u64::from(length)).div_ceil(page_size);
         let mut missed = Vec::new();

@@ -8,7 +8,6 @@ use godwit_carrier::frame::{Block, MAX_DIGESTS, MAX_RUNS};
 use godwit_carrier::pages::digest::ZERO;
 use godwit_carrier::pages::{Applier, ApplyError, Digest, Digester, GuestMemory, PAGE_SIZE};
 use godwit_carrier::{Frame, Image};
-use godwit_stream::postcopy::put_resume;
 use godwit_stream::{ReturnError, ReturnMessage, ReturnReader, ReturnWriteError, ReturnWriter};
 use rustix::net::Shutdown;
 use tokio::io::AsyncWriteExt;
@@ -20,7 +19,7 @@ use super::arrive::{Arrival, NotItsPart};
 use super::feed::{Holdings, ToldPieces};
 use super::images::ReadableImage;
 use super::memory::ProcessMemory;
-use super::pump::{LOADED, Pump};
+use super::pump::{ADVISED, LOADED, Pump};
 
 /// How long the source's QEMU may keep its socket after the destination's QEMU closed: longer than it needs to close by itself.
 const LINGER: Duration = Duration::from_secs(3);
@@ -36,6 +35,8 @@ pub(super) enum DealError {
     Image([u8; 32]),
     #[error("the memory of the destination's QEMU cannot be looked at: {0}")]
     Memory(#[from] io::Error),
+    #[error("the destination's QEMU has closed its socket with memory missing")]
+    QemuGone,
     #[error("the return path is not understood: {0}")]
     Return(#[from] ReturnError),
     #[error("the return path cannot be written again: {0}")]
@@ -76,7 +77,7 @@ pub(super) struct FromQemu {
     /// It has prepared for post-copy.
     pub(super) advised: oneshot::Receiver<()>,
     /// It asks for pages.
-    pub(super) asks: mpsc::UnboundedReceiver<ReturnMessage>,
+    pub(super) asks: mpsc::Receiver<ReturnMessage>,
 }
 
 /// The destination, as it deals with frames.
@@ -121,7 +122,8 @@ pub(super) async fn at_destination(
     destination.run(frames, from_qemu.asks, tell).await
 }
 
-/// The destination in a session that goes on after a switch, with a QEMU that runs and waits for pages; never returns but with an error.
+/// The destination in a session that goes on after a switch, with a QEMU that runs, was told to resume, and waits for pages; never returns but with an
+/// error.
 pub(super) async fn at_destination_again(
     pump: &Pump,
     qemu: OwnedWriteHalf,
@@ -143,10 +145,7 @@ pub(super) async fn at_destination_again(
     pump.push(&Frame::HeldEnd, 0);
     let applier = Applier::new(digester.clone(), blocks.iter().map(|block| block.pages).collect());
     let arrival = Arrival::again(&blocks, section, absent);
-    let mut qemu = ToQemu { qemu, gone: false };
-    let mut resume = BytesMut::new();
-    put_resume(&mut resume);
-    qemu.write(&resume.freeze()).await;
+    let qemu = ToQemu { qemu, gone: false };
     let destination = Destination { pump, qemu, digester, applier, memory: None, images: Vec::new(), arrival, ended: false };
     destination.run(frames, from_qemu.asks, tell).await
 }
@@ -177,10 +176,11 @@ impl Destination<'_> {
     async fn run(
         mut self,
         mut frames: mpsc::UnboundedReceiver<Frame>,
-        mut asks: mpsc::UnboundedReceiver<ReturnMessage>,
+        mut asks: mpsc::Receiver<ReturnMessage>,
         tell: impl Fn(&Arrival),
     ) -> Result<std::convert::Infallible, DealError> {
         let mut told = Instant::now();
+        self.arrival.iter().for_each(&tell);
         loop {
             let mut turns = false;
             tokio::select! {
@@ -193,6 +193,10 @@ impl Destination<'_> {
                     self.pump.on_dealt(frame.memory(), !self.qemu.gone);
                 }
                 else => return std::future::pending().await,
+            }
+            // Before the switch it is seen to have failed.
+            if self.qemu.gone && !self.ended && self.arrival.as_ref().is_some_and(Arrival::is_switched) {
+                return Err(DealError::QemuGone);
             }
             if turns || told.elapsed() >= TELL_EVERY {
                 told = Instant::now();
@@ -413,6 +417,7 @@ pub(super) async fn at_source(
             }
             Frame::Memory(blocks) if holdings.is_none() && listening.is_some() => {
                 let _ = advise.take().map(|advise| advise.send(false));
+                pump.on_qemu_answered(ADVISED);
                 let told: u64 = blocks.iter().map(|block| u64::from(block.pages)).sum();
                 if told > pages {
                     return Err(DealError::Unexpected("more memory than the VM has"));
@@ -432,7 +437,8 @@ pub(super) async fn at_source(
             }
             Frame::Absent { block, runs } => {
                 let holdings = holdings.as_mut().filter(|_| pump.is_switched());
-                let pages: u64 = runs.iter().map(|(_, pages)| u64::from(*pages)).sum();
+                // One without pages would cost nothing of what a destination may say.
+                let pages: u64 = runs.iter().map(|(_, pages)| u64::from(*pages).max(1)).sum();
                 digests_left = digests_left.checked_sub(pages).ok_or(DealError::Unexpected("more pages than the VM has"))?;
                 holdings.ok_or(DealError::Unexpected("pages that are absent"))?.absent.push((block, runs));
             }

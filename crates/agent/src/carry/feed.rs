@@ -242,6 +242,7 @@ impl<'a> Feed<'a> {
         let mut began = first;
         while let Some(count) = self.read(qemu).await? {
             let in_pass = !self.idle;
+            self.begin_leaving();
             while let Some(element) = self.reader.next_element()? {
                 if let Element::RamStart(start) = &element
                     && let Some(holdings) = holdings.take()
@@ -253,9 +254,8 @@ impl<'a> Feed<'a> {
             }
             if let Some(devices) = self.devices.take() {
                 tracing::info!(took = ?first.elapsed(), waited = ?self.waited, "QEMU's stream is through");
-                return Ok(self.switch(&devices).await?);
+                return self.switch(&devices).await;
             }
-            self.begin_leaving();
             self.keep_pace().await;
             if self.next_look <= began {
                 self.compare_meanwhile()?;
@@ -346,6 +346,7 @@ impl<'a> Feed<'a> {
         if self.advised {
             put_advise(&mut self.forward);
             self.put_ping(ADVISED);
+            self.pump.on_advised();
             self.flush();
         }
     }
@@ -371,23 +372,29 @@ impl<'a> Feed<'a> {
         self.free_pages += 1;
         self.pump.set_left(self.named + encoder.left().len());
         if encoder.left().len() >= NAMED_AT_ONCE {
-            self.name_left();
+            self.name_left()?;
         }
         Ok(())
     }
 
-    fn name_left(&mut self) {
-        let Some(encoder) = &mut self.encoder else { return };
+    fn name_left(&mut self) -> Result<(), WriteError> {
+        // What the destination is to say of it to its QEMU stands between two sections.
+        if std::mem::take(&mut self.part_open) {
+            self.writer.write(&Element::PartEnd, &mut self.forward)?;
+        }
+        self.flush();
+        let Some(encoder) = &mut self.encoder else { return Ok(()) };
         let left = encoder.take_left();
         self.named += left.len();
         name_left(&mut self.seals, &left);
+        Ok(())
     }
 
     /// The VM stands still, and all but what was left is at the destination: it goes on there, and what was left follows.
-    async fn switch(mut self, devices: &[u8]) -> Result<(), std::io::Error> {
-        self.name_left();
+    async fn switch(mut self, devices: &[u8]) -> Result<(), FeedError> {
+        self.name_left()?;
         let (Some(encoder), Some(own)) = (self.encoder.take(), self.own.take()) else {
-            return Err(std::io::Error::other("there is no memory to send"));
+            return Err(std::io::Error::other("there is no memory to send").into());
         };
         let (rest, last) = encoder.into_rest();
         name_left(&mut self.seals, &last);
@@ -396,7 +403,7 @@ impl<'a> Feed<'a> {
         self.flush();
         self.settle_all().await;
         self.pump.on_switched(rest.left().len());
-        After { pump: self.pump, seals: self.seals, own, rest, missed: self.heard.missed }.run().await
+        Ok(After { pump: self.pump, seals: self.seals, own, rest, missed: self.heard.missed }.run().await?)
     }
 
     /// Waits until more may be read: a thread must be free to compress it, and the link must take it.

@@ -17,6 +17,7 @@ use godwit_carrier::pages::{Digester, Encoding};
 use godwit_carrier::frame::MAX_DATA;
 use godwit_carrier::{Frame, Identity, Image, Side};
 use godwit_qemu::cage::relay::{self, RelayError};
+use godwit_stream::postcopy::put_resume;
 use godwit_stream::{ReturnError, ReturnMessage, ReturnReader, ReturnWriteError, ReturnWriter};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::OwnedReadHalf;
@@ -45,6 +46,8 @@ const ORPHAN: Duration = Duration::from_secs(600);
 const KEEP_ALIVE: KeepAlive = KeepAlive { every: Duration::from_secs(1), silence: Duration::from_secs(5) };
 /// QEMU's answers are short.
 const RETURN_READ: usize = 16 << 10;
+/// Requests for pages that wait before no more is heard of QEMU: each of its threads can wait for one.
+const MOST_ASKS: usize = 4096;
 const STATUS_EVERY: Duration = Duration::from_millis(100);
 
 /// Why a carry did not begin.
@@ -199,7 +202,7 @@ fn tell_gauge(status: &watch::Sender<CarryStatus>, gauge: Gauge, wire_bytes: u64
         status.unanswered_ms = u64::try_from(gauge.unanswered.as_millis()).unwrap_or(u64::MAX);
         status.stalled_ms = u64::try_from(gauge.stalled.as_millis()).unwrap_or(u64::MAX);
         // The destination's are told as pages come.
-        if gauge.can_leave {
+        if gauge.can_leave || gauge.switched {
             let Gauge { leaving, switched, left, .. } = gauge;
             status.postcopy = PostCopyStatus { possible: true, leaving, switched, left, ..status.postcopy };
         }
@@ -262,6 +265,13 @@ async fn move_bytes(
                 if !advises && again.is_none() && let Some(memory) = &mut memory {
                     bring_back(kept.take(), memory).await;
                 }
+                let mut writer = writer;
+                if again.is_some() {
+                    // It is to find this when it gets the connection: with nothing on it, or none any more, an old one ends.
+                    let mut resume = BytesMut::new();
+                    put_resume(&mut resume);
+                    writer.write_all(&resume).await.map_err(DealError::Memory)?;
+                }
                 let prepare = async |memory: &mut ProcessMemory| bring_back(kept, memory).await;
                 let tell = |arrival: &Arrival| tell_arrival(status, arrival);
                 match key.await {
@@ -303,7 +313,7 @@ pub(super) fn listen() -> (Listening, oneshot::Receiver<Holdings>, Heard) {
 /// What the destination's QEMU says to its carry.
 pub(super) fn from_qemu(advises: bool) -> (ToCarryOfQemu, FromQemu) {
     let (advised, is_advised) = oneshot::channel();
-    let (asks, asked) = mpsc::unbounded_channel();
+    let (asks, asked) = mpsc::channel(MOST_ASKS);
     (ToCarryOfQemu { advised: Some(advised), asks }, FromQemu { advises, advised: is_advised, asks: asked })
 }
 
@@ -345,7 +355,7 @@ fn memory(placement: Placement) -> ProcessMemory {
 /// Where what the destination's QEMU says goes, if it is for its carry.
 pub(super) struct ToCarryOfQemu {
     advised: Option<oneshot::Sender<()>>,
-    asks: mpsc::UnboundedSender<ReturnMessage>,
+    asks: mpsc::Sender<ReturnMessage>,
 }
 
 /// The destination's QEMU answers: its words go back as they are, but for those of post-copy, which are its carry's.
@@ -367,7 +377,7 @@ pub(super) async fn return_path(pump: &Pump, qemu: &OwnedReadHalf, mut to_carry:
                     };
                     match message {
                         ReturnMessage::Pong(ADVISED) => drop(to_carry.advised.take().map(|advised| advised.send(()))),
-                        ReturnMessage::ReqPages { .. } | ReturnMessage::ReqPagesId { .. } => drop(to_carry.asks.send(message)),
+                        ReturnMessage::ReqPages { .. } | ReturnMessage::ReqPagesId { .. } => drop(to_carry.asks.send(message).await),
                         ReturnMessage::ResumeAck(_) => tracing::info!("QEMU goes on"),
                         message => {
                             if let Err(error) = writer.write(&message, &mut passed) {

@@ -51,6 +51,8 @@ impl PumpError {
 const GATHER: usize = 64 << 10;
 /// Largest single read.
 const READ: usize = 64 << 10;
+/// Most that a destination may leave unacknowledged of what it says it misses.
+const MOST_UNDER_WAY: u64 = 64 << 20;
 /// What waits to be dealt with before nothing more is read.
 const MAX_QUEUED: usize = 64 << 20;
 /// Numbers of our questions to the destination's QEMU; QEMU's own are small.
@@ -325,6 +327,11 @@ impl Pump {
         window.has_room() && (!self.is_missing() || window.in_flight() < window.short_limit())
     }
 
+    /// Whether so much is under way that not even what is missed may be added.
+    pub(super) fn is_flooded(&self) -> bool {
+        self.session.borrow().window().in_flight() >= MOST_UNDER_WAY
+    }
+
     /// Waits until that is so.
     pub(super) async fn wait_for_room_after(&self) {
         while !self.has_room_after() {
@@ -378,6 +385,11 @@ impl Pump {
         let number = OUR_QUESTIONS | (last.wrapping_add(1) & 0xffff);
         self.question.set((number, Some(self.now())));
         Some(number)
+    }
+
+    /// It is asked whether it has prepared for post-copy. No other question is open then.
+    pub(super) fn on_advised(&self) {
+        self.question.set((ADVISED, Some(self.now())));
     }
 
     /// The destination's QEMU has answered a question: whether it was one of ours, which its peer must not see.

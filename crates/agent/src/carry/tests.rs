@@ -35,6 +35,8 @@ use super::seal::Sealers;
 use crate::tls::Material;
 use crate::tls::tests::cluster;
 
+mod postcopy;
+
 const IDENTITY: Identity = Identity { vm: [1; 16], task: [2; 16], generation: 3 };
 const PATIENT: KeepAlive = KeepAlive { every: Duration::from_secs(1), silence: Duration::from_secs(60) };
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -65,6 +67,8 @@ struct Running {
     ended: tokio::task::JoinHandle<SessionError>,
     /// How many connections there were; of a source.
     connections: Rc<Cell<u32>>,
+    /// Has a source leave pages.
+    leave: oneshot::Sender<()>,
 }
 
 fn source(dialler: Dialler, identity: Identity) -> Running {
@@ -82,6 +86,7 @@ fn source_at(
 ) -> Running {
     let connections = Rc::new(Cell::new(0));
     let counted = Rc::clone(&connections);
+    let (leave, asked) = oneshot::channel();
     let (qemu, ours) = UnixStream::pair().expect("pair");
     let (to_peer, mut from_agent) = mpsc::channel(8);
     let (to_agent, from_peer) = mpsc::channel(8);
@@ -96,17 +101,28 @@ fn source_at(
             feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
             std::future::pending().await
         };
+        let leaving = async {
+            if asked.await.is_ok() {
+                pump.leave();
+            }
+            std::future::pending().await
+        };
         let tell = |connected| counted.set(counted.get() + u32::from(connected));
         tokio::select! {
             error = connections::of_source(&pump, &dialler, KEY, PATIENCE, &mut from_agent, tell) => error,
             Err(error) = deal::at_source(&pump, writer, frames, 10_000, listening) => panic!("{error}"),
             () = feeding => unreachable!("it waits"),
+            () = leaving => unreachable!("it waits"),
         }
     });
-    Running { qemu, to_peer, from_peer, ended, connections }
+    Running { qemu, to_peer, from_peer, ended, connections, leave }
 }
 
-fn destination(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive: KeepAlive) -> Running {
+fn destination(acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive: KeepAlive) -> Running {
+    destination_at(acceptor, memory, keep_alive, false)
+}
+
+fn destination_at(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive: KeepAlive, advises: bool) -> Running {
     let (qemu, ours) = UnixStream::pair().expect("pair");
     let (to_peer, mut from_agent) = mpsc::channel(8);
     let (to_agent, from_peer) = mpsc::channel(8);
@@ -114,7 +130,7 @@ fn destination(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive
         let (pump, frames) = Pump::new(Side::Destination, IDENTITY, keep_alive, None, to_agent);
         let (reader, writer) = ours.into_split();
         let (told, key) = oneshot::channel();
-        let (to_carry, from_qemu) = super::process::from_qemu(false);
+        let (to_carry, from_qemu) = super::process::from_qemu(advises);
         let dealing = async {
             let digester = Digester::new(&key.await.expect("a session"));
             deal::at_destination(&pump, writer, frames, digester, (memory, from_qemu), async |_| (), |_| ()).await
@@ -125,7 +141,7 @@ fn destination(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive
             error = super::process::return_path(&pump, &reader, to_carry) => panic!("{error}"),
         }
     });
-    Running { qemu, to_peer, from_peer, ended, connections: Rc::default() }
+    Running { qemu, to_peer, from_peer, ended, connections: Rc::default(), leave: oneshot::channel().0 }
 }
 
 /// Memory that a waiting QEMU would have: of this very process, and never freed.
@@ -159,13 +175,22 @@ struct Stream {
 
 impl Stream {
     fn new() -> Self {
+        let mut stream = Self::begin();
+        stream.ram();
+        stream
+    }
+
+    fn begin() -> Self {
         let mut stream = Self { writer: Writer::new(), bytes: BytesMut::new() };
         stream.add(&Element::Header);
         stream.add(&Element::Configuration(Configuration { machine: "pc-q35-7.2".into(), subsections: vec![] }));
+        stream
+    }
+
+    fn ram(&mut self) {
         let block = |id: &[u8], pages: u64| RamBlock { id: BlockId::new(id).expect("a name"), length: pages * PAGE_SIZE as u64 };
         let blocks = vec![block(b"pc.ram", u64::from(PAGES.0)), block(b"pc.bios", PAGES.1)];
-        stream.add(&Element::RamStart(RamStart { section: 1, instance: 0, blocks, multifd_flush: false }));
-        stream
+        self.add(&Element::RamStart(RamStart { section: 1, instance: 0, blocks, multifd_flush: false }));
     }
 
     fn add(&mut self, element: &Element) {

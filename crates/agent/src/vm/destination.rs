@@ -27,6 +27,8 @@ use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Incoming, VmRecord};
 
 const INCOMING_FD: &str = "godwit-incoming";
+/// How long QEMU may take to go on with a connection that it was given.
+const RECOVERING: Duration = Duration::from_secs(10);
 
 /// A QEMU that lives and does not say how it is.
 const UNKNOWN: QemuView = QemuView {
@@ -51,6 +53,8 @@ pub(super) struct DestinationMove {
     cut: Option<u16>,
     /// QEMU's end of the socket to a carry that goes on: it gets it when the source's has come. One that is closed before it has resumed ends QEMU 7.2.
     recovers: Option<OwnedFd>,
+    /// When it got it.
+    recovered: Option<Instant>,
     lost: bool,
     settled: bool,
     cont_refused: Option<Refusal>,
@@ -70,6 +74,7 @@ impl DestinationMove {
             aborted: None,
             cut: None,
             recovers: None,
+            recovered: None,
             lost: false,
             settled: false,
             cont_refused: None,
@@ -319,6 +324,13 @@ impl Actor {
                 done.is_err().then_some(RETRY)
             }
             DestinationAction::Recover => {
+                let since = match &self.moving {
+                    Some(Moving::Destination(moving)) => moving.recovered.map(|recovered| recovered.elapsed()),
+                    _ => None,
+                };
+                if since.is_some_and(|since| since < RECOVERING) {
+                    return Some(RETRY);
+                }
                 let done = self.recover().await;
                 let done = done.inspect_err(|refusal| tracing::warn!(message = refusal.message, "QEMU does not go on yet"));
                 done.is_err().then_some(RETRY)
@@ -364,7 +376,7 @@ impl Actor {
         self.save_or_log();
         tracing::info!(port, "another carry waits for what was left");
         if let Some(Moving::Destination(moving)) = &mut self.moving {
-            (moving.carry, moving.recovers) = (Some(carry), Some(qemus.into()));
+            (moving.carry, moving.recovers, moving.recovered) = (Some(carry), Some(qemus.into()), None);
         }
         Ok(())
     }
@@ -380,6 +392,7 @@ impl Actor {
             },
             None => Err(Refusal::new(ErrorCode::Internal, "an agent before this one had the connection")),
         };
+        moving.recovered = recovered.is_ok().then(Instant::now);
         // With it the carry is of no use.
         if recovered.is_err()
             && let Some(carry) = moving.carry.take()
