@@ -9,7 +9,7 @@ use godwit_model::{Bytes, BytesPerSec, ErrorCode, MigrationFigures, MigrationPha
 
 /// A guest that writes more than the link takes: whole pages that do not compress, in no order.
 fn hot(name: &str) -> GuestSpec {
-    GuestSpec::small(name).knob("touch_total=96M").knob("working_set=48M").knob("dirty=24M").knob("mix=unique:100").knob("check=8M")
+    GuestSpec::small(name).knob("touch_total=96M").knob("working_set=48M").knob("dirty=16M").knob("write_size=4096").knob("mix=unique:100").knob("check=8M")
 }
 
 /// Into the time in which the VM runs at its destination and memory follows.
@@ -100,7 +100,7 @@ fn up(guest: GuestSpec) -> Result<Cluster> {
 
 #[test]
 fn a_vm_that_cannot_be_moved_within_its_budget_ends_as_its_policy_says() -> Result<()> {
-    let mut cluster = up(hot("web").knob("dirty=16M"))?;
+    let mut cluster = up(hot("web"))?;
     let policy = |ladder: &str| -> Result<MigrationPolicy> {
         let on_miss = ladder.parse()?;
         Ok(MigrationPolicy { bandwidth: Some(SLOW), on_miss, patience: Millis(3_000), ..MigrationPolicy::default() })
