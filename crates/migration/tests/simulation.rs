@@ -2,8 +2,8 @@
 //! The QEMUs behave as measured on 7.2 and 10.0, including the source that resumes by itself when QEMU had stopped it.
 
 use godwit_migration::{
-    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage, QemuMigration, QemuView,
-    Source, SourceAction, SourceRecord, SourceView, Vcpus,
+    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage,
+    QemuMigration, QemuView, Source, SourceAction, SourceRecord, SourceView, Vcpus,
 };
 use godwit_model::{Bytes, BytesPerSec, ErrorCode, MigrationPolicy, Millis, Refusal, UnixMillis};
 

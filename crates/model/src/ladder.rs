@@ -163,7 +163,9 @@ mod tests {
     fn a_ladder_is_climbed_in_time_and_ends_at_its_last_rung() {
         let ladder: Ladder = "wait-for-quiet, throttle,postcopy".parse().expect("a ladder");
         assert_eq!(ladder.to_string(), "wait_for_quiet,throttle,postcopy");
-        for (time, rung) in [(0, Rung::WaitForQuiet), (9, Rung::WaitForQuiet), (10, Rung::Throttle), (20, Rung::Postcopy), (99, Rung::Postcopy)] {
+        for (time, rung) in
+            [(0, Rung::WaitForQuiet), (9, Rung::WaitForQuiet), (10, Rung::Throttle), (20, Rung::Postcopy), (99, Rung::Postcopy)]
+        {
             assert_eq!(ladder.at(time, 10), rung, "{time}");
         }
         assert_eq!(Ladder::default().at(u64::MAX, 10), Rung::WaitForQuiet);

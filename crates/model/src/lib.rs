@@ -9,8 +9,8 @@ pub mod host;
 pub mod hostile;
 pub mod ids;
 pub mod import;
-pub mod lifecycle;
 pub mod ladder;
+pub mod lifecycle;
 pub mod migration;
 pub mod name;
 pub mod network;
@@ -23,8 +23,8 @@ pub use guest::{ExecOutcome, ExecRequest, GuestClock, GuestFacts, Octets};
 pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
 pub use ids::{ImageId, NetworkId, TaskId, TeamId, TokenId, VmId, Vmgenid};
 pub use import::ImportFormat;
-pub use lifecycle::{Activity, Admission, RunState, VmRequest};
 pub use ladder::{Ladder, MalformedLadder, Rung};
+pub use lifecycle::{Activity, Admission, RunState, VmRequest};
 pub use migration::{
     Estimate, ForecastRequest, MigrationFigures, MigrationForecast, MigrationNeeds, MigrationPhase, MigrationPolicy,
     MigrationProgress, PastMove, PastMoves, PostCopy,

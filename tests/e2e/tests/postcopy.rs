@@ -9,7 +9,13 @@ use godwit_model::{Bytes, BytesPerSec, ErrorCode, MigrationFigures, MigrationPha
 
 /// A guest that writes more than the link takes: whole pages that do not compress, in no order.
 fn hot(name: &str) -> GuestSpec {
-    GuestSpec::small(name).knob("touch_total=96M").knob("working_set=48M").knob("dirty=16M").knob("write_size=4096").knob("mix=unique:100").knob("check=8M")
+    GuestSpec::small(name)
+        .knob("touch_total=96M")
+        .knob("working_set=48M")
+        .knob("dirty=16M")
+        .knob("write_size=4096")
+        .knob("mix=unique:100")
+        .knob("check=8M")
 }
 
 /// Into the time in which the VM runs at its destination and memory follows.
@@ -121,7 +127,8 @@ fn a_vm_that_cannot_be_moved_within_its_budget_ends_as_its_policy_says() -> Resu
     cluster.check()?;
 
     let task = cluster.begin_move("web", "h2", MigrationPolicy { bandwidth: Some(SLOW), ..MigrationPolicy::default() })?;
-    let refusal = cluster.ask(cluster.client().postcopy_task(task)).err().context("post-copy of a migration that is not ready for it")?;
+    let refusal =
+        cluster.ask(cluster.client().postcopy_task(task)).err().context("post-copy of a migration that is not ready for it")?;
     ensure!(refusal.code == ErrorCode::BadRequest && refusal.hint.is_some(), "{refusal:?}");
     cluster.run(&[Action::Cancel("web"), Action::Ends("web", Ending::Cancelled("h1"))])?;
     cluster.finish()

@@ -5,9 +5,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
 use godwit_carrier::pages::digest::ZERO;
-use godwit_carrier::pages::{
-    Batch, Digest, Digester, Encoder, EncoderLimits, Encoding, PAGE_SIZE, Page, Pieces, Place,
-};
+use godwit_carrier::pages::{Batch, Digest, Digester, Encoder, EncoderLimits, Encoding, PAGE_SIZE, Page, Pieces, Place};
 use godwit_carrier::{Frame, Image};
 use godwit_stream::postcopy::{DeviceState, DeviceStateTooLong, put_advise, put_package};
 use godwit_stream::{Element, PageContent, RamStart, Reader, StreamError, WriteError, Writer};
@@ -613,9 +611,7 @@ impl<'a> Feed<'a> {
     fn encode(&mut self, place: Place, content: &PageContent) -> Result<(), FeedError> {
         let page = match content {
             PageContent::Zero => None,
-            PageContent::Data(data) => {
-                Some(data.first_chunk().ok_or(FeedError::Page { block: place.block, page: place.page })?)
-            }
+            PageContent::Data(data) => Some(data.first_chunk().ok_or(FeedError::Page { block: place.block, page: place.page })?),
         };
         if self.leaving { self.leave(place, page, true) } else { self.encode_page(place, page) }
     }

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
-use godwit_carrier::pages::{Digester, Encoding};
 use godwit_carrier::frame::MAX_DATA;
+use godwit_carrier::pages::{Digester, Encoding};
 use godwit_carrier::{Frame, Identity, Image, Side};
 use godwit_qemu::cage::relay::{self, RelayError};
 use godwit_stream::postcopy::put_resume;
@@ -26,8 +26,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
-use super::connect::{self, Acceptor, Dialler};
 use super::arrive::Arrival;
+use super::connect::{self, Acceptor, Dialler};
 use super::control::{
     CarryConfig, CarryStatus, FromCarry, ImageFd, IndexedImageFds, MAX_LINE, PageCounts, Placement, PostCopyStatus, Role, ToCarry,
 };
@@ -262,7 +262,10 @@ async fn move_bytes(
             let (to_carry, from_qemu) = from_qemu(advises);
             let deal = async {
                 // A QEMU that is advised of post-copy forgets what is in its memory.
-                if !advises && again.is_none() && let Some(memory) = &mut memory {
+                if !advises
+                    && again.is_none()
+                    && let Some(memory) = &mut memory
+                {
                     bring_back(kept.take(), memory).await;
                 }
                 let mut writer = writer;
@@ -377,7 +380,9 @@ pub(super) async fn return_path(pump: &Pump, qemu: &OwnedReadHalf, mut to_carry:
                     };
                     match message {
                         ReturnMessage::Pong(ADVISED) => drop(to_carry.advised.take().map(|advised| advised.send(()))),
-                        ReturnMessage::ReqPages { .. } | ReturnMessage::ReqPagesId { .. } => drop(to_carry.asks.send(message).await),
+                        ReturnMessage::ReqPages { .. } | ReturnMessage::ReqPagesId { .. } => {
+                            drop(to_carry.asks.send(message).await)
+                        }
                         ReturnMessage::ResumeAck(_) => tracing::info!("QEMU goes on"),
                         message => {
                             if let Err(error) = writer.write(&message, &mut passed) {

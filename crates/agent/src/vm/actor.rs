@@ -7,8 +7,8 @@ use godwit_link::statement::grant_digest;
 use godwit_link::v1;
 use godwit_migration::{DestinationRecord, Peer, PeerMessage, SourceRecord};
 use godwit_model::{
-    ErrorCode, ForecastRequest, Generation, Grant, MigrationPolicy, Millis, Name, PastMoves, Refusal, ResolvedSpec,
-    Retry, RunState, TaskId, VmId,
+    ErrorCode, ForecastRequest, Generation, Grant, MigrationPolicy, Millis, Name, PastMoves, Refusal, ResolvedSpec, Retry,
+    RunState, TaskId, VmId,
 };
 use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
 use godwit_qemu::qmp::{ConnectError, Ending, Notice, Notices, Qmp, QmpError};
@@ -458,7 +458,9 @@ impl Actor {
             }
             VmCommand::PowerOff => self.power_off().await,
             // A VM that runs elsewhere needs its memory.
-            VmCommand::CutOff if self.keeps_memory() => Err(Refusal::new(ErrorCode::VmBusy, "memory of the VM is still on its way")),
+            VmCommand::CutOff if self.keeps_memory() => {
+                Err(Refusal::new(ErrorCode::VmBusy, "memory of the VM is still on its way"))
+            }
             VmCommand::CutOff => {
                 self.end_process().await;
                 Ok(Answer::default())

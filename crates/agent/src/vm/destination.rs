@@ -6,7 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use godwit_migration::{
-    ArrivingCarry, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, Peer, PeerMessage, QemuMigration, QemuView, Vcpus,
+    ArrivingCarry, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, Peer, PeerMessage, QemuMigration,
+    QemuView, Vcpus,
 };
 use godwit_model::{
     Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState, TaskId,
@@ -283,9 +284,7 @@ impl Actor {
 
     fn carry_is_usable(&self) -> bool {
         match &self.moving {
-            Some(Moving::Destination(moving)) => {
-                moving.carry.as_ref().is_some_and(CarryClient::is_usable)
-            }
+            Some(Moving::Destination(moving)) => moving.carry.as_ref().is_some_and(CarryClient::is_usable),
             _ => false,
         }
     }

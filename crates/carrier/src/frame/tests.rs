@@ -119,7 +119,8 @@ fn any_frame() -> impl Strategy<Value = Frame> {
         Just(Frame::Advise),
         any::<u32>().prop_map(|section| Frame::Switch { section }),
         (any::<u16>(), prop::collection::vec(any::<(u32, u32)>(), 1..20)).prop_map(|(block, runs)| Frame::Left { block, runs }),
-        (any::<u16>(), prop::collection::vec(any::<u32>(), 1..=MAX_MISSED)).prop_map(|(block, pages)| Frame::Missed { block, pages }),
+        (any::<u16>(), prop::collection::vec(any::<u32>(), 1..=MAX_MISSED))
+            .prop_map(|(block, pages)| Frame::Missed { block, pages }),
         prop::collection::vec((any::<[u8; 32]>(), any::<u32>()), 1..=MAX_IMAGES)
             .prop_map(|images| Frame::Images(images.into_iter().map(|(digest, pages)| Image { digest, pages }).collect())),
         data.clone().prop_map(Frame::Forward),

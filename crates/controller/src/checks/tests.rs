@@ -1,6 +1,8 @@
 //! Each rule broken alone, and what is said of it.
 
-use godwit_model::{Boot, DiskFormat, HostCondition, HostNetworks, HugePages, LiveChange, PoolFacts, ResolvedDisk, Tpm, TpmVersion, VmId, VmSpec};
+use godwit_model::{
+    Boot, DiskFormat, HostCondition, HostNetworks, HugePages, LiveChange, PoolFacts, ResolvedDisk, Tpm, TpmVersion, VmId, VmSpec,
+};
 
 use super::*;
 use crate::resolve::decide_start;

@@ -3,7 +3,10 @@
 use godwit_api::v1::{self as api, TaskState};
 use godwit_link::v1::{self, agent_message::Body, command::Action};
 use godwit_link::{decode, encode};
-use godwit_model::{Bytes, BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, Ladder, MigrationForecast, MigrationPhase, MigrationPolicy, MigrationProgress, Millis, PastMoves, PostCopy, RunState, Rung};
+use godwit_model::{
+    Bytes, BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, Ladder, MigrationForecast, MigrationPhase, MigrationPolicy,
+    MigrationProgress, Millis, PastMoves, PostCopy, RunState, Rung,
+};
 use reqwest::Method;
 
 use super::support::*;

@@ -104,7 +104,9 @@ fn a_destination_in_post_copy_takes_the_vm_over_and_says_when_it_is_whole() {
     early.carry.has_section = false;
     let action = Destination::new(UnixMillis(1_000)).decide(&DestinationRecord::Prepared, &early);
     assert!(matches!(action, DestinationAction::Wait(_)), "no other carry could go on in its place");
-    for whole in [running(|seen| seen.qemu = None), running(|seen| seen.qemu.as_mut().expect("alive").migration = QemuMigration::Completed)] {
+    for whole in
+        [running(|seen| seen.qemu = None), running(|seen| seen.qemu.as_mut().expect("alive").migration = QemuMigration::Completed)]
+    {
         assert!(matches!(tells(whole), PeerMessage::Whole { .. }));
     }
 }

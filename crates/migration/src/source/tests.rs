@@ -186,7 +186,11 @@ fn hot(now: u64, can_leave: bool) -> SourceView {
 
 fn on_miss(ladder: &str) -> Source {
     let on_miss: Ladder = ladder.parse().expect("a ladder");
-    Source::new(MigrationPolicy { on_miss, patience: Millis(10_000), ..MigrationPolicy::default() }, UnixMillis(1_000_000), Millis(0))
+    Source::new(
+        MigrationPolicy { on_miss, patience: Millis(10_000), ..MigrationPolicy::default() },
+        UnixMillis(1_000_000),
+        Millis(0),
+    )
 }
 
 #[test]
@@ -257,7 +261,10 @@ fn passes_that_leave_as_much_each_time_are_a_miss_however_slowly_the_guest_seems
         seen
     };
     for (now, rounds, left) in [(1_000, 1, 900), (9_000, 2, 400), (13_000, 3, 300), (13_500, 3, 250)] {
-        assert!(matches!(source.decide(SourceRecord::Offered, &at(now, rounds, left)), SourceAction::Wait(_)), "pass {rounds} shrinks");
+        assert!(
+            matches!(source.decide(SourceRecord::Offered, &at(now, rounds, left)), SourceAction::Wait(_)),
+            "pass {rounds} shrinks"
+        );
     }
     assert!(matches!(source.decide(SourceRecord::Offered, &at(16_000, 4, 290)), SourceAction::Wait(_)));
     assert_eq!(source.decide(SourceRecord::Offered, &at(17_000, 4, 280)), SourceAction::CancelQemu);

@@ -2,8 +2,8 @@
 //! so that between any two of them an agent can die or be frozen.
 
 use godwit_migration::{
-    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage, QemuMigration, QemuView,
-    Source, SourceAction, SourceRecord, SourceView, Vcpus,
+    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage,
+    QemuMigration, QemuView, Source, SourceAction, SourceRecord, SourceView, Vcpus,
 };
 use godwit_model::{Bytes, BytesPerSec, ErrorCode, MigrationPolicy, Millis, Refusal, UnixMillis};
 
@@ -99,7 +99,8 @@ fn idle(model: &HandOver, steps: &mut Steps<'_>, host: u8) {
             Holding::Source(_, SourceRecord::Offered | SourceRecord::Returned)
                 | Holding::Destination(_, Taken::Prepared | Taken::Activated)
         );
-    let asks = asks || (here.qemu.is_some() && steps.world.postcopy && matches!(record.holding, Holding::Destination(_, Taken::Running)));
+    let asks =
+        asks || (here.qemu.is_some() && steps.world.postcopy && matches!(record.holding, Holding::Destination(_, Taken::Running)));
     if asks {
         let vcpus = here.qemu.map_or(Vcpus::Other, |qemu| qemu.vcpus);
         steps.add(Step::LooksAtStatus(host), |after| after.hosts[usize::from(host)].doing = Doing::Seen(vcpus));

@@ -114,8 +114,7 @@ fn qemu_dies(world: &mut World, host: u8) {
     // With its source's QEMU a VM loses the memory that was left, and before the release itself.
     let going = world.moves[usize::from(qemu.of)];
     let there = world.hosts[usize::from(going.destination)].qemu;
-    world.vm_crashed |= going.source == host
-        && there.is_some_and(|there| there.of == qemu.of && there.migration.needs_pages());
+    world.vm_crashed |= going.source == host && there.is_some_and(|there| there.of == qemu.of && there.migration.needs_pages());
     world.cut(qemu.of);
 }
 

@@ -122,7 +122,9 @@ pub(super) fn on_qemu_ended(world: &mut World, host: u8) {
             }
         }
         // One whose memory is lost has crashed.
-        Some(Moving::Destination(number, moving)) if world.moves[usize::from(*number)].past.ran && !(moving.lost && world.vm_crashed) => {
+        Some(Moving::Destination(number, moving))
+            if world.moves[usize::from(*number)].past.ran && !(moving.lost && world.vm_crashed) =>
+        {
             world.breaks(NOT_DECLINED_AFTER_RUN)
         }
         _ => {}

@@ -2,8 +2,8 @@
 //! is explored in [`crate::handover`].
 
 use godwit_migration::{
-    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage, QemuMigration, QemuView,
-    Source, SourceAction, SourceRecord, SourceView, Vcpus,
+    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage,
+    QemuMigration, QemuView, Source, SourceAction, SourceRecord, SourceView, Vcpus,
 };
 use godwit_model::{Bytes, BytesPerSec, ErrorCode, Millis, Refusal, UnixMillis};
 

@@ -1,3 +1,5 @@
+//! Golden bytes from the specification, and the end of what real QEMUs have written.
+
 use super::*;
 use crate::tests::{example, id};
 
@@ -51,10 +53,8 @@ fn pages_after_the_switch_name_their_block_when_it_is_another() {
 
 /// The tail of what real QEMUs have written.
 fn tails() -> [Vec<u8>; 2] {
-    let streams: [&[u8]; 2] = [
-        include_bytes!("../../tests/captures/pc-q35-7.2.stream"),
-        include_bytes!("../../tests/captures/pc-q35-10.0.stream"),
-    ];
+    let streams: [&[u8]; 2] =
+        [include_bytes!("../../tests/captures/pc-q35-7.2.stream"), include_bytes!("../../tests/captures/pc-q35-10.0.stream")];
     streams.map(|stream| {
         let mut reader = crate::Reader::new();
         reader.buffer_mut().extend_from_slice(stream);

@@ -50,7 +50,12 @@ impl Reads {
         self.skip_questions().await;
         self.fill(expected.len()).await;
         let got = self.bytes.split_to(expected.len());
-        assert!(got == *expected, "the stream is another: {:?} is not {:?}", &got[..got.len().min(64)], &expected[..expected.len().min(64)]);
+        assert!(
+            got == *expected,
+            "the stream is another: {:?} is not {:?}",
+            &got[..got.len().min(64)],
+            &expected[..expected.len().min(64)]
+        );
     }
 
     async fn skip_questions(&mut self) {
