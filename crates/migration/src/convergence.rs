@@ -7,6 +7,8 @@ use crate::view::{CarryView, QemuView};
 /// Device state, loading it, the journals and the resume: 60 to 100 ms with QEMU 7.2 and 10.0 under TCG on two busy cores.
 pub(crate) const FIXED: Millis = Millis(100);
 
+/// So many passes more, behind the next, are worth waiting for.
+const PASSES: i32 = 3;
 /// A blackout that is longer by so much is worth a moment.
 const WORTH: Millis = Millis(15);
 
@@ -62,10 +64,14 @@ pub(crate) fn least_blackout(warm_up: &WarmUp) -> Millis {
     predict_blackout(&WarmUp { remaining: Bytes(0), since_sync: Millis(0), queued: Millis(0), ..*warm_up })
 }
 
-/// Whether a later pass will leave markedly less than this one: the guest dirties at most four fifths of what is moved.
+/// Whether some more passes will bring the blackout within the budget, if the guest goes on as it does. Each pass leaves what was dirtied while the one before
+/// it was sent.
 #[must_use]
-pub(crate) const fn converges(warm_up: &WarmUp) -> bool {
-    warm_up.dirty_rate.get() <= warm_up.rate.get() / 5 * 4
+pub(crate) fn converges(warm_up: &WarmUp, budget: Millis) -> bool {
+    let Some(copying) = budget.get().checked_sub(least_blackout(warm_up).get()) else { return false };
+    let (dirty, rate) = (warm_up.dirty_rate.get() as f64, warm_up.rate.get().max(1) as f64);
+    let pass = warm_up.since_sync.get() as f64 / 1e3 + warm_up.remaining.get() as f64 / rate;
+    dirty * pass * (dirty / rate).powi(PASSES) <= rate * copying as f64 / 1e3
 }
 
 /// Whether the rest of this pass, and what is under way, is worth waiting for: the guest dirties so much less than is moved that the blackout is
@@ -122,6 +128,31 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_converges_if_a_few_passes_more_do() {
+        let warm_up = |dirty: u64, remaining: u64| WarmUp {
+            remaining: Bytes(remaining * 1_000_000),
+            dirty_rate: BytesPerSec(dirty * 1_000_000),
+            since_sync: Millis(0),
+            rate: BytesPerSec(120_000_000),
+            queued: Millis(0),
+            round_trip: Millis(0),
+        };
+        let budget = Millis(300);
+        for (dirty, remaining, converges_) in [
+            (10, 1_000, true),
+            (50, 256, true),
+            // Four passes leave 49 MB of it, and 24 fit.
+            (80, 256, false),
+            (90, 40, true),
+            (130, 256, false),
+        ] {
+            assert_eq!(converges(&warm_up(dirty, remaining), budget), converges_, "{dirty} MB/s, {remaining} MB");
+        }
+        assert!(!converges(&warm_up(0, 0), Millis(90)), "what every stop costs is more");
+        assert!(converges(&warm_up(0, 0), Millis(110)));
+    }
+
+    #[test]
     fn nothing_overflows() {
         let worst = WarmUp {
             remaining: Bytes(u64::MAX),
@@ -132,5 +163,6 @@ mod tests {
             round_trip: Millis(0),
         };
         assert_eq!(predict_blackout(&worst), Millis(u64::MAX));
+        assert!(!converges(&worst, Millis(300)));
     }
 }

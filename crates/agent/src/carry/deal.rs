@@ -346,6 +346,8 @@ fn tell_run(pump: &Pump, block: u16, run: Option<(u32, Vec<Digest>)>) {
 struct Answers {
     reader: ReturnReader,
     writer: ReturnWriter,
+    /// In post-copy: the destination's QEMU has the devices' state.
+    loaded: bool,
 }
 
 impl Answers {
@@ -355,10 +357,13 @@ impl Answers {
         while let Some(message) = self.reader.next_message()? {
             match message {
                 // The devices' state was taken: for the source's QEMU this is the end, see `docs/spec/carrier.md`.
-                ReturnMessage::Pong(LOADED) if pump.is_switched() => self.writer.write(&ReturnMessage::Shut(0), &mut kept)?,
+                ReturnMessage::Pong(LOADED) if pump.is_switched() => {
+                    self.loaded = true;
+                    self.writer.write(&ReturnMessage::Shut(0), &mut kept)?;
+                }
                 ReturnMessage::Pong(number) if pump.on_qemu_answered(number) => {}
                 // Of the destination's QEMU, when it has all: the source's has ended.
-                ReturnMessage::Shut(_) if pump.is_switched() => {}
+                ReturnMessage::Shut(_) if self.loaded => {}
                 message => self.writer.write(&message, &mut kept)?,
             }
         }

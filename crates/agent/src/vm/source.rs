@@ -12,7 +12,7 @@ use godwit_migration::{
 };
 use godwit_model::{
     Accelerator, Bytes, BytesPerSec, ErrorCode, Grant, MigrationFigures, MigrationForecast, MigrationPhase, MigrationPolicy,
-    MigrationProgress, Millis, PastMoves, Refusal, RunState, TaskId, VmId,
+    MigrationProgress, Millis, PastMoves, Refusal, RunState, Rung, TaskId, VmId,
 };
 use godwit_qemu::PassedFds;
 use godwit_qemu::qmp::Qmp;
@@ -88,6 +88,8 @@ pub(super) struct SourceMove {
     limited: Option<Instant>,
     /// Memory that was left for after the switch.
     left: Bytes,
+    /// What is done about a blackout that cannot be kept.
+    rung: Option<Rung>,
     /// Key and places of the VM's memory, which is kept when it has left. The key is in no journal: an agent that began after the move has none.
     keep: Option<(StayKey, Vec<PlacedBlock>)>,
 }
@@ -124,6 +126,7 @@ impl SourceMove {
             bandwidth: None,
             limited: None,
             left: Bytes(0),
+            rung: None,
             keep: None,
         }
     }
@@ -468,6 +471,11 @@ impl Actor {
         };
         let Some(Moving::Source(moving)) = &mut self.moving else { return Some(RETRY) };
         let action = moving.machine.decide(record, &view);
+        let rung = moving.machine.rung(view.now);
+        if std::mem::replace(&mut moving.rung, rung) != rung {
+            let (dirty, rate) = (view.qemu.as_ref().and_then(|qemu| qemu.dirty_rate), view.carry.rate);
+            tracing::info!(?rung, dirty = dirty.map(tracing::field::display), %rate, "what is done about the blackout");
+        }
         // Whoever stopped it.
         let now = Instant::now();
         if moving.machine.stopped().is_some() && !std::mem::replace(&mut moving.hurried, true) {
