@@ -14,7 +14,7 @@
 
 use std::hash::{Hash, Hasher};
 
-use godwit_model::{ErrorCode, MigrationPolicy, Millis, PostCopy, Refusal, Retry, Rung, UnixMillis};
+use godwit_model::{Bytes, ErrorCode, MigrationPolicy, Millis, PostCopy, Refusal, Retry, Rung, UnixMillis};
 use serde::{Deserialize, Serialize};
 
 use crate::convergence::{WarmUp, converges, predict_blackout, shrinks_soon};
@@ -103,6 +103,9 @@ pub struct Source {
     stopped: Option<Millis>,
     /// When the blackout was first within the budget, and worth shortening.
     within: Option<Millis>,
+    /// The number of the pass under way, and what was left to send when it was first seen; and whether that was hardly less than the time before.
+    pass: Option<(u32, Bytes)>,
+    stuck: bool,
     /// Since when passes bring it no nearer to that.
     missed: Option<Millis>,
     throttles: bool,
@@ -114,9 +117,9 @@ pub struct Source {
 /// Of all that decisions depend on: why a move is given up is told, and decides nothing.
 impl Hash for Source {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        let Self { policy, expires, began, held, asked, stopped, within, missed, throttles, leaves, giving_up } = self;
+        let Self { policy, expires, began, held, asked, stopped, within, pass, stuck, missed, throttles, leaves, giving_up } = self;
         (policy, expires, began, held, asked, stopped, within).hash(state);
-        (missed, throttles, leaves, giving_up.is_some()).hash(state);
+        (pass, stuck, missed, throttles, leaves, giving_up.is_some()).hash(state);
     }
 }
 
@@ -147,6 +150,8 @@ impl Source {
             asked: false,
             stopped: None,
             within: None,
+            pass: None,
+            stuck: false,
             missed: None,
             throttles: false,
             leaves: false,
@@ -338,6 +343,18 @@ impl Source {
         SourceAction::Wait(if near || qemu.remaining.get() < 64 << 20 { NEAR } else { IDLE })
     }
 
+    /// A guest that writes to all of its working set in each pass seems to write no faster than the link takes it, and leaves as much each time.
+    fn follow_passes(&mut self, qemu: &QemuView) {
+        match self.pass {
+            Some((round, _)) if round == qemu.rounds => {}
+            Some((round, before)) if round > FIRST_PASS => {
+                self.stuck = qemu.remaining.get() / 4 > before.get() / 5;
+                self.pass = Some((qemu.rounds, qemu.remaining));
+            }
+            _ => self.pass = Some((qemu.rounds, qemu.remaining)),
+        }
+    }
+
     /// What else is done about a budget that cannot be kept.
     fn decide_miss(&mut self, qemu: &QemuView, warm_up: &WarmUp, view: &SourceView) -> Option<SourceAction> {
         let is_through = qemu.rounds > FIRST_PASS;
@@ -348,7 +365,8 @@ impl Source {
         if wanted && view.carry.can_leave {
             return Some(SourceAction::Leave);
         }
-        if !is_through || converges(warm_up, self.policy.max_blackout) {
+        self.follow_passes(qemu);
+        if !is_through || (converges(warm_up, self.policy.max_blackout) && !self.stuck) {
             self.missed = None;
             return None;
         }

@@ -252,6 +252,25 @@ fn a_quiet_moment_ends_the_miss_and_the_first_pass_is_none() {
 }
 
 #[test]
+fn passes_that_leave_as_much_each_time_are_a_miss_however_slowly_the_guest_seems_to_write() {
+    let mut source = on_miss("give_up");
+    let at = |now: u64, rounds: u32, megabytes: u64| {
+        let mut seen = hot(now, false);
+        let qemu = seen.qemu.as_mut().expect("alive");
+        (qemu.dirty_rate, qemu.rounds, qemu.remaining) = (Some(BytesPerSec(30 << 20)), rounds, Bytes(megabytes << 20));
+        seen
+    };
+    for (now, rounds, left) in [(1_000, 1, 900), (9_000, 2, 400), (13_000, 3, 300), (13_500, 3, 250)] {
+        assert!(
+            matches!(source.decide(SourceRecord::Offered, &at(now, rounds, left)), SourceAction::Wait(_)),
+            "pass {rounds} shrinks"
+        );
+    }
+    assert!(matches!(source.decide(SourceRecord::Offered, &at(16_000, 4, 290)), SourceAction::Wait(_)));
+    assert_eq!(source.decide(SourceRecord::Offered, &at(17_000, 4, 280)), SourceAction::CancelQemu);
+}
+
+#[test]
 fn a_destination_that_cannot_do_post_copy_is_named_when_the_move_is_given_up() {
     let mut source = on_miss("postcopy");
     assert!(matches!(source.decide(SourceRecord::Offered, &hot(1_000, false)), SourceAction::Wait(_)));
