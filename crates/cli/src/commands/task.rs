@@ -178,11 +178,17 @@ fn show(task: &Task) -> String {
         facts.fact("Phase", progress.phase.as_str()).fact("Sent", progress.wire_bytes).fact("Rate", progress.rate);
         facts.fact("Dirty rate", or_nothing(progress.dirty_rate)).fact("Passes", progress.rounds);
         facts.fact("Predicted blackout", or_nothing(progress.predicted_blackout)).fact("Time left", or_nothing(progress.time_left));
+        if let Some(rung) = progress.rung {
+            facts.fact("On a miss", rung.as_str());
+        }
     }
     if let Some(figures) = &task.figures {
         facts.fact("Total", figures.total).fact("Blackout", figures.blackout);
         facts.fact("Predicted blackout", or_nothing(figures.predicted_blackout)).fact("On the wire", figures.wire_bytes);
         facts.fact("Written by QEMU", figures.ram_bytes).fact("Passes", figures.rounds);
+        if figures.left.get() > 0 {
+            facts.fact("After the switch", figures.left);
+        }
     }
     if let Some(error) = &task.error {
         facts.fact("Error", format!("{} [{}]", error.message, error.code)).fact("  fix", or_nothing(error.hint.as_ref()));
