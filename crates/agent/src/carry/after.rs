@@ -73,7 +73,7 @@ pub(super) async fn again(
             left.insert(Place { block, page });
         }
     }
-    pump.on_switched(left.len());
+    pump.set_left(left.len());
     let rest = Rest::new(left, Encoding::default());
     After { pump, seals: Seals::new(pump, sealers), own: OwnMemory::new(memory, &names), rest, missed }.run().await
 }

@@ -161,11 +161,8 @@ pub(crate) struct PostCopyStatus {
     pub(crate) section: Option<u32>,
     /// At the source, pages that were not sent; at the destination, such that have not come.
     pub(crate) left: u64,
-    /// At the destination: pages that its QEMU waited for, and how long in microseconds: half of them less, one in a hundred more, and the longest.
-    pub(crate) missed: u64,
-    pub(crate) median_us: u64,
-    pub(crate) p99_us: u64,
-    pub(crate) longest_us: u64,
+    /// At the source that switched: how many were left then.
+    pub(crate) left_at_switch: u64,
 }
 
 /// How pages were sent.

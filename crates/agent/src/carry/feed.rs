@@ -158,11 +158,8 @@ pub(super) struct Feed<'a> {
     /// The guest's own memory, by the destination's numbers, and whether it is compared.
     own: Option<OwnMemory>,
     looks: bool,
-    /// The destination's QEMU has been advised of post-copy.
-    advised: bool,
-    /// No page is sent any more before the switch, see [`Feed::leave`]; the pages that were named, and the state of the devices.
+    /// No page is sent any more before the switch, see [`Feed::leave`]; and the state of the devices.
     leaving: bool,
-    named: u64,
     devices: DeviceState,
     section_number: u32,
     /// Images that the VM was made from, until it is known which of them the destination has.
@@ -214,9 +211,7 @@ impl<'a> Feed<'a> {
             given: own,
             own: None,
             looks: false,
-            advised: false,
             leaving: false,
-            named: 0,
             devices: DeviceState::default(),
             section_number: 0,
             images,
@@ -245,8 +240,8 @@ impl<'a> Feed<'a> {
                 if let Element::RamStart(start) = &element
                     && let Some(holdings) = holdings.take()
                 {
-                    self.advise().await;
-                    self.begin(start, holdings.await);
+                    let advised = self.advise().await;
+                    self.begin(start, holdings.await, advised);
                 }
                 self.pass(element)?;
             }
@@ -339,14 +334,16 @@ impl<'a> Feed<'a> {
     }
 
     /// Has the destination's QEMU prepare for post-copy, if it can do that: it forgets what is in its memory, so its carry waits for the answer.
-    async fn advise(&mut self) {
-        self.advised = (&mut self.heard.advise).await.unwrap_or(false);
-        if self.advised {
+    /// Whether it can.
+    async fn advise(&mut self) -> bool {
+        let advised = (&mut self.heard.advise).await.unwrap_or(false);
+        if advised {
             put_advise(&mut self.forward);
             self.put_ping(ADVISED);
             self.pump.on_advised();
             self.flush();
         }
+        advised
     }
 
     /// From here on pages are left, if that was decided, is possible, and the VM runs.
@@ -368,7 +365,7 @@ impl<'a> Feed<'a> {
             return Err(none);
         }
         self.free_pages += 1;
-        self.pump.set_left(self.named + encoder.left().len());
+        self.pump.set_left(encoder.left_in_all());
         if encoder.left().len() >= NAMED_AT_ONCE {
             self.name_left()?;
         }
@@ -377,14 +374,18 @@ impl<'a> Feed<'a> {
 
     fn name_left(&mut self) -> Result<(), WriteError> {
         // What the destination is to say of it to its QEMU stands between two sections.
+        self.close_part()?;
+        self.flush();
+        let Some(encoder) = &mut self.encoder else { return Ok(()) };
+        name_left(&mut self.seals, &encoder.take_left());
+        Ok(())
+    }
+
+    /// Ends the part for the destination's QEMU, if one was begun.
+    fn close_part(&mut self) -> Result<(), WriteError> {
         if std::mem::take(&mut self.part_open) {
             self.writer.write(&Element::PartEnd, &mut self.forward)?;
         }
-        self.flush();
-        let Some(encoder) = &mut self.encoder else { return Ok(()) };
-        let left = encoder.take_left();
-        self.named += left.len();
-        name_left(&mut self.seals, &left);
         Ok(())
     }
 
@@ -492,7 +493,7 @@ impl<'a> Feed<'a> {
     }
 
     /// Learns which blocks the destination places, and what it holds of them.
-    fn begin(&mut self, start: &RamStart, holdings: Holdings) {
+    fn begin(&mut self, start: &RamStart, holdings: Holdings, advised: bool) {
         let number = |id: &[u8], pages: u64| {
             let same = |block: &Block| block.id == id && u64::from(block.pages) == pages;
             holdings.blocks.iter().position(same).and_then(|number| u16::try_from(number).ok())
@@ -526,7 +527,7 @@ impl<'a> Feed<'a> {
         if let Some(Own { memory, emulated }) = self.given.take() {
             let own = OwnMemory::new(memory, &self.told);
             let all = (0..).zip(&lengths).all(|(number, pages)| *pages > 0 && own.has(number));
-            self.pump.set_can_leave(self.advised && all && placed > 0);
+            self.pump.set_can_leave(advised && all && placed > 0);
             (self.own, self.looks) = (Some(own), emulated);
         }
         if placed < told {
@@ -546,9 +547,7 @@ impl<'a> Feed<'a> {
             Element::PartEnd => {
                 self.section = Section::None;
                 self.idle = self.part_empty;
-                if std::mem::take(&mut self.part_open) {
-                    self.writer.write(&element, &mut self.forward)?;
-                }
+                self.close_part()?;
                 // QEMU keeps a section's last bytes until it has more: while pages flow, this is the one moment between sections.
                 if self.asked.elapsed() >= ASK_EVERY {
                     self.flush();
@@ -597,9 +596,7 @@ impl<'a> Feed<'a> {
             }
             Element::EndEnd => {
                 self.section = Section::None;
-                if std::mem::take(&mut self.part_open) {
-                    self.writer.write(&Element::PartEnd, &mut self.forward)?;
-                }
+                self.close_part()?;
                 self.look_again()?;
             }
             Element::Opaque(bytes) => self.devices.push(bytes)?,

@@ -203,8 +203,8 @@ fn tell_gauge(status: &watch::Sender<CarryStatus>, gauge: Gauge, wire_bytes: u64
         status.stalled_ms = u64::try_from(gauge.stalled.as_millis()).unwrap_or(u64::MAX);
         // The destination's are told as pages come.
         if gauge.can_leave || gauge.switched {
-            let Gauge { leaving, switched, left, .. } = gauge;
-            status.postcopy = PostCopyStatus { possible: true, leaving, switched, left, ..status.postcopy };
+            let Gauge { leaving, switched, left, left_at_switch, .. } = gauge;
+            status.postcopy = PostCopyStatus { possible: true, leaving, switched, left, left_at_switch, ..status.postcopy };
         }
     });
 }
@@ -330,18 +330,8 @@ async fn bring_back(kept: Option<(std::fs::File, [u8; 32])>, memory: &mut Proces
 
 /// How post-copy goes at the destination.
 fn tell_arrival(status: &watch::Sender<CarryStatus>, arrival: &Arrival) {
-    let waits = arrival.figures();
-    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-    let told = PostCopyStatus {
-        possible: true,
-        section: arrival.section(),
-        left: arrival.missing(),
-        missed: waits.count,
-        median_us: micros(waits.median),
-        p99_us: micros(waits.p99),
-        longest_us: micros(waits.longest),
-        ..PostCopyStatus::default()
-    };
+    let (section, left) = (arrival.section(), arrival.missing());
+    let told = PostCopyStatus { possible: true, section, left, ..PostCopyStatus::default() };
     status.send_if_modified(|status| std::mem::replace(&mut status.postcopy, told) != told);
 }
 

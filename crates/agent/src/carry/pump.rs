@@ -118,6 +118,7 @@ struct After {
     leaving: Cell<bool>,
     switched: Cell<bool>,
     left: Cell<u64>,
+    left_at_switch: Cell<u64>,
     /// When a page was missed last.
     missed: Cell<Option<Instant>>,
 }
@@ -142,6 +143,7 @@ pub(super) struct Gauge {
     pub(super) leaving: bool,
     pub(super) switched: bool,
     pub(super) left: u64,
+    pub(super) left_at_switch: u64,
 }
 
 /// What the loops of one connection share.
@@ -225,6 +227,7 @@ impl Pump {
             leaving: self.after.leaving.get(),
             switched: self.after.switched.get(),
             left: self.after.left.get(),
+            left_at_switch: self.after.left_at_switch.get(),
         }
     }
 
@@ -303,6 +306,7 @@ impl Pump {
     /// The destination is told to go on without these pages.
     pub(super) fn on_switched(&self, pages: u64) {
         self.after.left.set(pages);
+        self.after.left_at_switch.set(pages);
         self.after.switched.set(true);
     }
 

@@ -25,7 +25,7 @@ use super::actor::{Actor, Moving, RETRY, qemu_failed};
 use super::forecast::{SAMPLE_LIMIT, of_measured};
 use super::moving::{Told, Watch, carry_view, millis, tell};
 use super::placement::Access;
-use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, PlacedBlock, Role};
+use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, CarryStatus, PlacedBlock, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Outgoing};
 use crate::turns::Seat;
@@ -86,7 +86,7 @@ pub(super) struct SourceMove {
     /// What carry was told to take of the wire at most, and when that became much less: what it says of the link lags behind.
     bandwidth: Option<Option<BytesPerSec>>,
     limited: Option<Instant>,
-    /// Memory that was left for after the switch.
+    /// Memory that was left for after the switch, as a carry before the present one has told it.
     left: Bytes,
     /// What is done about a blackout that cannot be kept.
     rung: Option<Rung>,
@@ -149,7 +149,7 @@ impl SourceMove {
                 .ok()
         });
         let moving = Self::new(host, outgoing.grant.clone(), outgoing.policy, carry, outgoing.held);
-        Self { machine: moving.machine.clone().leaving(outgoing.leaving), ..moving }
+        Self { machine: moving.machine.leaving(outgoing.leaving), ..moving }
     }
 
     /// Whether the VM may be stopped now. A QEMU that may switch over by itself cannot wait.
@@ -408,6 +408,7 @@ impl Actor {
             && let Some(carry) = moving.carry.take()
         {
             moving.sent_before += carry.status().wire_bytes;
+            moving.left = moving.left.max(left_at_switch(&carry.status()));
             carry.end().await;
         }
         let qmp = self.monitor()?.clone();
@@ -692,7 +693,7 @@ impl Actor {
                 wire_bytes: Bytes(moving.sent_before + status.wire_bytes),
                 ram_bytes: Bytes(status.stream_bytes),
                 rounds: moving.watch.ram.rounds,
-                left: moving.left,
+                left: moving.left.max(left_at_switch(&status)),
                 forecast: moving.forecast,
             },
         };
@@ -756,9 +757,6 @@ impl Actor {
             return;
         }
         let left = Bytes(status.postcopy.left.saturating_mul(PAGE));
-        if status.postcopy.switched {
-            moving.left = moving.left.max(left);
-        }
         let remaining = if phase == MigrationPhase::PostCopy { left } else { qemu.map_or(Bytes(0), |qemu| qemu.remaining) };
         let total = moving.watch.ram.total.get();
         let believed = match phase {
@@ -796,6 +794,11 @@ impl Actor {
         let progress = godwit_link::encode(&progress);
         self.host.controller.send(Body::Progress(v1::Progress { task: moving.grant.task.to_string(), progress }));
     }
+}
+
+/// Memory that this carry left for after the switch.
+fn left_at_switch(status: &CarryStatus) -> Bytes {
+    Bytes(status.postcopy.left_at_switch.saturating_mul(PAGE))
 }
 
 /// By so many percent at most, in steps of 10.

@@ -313,6 +313,12 @@ impl Encoder {
         &self.left
     }
 
+    /// How many pages come after the switch, taken or not.
+    #[must_use]
+    pub const fn left_in_all(&self) -> u64 {
+        self.left.len() + self.gone.len()
+    }
+
     /// Those pages: from here on the destination holds nothing there, and they are sent after the switch, whatever is in them.
     pub fn take_left(&mut self) -> PageSet {
         let none = self.left.emptied();
