@@ -20,6 +20,7 @@ static PURE: Rule = Rule {
 const EDGES: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("stream", &[]),
+    ("nbd", &[]),
     ("carrier", &["stream"]),
     ("migration", &["model", "stream", "carrier"]),
     ("planner", &["model"]),
@@ -27,7 +28,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("vault", &["model", "stream"]),
     ("api", &["model"]),
     ("link", &["model"]),
-    ("agent", &["migration", "carrier", "stream", "qemu", "vault", "link", "model"]),
+    ("agent", &["migration", "carrier", "stream", "nbd", "qemu", "vault", "link", "model"]),
     ("controller", &["planner", "api", "link", "model"]),
     ("cli", &["agent", "controller", "lab", "qemu", "api", "link", "model"]),
     ("lab", &["api", "model"]),
@@ -38,7 +39,7 @@ const EDGES: &[(&str, &[&str])] = &[
 const OTHERS: &[(&str, bool)] = &[("xtask", true), ("godwit-e2e", true), ("godwit-guest", false)];
 
 /// Crates without runtime, file, socket, process, thread, clock or random source.
-const PURE_CRATES: &[&str] = &["model", "stream", "carrier", "migration", "planner"];
+const PURE_CRATES: &[&str] = &["model", "stream", "nbd", "carrier", "migration", "planner"];
 
 /// What gives a crate one of those. The standard library's part is banned by `crates/model/clippy.toml`.
 const IMPURE: &[&str] = &[
