@@ -17,17 +17,21 @@ mod connect;
 mod connections;
 mod control;
 mod deal;
+mod disk;
 mod feed;
 mod home;
 mod images;
 mod memory;
 mod process;
 mod pump;
+mod return_path;
 mod seal;
 mod speed;
 
 pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
-pub(crate) use control::{CarryConfig, CarryStatus, ImageFd, IndexedImageFds, KeptMemory, PlacedBlock, Placement, Role};
+pub(crate) use control::{
+    CarryConfig, CarryStatus, DiskStatus, ImageFd, IndexedImageFds, KeptMemory, OwnDiskFacts, PlacedBlock, Placement, Role,
+};
 pub(crate) use memory::ProcessMemory;
 pub use process::{CarryError, run};
 

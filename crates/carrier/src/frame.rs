@@ -8,7 +8,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use crate::pages::{MAX_PAYLOAD, PIECES, Pieces};
 
 /// Version of the format; both sides must name the same.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// Largest payload of a data frame.
 pub const MAX_DATA: usize = 256 << 10;
@@ -35,7 +35,7 @@ pub const MAX_RUNS: usize = 1024;
 pub const MAX_MISSED: usize = 256;
 
 const HEADER: usize = 5;
-const IDENTITY: usize = 2 + 16 + 16 + 8 + KEY + 8;
+const IDENTITY: usize = 2 + 16 + 16 + 8 + 2 + KEY + 8;
 const KEY: usize = 32;
 const HELD_HEADER: usize = 2 + 4;
 const DIGEST: usize = 16;
@@ -56,6 +56,8 @@ pub struct Identity {
     pub task: [u8; 16],
     /// The generation that the destination will run.
     pub generation: u64,
+    /// What of the VM travels here: 0 its memory and devices, from 1 on one of its disks.
+    pub lane: u16,
 }
 
 /// A side of the move; also the direction in which it sends.
@@ -189,6 +191,17 @@ pub enum Frame {
         /// The pages.
         pages: Vec<u32>,
     },
+    /// Pages of a disk that are zero.
+    Zeros {
+        /// Number of the block.
+        block: u16,
+        /// The first page, and how many follow each other.
+        runs: Vec<(u32, u32)>,
+    },
+    /// The disk at the destination has an older content already: as it was when the VM left on this generation, or 0, which is unknown.
+    Base(u64),
+    /// The source asks for digests of that content, in chunks of so many pages.
+    Compare(u32),
 }
 
 /// Bytes that are not a frame. The connection is worthless from here on.
@@ -236,6 +249,9 @@ mod kind {
     pub(super) const SWITCH: u8 = 20;
     pub(super) const MISSED: u8 = 21;
     pub(super) const ABSENT: u8 = 22;
+    pub(super) const ZEROS: u8 = 23;
+    pub(super) const BASE: u8 = 24;
+    pub(super) const COMPARE: u8 = 25;
 }
 
 impl Frame {
@@ -248,7 +264,9 @@ impl Frame {
             | Self::Pages(_)
             | Self::Wanted { .. }
             | Self::Left { .. }
-            | Self::Switch { .. } => Some(Side::Source),
+            | Self::Switch { .. }
+            | Self::Zeros { .. }
+            | Self::Compare(_) => Some(Side::Source),
             Self::Return(_)
             | Self::ReturnEnd
             | Self::Memory(_)
@@ -258,7 +276,8 @@ impl Frame {
             | Self::Pieces { .. }
             | Self::Advise
             | Self::Absent { .. }
-            | Self::Missed { .. } => Some(Side::Destination),
+            | Self::Missed { .. }
+            | Self::Base(_) => Some(Side::Destination),
             Self::Hello(_) | Self::Welcome(_) | Self::Control(_) | Self::Ack(_) | Self::Ping(_) | Self::Pong(_) => None,
         }
     }
@@ -273,7 +292,7 @@ impl Frame {
             Self::Memory(blocks) => blocks.len() * 64,
             Self::Images(images) => images.len() * size_of::<Image>(),
             Self::Wanted { pages, .. } | Self::Missed { pages, .. } => pages.len() * PAGE,
-            Self::Left { runs, .. } | Self::Absent { runs, .. } => runs.len() * RUN,
+            Self::Left { runs, .. } | Self::Absent { runs, .. } | Self::Zeros { runs, .. } => runs.len() * RUN,
             Self::Pieces { pages, .. } => pages.len() * size_of::<(u32, Pieces)>(),
             _ => 0,
         };
@@ -320,6 +339,9 @@ impl Frame {
             Self::Switch { section } => put(out, kind::SWITCH, &section.to_be_bytes()),
             Self::Left { block, runs } => put_runs(out, kind::LEFT, *block, runs),
             Self::Absent { block, runs } => put_runs(out, kind::ABSENT, *block, runs),
+            Self::Zeros { block, runs } => put_runs(out, kind::ZEROS, *block, runs),
+            Self::Base(generation) => put(out, kind::BASE, &generation.to_be_bytes()),
+            Self::Compare(pages) => put(out, kind::COMPARE, &pages.to_be_bytes()),
             Self::Pieces { block, pages } => {
                 let mut payload = BytesMut::with_capacity(BLOCK + pages.len() * (PAGE + PIECE_HASHES));
                 payload.put_u16(*block);
@@ -348,6 +370,7 @@ fn put_greeting(out: &mut BytesMut, kind: u8, greeting: &Greeting) {
     payload.put_slice(&identity.vm);
     payload.put_slice(&identity.task);
     payload.put_u64(identity.generation);
+    payload.put_u16(identity.lane);
     payload.put_slice(key);
     payload.put_u64(*taken);
     put(out, kind, &payload);
@@ -416,15 +439,15 @@ impl Decoder {
             kind::FORWARD | kind::RETURN => (1..=MAX_DATA).contains(&size),
             kind::FORWARD_END | kind::RETURN_END | kind::HELD_END | kind::ADVISE => size == 0,
             kind::CONTROL => size <= MAX_CONTROL,
-            kind::ACK | kind::PING | kind::PONG => size == 8,
+            kind::ACK | kind::PING | kind::PONG | kind::BASE => size == 8,
             kind::PAGES => (1..=MAX_PAYLOAD).contains(&size),
             kind::MEMORY => (2..=MAX_MEMORY).contains(&size),
             kind::IMAGES => is_list(size, 0, IMAGE, MAX_IMAGES),
             kind::HELD => is_list(size, HELD_HEADER, DIGEST, MAX_DIGESTS),
             kind::WANTED => is_list(size, BLOCK, PAGE, MAX_WANTED),
             kind::PIECES => is_list(size, BLOCK, PAGE + PIECE_HASHES, MAX_WANTED),
-            kind::LEFT | kind::ABSENT => is_list(size, BLOCK, RUN, MAX_RUNS),
-            kind::SWITCH => size == 4,
+            kind::LEFT | kind::ABSENT | kind::ZEROS => is_list(size, BLOCK, RUN, MAX_RUNS),
+            kind::SWITCH | kind::COMPARE => size == 4,
             kind::MISSED => is_list(size, BLOCK, PAGE, MAX_MISSED),
             _ => return Err(MalformedFrame::Kind(kind)),
         };
@@ -467,6 +490,12 @@ impl Decoder {
                 let (block, runs) = runs(payload);
                 Frame::Absent { block, runs }
             }
+            kind::ZEROS => {
+                let (block, runs) = runs(payload);
+                Frame::Zeros { block, runs }
+            }
+            kind::BASE => Frame::Base(payload.get_u64()),
+            kind::COMPARE => Frame::Compare(payload.get_u32()),
             kind::SWITCH => Frame::Switch { section: payload.get_u32() },
             kind::ADVISE => Frame::Advise,
             kind::PIECES => pieces(payload),
@@ -485,9 +514,9 @@ fn greeting(mut payload: Bytes) -> Result<Greeting, MalformedFrame> {
     let (mut vm, mut task, mut key) = ([0; 16], [0; 16], [0; KEY]);
     payload.copy_to_slice(&mut vm);
     payload.copy_to_slice(&mut task);
-    let generation = payload.get_u64();
+    let (generation, lane) = (payload.get_u64(), payload.get_u16());
     payload.copy_to_slice(&mut key);
-    Ok(Greeting { identity: Identity { vm, task, generation }, key, taken: payload.get_u64() })
+    Ok(Greeting { identity: Identity { vm, task, generation, lane }, key, taken: payload.get_u64() })
 }
 
 fn blocks(mut payload: Bytes) -> Option<Vec<Block>> {

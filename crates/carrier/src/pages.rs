@@ -10,7 +10,7 @@
 //!   ([`crate::Frame::Wanted`]) where the destination has only told a digest;
 //! - *data*: all of it, compressed together with the rest of its batch.
 //!
-//! In post-copy pages are *left* ([`Encoder::leave`]) and sent after the switch ([`rest`]).
+//! Pages of a disk are sent as what they are ([`plain`]): too many to remember something of each. In post-copy pages are *left* ([`Encoder::leave`]) and sent after the switch ([`rest`]).
 //!
 //! What is rebuilt from content that the destination holds carries a check: the destination never trusts that it holds what the source
 //! believes. [`Encoder`] is the source's half, [`Applier`] the destination's, [`batch`] the bytes between them.
@@ -20,6 +20,7 @@ pub mod batch;
 pub mod digest;
 pub mod encode;
 pub mod images;
+pub mod plain;
 pub mod rest;
 pub mod seal;
 mod signature;
@@ -30,6 +31,7 @@ pub use batch::{MAX_PAYLOAD, MalformedBatch};
 pub use digest::{Digest, Digester};
 pub use encode::{Batch, Encoder, EncoderLimits, Encoding, Place};
 pub use images::{FIRST_IMAGE, Images};
+pub use plain::PlainEncoder;
 pub use rest::{PageSet, Rest};
 pub use seal::Sealer;
 pub use wanted::Pieces;

@@ -115,7 +115,8 @@ impl Server {
 
     /// Whether there was a whole option.
     fn option(&mut self, out: &mut BytesMut) -> Result<bool, Malformed> {
-        let Some((mut header, _)) = self.buffer.split_first_chunk::<OPTION_HEADER>().map(|(header, rest)| (&header[..], rest)) else {
+        let Some((mut header, _)) = self.buffer.split_first_chunk::<OPTION_HEADER>().map(|(header, rest)| (&header[..], rest))
+        else {
             return Ok(false);
         };
         let (magic, option, length) = (header.get_u64(), header.get_u32(), header.get_u32());

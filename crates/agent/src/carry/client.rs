@@ -146,6 +146,11 @@ impl CarryClient {
         let _ = self.to_carry.try_send(ToCarry::Leave);
     }
 
+    /// Of a disk: its mirror runs, and it can be read.
+    pub(crate) fn begin(&self) {
+        let _ = self.to_carry.try_send(ToCarry::Begin);
+    }
+
     /// Has it read nothing from QEMU for so long, or go on with 0; the VM's own hurry overrides it.
     pub(crate) fn holder(&self) -> impl Fn(Duration) + Send + use<> {
         let to_carry = self.to_carry.clone();

@@ -17,13 +17,15 @@ pub(crate) struct CarryConfig {
     pub(crate) vm: VmId,
     pub(crate) task: TaskId,
     pub(crate) generation: Generation,
+    /// 0 for memory and devices, from 1 on for a disk.
+    pub(crate) lane: u16,
     /// The host at the other end: its certificate must say so.
     pub(crate) peer: Name,
     /// BLAKE3 of the public keys that may speak for it: its certificate must be of one of them.
     pub(crate) peer_keys: Vec<String>,
     /// Memory that the VM has at most, in pages of 4 KiB.
     pub(crate) pages: u64,
-    /// Our end of the socket pair whose other end QEMU holds.
+    /// Our end of the socket whose other end QEMU holds: of its migration; of a disk, to its mirror at the source and to its disk at the destination.
     pub(crate) qemu_fd: RawFd,
     /// Listening unix socket for the agent.
     pub(crate) control_fd: RawFd,
@@ -63,6 +65,27 @@ pub(crate) enum Role {
         images: Vec<ImageFd>,
         again: Option<u32>,
     },
+    /// Dials, for a disk. `disk_fd` is a connection to the NBD server of the QEMU that has it.
+    DiskSource {
+        address: SocketAddr,
+        bandwidth: Option<BytesPerSec>,
+        disk_fd: RawFd,
+        disk: OwnDiskFacts,
+        images: Vec<IndexedImageFds>,
+    },
+    /// Accepts connections, for a disk of `size` bytes. `base` is the generation on which the VM left what is there, 0 if that is not known.
+    DiskDestination { listen_fd: RawFd, export: String, size: u64, base: Option<u64>, images: Vec<ImageFd> },
+}
+
+/// A disk that travels.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct OwnDiskFacts {
+    /// Name of its exports.
+    pub(crate) export: String,
+    /// Bytes.
+    pub(crate) size: u64,
+    /// A dirty bitmap of everything that was written since the VM came, and the generation on which it did.
+    pub(crate) since: Option<(String, u64)>,
 }
 
 /// An image that the VM was made from, with its index.
@@ -145,6 +168,23 @@ pub(crate) struct CarryStatus {
     /// Of post-copy.
     #[serde(default)]
     pub(crate) postcopy: PostCopyStatus,
+    /// Of a disk.
+    #[serde(default)]
+    pub(crate) disk: DiskStatus,
+}
+
+/// Where a disk is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct DiskStatus {
+    /// Bytes of it.
+    pub(crate) size: u64,
+    /// Of those, what was there at the beginning and has been looked at.
+    pub(crate) looked_at: u64,
+    /// All of that was sent.
+    pub(crate) copied: bool,
+    /// The destination has everything, and it is durable.
+    pub(crate) whole: bool,
 }
 
 /// Where post-copy is.
@@ -202,6 +242,8 @@ pub(super) enum ToCarry {
     Bandwidth(Option<BytesPerSec>),
     /// Send no page any more before the switch, if post-copy is possible.
     Leave,
+    /// The mirror of the disk runs, and it can be read: copy what is on it.
+    Begin,
     /// End the process.
     Quit,
 }

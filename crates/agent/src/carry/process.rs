@@ -13,14 +13,11 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
-use godwit_carrier::frame::MAX_DATA;
 use godwit_carrier::pages::{Digester, Encoding};
 use godwit_carrier::{Frame, Identity, Image, Side};
 use godwit_qemu::cage::relay::{self, RelayError};
 use godwit_stream::postcopy::put_resume;
-use godwit_stream::{ReturnError, ReturnMessage, ReturnReader, ReturnWriteError, ReturnWriter};
 use tokio::io::AsyncWriteExt;
-use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -29,13 +26,18 @@ use tokio_util::codec::{FramedRead, LinesCodec};
 use super::arrive::Arrival;
 use super::connect::{self, Acceptor, Dialler};
 use super::control::{
-    CarryConfig, CarryStatus, FromCarry, ImageFd, IndexedImageFds, MAX_LINE, PageCounts, Placement, PostCopyStatus, Role, ToCarry,
+    CarryConfig, CarryStatus, DiskStatus, FromCarry, ImageFd, IndexedImageFds, MAX_LINE, OwnDiskFacts, PageCounts, Placement,
+    PostCopyStatus, Role, ToCarry,
 };
-use super::deal::{DealError, FromQemu, Listening};
+use super::deal::{DealError, Listening};
+use super::disk::DiskError;
+use super::disk::into::{DiskInto, WaitingDisk};
+use super::disk::out::{DiskOut, OwnDisk};
 use super::feed::{Feed, Heard, Holdings, Own};
 use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
-use super::pump::{ADVISED, Gauge, KeepAlive, Pump};
+use super::pump::{Gauge, KeepAlive, Pump};
+use super::return_path::{from_qemu, return_path};
 use super::seal::{Sealers, SealersError};
 use super::{after, connections, deal, home};
 use crate::tls::Material;
@@ -44,10 +46,6 @@ use crate::tls::Material;
 const ORPHAN: Duration = Duration::from_secs(600);
 /// A connection that is silent for so long is dropped: dialling again is quicker than what the kernel repeats, and costs nothing.
 const KEEP_ALIVE: KeepAlive = KeepAlive { every: Duration::from_secs(1), silence: Duration::from_secs(5) };
-/// QEMU's answers are short.
-const RETURN_READ: usize = 16 << 10;
-/// Requests for pages that wait before no more is heard of QEMU: each of its threads can wait for one.
-const MOST_ASKS: usize = 4096;
 const STATUS_EVERY: Duration = Duration::from_millis(100);
 
 /// Why a carry did not begin.
@@ -84,11 +82,13 @@ pub fn run(config_fd: RawFd) -> Result<(), CarryError> {
     share_one_heap().ok_or(CarryError::Heap)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CarryError::Descriptor)?;
     let sealers = match config.role {
-        Role::Source { .. } => Some(Sealers::start(|| relay::confine(None).map(drop)).map_err(|error| match error {
-            SealersError::Thread(error) => CarryError::Thread(error),
-            SealersError::Confine(error) => CarryError::Confine(error),
-        })?),
-        Role::Destination { .. } => None,
+        Role::Source { .. } | Role::DiskSource { .. } => {
+            Some(Sealers::start(|| relay::confine(None).map(drop)).map_err(|error| match error {
+                SealersError::Thread(error) => CarryError::Thread(error),
+                SealersError::Confine(error) => CarryError::Confine(error),
+            })?)
+        }
+        Role::Destination { .. } | Role::DiskDestination { .. } => None,
     };
     confine(&config).map_err(CarryError::Confine)?;
     runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config, sealers)))
@@ -109,8 +109,8 @@ fn confine(config: &CarryConfig) -> Result<(), RelayError> {
         let _ = crypto.secure_random.fill(&mut [0; 32]);
     }
     let dials = match &config.role {
-        Role::Source { address, .. } => Some(address.port()),
-        Role::Destination { .. } => None,
+        Role::Source { address, .. } | Role::DiskSource { address, .. } => Some(address.port()),
+        Role::Destination { .. } | Role::DiskDestination { .. } => None,
     };
     let confined = relay::confine(dials)?;
     tracing::info!(?confined, "confined");
@@ -135,18 +135,16 @@ async fn serve(config: CarryConfig, sealers: Option<Sealers>) -> Result<(), Carr
     let control = StdUnixListener::from(take(config.control_fd));
     control.set_nonblocking(true).map_err(CarryError::Descriptor)?;
     let control = UnixListener::from_std(control).map_err(CarryError::Descriptor)?;
-    let qemu = StdUnixStream::from(take(config.qemu_fd));
-    qemu.set_nonblocking(true).map_err(CarryError::Descriptor)?;
-    let qemu = UnixStream::from_std(qemu).map_err(CarryError::Descriptor)?;
+    let qemu = stream(config.qemu_fd).map_err(CarryError::Descriptor)?;
 
     let (to_peer, from_agent) = mpsc::channel(64);
     let (to_agent, from_peer) = mpsc::channel(64);
     let status = Rc::new(watch::Sender::new(CarryStatus::default()));
-    let identity =
-        Identity { vm: *config.vm.uuid().as_bytes(), task: *config.task.uuid().as_bytes(), generation: config.generation.0 };
+    let (vm, task) = (*config.vm.uuid().as_bytes(), *config.task.uuid().as_bytes());
+    let identity = Identity { vm, task, generation: config.generation.0, lane: config.lane };
     let (side, bandwidth) = match &config.role {
-        Role::Source { bandwidth, .. } => (Side::Source, *bandwidth),
-        Role::Destination { .. } => (Side::Destination, None),
+        Role::Source { bandwidth, .. } | Role::DiskSource { bandwidth, .. } => (Side::Source, *bandwidth),
+        Role::Destination { .. } | Role::DiskDestination { .. } => (Side::Destination, None),
     };
     let (pump, frames) = Pump::new(side, identity, KEEP_ALIVE, bandwidth, to_agent);
     let pump = Rc::new(pump);
@@ -224,9 +222,43 @@ async fn move_bytes(
     let tell = |connected| {
         status.send_if_modified(|status| std::mem::replace(&mut status.connected, connected) != connected);
     };
-    let (reader, writer) = means.qemu.into_split();
+    let tell_disk = tell_disk(status);
     match config.role {
+        Role::DiskSource { address, disk_fd, disk, images, .. } => {
+            let key = session_key()?;
+            let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
+            let sealers = means.sealers.ok_or("a source has threads that compress")?;
+            let images = images.into_iter().filter_map(own_image).collect();
+            let OwnDiskFacts { export, size, since } = disk;
+            let out = DiskOut::new(pump, sealers, Digester::new(&key), images, OwnDisk { export, size, since }).map_err(text)?;
+            let disk = stream(disk_fd).map_err(text)?;
+            tokio::select! {
+                error = connections::of_source(pump, &dialler, key, patience, from_agent, tell) => Err(text(error)),
+                Err(error) = out.run(disk, means.qemu, frames, tell_disk) => Err(text(error)),
+            }
+        }
+        Role::DiskDestination { listen_fd, export, size, base, images } => {
+            let mut acceptor = acceptor(listen_fd, peer, &material, wire)?;
+            let images = images.into_iter().map(readable_image).collect();
+            let (told, key) = oneshot::channel();
+            let arrive = async {
+                let Ok(key) = key.await else { return std::future::pending().await };
+                let disk = WaitingDisk { size, base };
+                let into = DiskInto::new(pump, means.qemu, &export, Digester::new(&key), images, disk)?;
+                into.run(frames, tell_disk).await
+            };
+            tokio::select! {
+                error = connections::of_destination(pump, &mut acceptor, told, patience, from_agent, tell) => Err(text(error)),
+                Err(error) = arrive => {
+                    if let DiskError::Image(digest) = error {
+                        status.send_modify(|status| status.changed_image = Some(digest));
+                    }
+                    Err(text(error))
+                }
+            }
+        }
         Role::Source { address, own, emulated, held, images, again, .. } => {
+            let (reader, writer) = means.qemu.into_split();
             let key = session_key()?;
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
             let (listening, holdings, heard) = listen();
@@ -252,11 +284,10 @@ async fn move_bytes(
             }
         }
         Role::Destination { listen_fd, placement, advises, kept, images, again } => {
-            let listener = StdTcpListener::from(take(listen_fd));
-            let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener)).map_err(text)?;
-            let mut acceptor = Acceptor::new(listener, peer, &material, wire).map_err(text)?;
-            let image = |ImageFd { fd, digest, pages }| ReadableImage::new(take(fd), Image { digest, pages });
-            let mut memory = placement.map(|placement| memory(placement).with_images(images.into_iter().map(image).collect()));
+            let (reader, writer) = means.qemu.into_split();
+            let mut acceptor = acceptor(listen_fd, peer, &material, wire)?;
+            let images = images.into_iter().map(readable_image).collect();
+            let mut memory = placement.map(|placement| memory(placement).with_images(images));
             let mut kept = kept.map(|kept| (std::fs::File::from(take(kept.file_fd)), kept.key));
             let (told, key) = oneshot::channel();
             let (to_carry, from_qemu) = from_qemu(advises);
@@ -313,13 +344,6 @@ pub(super) fn listen() -> (Listening, oneshot::Receiver<Holdings>, Heard) {
     (listening, holdings, Heard { advise: advised, pieces, missed })
 }
 
-/// What the destination's QEMU says to its carry.
-pub(super) fn from_qemu(advises: bool) -> (ToCarryOfQemu, FromQemu) {
-    let (advised, is_advised) = oneshot::channel();
-    let (asks, asked) = mpsc::channel(MOST_ASKS);
-    (ToCarryOfQemu { advised: Some(advised), asks }, FromQemu { advises, advised: is_advised, asks: asked })
-}
-
 async fn bring_back(kept: Option<(std::fs::File, [u8; 32])>, memory: &mut ProcessMemory) {
     if let Some((file, key)) = kept
         && let Err(error) = home::bring_back(file, key, memory).await
@@ -335,6 +359,35 @@ fn tell_arrival(status: &watch::Sender<CarryStatus>, arrival: &Arrival) {
     status.send_if_modified(|status| std::mem::replace(&mut status.postcopy, told) != told);
 }
 
+/// How a disk is, several times a second and whenever something is through.
+fn tell_disk(status: &watch::Sender<CarryStatus>) -> impl Fn(DiskStatus) {
+    let last = std::cell::Cell::new(Instant::now());
+    move |disk| {
+        let before = status.borrow().disk;
+        let turned = (before.copied, before.whole) != (disk.copied, disk.whole);
+        if turned || (before != disk && last.get().elapsed() >= STATUS_EVERY) {
+            last.set(Instant::now());
+            status.send_modify(|status| status.disk = disk);
+        }
+    }
+}
+
+fn acceptor(listen_fd: RawFd, peer: connect::Expected, material: &Material, wire: Arc<AtomicU64>) -> Result<Acceptor, String> {
+    let listener = StdTcpListener::from(take(listen_fd));
+    let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener)).map_err(text)?;
+    Acceptor::new(listener, peer, material, wire).map_err(text)
+}
+
+fn stream(fd: RawFd) -> std::io::Result<UnixStream> {
+    let stream = StdUnixStream::from(take(fd));
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
+fn readable_image(ImageFd { fd, digest, pages }: ImageFd) -> ReadableImage {
+    ReadableImage::new(take(fd), Image { digest, pages })
+}
+
 /// One that cannot be read is done without.
 fn own_image(fds: IndexedImageFds) -> Option<OwnImage> {
     let image = OwnImage::read(take(fds.image_fd), take(fds.index_fd));
@@ -343,69 +396,6 @@ fn own_image(fds: IndexedImageFds) -> Option<OwnImage> {
 
 fn memory(placement: Placement) -> ProcessMemory {
     ProcessMemory::new(take(placement.memory_fd), take(placement.map_fd), placement.blocks)
-}
-
-/// Where what the destination's QEMU says goes, if it is for its carry.
-pub(super) struct ToCarryOfQemu {
-    advised: Option<oneshot::Sender<()>>,
-    asks: mpsc::Sender<ReturnMessage>,
-}
-
-/// The destination's QEMU answers: its words go back as they are, but for those of post-copy, which are its carry's.
-pub(super) async fn return_path(pump: &Pump, qemu: &OwnedReadHalf, mut to_carry: ToCarryOfQemu) -> ReturnPathError {
-    let mut reader = ReturnReader::new();
-    let mut writer = ReturnWriter::default();
-    loop {
-        let buffer = reader.buffer_mut();
-        buffer.reserve(RETURN_READ);
-        match qemu.try_read_buf(buffer) {
-            Ok(0) => break,
-            Ok(_) => {
-                let mut passed = BytesMut::new();
-                loop {
-                    let message = match reader.next_message() {
-                        Ok(Some(message)) => message,
-                        Ok(None) => break,
-                        Err(error) => return error.into(),
-                    };
-                    match message {
-                        ReturnMessage::Pong(ADVISED) => drop(to_carry.advised.take().map(|advised| advised.send(()))),
-                        ReturnMessage::ReqPages { .. } | ReturnMessage::ReqPagesId { .. } => {
-                            drop(to_carry.asks.send(message).await)
-                        }
-                        ReturnMessage::ResumeAck(_) => tracing::info!("QEMU goes on"),
-                        message => {
-                            if let Err(error) = writer.write(&message, &mut passed) {
-                                return error.into();
-                            }
-                        }
-                    }
-                }
-                while !passed.is_empty() {
-                    let data = passed.split_to(passed.len().min(MAX_DATA)).freeze();
-                    let raw = data.len() as u64;
-                    pump.push(&Frame::Return(data), raw);
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                if qemu.readable().await.is_err() {
-                    break;
-                }
-            }
-            Err(_) => break,
-        }
-    }
-    pump.push(&Frame::ReturnEnd, 0);
-    std::future::pending().await
-}
-
-/// Why the return path cannot be passed on.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum ReturnPathError {
-    #[error("the return path is not understood: {0}")]
-    Read(#[from] ReturnError),
-    #[error("the return path cannot be written again: {0}")]
-    Write(#[from] ReturnWriteError),
 }
 
 fn session_key() -> Result<[u8; 32], String> {
@@ -468,6 +458,7 @@ async fn answer_agent(
                     Ok(ToCarry::Hold(time)) => pump.hold(Duration::from_millis(time.get())),
                     Ok(ToCarry::Bandwidth(bandwidth)) => pump.set_bandwidth(bandwidth),
                     Ok(ToCarry::Leave) => pump.leave(),
+                    Ok(ToCarry::Begin) => pump.begin_copying(),
                     Ok(ToCarry::Quit) => return true,
                     Err(_) => return false,
                 }

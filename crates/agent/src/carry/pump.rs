@@ -108,6 +108,9 @@ pub(super) struct Pump {
     looked_at: Cell<usize>,
     /// Pages whose pieces were asked for and not told yet.
     wanted: Cell<usize>,
+    /// Of a disk: its mirror runs.
+    begun: Cell<bool>,
+    begins: Notify,
     after: After,
 }
 
@@ -194,6 +197,8 @@ impl Pump {
             waiting: Cell::new(0),
             looked_at: Cell::new(0),
             wanted: Cell::new(0),
+            begun: Cell::new(false),
+            begins: Notify::new(),
             after: After::default(),
         };
         (pump, queue)
@@ -266,6 +271,22 @@ impl Pump {
     pub(super) fn hold(&self, time: Duration) {
         self.held_until.set(Instant::now().checked_add(time));
         self.released.notify_one();
+    }
+
+    /// What is on the disk may be copied: what is written to it comes by itself.
+    pub(super) fn begin_copying(&self) {
+        self.begun.set(true);
+        self.begins.notify_one();
+    }
+
+    pub(super) fn is_begun(&self) -> bool {
+        self.begun.get()
+    }
+
+    pub(super) async fn wait_for_begin(&self) {
+        while !self.begun.get() {
+            self.begins.notified().await;
+        }
     }
 
     fn hold_end(&self) -> Option<Instant> {
@@ -423,9 +444,29 @@ impl Pump {
         self.wake.notify_one();
     }
 
+    pub(super) fn has_room(&self) -> bool {
+        self.session.borrow().window().has_room()
+    }
+
     /// Waits until more may be sent: read from QEMU, or answered.
     pub(super) async fn wait_for_room(&self) {
-        while !self.session.borrow().window().has_room() {
+        while !self.has_room() {
+            self.room.notified().await;
+        }
+    }
+
+    /// Bytes on the wire that the peer has not dealt with.
+    pub(super) fn in_flight(&self) -> u64 {
+        self.session.borrow().window().in_flight()
+    }
+
+    /// Whether the peer has dealt with everything.
+    pub(super) fn is_settled(&self) -> bool {
+        self.session.borrow().is_settled()
+    }
+
+    pub(super) async fn wait_until_settled(&self) {
+        while !self.is_settled() {
             self.room.notified().await;
         }
     }

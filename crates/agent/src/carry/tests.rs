@@ -37,7 +37,7 @@ use crate::tls::tests::cluster;
 
 mod postcopy;
 
-const IDENTITY: Identity = Identity { vm: [1; 16], task: [2; 16], generation: 3 };
+const IDENTITY: Identity = Identity { vm: [1; 16], task: [2; 16], generation: 3, lane: 0 };
 const PATIENT: KeepAlive = KeepAlive { every: Duration::from_secs(1), silence: Duration::from_secs(60) };
 const PATIENCE: Duration = Duration::from_secs(60);
 const KEY: [u8; 32] = [4; 32];
@@ -49,7 +49,7 @@ fn name(text: &str) -> Name {
 }
 
 /// The host as the controller names it: with the key of this certificate.
-fn expected(host: &str, material: &Material) -> Expected {
+pub(super) fn expected(host: &str, material: &Material) -> Expected {
     let chain = material.chain().expect("chain");
     let (_, certificate) = x509_parser::parse_x509_certificate(&chain[0]).expect("certificate");
     Expected { host: name(host), keys: vec![blake3::hash(certificate.tbs_certificate.subject_pki.raw).to_hex().to_string()] }
@@ -130,7 +130,7 @@ fn destination_at(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_al
         let (pump, frames) = Pump::new(Side::Destination, IDENTITY, keep_alive, None, to_agent);
         let (reader, writer) = ours.into_split();
         let (told, key) = oneshot::channel();
-        let (to_carry, from_qemu) = super::process::from_qemu(advises);
+        let (to_carry, from_qemu) = super::return_path::from_qemu(advises);
         let dealing = async {
             let digester = Digester::new(&key.await.expect("a session"));
             deal::at_destination(&pump, writer, frames, digester, (memory, from_qemu), async |_| (), |_| ()).await
@@ -138,7 +138,7 @@ fn destination_at(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_al
         tokio::select! {
             error = connections::of_destination(&pump, &mut acceptor, told, PATIENCE, &mut from_agent, |_| ()) => error,
             Err(error) = dealing => panic!("{error}"),
-            error = super::process::return_path(&pump, &reader, to_carry) => panic!("{error}"),
+            error = super::return_path::return_path(&pump, &reader, to_carry) => panic!("{error}"),
         }
     });
     Running { qemu, to_peer, from_peer, ended, connections: Rc::default(), leave: oneshot::channel().0 }
@@ -225,13 +225,13 @@ fn reduced(bios: &[Element]) -> BytesMut {
     stream.take()
 }
 
-async fn listener() -> (TcpListener, SocketAddr) {
+pub(super) async fn listener() -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
     let address = listener.local_addr().expect("address");
     (listener, address)
 }
 
-fn acceptor(listener: TcpListener, from: &str, of: &Material, own: &Material) -> Acceptor {
+pub(super) fn acceptor(listener: TcpListener, from: &str, of: &Material, own: &Material) -> Acceptor {
     Acceptor::new(listener, expected(from, of), own, Arc::default()).expect("an acceptor")
 }
 

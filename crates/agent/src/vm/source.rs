@@ -304,6 +304,7 @@ impl Actor {
             vm: self.vm,
             task: grant.task,
             generation: grant.generation,
+            lane: 0,
             peer: peer.clone(),
             peer_keys,
             pages: self.record.as_ref().map_or(0, |record| record.spec.memory_with_dimms().get().div_ceil(4096)),

@@ -15,7 +15,7 @@ fn decoder(bytes: &[u8]) -> Decoder {
 }
 
 const GREETING: Greeting =
-    Greeting { identity: Identity { vm: [0x11; 16], task: [0x22; 16], generation: 3 }, key: [0x33; 32], taken: 5 };
+    Greeting { identity: Identity { vm: [0x11; 16], task: [0x22; 16], generation: 3, lane: 1 }, key: [0x33; 32], taken: 5 };
 
 /// One of each kind; the names are those of the specification.
 fn examples() -> Vec<(&'static str, Frame)> {
@@ -41,6 +41,9 @@ fn examples() -> Vec<(&'static str, Frame)> {
         ("switch", Frame::Switch { section: 2 }),
         ("absent", Frame::Absent { block: 0, runs: vec![(7, 1)] }),
         ("missed", Frame::Missed { block: 0, pages: vec![7] }),
+        ("zeros", Frame::Zeros { block: 0, runs: vec![(7, 1), (300, 2)] }),
+        ("base", Frame::Base(3)),
+        ("compare", Frame::Compare(16)),
         ("pieces", Frame::Pieces { block: 0, pages: vec![(7, std::array::from_fn(|index| index as u32))] }),
     ]
 }
@@ -103,8 +106,8 @@ fn another_version_is_named() {
 
 fn any_frame() -> impl Strategy<Value = Frame> {
     let data = prop::collection::vec(any::<u8>(), 1..300).prop_map(Bytes::from);
-    let identity =
-        (any::<[u8; 16]>(), any::<[u8; 16]>(), any::<u64>()).prop_map(|(vm, task, generation)| Identity { vm, task, generation });
+    let identity = (any::<[u8; 16]>(), any::<[u8; 16]>(), any::<u64>(), any::<u16>())
+        .prop_map(|(vm, task, generation, lane)| Identity { vm, task, generation, lane });
     let greeting = (identity, any::<[u8; 32]>(), any::<u64>()).prop_map(|(identity, key, taken)| Greeting { identity, key, taken });
     let block =
         (prop::collection::vec(any::<u8>(), 1..=255), any::<u32>()).prop_map(|(id, pages)| Block { id: Bytes::from(id), pages });
@@ -117,8 +120,11 @@ fn any_frame() -> impl Strategy<Value = Frame> {
         data.clone().prop_map(Frame::Pages),
         Just(Frame::HeldEnd),
         Just(Frame::Advise),
+        any::<u64>().prop_map(Frame::Base),
+        any::<u32>().prop_map(Frame::Compare),
         any::<u32>().prop_map(|section| Frame::Switch { section }),
         (any::<u16>(), prop::collection::vec(any::<(u32, u32)>(), 1..20)).prop_map(|(block, runs)| Frame::Left { block, runs }),
+        (any::<u16>(), prop::collection::vec(any::<(u32, u32)>(), 1..20)).prop_map(|(block, runs)| Frame::Zeros { block, runs }),
         (any::<u16>(), prop::collection::vec(any::<u32>(), 1..=MAX_MISSED))
             .prop_map(|(block, pages)| Frame::Missed { block, pages }),
         prop::collection::vec((any::<[u8; 32]>(), any::<u32>()), 1..=MAX_IMAGES)

@@ -40,10 +40,16 @@ impl Digester {
     /// The digest of a page.
     #[must_use]
     pub fn page(&self, page: &Page) -> Digest {
-        if is_zero(page) {
+        self.pages(page)
+    }
+
+    /// The digest of consecutive pages: of all of them together.
+    #[must_use]
+    pub fn pages(&self, pages: &[u8]) -> Digest {
+        if is_zero(pages) {
             return ZERO;
         }
-        let hash = blake3::keyed_hash(&self.page, page);
+        let hash = blake3::keyed_hash(&self.page, pages);
         let (first, _) = hash.as_bytes().split_first_chunk::<16>().expect("a hash has 32 bytes");
         // One in 2^128, which must not pass for zeros.
         if *first == ZERO { [0xff; 16] } else { *first }
@@ -69,9 +75,9 @@ impl Digester {
     }
 }
 
-/// Whether a page holds nothing but zeros.
+/// Whether pages hold nothing but zeros.
 #[must_use]
-pub fn is_zero(page: &Page) -> bool {
-    let (words, _) = page.as_chunks::<64>();
-    words.iter().all(|word| word == &[0; 64])
+pub fn is_zero(pages: &[u8]) -> bool {
+    let (words, rest) = pages.as_chunks::<64>();
+    words.iter().all(|word| word == &[0; 64]) && rest.iter().all(|byte| *byte == 0)
 }

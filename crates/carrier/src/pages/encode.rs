@@ -138,7 +138,7 @@ struct Shares {
 }
 
 impl Batch {
-    /// Of pages that come after the switch.
+    /// Of pages that are not sent again.
     pub(super) fn after(body: Bytes, raw: u64) -> Self {
         Self { body, raw, shares: Shares::default() }
     }

@@ -22,7 +22,7 @@ const LARGEST: usize = 512 << 10;
 const MOST_FACTS: usize = 64;
 
 /// What both carries know of the move.
-pub(super) const IDENTITY: Identity = Identity { vm: [1; 16], task: [2; 16], generation: 3 };
+pub(super) const IDENTITY: Identity = Identity { vm: [1; 16], task: [2; 16], generation: 3, lane: 0 };
 pub(super) const KEY: [u8; 32] = [4; 32];
 
 /// Why a carry goes no further.
