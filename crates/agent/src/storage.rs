@@ -7,6 +7,7 @@
 //! reader of its own ([`qcow2`], [`tables`]). `qemu-img` creates empty volumes and copies images, never opens an existing volume, and
 //! reads an image only after that reader has passed it, as a user without rights and with two files in its hands.
 
+mod arrival;
 mod convert;
 mod directory;
 mod driver;
@@ -29,6 +30,7 @@ use godwit_model::spec::ResolvedDisk;
 use godwit_model::{Bytes, ErrorCode, HostCondition, Name, PoolFacts, Refusal, VolumeRef};
 use godwit_qemu::Launcher;
 
+pub(crate) use arrival::Begun;
 pub(crate) use driver::Successor;
 pub(crate) use image::{CachedImage, ImageCache, IndexedImage};
 pub(crate) use locks::locks_hold;

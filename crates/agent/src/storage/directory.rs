@@ -4,7 +4,9 @@
 //!  POOL/.godwit-pool          identity of the storage, the same on every host that sees it
 //!  POOL/volumes/NAME          a volume; its format is declared in the VM's spec and never probed
 //!  POOL/snapshots/NAME@SNAP   a snapshot of it: a file of its own, which shares its blocks where the file system can
-//!  POOL/records/NAME[@SNAP]   what it was made as; advisory, bound to the file by its inode
+//!  POOL/arriving/NAME~arriving   a volume that is on its way here
+//!  POOL/spares/NAME~spare     what is left of one that another host has now
+//!  POOL/records/…             what each was made as; advisory, bound to the file by its inode
 //!  POOL/partial/UUID          something that is being made, locked by its maker; or a successor, see [`successor`]
 //! ```
 //! Its identity is checked whenever it is opened, and nothing below is reached through a link.
@@ -24,12 +26,13 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::driver::{Access, Driver, Hold, Item, OpenError, Record, Room, Space, Storage, Successor};
+use super::driver::{Access, Driver, Hold, Item, Left, OpenError, Record, Room, Space, Storage, Successor};
 use super::{PoolConfig, locks};
 
 const IDENTITY: &str = ".godwit-pool";
 const VOLUMES: &str = "volumes";
 const SNAPSHOTS: &str = "snapshots";
+const SPARES: &str = "spares";
 const RECORDS: &str = "records";
 const PARTIAL: &str = "partial";
 /// Limit of the small files that this module reads.
@@ -57,6 +60,9 @@ struct RecordFile {
     size: Bytes,
     /// The file that this is about: another one under the same name has no record.
     inode: u64,
+    /// Of a spare.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    left: Option<Left>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -190,8 +196,18 @@ impl Place {
         self.open_beneath(directory, OFlags::RDONLY | OFlags::DIRECTORY)?.sync_all()
     }
 
-    fn write_record(&self, item: &Item, record: Record, file: &File) -> io::Result<()> {
-        let record = RecordFile { format: record.format, size: record.size, inode: file.metadata()?.ino() };
+    fn read_record(&self, item: &Item, file: &File) -> io::Result<Option<RecordFile>> {
+        let text = match self.read_small(&record_path(item)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            text => text?,
+        };
+        let inode = file.metadata()?.ino();
+        // One of another version, or damaged, is none: it is advisory.
+        Ok(serde_json::from_slice::<RecordFile>(&text).ok().filter(|record| record.inode == inode))
+    }
+
+    fn write_record(&self, item: &Item, record: Record, file: &File, left: Option<Left>) -> io::Result<()> {
+        let record = RecordFile { format: record.format, size: record.size, inode: file.metadata()?.ino(), left };
         let text = self.write_partial(&serde_json::to_vec(&record)?)?;
         rustix::fs::renameat(&self.root, text.path(), &self.root, record_path(item))?;
         self.sync(RECORDS)
@@ -238,14 +254,7 @@ impl Storage for Place {
     }
 
     fn record(&self, item: &Item, file: &File) -> io::Result<Option<Record>> {
-        let text = match self.read_small(&record_path(item)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            text => text?,
-        };
-        let inode = file.metadata()?.ino();
-        // One of another version, or damaged, is none: it is advisory.
-        let record = serde_json::from_slice::<RecordFile>(&text).ok().filter(|record| record.inode == inode);
-        Ok(record.map(|RecordFile { format, size, .. }| Record { format, size }))
+        Ok(self.read_record(item, file)?.map(|RecordFile { format, size, .. }| Record { format, size }))
     }
 
     fn in_use(&self, file: &File) -> io::Result<bool> {
@@ -261,7 +270,7 @@ impl Storage for Place {
             file.set_len(record.size.get())?;
             file.sync_all()?;
         }
-        self.write_record(item, record, file)
+        self.write_record(item, record, file, None)
     }
 
     fn snapshot(&self, volume: &File, as_item: &Item, record: Record) -> io::Result<bool> {
@@ -305,6 +314,56 @@ impl Storage for Place {
         Self::settle(self, item, successor)
     }
 
+    fn rename(&self, from: &Item, to: &Item, left: Option<Left>) -> io::Result<bool> {
+        self.make(to.directory())?;
+        let file = match self.open_beneath(&path_of(from), OFlags::RDONLY | OFlags::NONBLOCK) {
+            Err(Errno::NOENT) if self.exists(to)? => return Ok(true),
+            file => file?,
+        };
+        let record = self.record(from, &file)?;
+        match rustix::fs::renameat_with(&self.root, path_of(from), &self.root, path_of(to), RenameFlags::NOREPLACE) {
+            Err(Errno::EXIST) => return Ok(false),
+            // A file server that cannot do that at once.
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                if self.exists(to)? {
+                    return Ok(false);
+                }
+                rustix::fs::renameat(&self.root, path_of(from), &self.root, path_of(to))?;
+            }
+            renamed => renamed?,
+        }
+        self.sync(to.directory())?;
+        self.sync(from.directory())?;
+        // Without it nothing is known of it, which is always safe.
+        let record = record.unwrap_or(Record { format: DiskFormat::Raw, size: Bytes(file.metadata()?.len()) });
+        self.write_record(to, record, &file, left)?;
+        match rustix::fs::unlinkat(&self.root, record_path(from), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(true),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn left(&self, item: &Item, file: &File) -> io::Result<Option<Left>> {
+        Ok(self.read_record(item, file)?.and_then(|record| record.left))
+    }
+
+    fn spares(&self) -> io::Result<Vec<Name>> {
+        let directory = match self.open_beneath(SPARES, OFlags::RDONLY | OFlags::DIRECTORY) {
+            Err(Errno::NOENT) => return Ok(vec![]),
+            directory => directory?,
+        };
+        let mut found = Vec::new();
+        for entry in Dir::read_from(&directory)? {
+            let entry = entry?;
+            let name = entry.file_name().to_str().ok().and_then(|file| file.strip_suffix("~spare"));
+            let Some(name) = name.and_then(|name| Name::new(name).ok()) else { continue };
+            let facts = rustix::fs::statat(&directory, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)?;
+            found.push((facts.st_ctime, name));
+        }
+        found.sort();
+        Ok(found.into_iter().map(|(_, name)| name).collect())
+    }
+
     fn remove(&self, item: &Item) -> io::Result<()> {
         for path in [record_path(item), path_of(item)] {
             match rustix::fs::unlinkat(&self.root, path, AtFlags::empty()) {
@@ -312,7 +371,7 @@ impl Storage for Place {
                 Err(error) => return Err(error.into()),
             }
         }
-        match self.sync(directory_of(item)) {
+        match self.sync(item.directory()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
         }
@@ -357,11 +416,12 @@ impl Room for Partial {
 
     fn publish(self: Box<Self>, item: &Item, record: Record) -> io::Result<bool> {
         self.file.sync_all()?;
+        self.place.make(item.directory())?;
         if !publish(&self.place.root, &self.path(), &path_of(item))? {
             return Ok(false);
         }
-        self.place.sync(directory_of(item))?;
-        self.place.write_record(item, record, &self.file)?;
+        self.place.sync(item.directory())?;
+        self.place.write_record(item, record, &self.file, None)?;
         Ok(true)
     }
 }
@@ -448,12 +508,8 @@ fn copy_through_memory(from: &File, to: &File, mut at: u64, end: u64) -> io::Res
     Ok(())
 }
 
-fn directory_of(item: &Item) -> &'static str {
-    if item.is_snapshot() { SNAPSHOTS } else { VOLUMES }
-}
-
 fn path_of(item: &Item) -> String {
-    format!("{}/{item}", directory_of(item))
+    format!("{}/{item}", item.directory())
 }
 
 fn record_path(item: &Item) -> String {

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 
-use godwit_model::{Bytes, DiskFormat, Name, Refusal};
+use godwit_model::{Bytes, DiskFormat, Generation, Name, Refusal, VmId};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -70,7 +70,17 @@ pub(super) trait Storage: Send + Sync {
     /// As [`Storage::succeed`]; and removes what had the name. Again: nothing happens.
     fn settle(&self, item: &Item, successor: &Successor) -> io::Result<()>;
 
-    /// Removes a volume or a snapshot; one that is not there is removed already.
+    /// Gives what has one name another one, durably, with what is to be known of it as a spare. `false`: something has that name, and both stay. What
+    /// does not exist is an error, unless something has the other name: then it was done before.
+    fn rename(&self, from: &Item, to: &Item, left: Option<Left>) -> io::Result<bool>;
+
+    /// What is known of an opened spare.
+    fn left(&self, item: &Item, file: &File) -> io::Result<Option<Left>>;
+
+    /// Volumes of which there are spares, the oldest first.
+    fn spares(&self) -> io::Result<Vec<Name>>;
+
+    /// Removes something with a name; what is not there is removed already.
     fn remove(&self, item: &Item) -> io::Result<()>;
 
     /// Removes what makers that died have left.
@@ -99,34 +109,69 @@ pub(crate) struct Successor {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Item {
     volume: Name,
-    snapshot: Option<Name>,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Kind {
+    Volume,
+    Snapshot(Name),
+    Arriving,
+    Spare,
 }
 
 impl Item {
     /// A volume.
     pub(super) fn volume(name: &Name) -> Self {
-        Self { volume: name.clone(), snapshot: None }
+        Self { volume: name.clone(), kind: Kind::Volume }
     }
 
     /// A snapshot of a volume.
     pub(super) fn snapshot(volume: &Name, name: &Name) -> Self {
-        Self { volume: volume.clone(), snapshot: Some(name.clone()) }
+        Self { volume: volume.clone(), kind: Kind::Snapshot(name.clone()) }
     }
 
-    /// Whether this is a snapshot.
-    pub(super) fn is_snapshot(&self) -> bool {
-        self.snapshot.is_some()
+    /// A volume that is on its way here.
+    pub(super) fn arriving(name: &Name) -> Self {
+        Self { volume: name.clone(), kind: Kind::Arriving }
+    }
+
+    /// What is left of a volume that another host has now, or that did not arrive.
+    pub(super) fn spare(name: &Name) -> Self {
+        Self { volume: name.clone(), kind: Kind::Spare }
+    }
+
+    /// In the directory of its kind.
+    pub(super) const fn directory(&self) -> &'static str {
+        match self.kind {
+            Kind::Volume => "volumes",
+            Kind::Snapshot(_) => "snapshots",
+            Kind::Arriving => "arriving",
+            Kind::Spare => "spares",
+        }
     }
 }
 
 impl std::fmt::Display for Item {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match &self.snapshot {
-            // No name has this sign in it.
-            Some(snapshot) => write!(f, "{}@{snapshot}", self.volume),
-            None => write!(f, "{}", self.volume),
+        let volume = &self.volume;
+        // No name has these signs in it.
+        match &self.kind {
+            Kind::Volume => write!(f, "{volume}"),
+            Kind::Snapshot(snapshot) => write!(f, "{volume}@{snapshot}"),
+            Kind::Arriving => write!(f, "{volume}~arriving"),
+            Kind::Spare => write!(f, "{volume}~spare"),
         }
     }
+}
+
+/// Whose a spare is, and which of its states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Left {
+    /// The VM.
+    pub(super) vm: VmId,
+    /// It left on this generation; none if this is no state that it ever had.
+    pub(super) generation: Option<Generation>,
 }
 
 /// What an item was made as.

@@ -10,11 +10,11 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use godwit_model::{Bytes, DiskFormat, ErrorCode, Name, Refusal, VolumeRef};
+use godwit_model::{Bytes, DiskFormat, ErrorCode, Generation, Name, Refusal, VmId, VolumeRef};
 use godwit_qemu::cage::tool;
 use uuid::Uuid;
 
-use super::driver::{Access, Driver, Hold, Item, OpenError, Record, Storage};
+use super::driver::{Access, Driver, Hold, Item, Left, OpenError, Record, Storage};
 use super::volume;
 
 const MIB: u64 = 1 << 20;
@@ -70,7 +70,7 @@ pub(super) fn run(pool: &Name, first: &dyn Driver, second: &dyn Driver) -> Vec<T
         (Ok(here), Ok(there)) => (here, there),
         (Err(refusal), _) | (_, Err(refusal)) => return vec![Tried { what: "open", outcome: Err(refusal.message) }],
     };
-    let tries: [(&'static str, Try); 11] = [
+    let tries: [(&'static str, Try); 12] = [
         ("identity", identity),
         ("create", create),
         ("create at once", create_at_once),
@@ -78,6 +78,7 @@ pub(super) fn run(pool: &Name, first: &dyn Driver, second: &dyn Driver) -> Vec<T
         ("grow", grow),
         ("snapshot", snapshot),
         ("succeed", succeed),
+        ("travel", travel),
         ("use by QEMU", use_by_qemu),
         ("hold against QEMU", hold_against_qemu),
         ("direct I/O", direct),
@@ -168,7 +169,9 @@ impl Views<'_> {
             for snapshot in self.here.snapshots(&name)? {
                 self.here.remove(&Item::snapshot(&name, &snapshot))?;
             }
-            self.here.remove(&Item::volume(&name))?;
+            for item in [Item::volume(&name), Item::arriving(&name), Item::spare(&name)] {
+                self.here.remove(&item)?;
+            }
             ensure(!self.there.exists(&Item::volume(&name))?, "a volume that was removed is still there")?;
         }
         Ok(())
@@ -334,6 +337,37 @@ fn succeed(views: &Views<'_>) -> Result<Seen, Wrong> {
     }
     views.here.withdraw(&item, &successor)?;
     views.must_have(&item, 3, SIZE)?;
+    Ok(Seen::Right)
+}
+
+/// A volume that leaves, comes back, and meets another of its name.
+fn travel(views: &Views<'_>) -> Result<Seen, Wrong> {
+    let volume = views.make("one", 1)?;
+    let (item, arriving, spare) = (Item::volume(&volume.volume), Item::arriving(&volume.volume), Item::spare(&volume.volume));
+    let left = Left { vm: VmId::new(Uuid::new_v4()), generation: Some(Generation(7)) };
+    // Each step from both sides and again.
+    for storage in views.both() {
+        ensure(storage.rename(&item, &spare, Some(left))?, "a volume did not become a spare")?;
+        ensure(!storage.exists(&item)?, "a volume that has left is still there")?;
+        ensure(storage.spares()?.contains(&volume.volume), "a spare is not listed")?;
+        let file = storage.open(&spare, Access::READ)?;
+        ensure(storage.left(&spare, &file)? == Some(left), "it is not known any more whose a spare is")?;
+        views.must_have(&spare, 1, SIZE)?;
+    }
+    for storage in views.both() {
+        ensure(storage.rename(&spare, &arriving, None)?, "a spare did not become an arriving volume")?;
+        let file = storage.open(&arriving, Access::READ)?;
+        ensure(storage.left(&arriving, &file)?.is_none(), "an arriving volume is taken for a state that its VM had")?;
+    }
+    views.publish(views.there, &volume, 2)?;
+    ensure(!views.here.rename(&arriving, &item, None)?, "a volume took the name of another")?;
+    views.must_have(&item, 2, SIZE)?;
+    views.must_have(&arriving, 1, SIZE)?;
+    views.here.remove(&item)?;
+    for storage in views.both() {
+        ensure(storage.rename(&arriving, &item, None)?, "an arriving volume did not get its name")?;
+        views.must_have(&item, 1, SIZE)?;
+    }
     Ok(Seen::Right)
 }
 

@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 
 use futures::stream;
 use godwit_model::spec::ResolvedDisk;
-use godwit_model::{Bytes, CacheMode, DiskFormat, ErrorCode, ImageId, ImageKind, ImageRef, Name, Refusal};
+use godwit_model::{Bytes, CacheMode, DiskFormat, ErrorCode, Generation, ImageId, ImageKind, ImageRef, Name, Refusal, VmId};
 use godwit_vault::ImageIndex;
 use uuid::Uuid;
 
-use super::{ImageCache, PoolConfig, Pools, StorageError, locks};
+use super::{Begun, ImageCache, PoolConfig, Pools, StorageError, locks};
 
 const MIB: u64 = 1 << 20;
 
@@ -451,4 +451,59 @@ async fn checking_a_large_volume_takes_no_time_that_matters() {
     let begun = Instant::now();
     fixture.check(&disk).await.expect("whole");
     assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_volume_comes_leaves_and_comes_back_and_never_meets_another() {
+    let fixture = Fixture::new();
+    let (vm, other) = (VmId::new(Uuid::from_u128(1)), VmId::new(Uuid::from_u128(2)));
+    let (size, some) = (Bytes::mib(4), Bytes::mib(1));
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+        let disk = disk("web", format);
+        let volume = disk.volume.clone();
+        let pools = &fixture.pools;
+        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Empty));
+        assert_eq!(fixture.check(&disk).await, Err(ErrorCode::VolumeMissing), "nothing starts from what arrives");
+        let held = pools.open_arriving(&disk).await.map_err(complete).expect("opened");
+        // It is whole: again each time.
+        for _ in 0..2 {
+            pools.take_over(&volume).await.map_err(complete).expect("taken over");
+            assert_eq!(fixture.check(&disk).await, Ok(()));
+        }
+        drop(held);
+        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Err(ErrorCode::NameTaken));
+        for _ in 0..2 {
+            pools.leave(&volume, vm, Generation(7)).await.map_err(complete).expect("left");
+            assert_eq!(fixture.check(&disk).await, Err(ErrorCode::VolumeMissing), "nothing starts from a spare");
+        }
+        let spare = Ok(Begun::Spare(Some(Generation(7))));
+        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), spare);
+        for taken_over in [false, true] {
+            if taken_over {
+                pools.take_over(&volume).await.map_err(complete).expect("taken over");
+            }
+            for _ in 0..2 {
+                pools.set_aside(&volume, vm, taken_over).await.map_err(complete).expect("set aside");
+            }
+            assert_eq!(fixture.check(&disk).await, Err(ErrorCode::VolumeMissing));
+            let unknown = Ok(Begun::Spare(None));
+            assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), unknown, "it was written to");
+        }
+        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        // Of no use: another's, or of another size.
+        assert_eq!(pools.arrive(&disk, size, some, other).await.map_err(complete), Ok(Begun::Empty));
+        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        assert_eq!(pools.arrive(&disk, Bytes::mib(8), some, vm).await.map_err(complete), Ok(Begun::Empty));
+        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        let far_too_much = Bytes(u64::MAX / 2);
+        let bigger = pools.arrive(&disk, size, far_too_much, other).await.map_err(complete);
+        assert_eq!(bigger, Err(ErrorCode::NotEnoughSpace));
+        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Empty), "spares go for the sake of room");
+        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        pools.delete(&volume).await.map_err(complete).expect("deleted");
+        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Empty), "a spare goes with its volume");
+        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        pools.delete(&volume).await.map_err(complete).expect("deleted");
+        fixture.assert_nothing_partial();
+    }
 }

@@ -28,11 +28,17 @@ pub(super) struct Draft {
 impl Draft {
     /// Gives it its name. If another has that name by now, this one goes.
     pub(super) fn publish(self) -> Result<(), Refusal> {
+        let item = Item::volume(&self.volume.volume);
+        self.publish_as(&item).map(drop)
+    }
+
+    /// Gives it the name of this item; whether it has it then.
+    pub(super) fn publish_as(self, item: &Item) -> Result<bool, Refusal> {
         let Self { volume, format, size, room, .. } = self;
-        match room.publish(&Item::volume(&volume.volume), Record { format, size }) {
+        match room.publish(item, Record { format, size }) {
             Ok(won) => {
-                tracing::info!(%volume, %size, won, "volume created");
-                Ok(())
+                tracing::info!(%volume, %item, %size, won, "volume created");
+                Ok(won)
             }
             Err(error) => Err(refusal::system(&format!("finish volume {volume}"), &error)),
         }
@@ -46,12 +52,16 @@ pub(super) fn exists(storage: &dyn Storage, volume: &VolumeRef) -> Result<bool, 
 
 /// See [`super::Pools::check`].
 pub(super) fn check(storage: &dyn Storage, disk: &ResolvedDisk) -> Result<(), Refusal> {
+    check_item(storage, disk, &Item::volume(&disk.volume.volume))
+}
+
+/// The same of what has another name than the disk's volume.
+pub(super) fn check_item(storage: &dyn Storage, disk: &ResolvedDisk, item: &Item) -> Result<(), Refusal> {
     let volume = &disk.volume;
-    let item = Item::volume(&volume.volume);
-    let file = open_file(storage, volume, &item, Access::READ)?;
+    let file = open_file(storage, volume, item, Access::READ)?;
     let system = |error: &std::io::Error| refusal::system(&format!("read volume {volume}"), error);
     let length = file.metadata().map_err(|error| system(&error))?.len();
-    let record = storage.record(&item, &file).map_err(|error| system(&error))?;
+    let record = storage.record(item, &file).map_err(|error| system(&error))?;
     if let Some(record) = record.filter(|record| record.format != disk.format) {
         let facts = format!("was created as {}, but is declared {}", record.format.driver(), disk.format.driver());
         return Err(refusal::format(volume, &facts, REPLACE));
@@ -83,7 +93,7 @@ pub(super) fn check(storage: &dyn Storage, disk: &ResolvedDisk) -> Result<(), Re
         }
     }
     if disk.cache == CacheMode::Direct
-        && matches!(storage.open(&item, Access { direct: true, ..Access::READ }), Err(OpenError::NoDirect))
+        && matches!(storage.open(item, Access { direct: true, ..Access::READ }), Err(OpenError::NoDirect))
     {
         return Err(no_direct(volume));
     }
@@ -204,11 +214,20 @@ pub(super) fn open_exact(storage: &dyn Storage, volume: &VolumeRef, size: Bytes)
 
 /// See [`super::Pools::open_disk`].
 pub(super) fn open(storage: &dyn Storage, volume: &VolumeRef, cache: CacheMode) -> Result<(OwnedFd, OwnedFd), Refusal> {
+    open_item(storage, volume, &Item::volume(&volume.volume), cache)
+}
+
+/// The same of what has another name.
+pub(super) fn open_item(
+    storage: &dyn Storage,
+    volume: &VolumeRef,
+    item: &Item,
+    cache: CacheMode,
+) -> Result<(OwnedFd, OwnedFd), Refusal> {
     // Exactly the flags that QEMU will look for among its descriptors, direct I/O included.
-    let item = Item::volume(&volume.volume);
     let open = |write| {
         let access = Access { write, direct: cache == CacheMode::Direct };
-        open_file(storage, volume, &item, access).map(OwnedFd::from)
+        open_file(storage, volume, item, access).map(OwnedFd::from)
     };
     Ok((open(false)?, open(true)?))
 }
@@ -254,6 +273,8 @@ pub(super) fn delete(storage: &dyn Storage, volume: &VolumeRef) -> Result<(), Re
     let doing = format!("delete volume {volume}");
     let system = |error| refusal::system(&doing, &error);
     let item = Item::volume(&volume.volume);
+    // What is left of an earlier stay is nobody's.
+    storage.remove(&Item::spare(&volume.volume)).map_err(system)?;
     match open_file(storage, volume, &item, Access::READ) {
         Ok(file) if storage.in_use(&file).map_err(system)? => return Err(in_use(volume)),
         Err(refusal) if refusal.code != ErrorCode::VolumeMissing => return Err(refusal),

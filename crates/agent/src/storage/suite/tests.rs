@@ -34,7 +34,7 @@ fn assert_clean(path: &Path) {
 fn a_directory_passes() {
     let place = beside_the_program();
     let tried = run(&name(), &directory(place.path()), &directory(place.path()));
-    assert_eq!(tried.len(), 11);
+    assert_eq!(tried.len(), 12);
     for Tried { what, outcome } in tried {
         match what {
             // There is more space than may be filled, or there is not: both are tried below.
@@ -89,6 +89,8 @@ enum Fault {
     SharesSnapshots,
     ForgetsSnapshots,
     NeverGivesBack,
+    RenamesOver,
+    ForgetsWhose,
     IgnoresQemu,
     LocksNothing,
 }
@@ -188,6 +190,18 @@ impl Storage for FaultyStorage {
     fn settle(&self, item: &Item, successor: &Successor) -> io::Result<()> {
         self.inner.settle(item, successor)
     }
+    fn rename(&self, from: &Item, to: &Item, left: Option<Left>) -> io::Result<bool> {
+        if self.fault == Fault::RenamesOver {
+            self.inner.remove(to)?;
+        }
+        self.inner.rename(from, to, left)
+    }
+    fn left(&self, item: &Item, file: &File) -> io::Result<Option<Left>> {
+        if self.fault == Fault::ForgetsWhose { Ok(None) } else { self.inner.left(item, file) }
+    }
+    fn spares(&self) -> io::Result<Vec<Name>> {
+        self.inner.spares()
+    }
     fn remove(&self, item: &Item) -> io::Result<()> {
         self.inner.remove(item)
     }
@@ -222,6 +236,8 @@ fn each_fault_of_storage_is_found() {
         (Fault::SharesSnapshots, "snapshot"),
         (Fault::ForgetsSnapshots, "snapshot"),
         (Fault::NeverGivesBack, "succeed"),
+        (Fault::RenamesOver, "travel"),
+        (Fault::ForgetsWhose, "travel"),
         (Fault::IgnoresQemu, "use by QEMU"),
         (Fault::LocksNothing, "hold against QEMU"),
     ];
