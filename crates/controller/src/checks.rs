@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use godwit_model::{
     Accelerator, Bytes, BytesPerSec, CacheMode, ErrorCode, Firmware, HostFacts, HostLoad, Hyperv, MigrationPolicy, Name, Numa,
-    Platform, PostCopy, Refusal, ResolvedSpec, Retry, Rung, VolumeRef,
+    Platform, PoolFacts, PostCopy, Refusal, ResolvedSpec, Retry, Rung, VolumeRef,
 };
 
 use crate::hub::Presence;
@@ -33,7 +33,7 @@ const MAX_SKEW: Duration = Duration::from_secs(60);
 const NO_POSTCOPY: &str = "userfaultfd_postcopy";
 
 /// With less a warm-up takes longer than anybody waits, and keep-alives fail.
-const LEAST_BANDWIDTH: BytesPerSec = BytesPerSec(1_000_000);
+pub(crate) const LEAST_BANDWIDTH: BytesPerSec = BytesPerSec(1_000_000);
 
 /// Whether migrations get on with so much of the wire; none is no limit.
 pub(crate) fn enough_bandwidth(bandwidth: Option<BytesPerSec>) -> Result<(), Refusal> {
@@ -274,7 +274,7 @@ pub(crate) fn obstacles(spec: &ResolvedSpec, source: Candidate<'_>, destination:
     }
     found.extend(spec.volumes().filter_map(|volume| check_volume(volume, source, destination).err()));
     for disk in &spec.disks {
-        if disk.cache != CacheMode::Direct {
+        if disk.cache != CacheMode::Direct && !travels(&disk.volume, source, destination) {
             found.push(Refusal::new(ErrorCode::HostIncompatible, format!("volume {} is cached by the host ({:?})", disk.volume, disk.cache))
                 .hint("stop the VM, set the disk's cache to `direct`, and start it again: two hosts' caches of shared storage are not coherent"));
         }
@@ -283,21 +283,35 @@ pub(crate) fn obstacles(spec: &ResolvedSpec, source: Candidate<'_>, destination:
     found
 }
 
-/// Whether both hosts see the same storage behind a volume.
+/// Whether both hosts have the volume's pool.
 fn check_volume(volume: &VolumeRef, source: Candidate<'_>, destination: Candidate<'_>) -> Result<(), Refusal> {
-    let pool = |host: Candidate<'_>| {
-        let found = host.facts.pools.iter().find(|pool| pool.name == volume.pool).cloned();
-        found.ok_or_else(|| pool_missing(volume, host.name))
-    };
-    let (here, there) = (pool(source)?, pool(destination)?);
-    if here.shared && there.shared && here.identity == there.identity {
-        return Ok(());
-    }
-    let why = if here.shared && there.shared { "see different storage" } else { "do not both share" };
-    let (name, from, to) = (&here.name, source.name, destination.name);
-    Err(Refusal::new(ErrorCode::PoolUnavailable, format!("hosts {from} and {to} {why} in pool {name} of volume {volume}")).hint(format!(
-        "mount the same directory as pool {name} on both and declare it with `--shared-pool {name}`; moving disks is not there yet"
-    )))
+    let missing = [source, destination].into_iter().find(|host| pool_of(volume, *host).is_none());
+    missing.map_or(Ok(()), |host| Err(pool_missing(volume, host.name)))
+}
+
+fn pool_of<'a>(volume: &VolumeRef, host: Candidate<'a>) -> Option<&'a PoolFacts> {
+    host.facts.pools.iter().find(|pool| pool.name == volume.pool)
+}
+
+/// Whether the destination does not see the volume, so that it has to be copied there.
+fn travels(volume: &VolumeRef, source: Candidate<'_>, destination: Candidate<'_>) -> bool {
+    let (Some(here), Some(there)) = (pool_of(volume, source), pool_of(volume, destination)) else { return false };
+    !(here.shared && there.shared && here.identity == there.identity)
+}
+
+/// Volumes of the VM that the destination does not see.
+pub(crate) fn travelling(spec: &ResolvedSpec, source: Candidate<'_>, destination: Candidate<'_>) -> Vec<VolumeRef> {
+    spec.volumes().filter(|volume| travels(volume, source, destination)).cloned().collect()
+}
+
+/// Whether `host` has the disks of a VM that ran on `home` last: what is in a pool that a host has for itself is where the VM was.
+pub(crate) fn has_its_disks(spec: &ResolvedSpec, home: &Name, host: Candidate<'_>) -> Result<(), Refusal> {
+    let elsewhere = |volume: &&VolumeRef| home != host.name && pool_of(volume, host).is_some_and(|pool| !pool.shared);
+    spec.volumes().find(elsewhere).map_or(Ok(()), |volume| {
+        let facts = format!("volume {volume} is on host {home}, where the VM ran last; {} does not see it", host.name);
+        Err(Refusal::new(ErrorCode::PoolUnavailable, facts)
+            .hint(format!("start the VM on {home} (`--on {home}`, or leave `--on` out), and migrate it while it runs")))
+    })
 }
 
 #[cfg(test)]

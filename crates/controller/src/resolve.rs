@@ -5,7 +5,7 @@ use godwit_model::{
     Refusal, ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec, SPEC_SCHEMA, VmId, VmSpec,
 };
 
-use crate::checks::{Candidate, check_start};
+use crate::checks::{Candidate, check_start, has_its_disks};
 use crate::db::Stored;
 use crate::networks::{check_networks, network_missing};
 use crate::rows::NetworkRow;
@@ -200,9 +200,10 @@ fn platform(spec: &VmSpec) -> Platform {
     }
 }
 
-/// The host to start on, and what with: the wanted one, or the one with most free memory of those that can.
+/// The host to start on, and what with: the wanted one, or the one with most free memory of those that can. `home` is where the VM ran last.
 pub(crate) fn decide_start(
     vm: (VmId, &Name, &VmSpec),
+    home: Option<&Name>,
     wanted: Option<&Name>,
     hosts: &[Candidate<'_>],
     images: FindImage<'_>,
@@ -212,7 +213,8 @@ pub(crate) fn decide_start(
     let mut reasons = Vec::new();
     for host in hosts.iter().filter(|host| wanted.is_none_or(|wanted| wanted == host.name)) {
         let spec = resolve(vm, *host, hosts, images, networks)?;
-        match check_start(&spec, *host).and_then(|()| check_networks(&spec, networks, *host)) {
+        let at_home = || home.map_or(Ok(()), |home| has_its_disks(&spec, home, *host));
+        match check_start(&spec, *host).and_then(|()| check_networks(&spec, networks, *host)).and_then(|()| at_home()) {
             Ok(()) if best.as_ref().is_none_or(|(best, _)| host.load.memory_free > best.load.memory_free) => {
                 best = Some((*host, spec))
             }

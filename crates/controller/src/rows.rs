@@ -17,7 +17,7 @@ use godwit_api::v1::{ReignEnd, Role, TaskNote, TaskState, Transfer};
 use godwit_model::{
     Activity, Bytes, BytesPerSec, Epoch, Generation, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
     MigrationForecast, MigrationPolicy, MigrationProgress, Millis, Name, NetworkId, NetworkKind, Refusal, ResolvedSpec, RunState,
-    TaskId, TokenId, UnixMillis, VmId, VmSpec,
+    TaskId, TokenId, TravellingDisk, UnixMillis, VmId, VmSpec,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -428,6 +428,9 @@ pub(crate) struct MigrateWork {
     pub(crate) source: Name,
     pub(crate) destination: Name,
     pub(crate) policy: MigrationPolicy,
+    /// Volumes that the destination does not see; with their ports once it has prepared for them.
+    #[serde(default)]
+    pub(crate) disks: Vec<TravellingDisk>,
     /// How often its policy was changed since it was asked for, and how many of these changes this attempt's source has answered.
     #[serde(default)]
     pub(crate) changes: u64,

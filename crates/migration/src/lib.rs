@@ -22,5 +22,5 @@ pub use convergence::{WarmUp, predict_blackout};
 pub use destination::{ArrivingCarry, Destination, DestinationAction, DestinationRecord, DestinationView};
 pub use forecast::{Outlook, forecast};
 pub use message::{Peer, PeerMessage};
-pub use source::{Source, SourceAction, SourceRecord, SourceView};
-pub use view::{CarryView, Outcome, QemuMigration, QemuView, Vcpus};
+pub use source::{Source, SourceAction, SourceRecord, SourceView, warm_up_of};
+pub use view::{CarryView, DisksView, Outcome, QemuMigration, QemuView, Vcpus};

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::convergence::{WarmUp, converges, predict_blackout, shrinks_soon};
 use crate::message::PeerMessage;
-use crate::view::{CarryView, Outcome, QemuMigration, QemuView, Vcpus};
+use crate::view::{CarryView, DisksView, Outcome, QemuMigration, QemuView, Vcpus};
 
 /// What the source's journal says. Durable before it is acted on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -47,6 +47,8 @@ pub struct SourceView {
     pub qemu: Option<QemuView>,
     /// Its carry.
     pub carry: CarryView,
+    /// Its disks that travel.
+    pub disks: DisksView,
     /// The destination has said that it declines.
     pub declined: Option<Refusal>,
     /// The destination has said that it runs the VM.
@@ -76,6 +78,8 @@ pub enum SourceAction {
     Leave,
     /// Have QEMU slow the VM down.
     Throttle,
+    /// Have the mirrors of the disks end, and see whether the destination has everything.
+    FinishDisks,
     /// Start another carry that sends what the destination does not have, to this port.
     GoOn(u16),
     /// QMP `migrate-continue` from `pre-switchover`.
@@ -235,13 +239,17 @@ impl Source {
     }
 
     fn decide_offered(&mut self, view: &SourceView) -> SourceAction {
+        if !view.disks.copied {
+            // Their copying takes what it takes: only that it does not get on ends it.
+            self.began = view.now;
+        }
         if let (None, Some(reason)) = (&self.giving_up, &view.declined) {
             self.giving_up = Some(reason.clone());
         }
         let Some(qemu) = &view.qemu else {
             // Proven dead it can never run again. If it had been stopped by us, nothing ran since, and the destination may hold everything;
             // otherwise what the destination holds may be older than the disks, and what was left is lost.
-            let whole = self.stopped.is_some() && view.declined.is_none() && !self.leaves;
+            let whole = self.stopped.is_some() && view.declined.is_none() && !self.leaves && view.disks.whole;
             return SourceAction::Record(if whole { SourceRecord::Released } else { SourceRecord::Returned });
         };
         match self.of_this_move(qemu) {
@@ -286,7 +294,7 @@ impl Source {
         if self.giving_up.is_some() || qemu.vcpus != Vcpus::Running {
             return SourceAction::Record(SourceRecord::Returned);
         }
-        match (view.carry.connected, self.asked) {
+        match (view.carry.connected && view.disks.copied, self.asked) {
             (true, false) => {
                 self.asked = true;
                 SourceAction::Migrate
@@ -313,6 +321,7 @@ impl Source {
             return SourceAction::CancelQemu;
         }
         match (self.stopped, qemu.migration) {
+            (Some(_), _) if !view.disks.whole => SourceAction::FinishDisks,
             (Some(_), QemuMigration::PreSwitchover) => SourceAction::ContinueSwitchOver,
             (Some(_), _) => SourceAction::Wait(BLACKOUT),
             (None, _) => self.decide_stop(qemu, view),
@@ -320,7 +329,7 @@ impl Source {
     }
 
     fn decide_stop(&mut self, qemu: &QemuView, view: &SourceView) -> SourceAction {
-        let Some(warm_up) = WarmUp::of(qemu, &view.carry) else { return SourceAction::Wait(NEAR) };
+        let Some(warm_up) = warm_up_of(qemu, view) else { return SourceAction::Wait(NEAR) };
         // Memory arrives although the destination's QEMU stands still, or the link is out for a moment: the device state would not.
         if view.carry.unanswered.get() > ANSWER_LIMIT.get().saturating_add(view.carry.round_trip.get()) {
             return SourceAction::Wait(NEAR);
@@ -387,6 +396,9 @@ impl Source {
 
     fn reason_to_give_up(&self, view: &SourceView) -> Option<Refusal> {
         let refusal = |code, message: String, hint: &str| Some(Refusal::new(code, message).hint(hint).retry(Retry::Safe));
+        if let Some(failed) = &view.disks.failed {
+            return Some(failed.clone());
+        }
         if let Some(stopped) = self.stopped {
             let since = Millis(view.now.get().saturating_sub(stopped.get()));
             return if !view.carry.usable {
@@ -403,7 +415,7 @@ impl Source {
             refusal(ErrorCode::Cancelled, "cancelled by request; the VM runs where it was".into(), "start it again when it suits")
         } else if !view.carry.usable {
             refusal(ErrorCode::MigrationFailed, "the connection to the destination broke during warm-up".into(), RUNS_ON)
-        } else if view.carry.stalled.max(view.carry.unanswered) > self.policy.stall {
+        } else if view.carry.stalled.max(view.carry.unanswered).max(view.disks.stalled) > self.policy.stall {
             let stall = self.policy.stall;
             refusal(ErrorCode::MigrationStalled, format!("the destination has taken nothing for {stall}"), RUNS_ON)
         } else if warming > self.policy.timeout {
@@ -473,6 +485,13 @@ impl Source {
         });
         SourceAction::End(Outcome::Stayed(reason))
     }
+}
+
+/// What the blackout is predicted from: what the guest wrote to its disks has to arrive, too.
+#[must_use]
+pub fn warm_up_of(qemu: &QemuView, view: &SourceView) -> Option<WarmUp> {
+    let warm_up = WarmUp::of(qemu, &view.carry)?;
+    Some(WarmUp { queued: Millis(warm_up.queued.get().saturating_add(view.disks.queued.get())), ..warm_up })
 }
 
 const RUNS_ON: &str = "the VM runs on its old host; look at both hosts' logs and try again";

@@ -100,6 +100,26 @@ pub struct CarryView {
     pub leaving: bool,
 }
 
+/// The disks of a source that travel, all of them together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DisksView {
+    /// What was on them was sent: from here on only what the guest writes follows.
+    pub copied: bool,
+    /// How long that takes to arrive.
+    pub queued: Millis,
+    /// The destination has everything, durably. Only after the stop.
+    pub whole: bool,
+    /// How long something has been in flight without anything being written at the destination.
+    pub stalled: Millis,
+    /// One cannot travel any more.
+    pub failed: Option<Refusal>,
+}
+
+impl DisksView {
+    /// Of a VM whose disks both hosts see.
+    pub const NONE: Self = Self { copied: true, queued: Millis(0), whole: true, stalled: Millis(0), failed: None };
+}
+
 /// How a move ended for a side.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {

@@ -2,7 +2,7 @@
 //! The QEMUs behave as measured on 7.2 and 10.0, including the source that resumes by itself when QEMU had stopped it.
 
 use godwit_migration::{
-    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage,
+    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, DisksView, Outcome, PeerMessage,
     QemuMigration, QemuView, Source, SourceAction, SourceRecord, SourceView, Vcpus,
 };
 use godwit_model::{Bytes, BytesPerSec, ErrorCode, MigrationPolicy, Millis, Refusal, UnixMillis};
@@ -299,6 +299,7 @@ impl World {
                 round_trip: Millis(1),
                 stalled: Millis(0),
             },
+            disks: DisksView::NONE,
             declined: self.declined.clone(),
             running: self.running,
             whole: false,
@@ -335,7 +336,7 @@ impl World {
                 Self::send(&mut self.to_destination, &mut self.random, self.now, false, &last);
                 self.source_ended = Some(outcome);
             }
-            SourceAction::Leave | SourceAction::Throttle | SourceAction::GoOn(_) => {}
+            SourceAction::Leave | SourceAction::Throttle | SourceAction::FinishDisks | SourceAction::GoOn(_) => {}
             SourceAction::Migrate
             | SourceAction::Stop
             | SourceAction::ContinueSwitchOver

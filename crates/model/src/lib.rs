@@ -27,7 +27,7 @@ pub use ladder::{Ladder, MalformedLadder, Rung};
 pub use lifecycle::{Activity, Admission, RunState, VmRequest};
 pub use migration::{
     Estimate, ForecastRequest, MigrationFigures, MigrationForecast, MigrationNeeds, MigrationPhase, MigrationPolicy,
-    MigrationProgress, PastMove, PastMoves, PostCopy,
+    MigrationProgress, PastMove, PastMoves, PostCopy, TravellingDisk,
 };
 pub use name::{InvalidName, Name};
 pub use network::{

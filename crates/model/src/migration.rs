@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, BytesPerSec, Ladder, Millis, Rung};
+use crate::{Bytes, BytesPerSec, Ladder, Millis, Rung, VolumeRef};
 
 /// Limits that a migration keeps; none of them is ever raised by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
@@ -70,12 +70,38 @@ impl Default for MigrationPolicy {
     }
 }
 
+/// A volume of a VM that moves to a host which does not see it: a disk, variables of its firmware, or the state of its TPM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TravellingDisk {
+    /// The volume; it has the same name at both hosts.
+    pub volume: VolumeRef,
+    /// Its size as the guest sees it; 0 for what QEMU's own stream takes along.
+    #[serde(default)]
+    pub size: Bytes,
+    /// What of it is not empty, about.
+    #[serde(default)]
+    pub allocated: Bytes,
+    /// Where the destination's carry listens for it.
+    #[serde(default)]
+    pub port: u16,
+}
+
+impl TravellingDisk {
+    /// One of which nothing else is known yet.
+    #[must_use]
+    pub const fn new(volume: VolumeRef) -> Self {
+        Self { volume, size: Bytes(0), allocated: Bytes(0), port: 0 }
+    }
+}
+
 /// Where a migration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MigrationPhase {
     /// Checks, and QEMU is started on the destination.
     Prepare,
+    /// Disks that the destination does not see are copied while the VM runs.
+    Disks,
     /// Memory is copied while the VM runs.
     WarmUp,
     /// The VM stands still: the rest of memory and the device state are copied.
@@ -94,6 +120,7 @@ impl MigrationPhase {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Prepare => "prepare",
+            Self::Disks => "disks",
             Self::WarmUp => "warm-up",
             Self::StopAndCopy => "stop-and-copy",
             Self::HandOver => "hand-over",
@@ -151,6 +178,9 @@ pub struct MigrationFigures {
     /// Memory that followed after the switch, in post-copy.
     #[serde(default)]
     pub left: Bytes,
+    /// Of `wire_bytes`, those of disks that the destination does not see.
+    #[serde(default)]
+    pub disk_bytes: Bytes,
     /// What it was expected to cost, once the source had measured how much the VM writes; none if it had left before.
     #[serde(default)]
     pub forecast: Option<MigrationForecast>,
@@ -224,4 +254,7 @@ pub struct ForecastRequest {
     pub policy: MigrationPolicy,
     /// Earlier moves.
     pub past: PastMoves,
+    /// Volumes that the destination does not see.
+    #[serde(default)]
+    pub disks: Vec<VolumeRef>,
 }

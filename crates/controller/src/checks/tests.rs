@@ -49,7 +49,7 @@ fn spec() -> ResolvedSpec {
     let (h, load) = (facts(), load(Bytes::GIB));
     let id = VmId::new(uuid::Uuid::nil());
     let candidate = Candidate { name: &name("h1"), facts: &h, load: &load, skew: None };
-    let (_, mut spec) = decide_start((id, &name("web1"), &vm()), None, &[candidate], &|_| None, &[]).expect("a host");
+    let (_, mut spec) = decide_start((id, &name("web1"), &vm()), None, None, &[candidate], &|_| None, &[]).expect("a host");
     spec.disks.push(ResolvedDisk::new("shared/root".parse().expect("volume"), DiskFormat::Raw));
     spec.platform.tpm = Some(Tpm { version: TpmVersion::V2, state: "shared/tpm".parse().expect("volume") });
     spec
@@ -58,7 +58,7 @@ fn spec() -> ResolvedSpec {
 #[test]
 fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
     type Break = fn(&mut ResolvedSpec, &mut HostFacts, &mut HostFacts, &mut HostLoad);
-    let cases: [(ErrorCode, Break); 14] = [
+    let cases: [(ErrorCode, Break); 11] = [
         (ErrorCode::HostIncompatible, |_, _, to, _| to.accelerator = Accelerator::Kvm),
         (ErrorCode::HostIncompatible, |_, _, to, _| to.machines.retain(|machine| machine != "pc-q35-10.0")),
         (ErrorCode::HostIncompatible, |_, _, to, _| to.cpu_models.clear()),
@@ -74,9 +74,6 @@ fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
         }),
         (ErrorCode::HostIncompatible, |_, from, _, _| from.migration_capabilities.clear()),
         (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools.clear()),
-        (ErrorCode::PoolUnavailable, |_, from, _, _| from.pools[0].shared = false),
-        (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools[0].shared = false),
-        (ErrorCode::PoolUnavailable, |_, _, to, _| to.pools[0].identity = "other".into()),
         (ErrorCode::HostIncompatible, |spec, _, _, _| spec.disks[0].cache = CacheMode::Writeback),
         (ErrorCode::NotEnoughMemory, |_, _, _, load| load.memory_free = Bytes::mib(500)),
     ];
@@ -131,14 +128,14 @@ fn ram_is_uneven_where_an_old_qemu_emulates_and_then_moves_from_there() {
         Candidate { name: &h2, facts: &old, load: &free, skew: None },
     ];
     let (id, web1, vm) = (VmId::new(uuid::Uuid::nil()), name("web1"), vm());
-    let (_, spec) = decide_start((id, &web1, &vm), Some(&h1), &hosts, &|_| None, &[]).expect("started");
+    let (_, spec) = decide_start((id, &web1, &vm), None, Some(&h1), &hosts, &|_| None, &[]).expect("started");
     assert_eq!(spec.memory, Bytes(vm.memory.get() + HostFacts::UNEVEN.get()));
     assert_eq!(check_move(&spec, hosts[1], hosts[0]), Ok(()));
-    let (_, spec) = decide_start((id, &web1, &vm), Some(&h1), &hosts[..1], &|_| None, &[]).expect("started");
+    let (_, spec) = decide_start((id, &web1, &vm), None, Some(&h1), &hosts[..1], &|_| None, &[]).expect("started");
     assert_eq!(spec.memory, vm.memory);
     // Whatever its RAM is, a DIMM is even.
     let grows = VmSpec { memory_max: Some(Bytes::GIB), ..vm.clone() };
-    let (_, mut spec) = decide_start((id, &web1, &grows), Some(&h1), &hosts, &|_| None, &[]).expect("started");
+    let (_, mut spec) = decide_start((id, &web1, &grows), None, Some(&h1), &hosts, &|_| None, &[]).expect("started");
     assert_eq!(check_move(&spec, hosts[1], hosts[0]), Ok(()));
     let larger = ResolvedSpec { memory: Bytes::mib(640), ..spec.clone() };
     let dimm = spec.growth_to(&larger).expect("room").expect("a DIMM");
@@ -160,7 +157,7 @@ fn a_vm_on_one_memory_node_needs_a_host_with_one_or_an_agent_that_binds_and_a_no
     let start = |numa_nodes, node_memory: &[Bytes]| {
         let facts = HostFacts { numa_nodes, node_memory: node_memory.to_vec(), ..facts() };
         let hosts = [Candidate { name: &h1, facts: &facts, load: &free, skew: None }];
-        decide_start((id, &web1, &vm), None, &hosts, &|_| None, &[]).map(drop)
+        decide_start((id, &web1, &vm), None, None, &hosts, &|_| None, &[]).map(drop)
     };
     assert_eq!(start(1, &[]), Ok(()));
     assert_eq!(start(2, &[Bytes::mib(256), Bytes::mib(512)]), Ok(()));
@@ -181,11 +178,11 @@ fn a_vm_starts_where_most_memory_is_free_with_the_newest_machine_that_all_know()
         Candidate { name: &h3, facts: &new, load: &none, skew: None },
     ];
     let (id, web1, vm) = (VmId::new(uuid::Uuid::nil()), name("web1"), vm());
-    let (host, spec) = decide_start((id, &web1, &vm), None, &hosts, &|_| None, &[]).expect("a host");
+    let (host, spec) = decide_start((id, &web1, &vm), None, None, &hosts, &|_| None, &[]).expect("a host");
     assert_eq!((&host, spec.machine.as_str(), spec.cpu.as_str()), (&h2, "pc-q35-7.2", "qemu64-v1"));
-    assert_eq!(decide_start((id, &web1, &vm), Some(&h1), &hosts, &|_| None, &[]).expect("h1").0, h1);
+    assert_eq!(decide_start((id, &web1, &vm), None, Some(&h1), &hosts, &|_| None, &[]).expect("h1").0, h1);
     let code = |wanted: Option<&Name>, hosts: &[Candidate<'_>]| {
-        decide_start((id, &web1, &vm), wanted, hosts, &|_| None, &[]).expect_err("refused").code
+        decide_start((id, &web1, &vm), None, wanted, hosts, &|_| None, &[]).expect_err("refused").code
     };
     assert_eq!(code(Some(&h3), &hosts), ErrorCode::NotEnoughMemory);
     assert_eq!(code(None, &[]), ErrorCode::NoHost);
@@ -199,7 +196,7 @@ fn on_hardware_the_baseline_is_newer_where_it_runs() {
     let (h1, free) = (name("h1"), load(Bytes::GIB));
     let host = Candidate { name: &h1, facts: &kvm, load: &free, skew: None };
     let id = VmId::new(uuid::Uuid::nil());
-    let (_, spec) = decide_start((id, &name("web1"), &vm()), None, &[host], &|_| None, &[]).expect("a host");
+    let (_, spec) = decide_start((id, &name("web1"), &vm()), None, None, &[host], &|_| None, &[]).expect("a host");
     assert_eq!((spec.cpu.as_str(), spec.accelerator), ("Nehalem-v2", Accelerator::Kvm));
 }
 
@@ -238,4 +235,32 @@ fn what_qemu_has_against_a_move_is_said_in_its_words() {
     let refusal = blocked(&["State blocked by non-migratable device".into()]).expect("a refusal");
     assert_eq!(refusal.code, ErrorCode::MigrationBlocked);
     assert!(refusal.message.contains("non-migratable device") && refusal.hint.is_some(), "{refusal}");
+}
+
+#[test]
+fn a_volume_travels_unless_both_hosts_share_it_and_its_vm_starts_where_it_is() {
+    let (h1, h2, load) = (name("h1"), name("h2"), load(Bytes::GIB));
+    let mut spec = spec();
+    spec.disks.iter_mut().for_each(|disk| disk.cache = CacheMode::Writeback);
+    let with = |shared: bool, identity: &str| {
+        let pool = PoolFacts { name: name("shared"), identity: identity.into(), shared, capacity: Bytes::GIB };
+        HostFacts { pools: vec![pool], ..facts() }
+    };
+    for (from, to, travels) in [
+        (with(true, "one"), with(true, "one"), false),
+        (with(true, "one"), with(true, "other"), true),
+        (with(false, "one"), with(true, "one"), true),
+        (with(true, "one"), with(false, "one"), true),
+        (with(false, "one"), with(false, "other"), true),
+    ] {
+        let source = Candidate { name: &h1, facts: &from, load: &load, skew: None };
+        let destination = Candidate { name: &h2, facts: &to, load: &load, skew: None };
+        let volumes: Vec<String> = travelling(&spec, source, destination).iter().map(VolumeRef::to_string).collect();
+        assert_eq!(volumes, if travels { vec!["shared/root", "shared/tpm"] } else { vec![] });
+        // What the host caches is written to the destination like everything else; shared it would be incoherent.
+        assert_eq!(check_move(&spec, source, destination).is_ok(), travels);
+        assert!(has_its_disks(&spec, &h2, destination).is_ok(), "where it was it starts");
+        let elsewhere = has_its_disks(&spec, &h1, destination).err().map(|refusal| (refusal.code, refusal.hint.is_some()));
+        assert_eq!(elsewhere, (!to.pools[0].shared).then_some((ErrorCode::PoolUnavailable, true)));
+    }
 }

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use godwit_api::v1::{self, TaskState};
 use godwit_model::lifecycle::decide_admission;
 use godwit_model::{
-    Activity, Admission, ErrorCode, Generation, ImageKind, ImageRef, Millis, Name, Refusal, Retry, TaskId, UnixMillis, VmRequest,
-    VmSpec,
+    Activity, Admission, ErrorCode, Generation, ImageKind, ImageRef, Millis, Name, Refusal, Retry, TaskId, TravellingDisk,
+    UnixMillis, VmRequest, VmSpec,
 };
 use tokio::task::JoinHandle;
 
 use super::change::reclaim;
 use super::{Outcome, Tasks, conclude, note};
-use crate::checks::{Candidate, blocked, can_do_postcopy, check_move, enough_bandwidth};
+use crate::checks::{Candidate, LEAST_BANDWIDTH, blocked, can_do_postcopy, check_move, enough_bandwidth, travelling};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
 use crate::history;
@@ -238,7 +238,10 @@ impl Tasks {
         let networks = self.networks_of(&vm.team).await?;
         let present = self.hub.present();
         let find = |name: &Name| images.find(name);
-        let (host, resolved) = decide_start((vm.id, &vm.name, &vm.spec), wanted, &candidates(&present), &find, &networks)?;
+        // It has been seen running, so its disks have been made.
+        let home = vm.host.clone().filter(|_| vm.reported != Generation(0));
+        let (host, resolved) =
+            decide_start((vm.id, &vm.name, &vm.spec), home.as_ref(), wanted, &candidates(&present), &find, &networks)?;
         let generation = vm.issue(&host, id);
         vm.host = Some(host.clone());
         vm.generation = generation;
@@ -268,7 +271,9 @@ impl Tasks {
         blocked(&vm.blocked).map_or(Ok(()), Err)?;
         enough_bandwidth(request.policy.bandwidth)?;
         can_do_postcopy(&request.policy, spec, to)?;
-        check_move(spec, Candidate::new(&source, &here), to)?;
+        let from = Candidate::new(&source, &here);
+        check_move(spec, from, to)?;
+        let disks = travelling(spec, from, to).into_iter().map(TravellingDisk::new).collect();
         check_networks(spec, &self.networks_of(&vm.team).await?, to)?;
         if vm.memory_salt.is_empty() {
             vm.memory_salt = self.authority.draw_salt()?;
@@ -279,6 +284,7 @@ impl Tasks {
             source,
             destination: destination.clone(),
             policy: request.policy,
+            disks,
             changes: 0,
             changes_told: 0,
             attempt: 1,
@@ -305,6 +311,12 @@ impl Tasks {
     pub(super) async fn images_of(&self, team: &Name) -> Result<FoundImages, Fault> {
         Ok(FoundImages(self.db.page::<ImageRow>(&format!("{team}/"), None, usize::MAX).await?))
     }
+}
+
+/// As long as it takes at least at the slowest rate to copy this.
+pub(super) fn copying(disks: &[TravellingDisk]) -> Millis {
+    let bytes = disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.allocated.get()));
+    Millis(bytes / (LEAST_BANDWIDTH.get() / 1_000))
 }
 
 /// The end of a conditional grant.

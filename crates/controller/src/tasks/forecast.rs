@@ -19,7 +19,11 @@ impl Tasks {
     pub(super) async fn foresee(&self, task: &mut TaskRow, generation: Generation) -> Result<(), Fault> {
         let (Work::Migrate(work), Some(vm)) = (&task.work, task.vm) else { return Ok(()) };
         let past = history::past_moves(&self.db, vm, &work.source, &work.destination).await?;
-        let request = encode(&ForecastRequest { policy: work.policy, past });
+        let request = encode(&ForecastRequest {
+            policy: work.policy,
+            past,
+            disks: work.disks.iter().map(|disk| disk.volume.clone()).collect(),
+        });
         let action = Action::Forecast(v1::ForecastMove { vm: vm.to_string(), generation: generation.0, request });
         let source = work.source.clone();
         let answer = self.one_command(task.id, &source, "forecast", action, LIMIT).await.unwrap_or_else(|| {

@@ -8,12 +8,12 @@
 //! From MoveOut accepted to its end a migration belongs to the two agents. Here it is only waited for: a host that is away makes it wait
 //! and nothing else, and the VM's owner changes in the transaction that stores an agent's word (see `reports`).
 
-use godwit_link::encode;
 use godwit_link::v1::{self, command::Action};
-use godwit_model::{ErrorCode, Grant, Refusal, TaskId};
+use godwit_link::{decode, encode};
+use godwit_model::{ErrorCode, Grant, Millis, Refusal, TaskId, TravellingDisk};
 use tokio::time::{Duration, Instant};
 
-use super::admit::expiry;
+use super::admit::{copying, expiry};
 use super::{Outcome, Tasks, note};
 use crate::clock;
 use crate::db::Fault;
@@ -45,6 +45,21 @@ fn grant_of(id: TaskId, vm: &VmRow, work: &MigrateWork) -> Grant {
         task: id,
         expires: work.expires,
     }
+}
+
+/// The disks with the ports that the destination has for them; none if it does not have one for each.
+fn prepared_disks(asked: &[TravellingDisk], answer: &[u8]) -> Option<Vec<TravellingDisk>> {
+    let told = decode::<Vec<TravellingDisk>>("disks", answer).ok()?;
+    let port = |asked: &TravellingDisk| {
+        let port = told.iter().find(|told| told.volume == asked.volume)?.port;
+        // What QEMU's own stream takes along needs none.
+        (port != 0 || asked.size.get() == 0).then(|| TravellingDisk { port, ..asked.clone() })
+    };
+    asked.iter().map(port).collect()
+}
+
+fn said_of(disk: &TravellingDisk) -> String {
+    format!("disk {} travels: {}, of which {} are used", disk.volume, disk.size, disk.allocated)
 }
 
 impl Tasks {
@@ -90,6 +105,15 @@ impl Tasks {
 
     async fn prepare(&self, id: TaskId, vm: &VmRow, work: &MigrateWork) -> Result<(), Fault> {
         let destination = &work.destination;
+        let mut measured = work.clone();
+        if !work.disks.is_empty() {
+            match self.measure_disks(id, vm, work).await? {
+                Ok(work) => measured = work,
+                Err(None) => return self.give_up(id, None).await,
+                Err(Some(refusal)) => return self.give_up(id, Some(&refusal)).await,
+            }
+        }
+        let work = &measured;
         self.set_step(id, &format!("{destination} prepares")).await?;
         let Some(spec) = &vm.resolved else {
             return self.give_up(id, Some(&Refusal::new(ErrorCode::Internal, "the VM has no resolved spec"))).await;
@@ -102,14 +126,17 @@ impl Tasks {
             Ok(key) => key,
             Err(refusal) => return self.give_up(id, Some(&refusal)).await,
         };
-        let action = Action::Prepare(v1::PrepareIncoming { grant, spec: encode(spec), policy: encode(&work.policy), memory_key });
+        let (policy, disks) = (encode(&work.policy), if work.disks.is_empty() { vec![] } else { encode(&work.disks) });
+        let action = Action::Prepare(v1::PrepareIncoming { grant, spec: encode(spec), policy, memory_key, disks });
         let answer = self.command_until(id, destination, &format!("prepare {}", work.attempt), action, self.cancelled(id)).await?;
-        let port = match answer {
+        let answer = match answer {
             None => return self.give_up(id, None).await,
             Some(Err(refusal)) => return self.give_up(id, Some(&refusal)).await,
-            Some(Ok(answer)) => u16::try_from(answer.carry_port).ok().filter(|port| *port != 0),
+            Some(Ok(answer)) => answer,
         };
-        let Some(port) = port else {
+        let port = u16::try_from(answer.carry_port).ok().filter(|port| *port != 0);
+        let disks = if work.disks.is_empty() { Some(vec![]) } else { prepared_disks(&work.disks, &answer.result) };
+        let (Some(port), Some(disks)) = (port, disks) else {
             let refusal = Refusal::new(ErrorCode::Internal, format!("{destination} prepared but named no port"));
             return self.give_up(id, Some(&refusal)).await;
         };
@@ -119,9 +146,52 @@ impl Tasks {
             let stage = if task.cancel { Stage::Settle } else { Stage::MoveOut { port } };
             if let Some(work) = work_of(task) {
                 work.stage = stage;
+                work.disks.clone_from(&disks);
             }
         };
         self.edit(id, set).await.map(|_| ())
+    }
+
+    /// Asks the source how large the disks are that travel; the grant lasts as long as their copying may. `Err(None)`: it is to be cancelled.
+    async fn measure_disks(
+        &self,
+        id: TaskId,
+        vm: &VmRow,
+        work: &MigrateWork,
+    ) -> Result<Result<MigrateWork, Option<Refusal>>, Fault> {
+        let source = &work.source;
+        self.set_step(id, &format!("{source} measures the disks")).await?;
+        let action =
+            Action::Measure(v1::MeasureDisks { vm: vm.id.to_string(), generation: vm.generation.0, disks: encode(&work.disks) });
+        let answer = self.command_until(id, source, &format!("measure {}", work.attempt), action, self.cancelled(id)).await?;
+        let answer = match answer {
+            None => return Ok(Err(None)),
+            Some(Err(refusal)) => return Ok(Err(Some(refusal))),
+            Some(Ok(answer)) => answer,
+        };
+        let disks = match decode::<Vec<TravellingDisk>>("disks", &answer.result) {
+            Ok(disks) if disks.iter().map(|disk| &disk.volume).eq(work.disks.iter().map(|disk| &disk.volume)) => disks,
+            _ => {
+                let refusal =
+                    Refusal::new(ErrorCode::Internal, format!("{source} has not measured the disks that it was asked for"));
+                return Ok(Err(Some(refusal)));
+            }
+        };
+        let expires = expiry(clock::now(), Millis(work.policy.timeout.get().saturating_add(copying(&disks).get())));
+        let said: Vec<String> = disks.iter().filter(|disk| disk.size.get() > 0).map(said_of).collect();
+        let set = move |task: &mut TaskRow, _: &mut VmRow| {
+            for said in &said {
+                note(task, said.clone());
+            }
+            if let Some(work) = work_of(task) {
+                work.disks.clone_from(&disks);
+                work.expires = expires;
+            }
+        };
+        match self.edit(id, set).await?.work {
+            Work::Migrate(work) => Ok(Ok(*work)),
+            _ => Ok(Err(None)),
+        }
     }
 
     /// Returns when the task was asked to be cancelled.
@@ -153,7 +223,8 @@ impl Tasks {
         };
         let policy = encode(&work.policy);
         let past = encode(&history::past_moves(&self.db, vm.id, source, destination).await?);
-        let action = Action::Migrate(v1::MigrateOut { grant, address, carry_port: port.into(), policy, memory_key, past });
+        let disks = if work.disks.is_empty() { vec![] } else { encode(&work.disks) };
+        let action = Action::Migrate(v1::MigrateOut { grant, address, carry_port: port.into(), policy, memory_key, past, disks });
         match self.command(id, source, &format!("move {}", work.attempt), action).await? {
             // It may have answered from its memory: what was changed since is told once more.
             Ok(_) => self.set_stage(id, Stage::Moving).await,

@@ -247,7 +247,7 @@ async fn a_dry_run_checks_and_changes_nothing_and_says_what_a_move_would_cost() 
     let Some(Action::Forecast(question)) = &command.action else { panic!("{command:?}") };
     assert_eq!(question.generation, 1, "of the VM as it is");
     let request_said: ForecastRequest = decode("request", &question.request).expect("well formed");
-    assert_eq!(request_said, ForecastRequest { policy, past: PastMoves::default() });
+    assert_eq!(request_said, ForecastRequest { policy, past: PastMoves::default(), disks: vec![] });
     let forecast = MigrationForecast { learned_from: 3, ..MigrationForecast::default() };
     pair.a1.tell(&command, &forecast).await;
     let task = asked.await.expect("asked");

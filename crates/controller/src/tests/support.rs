@@ -436,6 +436,7 @@ pub(super) const FIGURES: MigrationFigures = MigrationFigures {
     wire_bytes: Bytes::mib(1),
     ram_bytes: Bytes::mib(2),
     rounds: 3,
+    disk_bytes: Bytes(0),
     left: Bytes(0),
     forecast: Some(MigrationForecast {
         memory: Bytes::mib(2),

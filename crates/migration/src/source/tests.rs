@@ -27,6 +27,7 @@ fn view(vcpus: Vcpus, migration: QemuMigration) -> SourceView {
             can_leave: false,
             leaving: false,
         },
+        disks: DisksView::NONE,
         declined: None,
         running: false,
         whole: false,
@@ -299,4 +300,54 @@ fn memory_that_was_left_is_kept_until_the_destination_has_it() {
     source.on_stopped(Millis(900));
     let dead = SourceView { qemu: None, running: false, whole: false, ..seen };
     assert_eq!(source.decide(SourceRecord::Offered, &dead), SourceAction::Record(SourceRecord::Returned));
+}
+
+#[test]
+fn memory_waits_for_the_disks_and_the_switch_for_all_that_was_written_to_them() {
+    let mut source = source();
+    let copying = DisksView { copied: false, whole: false, ..DisksView::NONE };
+    let begin =
+        |disks: &DisksView, now| SourceView { now: Millis(now), disks: disks.clone(), ..view(Vcpus::Running, QemuMigration::None) };
+    // However long they take: it is not the time that memory has.
+    for now in [0, 10_000_000] {
+        assert!(matches!(source.decide(SourceRecord::Offered, &begin(&copying, now)), SourceAction::Wait(_)));
+    }
+    let copied = DisksView { copied: true, ..copying.clone() };
+    assert_eq!(source.decide(SourceRecord::Offered, &begin(&copied, 10_000_100)), SourceAction::Migrate);
+    let mut near = SourceView { now: Millis(10_000_200), disks: copied.clone(), ..view(Vcpus::Running, QemuMigration::Active) };
+    near.qemu.as_mut().expect("alive").remaining = Bytes(1 << 20);
+    near.disks.queued = Millis(1_000);
+    assert!(matches!(source.decide(SourceRecord::Offered, &near), SourceAction::Wait(_)), "what waits for the disks is blackout");
+    near.disks.queued = Millis(10);
+    assert_eq!(source.decide(SourceRecord::Offered, &near), SourceAction::Stop);
+    source.on_stopped(Millis(10_000_300));
+    for migration in [QemuMigration::Active, QemuMigration::PreSwitchover] {
+        let stopped = SourceView { now: Millis(10_000_310), disks: copied.clone(), ..view(Vcpus::Paused, migration) };
+        assert_eq!(source.decide(SourceRecord::Offered, &stopped), SourceAction::FinishDisks);
+    }
+    let whole = SourceView { now: Millis(10_000_320), ..view(Vcpus::Paused, QemuMigration::PreSwitchover) };
+    assert_eq!(source.decide(SourceRecord::Offered, &whole), SourceAction::ContinueSwitchOver);
+    let dead = SourceView { qemu: None, disks: copied, now: Millis(10_000_330), ..view(Vcpus::Paused, QemuMigration::Device) };
+    assert_eq!(
+        source.decide(SourceRecord::Offered, &dead),
+        SourceAction::Record(SourceRecord::Returned),
+        "a destination without the disks must not run"
+    );
+}
+
+#[test]
+fn a_disk_that_cannot_travel_ends_the_move_with_its_reason() {
+    let why = Refusal::new(ErrorCode::NotEnoughSpace, "no room");
+    for (migration, expected) in
+        [(QemuMigration::None, SourceAction::Record(SourceRecord::Returned)), (QemuMigration::Active, SourceAction::CancelQemu)]
+    {
+        let disks = DisksView { failed: Some(why.clone()), ..DisksView::NONE };
+        let mut source = source();
+        assert_eq!(source.decide(SourceRecord::Offered, &SourceView { disks, ..view(Vcpus::Running, migration) }), expected);
+        assert_eq!(source.giving_up(), Some(&why));
+    }
+    let disks = DisksView { stalled: Millis(121_000), copied: false, ..DisksView::NONE };
+    let mut source = source();
+    let _ = source.decide(SourceRecord::Offered, &SourceView { disks, ..view(Vcpus::Running, QemuMigration::None) });
+    assert_eq!(source.giving_up().map(|refusal| refusal.code), Some(ErrorCode::MigrationStalled));
 }

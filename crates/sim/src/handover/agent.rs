@@ -2,7 +2,7 @@
 //! so that between any two of them an agent can die or be frozen.
 
 use godwit_migration::{
-    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage,
+    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, DisksView, Outcome, PeerMessage,
     QemuMigration, QemuView, Source, SourceAction, SourceRecord, SourceView, Vcpus,
 };
 use godwit_model::{Bytes, BytesPerSec, ErrorCode, MigrationPolicy, Millis, Refusal, UnixMillis};
@@ -278,6 +278,7 @@ fn decide_source(
             can_leave: true,
             leaving: true,
         },
+        disks: DisksView::NONE,
         declined: moving.declined.then(reason),
         running: moving.running,
         whole: moving.whole,
@@ -297,7 +298,7 @@ fn decide_source(
         }
         SourceAction::Migrate => Doing::Told(Command::Migrate),
         // Nothing that could go wrong comes of it.
-        SourceAction::Leave | SourceAction::Throttle | SourceAction::GoOn(_) => Doing::Idle,
+        SourceAction::Leave | SourceAction::Throttle | SourceAction::FinishDisks | SourceAction::GoOn(_) => Doing::Idle,
         SourceAction::Stop => Doing::Told(Command::Stop),
         SourceAction::ContinueSwitchOver => Doing::Told(Command::Continue),
         SourceAction::CancelQemu => Doing::Told(Command::Cancel),

@@ -2,7 +2,7 @@
 //! is explored in [`crate::handover`].
 
 use godwit_migration::{
-    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, Outcome, PeerMessage,
+    ArrivingCarry, CarryView, Destination, DestinationAction, DestinationRecord, DestinationView, DisksView, Outcome, PeerMessage,
     QemuMigration, QemuView, Source, SourceAction, SourceRecord, SourceView, Vcpus,
 };
 use godwit_model::{Bytes, BytesPerSec, ErrorCode, Millis, Refusal, UnixMillis};
@@ -179,6 +179,7 @@ impl World {
                 can_leave: false,
                 leaving: false,
             },
+            disks: DisksView::NONE,
             declined: self.agents.declined.clone(),
             running: self.agents.running,
             whole: false,
@@ -206,7 +207,7 @@ impl World {
                 }
                 self.mark(Mark::Stopped);
             }
-            SourceAction::Leave | SourceAction::Throttle | SourceAction::GoOn(_) => {}
+            SourceAction::Leave | SourceAction::Throttle | SourceAction::FinishDisks | SourceAction::GoOn(_) => {}
             SourceAction::ContinueSwitchOver => self.source_qemu.continue_switch_over(),
             SourceAction::CancelQemu => self.source_qemu.cancel(),
             SourceAction::ContinueVm => self.source_qemu.run_on(),
