@@ -24,7 +24,8 @@ pub(crate) struct Budget {
 struct Inner {
     /// None until the controller has said so.
     told: Option<Limit>,
-    moves: BTreeMap<VmId, Move>,
+    /// Of each VM's lanes.
+    moves: BTreeMap<(VmId, u16), Move>,
 }
 
 /// What all moves may take; none is no limit.
@@ -57,12 +58,12 @@ impl Budget {
         self.lock().told.flatten()
     }
 
-    /// The limit for the move of `vm`, which has sent so many bytes by `now` and may take `own` by its policy. `None` as long as the controller has not
+    /// The limit for a lane of the move of `vm`, which has sent so many bytes by `now` and may take `own` by its policy. `None` as long as the controller has not
     /// said anything: what was said to a carry before still counts.
-    pub(crate) fn share(&self, vm: VmId, own: Option<BytesPerSec>, sent: u64, now: Instant) -> Option<Limit> {
+    pub(crate) fn share(&self, lane: (VmId, u16), own: Option<BytesPerSec>, sent: u64, now: Instant) -> Option<Limit> {
         let mut inner = self.lock();
         let Inner { told, moves } = &mut *inner;
-        let this = moves.entry(vm).or_insert(Move { own, sent: (now, sent), used: None, least: u64::MAX, share: u64::MAX });
+        let this = moves.entry(lane).or_insert(Move { own, sent: (now, sent), used: None, least: u64::MAX, share: u64::MAX });
         this.own = own;
         let time = now.saturating_duration_since(this.sent.0);
         if time >= SPAN {
@@ -77,12 +78,12 @@ impl Budget {
             each.share = share.min(each.own.map_or(u64::MAX, BytesPerSec::get));
             each.least = each.least.min(each.share);
         }
-        moves.get(&vm).map(|this| Some(BytesPerSec(this.share.max(1))))
+        moves.get(&lane).map(|this| Some(BytesPerSec(this.share.max(1))))
     }
 
     /// The move of `vm` is over.
     pub(crate) fn leave(&self, vm: VmId) {
-        self.lock().moves.remove(&vm);
+        self.lock().moves.retain(|(other, _), _| *other != vm);
     }
 }
 
@@ -130,10 +131,10 @@ mod tests {
     #[test]
     fn nothing_is_said_before_the_controller_has_spoken_and_no_limit_leaves_the_policys() {
         let (budget, now) = (Budget::default(), Instant::now());
-        assert_eq!(budget.share(vm(1), Some(BytesPerSec(5)), 0, now), None);
+        assert_eq!(budget.share((vm(1), 0), Some(BytesPerSec(5)), 0, now), None);
         budget.set(None);
-        assert_eq!(budget.share(vm(1), Some(BytesPerSec(5)), 0, now), Some(Some(BytesPerSec(5))));
-        assert_eq!(budget.share(vm(2), None, 0, now), Some(None));
+        assert_eq!(budget.share((vm(1), 0), Some(BytesPerSec(5)), 0, now), Some(Some(BytesPerSec(5))));
+        assert_eq!(budget.share((vm(2), 0), None, 0, now), Some(None));
     }
 
     #[test]
@@ -144,7 +145,7 @@ mod tests {
         assert_eq!(budget.limit(), Some(BytesPerSec(100 * MB)));
         let share = |number, own: Option<u64>, sent, seconds| {
             let now = start + Duration::from_secs(seconds);
-            budget.share(vm(number), own.map(BytesPerSec), sent, now).flatten().map_or(0, BytesPerSec::get)
+            budget.share((vm(number), 0), own.map(BytesPerSec), sent, now).flatten().map_or(0, BytesPerSec::get)
         };
         assert_eq!(share(1, None, 0, 0), 100 * MB);
         assert_eq!((share(2, None, 0, 0), share(1, None, 0, 0)), (50 * MB, 50 * MB));

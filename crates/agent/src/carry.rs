@@ -30,7 +30,7 @@ mod speed;
 
 pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
 pub(crate) use control::{
-    CarryConfig, CarryStatus, DiskStatus, ImageFd, IndexedImageFds, KeptMemory, OwnDiskFacts, PlacedBlock, Placement, Role,
+    CarryConfig, CarryStatus, ImageFd, IndexedImageFds, KeptMemory, OwnDiskFacts, PlacedBlock, Placement, Role,
 };
 pub(crate) use memory::ProcessMemory;
 pub use process::{CarryError, run};

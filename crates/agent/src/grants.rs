@@ -99,6 +99,7 @@ mod tests {
             address: SocketAddr::from(([127, 0, 0, 1], 1)),
             policy: MigrationPolicy::default(),
             memory_key: None,
+            disks: vec![],
             past: PastMoves::default(),
         };
         assert_eq!(check(&command, &name("h1"), NOW), Ok(()));

@@ -73,9 +73,10 @@ impl Host {
         self.options.run_dir.join(short(vm))
     }
 
-    /// The socket of a VM's carry: not in the VM's own directory, whose owner could replace it.
-    pub(crate) fn carry_socket(&self, vm: VmId) -> PathBuf {
-        self.options.run_dir.join("carry").join(short(vm))
+    /// The socket of a VM's carry for this lane: not in the VM's own directory, whose owner could replace it.
+    pub(crate) fn carry_socket(&self, vm: VmId, lane: u16) -> PathBuf {
+        let name = if lane == 0 { short(vm).to_string() } else { format!("{}.{lane}", short(vm)) };
+        self.options.run_dir.join("carry").join(name)
     }
 
     /// The uid of every carry of this host.

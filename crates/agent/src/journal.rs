@@ -11,7 +11,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use godwit_migration::{DestinationRecord, SourceRecord};
-use godwit_model::{Epoch, Generation, Grant, MigrationFigures, MigrationPolicy, Refusal, ResolvedSpec, TaskId, UnixMillis, VmId};
+use godwit_model::{
+    Bytes, Epoch, Generation, Grant, MigrationFigures, MigrationPolicy, Refusal, ResolvedSpec, TaskId, UnixMillis, VmId, VolumeRef,
+};
 use godwit_qemu::process::ProcessIdentity;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -102,7 +104,28 @@ pub(crate) struct Outgoing {
     #[serde(default)]
     pub(crate) address: Option<SocketAddr>,
     pub(crate) carry: Option<ProcessIdentity>,
+    /// Volumes that the destination does not see.
+    #[serde(default)]
+    pub(crate) disks: Vec<OutgoingDisk>,
     pub(crate) began: UnixMillis,
+}
+
+/// A volume that leaves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct OutgoingDisk {
+    pub(crate) volume: VolumeRef,
+    pub(crate) carry: Option<ProcessIdentity>,
+}
+
+/// A disk that comes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct IncomingDisk {
+    pub(crate) volume: VolumeRef,
+    pub(crate) size: Bytes,
+    /// What was left here before on which generation, 0 if that is not known; none: nothing was.
+    pub(crate) base: Option<Generation>,
+    pub(crate) port: u16,
+    pub(crate) carry: Option<ProcessIdentity>,
 }
 
 /// A move to this host.
@@ -121,6 +144,9 @@ pub(crate) struct Incoming {
     /// The carry is not the first.
     #[serde(default)]
     pub(crate) again: bool,
+    /// Disks that this host did not see before.
+    #[serde(default)]
+    pub(crate) disks: Vec<IncomingDisk>,
 }
 
 /// How a move ended here: kept and repeated until the controller has stored it.

@@ -16,7 +16,8 @@ use godwit_link::v1::link_client::LinkClient;
 use godwit_link::v1::{self, AgentMessage};
 use godwit_link::{MAX_MESSAGE, Malformed, PROTOCOL, convert, decode, encode};
 use godwit_model::{
-    BytesPerSec, Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, NetworkId, Refusal, VlanId, VmId, VolumeRef,
+    BytesPerSec, Epoch, ErrorCode, ExecRequest, Generation, Grant, MigrationPolicy, NetworkId, Refusal, TravellingDisk, VlanId,
+    VmId, VolumeRef,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -282,6 +283,9 @@ impl Sessions {
             let volume = volume_ref(volume)?;
             return self.host.pools.delete(&volume).await.map(|()| Answer::default());
         }
+        if let Action::Forget(forget) = &action {
+            self.host.pools.forget_spares(convert::vm_id(&forget.vm)?).await?;
+        }
         if let Action::Console(console) = &action {
             let vm = convert::vm_id(&console.vm)?;
             return console::open(&self.host, vm, console.session.clone()).await.map(|()| Answer::default());
@@ -355,7 +359,8 @@ fn vm_command(
             let grant = granted(prepare.grant)?;
             let policy: MigrationPolicy = decode("policy", &prepare.policy)?;
             let memory_key = stays::key(&prepare.memory_key);
-            (grant.vm, VmCommand::Prepare { spec: decode("spec", &prepare.spec)?, grant, policy, memory_key })
+            let disks = travelling(&prepare.disks)?;
+            (grant.vm, VmCommand::Prepare { spec: decode("spec", &prepare.spec)?, grant, policy, memory_key, disks })
         }
         Action::Migrate(migrate) => {
             let grant = granted(migrate.grant)?;
@@ -366,7 +371,12 @@ fn vm_command(
             let memory_key = stays::key(&migrate.memory_key);
             // What it is expected to cost is no reason not to move.
             let past = decode("past", &migrate.past).unwrap_or_default();
-            (grant.vm, VmCommand::Migrate { grant, address: SocketAddr::new(ip, port), policy, memory_key, past })
+            let disks = travelling(&migrate.disks)?;
+            (grant.vm, VmCommand::Migrate { grant, address: SocketAddr::new(ip, port), policy, memory_key, past, disks })
+        }
+        Action::Measure(measure) => {
+            let (vm, generation) = owned(&measure.vm, measure.generation)?;
+            (vm, VmCommand::Measure { generation, disks: travelling(&measure.disks)? })
         }
         Action::Forecast(forecast) => {
             let (vm, generation) = owned(&forecast.vm, forecast.generation)?;
@@ -385,6 +395,11 @@ fn vm_command(
             return Err(Malformed::Field { field: "action" }.into());
         }
     })
+}
+
+/// Disks that travel; nothing is none.
+fn travelling(disks: &[u8]) -> Result<Vec<TravellingDisk>, Malformed> {
+    if disks.is_empty() { Ok(vec![]) } else { decode("disks", disks) }
 }
 
 fn networks(host: &SharedHost, fleet: v1::Fleet) -> Result<FleetNetworks, Malformed> {

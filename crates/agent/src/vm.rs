@@ -11,6 +11,7 @@
 mod actor;
 mod change;
 mod destination;
+mod disks;
 mod forecast;
 mod images;
 mod moving;
@@ -18,6 +19,7 @@ mod placement;
 mod registry;
 mod source;
 mod start;
+mod start_carry;
 pub(crate) mod stays;
 mod tpm;
 

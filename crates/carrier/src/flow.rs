@@ -139,6 +139,12 @@ impl Window {
         self.wire.in_flight()
     }
 
+    /// What these frames stand for.
+    #[must_use]
+    pub const fn raw_in_flight(&self) -> u64 {
+        self.raw.in_flight()
+    }
+
     /// Bytes of frames sent so far.
     #[must_use]
     pub const fn wire_sent(&self) -> u64 {

@@ -186,6 +186,8 @@ pub(crate) fn start_agent(record: &mut Record, host: &str) -> Result<u32, LabErr
     make_dir(&paths.host_run(host), 0o711)?;
     let mut shared = std::ffi::OsString::from("shared=");
     shared.push(pool(record));
+    let mut own = std::ffi::OsString::from("local=");
+    own.push(paths.host_pool(host));
     let mut command = detached(&record.spec.godwit, &paths.agent_log(host))?;
     command
         .args(["agent", "--state-dir"])
@@ -194,7 +196,9 @@ pub(crate) fn start_agent(record: &mut Record, host: &str) -> Result<u32, LabErr
         .arg(paths.host_run(host))
         .arg("--pool")
         .arg(shared)
-        .args(["--shared-pool", "shared", "--cgroup"])
+        .args(["--shared-pool", "shared", "--pool"])
+        .arg(own)
+        .arg("--cgroup")
         .arg(format!("{}/{host}", layout::cgroup(&record.spec.name)))
         .args(["--uid-base", &uid_base.to_string()])
         // The outside client is no host, but must hear where a VM is announced.

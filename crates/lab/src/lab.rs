@@ -156,6 +156,14 @@ impl Lab {
         Ok(status::api(&self.record()?))
     }
 
+    /// The directory of a host's pool `local`, which no other host sees.
+    ///
+    /// # Errors
+    /// When the record cannot be read.
+    pub fn local_pool(&self, host: &str) -> Result<PathBuf, LabError> {
+        Ok(self.record()?.paths().host_pool(host))
+    }
+
     /// The directory of the pool `shared`.
     ///
     /// # Errors

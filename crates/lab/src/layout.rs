@@ -135,6 +135,11 @@ impl Paths {
         self.data.join(host)
     }
 
+    /// Of the pool `local`, which is the host's alone.
+    pub(crate) fn host_pool(&self, host: &str) -> PathBuf {
+        self.host(host).join("pool")
+    }
+
     pub(crate) fn host_run(&self, host: &str) -> PathBuf {
         self.run().join(host)
     }

@@ -21,7 +21,7 @@ pub struct LabSpec {
     pub godwit: PathBuf,
     /// Where state, logs and disks go; `/var/lib/godwit-lab/NAME` when absent. Must not be a small tmpfs.
     pub dir: Option<PathBuf>,
-    /// The directory of the pool `shared`, seen by all hosts; `pool` beside the state when absent. Kept by `down` if given.
+    /// The directory of the pool `shared`, seen by all hosts beside the pool `local` that each has for itself; `pool` beside the state when absent. Kept by `down` if given.
     pub shared_pool: Option<PathBuf>,
     /// The API's port on 127.0.0.1; any free one when absent.
     pub api_port: Option<u16>,

@@ -15,8 +15,10 @@ use crate::qmp::{Qmp, QmpError};
 
 /// The node of a firmware's variables.
 pub const VARIABLES: &str = "variables";
-/// Bytes of a disk that a bitmap and a mirror take for one.
-const GRANULARITY: u64 = 64 << 10;
+/// Bytes of a disk that a mirror takes for one: as guests write in places that are far apart, more of them would be sent for nothing.
+const MIRRORED: u64 = 4 << 10;
+/// Bytes that a bitmap takes for one: it stays, and takes 8 MiB for a TiB.
+pub const REMEMBERED: u32 = 16 << 10;
 /// What a mirror may have under way: with a multiple of that waiting elsewhere, stopping the VM does not wait for the wire.
 const UNDER_WAY: u64 = 4 << 20;
 /// How long a mirror that is told to end at once may take.
@@ -141,7 +143,7 @@ impl Qmp {
         let add = json!({"driver": "nbd", "node-name": target, "server": server, "export": node});
         self.execute("blockdev-add", add).await?;
         let mirror = json!({
-            "job-id": job, "device": node, "target": target, "sync": "none", "granularity": GRANULARITY, "buf-size": UNDER_WAY,
+            "job-id": job, "device": node, "target": target, "sync": "none", "granularity": MIRRORED, "buf-size": UNDER_WAY,
             "on-target-error": "report", "auto-dismiss": false,
         });
         let begun = self.execute("blockdev-mirror", mirror).await;
@@ -214,7 +216,7 @@ impl Qmp {
     /// # Errors
     /// See [`QmpError`]. One of that name that is there already is refused.
     pub async fn begin_bitmap(&self, node: &str, name: &str) -> Result<(), QmpError> {
-        let add = json!({"node": node, "name": name, "granularity": GRANULARITY, "persistent": false});
+        let add = json!({"node": node, "name": name, "granularity": REMEMBERED, "persistent": false});
         self.execute("block-dirty-bitmap-add", add).await.map(drop)
     }
 

@@ -43,6 +43,7 @@ fn whole(cluster: &Cluster, vm: &str) -> Result<()> {
     }
     let status = cluster.status(vm)?;
     ensure!(status.page_errors == 0, "{vm} found {} wrong pages of {} checked", status.page_errors, status.pages_checked);
+    ensure!(status.disk_errors == 0, "{vm} found {} wrong blocks of {} checked", status.disk_errors, status.disk_checked);
     Ok(())
 }
 

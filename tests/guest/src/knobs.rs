@@ -27,6 +27,8 @@ use crate::pages::{PAGE_SIZE, PageKind};
 /// | `guest.load=change` | none | `change` or `equal`: memory for measurements, see `Load`, whose writes have exactly the smallest `write_size`; no checker |
 /// | `guest.check=64M` | 64M | bytes per second that the checker reads; `max` for as many as it can, 0 for none |
 /// | `guest.tick=10` | 10 | milliseconds between two turns of its work: emulated, each costs the host more than what is done in it |
+/// | `guest.disk=32M` | 0 | bytes at the beginning of each virtio disk that are written, and checked again and again |
+/// | `guest.disk_dirty=1M` | 1M | bytes per second that are written to each of them anew |
 /// | `guest.tcp_rate=1M` | 1M | bytes per second of each stream connection |
 ///
 /// Suggested words for the kernel itself:
@@ -64,6 +66,10 @@ pub struct Knobs {
     pub check: Option<u64>,
     /// Time between two turns of its work.
     pub tick: Duration,
+    /// Bytes of each disk that are written and checked.
+    pub disk: u64,
+    /// Bytes of each disk written anew per second.
+    pub disk_dirty: u64,
     /// Bytes per second of each stream connection.
     pub tcp_rate: u64,
 }
@@ -151,6 +157,8 @@ impl Default for Knobs {
             load: None,
             check: Some(64 << 20),
             tick: Duration::from_millis(10),
+            disk: 0,
+            disk_dirty: 1 << 20,
             tcp_rate: 1 << 20,
         }
     }
@@ -200,6 +208,8 @@ impl Knobs {
             }
             "check" => self.check = if value == "max" { None } else { Some(bytes()?) },
             "tick" => self.tick = Duration::from_millis(within(value, 1..=40).ok_or_else(|| bad("1 to 40 milliseconds"))?),
+            "disk" => self.disk = bytes()?,
+            "disk_dirty" => self.disk_dirty = bytes()?,
             "tcp_rate" => self.tcp_rate = bytes()?,
             _ => return Err(KnobError::Unknown { key: key.to_owned() }),
         }
@@ -260,7 +270,7 @@ mod tests {
             "console=ttyS0 quiet panic=-1 guest.id=web1 guest.ip=10.99.0.10/24 guest.gw=10.99.0.1 guest.mtu=1450 \
              guest.witness=10.99.0.1:9999 guest.witness_every=20 guest.touch_total=1G guest.working_set=64M \
              guest.dirty=0 guest.phase=7 guest.write_size=64..512 guest.mix=unique:50,zero:50 guest.load=equal guest.check=max guest.tick=40 \
-             guest.tcp_rate=100K\n",
+             guest.disk=32M guest.disk_dirty=4K guest.tcp_rate=100K\n",
         )
         .unwrap();
         assert_eq!(knobs.id, "web1");
@@ -276,7 +286,7 @@ mod tests {
         assert_eq!(knobs.load, Some(Rewrite::Equal));
         assert_eq!(knobs.check, None);
         assert_eq!(knobs.tick, Duration::from_millis(40));
-        assert_eq!(knobs.tcp_rate, 100 << 10);
+        assert_eq!((knobs.disk, knobs.disk_dirty, knobs.tcp_rate), (32 << 20, 4 << 10, 100 << 10));
     }
 
     #[test]

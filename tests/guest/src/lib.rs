@@ -10,6 +10,7 @@
 mod knobs;
 mod noise;
 
+mod disk;
 mod load;
 mod pages;
 
@@ -25,6 +26,7 @@ mod seed;
 
 pub use agent::{AgentAnswer, answer_agent};
 pub use clock::{ClockReading, ClockReport, ClockWatch};
+pub use disk::{DiskError, DiskPool};
 pub use knobs::{KnobError, Knobs, Mix};
 pub use load::{Load, Rewrite};
 pub use noise::Noise;

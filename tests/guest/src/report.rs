@@ -24,6 +24,12 @@ pub struct Status {
     pub sweeps: u64,
     /// Writes to pages since boot.
     pub pages_written: u64,
+    /// Checks of blocks of disks since boot.
+    pub disk_checked: u64,
+    /// Checks that found a block which is not what memory knows of it.
+    pub disk_errors: u64,
+    /// Blocks written since boot.
+    pub disk_written: u64,
     /// How often the clocks jumped.
     pub clock_jumps: u64,
     /// The largest jump, in milliseconds.

@@ -460,6 +460,11 @@ impl Pump {
         self.session.borrow().window().in_flight()
     }
 
+    /// Bytes of memory, or of a disk, that they stand for.
+    pub(super) fn raw_in_flight(&self) -> u64 {
+        self.session.borrow().window().raw_in_flight()
+    }
+
     /// Whether the peer has dealt with everything.
     pub(super) fn is_settled(&self) -> bool {
         self.session.borrow().is_settled()

@@ -102,6 +102,28 @@ impl Pools {
         .await
     }
 
+    /// The VM is gone: so is what is left of its volumes, in all pools that are there.
+    ///
+    /// # Errors
+    /// As [`Pools::check`].
+    pub(crate) async fn forget_spares(&self, vm: VmId) -> Result<(), Refusal> {
+        let pools = self.clone();
+        blocking(move || {
+            for storage in pools.pools.iter().filter_map(|pool| pool.driver.open().ok()) {
+                let system = |error| refusal::system("remove what is left of a VM's volumes", &error);
+                for name in storage.spares().map_err(system)? {
+                    let item = Item::spare(&name);
+                    let Ok(file) = storage.open(&item, Access::READ) else { continue };
+                    if storage.left(&item, &file).map_err(system)?.is_some_and(|left| left.vm == vm) {
+                        storage.remove(&item).map_err(system)?;
+                    }
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+
     /// Removes a volume that its VM has taken along in another way, as the state of its TPM.
     ///
     /// # Errors

@@ -503,6 +503,12 @@ async fn a_volume_comes_leaves_and_comes_back_and_never_meets_another() {
         pools.delete(&volume).await.map_err(complete).expect("deleted");
         assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Empty), "a spare goes with its volume");
         pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        pools.forget_spares(other).await.map_err(complete).expect("forgotten");
+        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Spare(None)));
+        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        pools.forget_spares(vm).await.map_err(complete).expect("forgotten");
+        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Empty), "and with its VM");
+        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
         pools.delete(&volume).await.map_err(complete).expect("deleted");
         fixture.assert_nothing_partial();
     }

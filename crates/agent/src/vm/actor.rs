@@ -8,7 +8,7 @@ use godwit_link::v1;
 use godwit_migration::{DestinationRecord, Peer, PeerMessage, SourceRecord};
 use godwit_model::{
     ErrorCode, ForecastRequest, Generation, Grant, MigrationPolicy, Millis, Name, PastMoves, Refusal, ResolvedSpec, Retry,
-    RunState, TaskId, VmId,
+    RunState, TaskId, TravellingDisk, VmId,
 };
 use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
 use godwit_qemu::qmp::{ConnectError, Ending, Notice, Notices, Qmp, QmpError};
@@ -64,6 +64,7 @@ pub(crate) enum VmCommand {
         spec: ResolvedSpec,
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
+        disks: Vec<TravellingDisk>,
     },
     Migrate {
         grant: Grant,
@@ -71,6 +72,12 @@ pub(crate) enum VmCommand {
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
         past: PastMoves,
+        disks: Vec<TravellingDisk>,
+    },
+    /// How large these disks are.
+    Measure {
+        generation: Generation,
+        disks: Vec<TravellingDisk>,
     },
     Cancel {
         task: TaskId,
@@ -241,10 +248,10 @@ impl Actor {
             Holding::Owner => self.settle_tpm().await,
             Holding::Source(outgoing) => {
                 self.moving =
-                    Some(Moving::Source(Box::new(SourceMove::resume(&self.host, self.vm, outgoing, &self.carry_notices.0))));
+                    Some(Moving::Source(Box::new(SourceMove::resume(&self.host, &record.spec, outgoing, &self.carry_notices.0))));
             }
             Holding::Destination(incoming) => {
-                let resumed = DestinationMove::resume(&self.host, self.vm, incoming, &self.carry_notices.0);
+                let resumed = DestinationMove::resume(&self.host, &record.spec, incoming, &self.carry_notices.0);
                 self.moving = Some(Moving::Destination(Box::new(resumed)));
             }
         }
@@ -441,10 +448,13 @@ impl Actor {
     async fn on_command(&mut self, command: VmCommand) -> Result<Answer, Refusal> {
         match command {
             VmCommand::Start { grant, spec } => self.start(grant, spec).await.map(|()| Answer::default()),
-            VmCommand::Prepare { grant, spec, policy, memory_key } => self.prepare(grant, spec, policy, memory_key).await,
-            VmCommand::Migrate { grant, address, policy, memory_key, past } => {
-                self.migrate(grant, address, policy, memory_key, past).await.map(|()| Answer::default())
+            VmCommand::Prepare { grant, spec, policy, memory_key, disks } => {
+                self.prepare(grant, spec, policy, memory_key, disks).await
             }
+            VmCommand::Migrate { grant, address, policy, memory_key, past, disks } => {
+                self.migrate(grant, address, policy, memory_key, past, disks).await.map(|()| Answer::default())
+            }
+            VmCommand::Measure { generation, disks } => self.measure_disks(generation, disks).await,
             VmCommand::Cancel { task } => self.cancel(task).map(|()| Answer::default()),
             VmCommand::SetPolicy { task, policy } => self.set_policy(task, policy).map(|()| Answer::default()),
             VmCommand::Settle { task, generation } => self.settle(task, generation).await.map(|()| Answer::default()),

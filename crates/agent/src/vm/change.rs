@@ -12,9 +12,11 @@ use godwit_qemu::command::{DiskFds, FlashFds};
 use godwit_qemu::{PassedFds, Start};
 
 use super::actor::{Actor, qemu_failed};
+use super::disks::into::open_arriving;
 use super::start::fetch_image;
 use crate::firmware::{Flash, VARIABLES};
 use crate::host::{SharedHost, host_failed};
+use crate::journal::IncomingDisk;
 use crate::nodes::{self, NODES};
 
 impl Actor {
@@ -184,6 +186,7 @@ pub(super) async fn open_flash(
     host: &SharedHost,
     spec: &ResolvedSpec,
     start: Start,
+    arriving: &[IncomingDisk],
     fds: &mut PassedFds,
 ) -> Result<Option<FlashFds>, Refusal> {
     let Firmware::Uefi { variables, secure_boot } = &spec.platform.firmware else { return Ok(None) };
@@ -191,7 +194,10 @@ pub(super) async fn open_flash(
     if start == Start::Fresh {
         host.pools.prepare_copy(variables, &flash.template).await?;
     }
-    let (read_only, read_write) = host.pools.open_exact(variables, VARIABLES).await?;
+    let (read_only, read_write) = match open_arriving(host, spec, arriving, variables).await? {
+        Some(opened) => opened,
+        None => host.pools.open_exact(variables, VARIABLES).await?,
+    };
     let code = std::fs::File::open(&flash.code).map_err(|error| host_failed("the UEFI firmware cannot be read", &error))?;
     let variables = DiskFds { read_only: fds.pass(read_only), read_write: fds.pass(read_write) };
     Ok(Some(FlashFds { code: fds.pass(code), variables }))

@@ -11,8 +11,9 @@ use godwit_migration::{
 };
 use godwit_model::{
     Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState, TaskId,
-    VmId,
+    TravellingDisk,
 };
+use godwit_qemu::process::ProcessIdentity;
 use godwit_qemu::qmp::Qmp;
 use godwit_qemu::qmp::commands::AnnounceSchedule;
 use godwit_qemu::qmp::views::MigrationStatus;
@@ -21,8 +22,10 @@ use godwit_vault::StayKey;
 use tokio::sync::mpsc;
 
 use super::actor::{Actor, Answer, Moving, RETRY, qemu_failed};
+use super::disks::{Lane, into};
 use super::moving::{Told, Watch, millis, tell};
 use super::placement::Access;
+use super::start_carry::LaneStart;
 use crate::carry::{CarryClient, CarryNotice, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Incoming, VmRecord};
@@ -46,6 +49,7 @@ pub(super) struct DestinationMove {
     pub(super) grant: Grant,
     machine: Destination,
     carry: Option<CarryClient>,
+    disks: Vec<Lane>,
     watch: Watch,
     began: Instant,
     released: bool,
@@ -69,6 +73,7 @@ impl DestinationMove {
             machine: Destination::new(grant.expires),
             grant,
             carry,
+            disks: Vec::new(),
             watch: Watch::new(),
             began: Instant::now(),
             released: false,
@@ -85,10 +90,13 @@ impl DestinationMove {
     }
 
     /// Goes on after a restart of the agent, from the journal.
-    pub(super) fn resume(host: &SharedHost, vm: VmId, incoming: &Incoming, notices: &mpsc::Sender<CarryNotice>) -> Self {
-        let carry =
-            incoming.carry.as_ref().and_then(|identity| CarryClient::adopt(identity, &host.carry_socket(vm), notices.clone()).ok());
-        Self::new(incoming.grant.clone(), carry)
+    pub(super) fn resume(host: &SharedHost, spec: &ResolvedSpec, incoming: &Incoming, notices: &mpsc::Sender<CarryNotice>) -> Self {
+        let adopt = |identity: &ProcessIdentity, lane| {
+            CarryClient::adopt(identity, &host.carry_socket(spec.vm, lane), notices.clone()).ok()
+        };
+        let carry = incoming.carry.as_ref().and_then(|identity| adopt(identity, 0));
+        let disks = into::adopt(spec, &incoming.disks, adopt);
+        Self { disks, ..Self::new(incoming.grant.clone(), carry) }
     }
 
     pub(super) fn on_peer(&mut self, peer: &Peer) {
@@ -114,13 +122,14 @@ impl Actor {
         spec: ResolvedSpec,
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
+        disks: Vec<TravellingDisk>,
     ) -> Result<Answer, Refusal> {
         if let Some(record) = &self.record {
             match &record.holding {
                 Holding::Destination(incoming)
                     if incoming.grant == grant && incoming.record == DestinationRecord::Prepared && self.carry_is_usable() =>
                 {
-                    return Ok(Answer { carry_port: incoming.carry_port, ..Answer::default() });
+                    return Ok(prepared(incoming));
                 }
                 Holding::Owner if self.process.is_none() && record.generation < grant.generation => {}
                 Holding::Owner if self.process.is_some() => {
@@ -137,6 +146,7 @@ impl Actor {
         let address = self.host.migration_address();
         let listener = TcpListener::bind((address, 0)).map_err(|error| host_failed("cannot listen for the source", &error))?;
         let carry_port = listener.local_addr().map_err(|error| host_failed("cannot listen for the source", &error))?.port();
+        let disks = self.arrive_disks(&spec, &disks).await?;
         let incoming = Incoming {
             grant: grant.clone(),
             record: DestinationRecord::Prepared,
@@ -145,16 +155,25 @@ impl Actor {
             advises: false,
             section: None,
             again: false,
+            disks: disks.clone(),
         };
         let record = VmRecord::new(spec, Generation(0), 0, Holding::Destination(incoming));
-        self.begin(record, Start::Incoming).await?;
+        if let Err(refusal) = self.begin(record, Start::Incoming).await {
+            self.set_aside(&disks, false).await;
+            return Err(refusal);
+        }
         match self.begin_destination(&grant, listener, policy, memory_key).await {
-            Ok(carry) => {
-                self.moving = Some(Moving::Destination(Box::new(DestinationMove::new(grant, Some(carry)))));
-                Ok(Answer { carry_port, ..Answer::default() })
+            Ok((carry, disks)) => {
+                let moving = DestinationMove { disks, ..DestinationMove::new(grant, Some(carry)) };
+                self.moving = Some(Moving::Destination(Box::new(moving)));
+                match self.record.as_ref().map(|record| &record.holding) {
+                    Some(Holding::Destination(incoming)) => Ok(prepared(incoming)),
+                    _ => Ok(Answer { carry_port, ..Answer::default() }),
+                }
             }
             Err(refusal) => {
                 self.end_process().await;
+                self.set_aside(&disks, false).await;
                 self.forsake_tpm().await;
                 self.drop_record();
                 Err(refusal)
@@ -168,7 +187,7 @@ impl Actor {
         listener: TcpListener,
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
-    ) -> Result<CarryClient, Refusal> {
+    ) -> Result<(CarryClient, Vec<Lane>), Refusal> {
         let qmp = self.monitor()?.clone();
         let known = qmp.query_migrate_capabilities().await.map_err(qemu_failed)?;
         let wanted = [("events", true), ("return-path", true), ("late-block-activate", true)];
@@ -187,20 +206,28 @@ impl Actor {
         let kept = memory_key.and_then(|key| self.lend_memory(&key, &mut fds));
         let images = self.lend_images(&mut fds).await;
         let role = Role::Destination { listen_fd, placement, advises, kept, images, again: None };
-        let carry = self.start_carry(role, grant, &source, ours.into(), policy.stall, fds).await?;
+        let carry = self.start_carry(role, grant, LaneStart::of_memory(&source, policy.stall), ours.into(), fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
             incoming.carry = Some(carry.identity().clone());
             incoming.advises = advises;
         }
+        let disks = match self.begin_arriving_disks(&qmp, grant, &source, policy.stall).await {
+            Ok(disks) => disks,
+            Err(refusal) => {
+                carry.end().await;
+                return Err(refusal);
+            }
+        };
         let kept = match self.save() {
             Ok(()) => qmp.migrate_incoming_fd(INCOMING_FD).await.map_err(qemu_failed),
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = kept {
             carry.end().await;
+            into::end(disks).await;
             return Err(refusal);
         }
-        Ok(carry)
+        Ok((carry, disks))
     }
 
     /// The controller gives the task up, or knows how it ended at the source: without a release the destination declines.
@@ -266,7 +293,7 @@ impl Actor {
             unix_now: unix_now(),
             qemu,
             released: moving.released,
-            aborted: moving.aborted.clone(),
+            aborted: moving.aborted.clone().or_else(|| into::broken(&moving.disks)),
             carry: ArrivingCarry {
                 usable: moving.carry.as_ref().is_some_and(CarryClient::is_usable) && moving.cut != Some(port),
                 connected: moving.carry.as_ref().is_some_and(|carry| carry.status().connected),
@@ -306,7 +333,7 @@ impl Actor {
             }
             DestinationAction::Record(next) => {
                 let declines = matches!(next, DestinationRecord::Declined { .. });
-                let done = (!declines || self.decline_tpm().await) && self.record_destination(next);
+                let done = (!declines || (self.decline_tpm().await && self.decline_disks().await)) && self.record_destination(next);
                 (!done).then_some(RETRY)
             }
             DestinationAction::EndQemu => {
@@ -368,7 +395,7 @@ impl Actor {
         let again = Some(section);
         let role = Role::Destination { listen_fd, placement, advises: true, kept: None, images: Vec::new(), again };
         let stall = MigrationPolicy::default().stall;
-        let carry = self.start_carry(role, &grant, &source, ours.into(), stall, fds).await?;
+        let carry = self.start_carry(role, &grant, LaneStart::of_memory(&source, stall), ours.into(), fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
             (incoming.carry, incoming.carry_port, incoming.again) = (Some(carry.identity().clone()), port, true);
         }
@@ -402,7 +429,11 @@ impl Actor {
     }
 
     async fn continue_destination(&mut self) -> Option<Duration> {
-        let continued = match self.publish_tpm().await {
+        let taken_over = match self.publish_tpm().await {
+            Ok(()) => self.take_disks_over().await,
+            Err(refusal) => Err(refusal),
+        };
+        let continued = match taken_over {
             Ok(()) => {
                 // What comes for the VM from here on waits at its tap instead of going to where it was.
                 self.announce_by_host();
@@ -506,6 +537,7 @@ impl Actor {
             }
             carry.end().await;
         }
+        into::end(moving.disks).await;
         match outcome {
             Outcome::Moved => {
                 if let Some(record) = &mut self.record {
@@ -519,6 +551,12 @@ impl Actor {
         }
         None
     }
+}
+
+/// What the controller is told of a destination that waits.
+fn prepared(incoming: &Incoming) -> Answer {
+    let result = if incoming.disks.is_empty() { vec![] } else { godwit_link::encode(&into::told(&incoming.disks)) };
+    Answer { carry_port: incoming.carry_port, result }
 }
 
 /// The number of the RAM section, once this carry has told it.

@@ -1,18 +1,17 @@
 //! The source's side of a move: carries out what `godwit_migration::Source` decides.
 
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use godwit_link::v1;
 use godwit_link::v1::agent_message::Body;
 use godwit_migration::{
-    Outcome, Peer, PeerMessage, QemuMigration, Source, SourceAction, SourceRecord, SourceView, Vcpus, WarmUp, predict_blackout,
+    Outcome, Peer, PeerMessage, QemuMigration, Source, SourceAction, SourceRecord, SourceView, Vcpus, predict_blackout, warm_up_of,
 };
 use godwit_model::{
     Accelerator, Bytes, BytesPerSec, ErrorCode, Grant, MigrationFigures, MigrationForecast, MigrationPhase, MigrationPolicy,
-    MigrationProgress, Millis, PastMoves, Refusal, RunState, Rung, TaskId, VmId,
+    MigrationProgress, Millis, PastMoves, Refusal, ResolvedSpec, RunState, Rung, TaskId, TravellingDisk,
 };
 use godwit_qemu::PassedFds;
 use godwit_qemu::qmp::Qmp;
@@ -22,12 +21,14 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::actor::{Actor, Moving, RETRY, qemu_failed};
+use super::disks::out::{self, DisksOut};
 use super::forecast::{SAMPLE_LIMIT, of_measured};
 use super::moving::{Told, Watch, carry_view, millis, tell};
 use super::placement::Access;
-use crate::carry::{CarryClient, CarryConfig, CarryNotice, CarryStart, CarryStatus, PlacedBlock, Role};
+use super::start_carry::LaneStart;
+use crate::carry::{CarryClient, CarryNotice, CarryStatus, PlacedBlock, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
-use crate::journal::{EndedMove, Holding, Outgoing};
+use crate::journal::{EndedMove, Holding, Outgoing, OutgoingDisk};
 use crate::turns::Seat;
 
 /// The name under which QEMU holds the socket to carry.
@@ -56,6 +57,7 @@ pub(super) struct SourceMove {
     pub(super) grant: Grant,
     machine: Source,
     carry: Option<CarryClient>,
+    disks: DisksOut,
     watch: Watch,
     began: Instant,
     declined: Option<Refusal>,
@@ -103,6 +105,7 @@ impl SourceMove {
             grant,
             machine,
             carry,
+            disks: DisksOut::default(),
             watch: Watch::new(),
             began: Instant::now(),
             declined: None,
@@ -142,14 +145,16 @@ impl SourceMove {
     }
 
     /// Goes on after a restart of the agent, from the journal.
-    pub(super) fn resume(host: &SharedHost, vm: VmId, outgoing: &Outgoing, notices: &mpsc::Sender<CarryNotice>) -> Self {
+    pub(super) fn resume(host: &SharedHost, spec: &ResolvedSpec, outgoing: &Outgoing, notices: &mpsc::Sender<CarryNotice>) -> Self {
+        let vm = spec.vm;
         let carry = outgoing.carry.as_ref().and_then(|identity| {
-            CarryClient::adopt(identity, &host.carry_socket(vm), notices.clone())
+            CarryClient::adopt(identity, &host.carry_socket(vm, 0), notices.clone())
                 .inspect_err(|error| tracing::warn!(error = error as &dyn std::error::Error, "no carry"))
                 .ok()
         });
         let moving = Self::new(host, outgoing.grant.clone(), outgoing.policy, carry, outgoing.held);
-        Self { machine: moving.machine.leaving(outgoing.leaving), ..moving }
+        let disks = DisksOut::adopt(host, spec, &outgoing.disks, notices);
+        Self { machine: moving.machine.leaving(outgoing.leaving), disks, ..moving }
     }
 
     /// Whether the VM may be stopped now. A QEMU that may switch over by itself cannot wait.
@@ -191,6 +196,14 @@ impl SourceMove {
     }
 }
 
+/// What a source has begun with.
+struct Begun {
+    carry: CarryClient,
+    disks: DisksOut,
+    held: bool,
+    blocks: Option<Vec<PlacedBlock>>,
+}
+
 impl Actor {
     /// Accepts a move away from here.
     pub(super) async fn migrate(
@@ -200,6 +213,7 @@ impl Actor {
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
         past: PastMoves,
+        disks: Vec<TravellingDisk>,
     ) -> Result<(), Refusal> {
         if let Some(Moving::Source(moving)) = &self.moving
             && moving.grant == grant
@@ -231,16 +245,17 @@ impl Actor {
                 held: false,
                 leaving: false,
                 address: Some(address),
+                disks: disks.iter().map(|disk| OutgoingDisk { volume: disk.volume.clone(), carry: None }).collect(),
                 began: unix_now(),
             });
         }
         let begun = async {
             self.save()?;
-            self.begin_source(&grant, address, policy).await
+            self.begin_source(&grant, address, policy, &disks).await
         };
         match begun.await {
-            Ok((carry, held, blocks)) => {
-                let moving = SourceMove::new(&self.host, grant, policy, Some(carry), held);
+            Ok(Begun { carry, disks, held, blocks }) => {
+                let moving = SourceMove { disks, ..SourceMove::new(&self.host, grant, policy, Some(carry), held) };
                 let touched = Some(self.count_touched(blocks.clone()));
                 let keep = memory_key.zip(blocks);
                 self.moving = Some(Moving::Source(Box::new(SourceMove { keep, past, touched, ..moving })));
@@ -258,7 +273,8 @@ impl Actor {
         grant: &Grant,
         address: SocketAddr,
         policy: MigrationPolicy,
-    ) -> Result<(CarryClient, bool, Option<Vec<PlacedBlock>>), Refusal> {
+        disks: &[TravellingDisk],
+    ) -> Result<Begun, Refusal> {
         let qmp = self.monitor()?.clone();
         let held = prepare_source(&qmp, policy.prepares_throttle()).await?;
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
@@ -273,54 +289,32 @@ impl Actor {
         let needed = emulated || policy.prepares_postcopy();
         let own = blocks.clone().filter(|_| needed).and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
         let images = self.lend_indexed_images(&mut fds).await;
-        let role = Role::Source { address, bandwidth: policy.bandwidth, own, emulated, held, images, again: false };
-        let carry = self.start_carry(role, grant, &grant.destination, ours.into(), policy.stall, fds).await?;
+        let bandwidth = out::share(policy.bandwidth, disks.len(), 0, false);
+        let role = Role::Source { address, bandwidth, own, emulated, held, images, again: false };
+        let start = LaneStart::of_memory(&grant.destination, policy.stall);
+        let carry = self.start_carry(role, grant, start, ours.into(), fds).await?;
         if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
             outgoing.carry = Some(carry.identity().clone());
             outgoing.held = held;
         }
+        let lanes = match self.save() {
+            Ok(()) => self.begin_disks(&qmp, grant, address.ip(), policy, disks).await,
+            Err(refusal) => Err(refusal),
+        };
+        let disks = match lanes.map(DisksOut::new) {
+            Ok(disks) => disks,
+            Err(refusal) => {
+                carry.end().await;
+                return Err(refusal);
+            }
+        };
         if let Err(refusal) = self.save() {
             carry.end().await;
+            disks.end().await;
+            self.undo_disks().await;
             return Err(refusal);
         }
-        Ok((carry, held, blocks))
-    }
-
-    /// Starts this side's carry for a move with `peer`.
-    pub(super) async fn start_carry(
-        &self,
-        role: Role,
-        grant: &Grant,
-        peer: &godwit_model::Name,
-        qemu: OwnedFd,
-        stall: Millis,
-        mut fds: PassedFds,
-    ) -> Result<CarryClient, Refusal> {
-        let host = &self.host;
-        let peer_keys = host.peers.keys_of(peer)?;
-        let material = host.identity.material();
-        let config = CarryConfig {
-            role,
-            vm: self.vm,
-            task: grant.task,
-            generation: grant.generation,
-            lane: 0,
-            peer: peer.clone(),
-            peer_keys,
-            pages: self.record.as_ref().map_or(0, |record| record.spec.memory_with_dimms().get().div_ceil(4096)),
-            qemu_fd: fds.pass(qemu),
-            control_fd: -1,
-            patience: Millis(stall.get() + 30_000),
-            certificate: material.certificate,
-            key: material.key,
-            authority: material.authority,
-        };
-        let log = host.log("carry").map_err(|error| host_failed("the log of carry cannot be opened", &error))?;
-        let socket = host.carry_socket(self.vm);
-        let start = CarryStart { launcher: &host.launcher, uid: host.carry_uid(), socket: &socket, log };
-        CarryClient::start(start, config, fds, self.carry_notices.0.clone())
-            .await
-            .map_err(|error| host_failed("carry could not be started", &error))
+        Ok(Begun { carry, disks, held, blocks })
     }
 
     /// The VM is this host's as before the move.
@@ -420,7 +414,8 @@ impl Actor {
         let (ours, _) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
         let bandwidth = policy.bandwidth;
         let role = Role::Source { address, bandwidth, own, emulated: false, held: true, images: Vec::new(), again: true };
-        let carry = self.start_carry(role, &grant, &grant.destination, ours.into(), policy.stall, fds).await?;
+        let start = LaneStart::of_memory(&grant.destination, policy.stall);
+        let carry = self.start_carry(role, &grant, start, ours.into(), fds).await?;
         if let Some(Holding::Source(outgoing)) = self.record.as_mut().map(|record| &mut record.holding) {
             (outgoing.carry, outgoing.address) = (Some(carry.identity().clone()), Some(address));
         }
@@ -482,6 +477,7 @@ impl Actor {
         let now = Instant::now();
         if moving.machine.stopped().is_some() && !std::mem::replace(&mut moving.hurried, true) {
             moving.carry.iter().for_each(CarryClient::hurry);
+            moving.disks.hurry();
             // It has its turn, or another has: nobody waits for that any more.
             let _ = moving.seat.as_ref().map(|seat| seat.take(now));
         }
@@ -507,8 +503,16 @@ impl Actor {
     fn share_bandwidth(&mut self) {
         let Some(Moving::Source(moving)) = &mut self.moving else { return };
         let Some(carry) = &moving.carry else { return };
-        let (own, sent) = (moving.machine.policy().bandwidth, carry.status().wire_bytes);
-        let Some(share) = self.host.budget.share(self.vm, own, sent, Instant::now()) else { return };
+        let (own, sent, now) = (moving.machine.policy().bandwidth, carry.status().wire_bytes, Instant::now());
+        let (lanes, copied) = (&moving.disks.lanes, moving.disks.unserved());
+        for (lane, disk) in (1..).zip(lanes) {
+            let own = out::share(own, lanes.len(), lane, copied);
+            if let Some(share) = self.host.budget.share((self.vm, lane), own, disk.carry.status().wire_bytes, now) {
+                let _ = disk.carry.set_bandwidth(share);
+            }
+        }
+        let own = out::share(own, lanes.len(), 0, copied);
+        let Some(share) = self.host.budget.share((self.vm, 0), own, sent, now) else { return };
         if moving.bandwidth != Some(share) && carry.set_bandwidth(share) {
             let bytes = |limit: Option<BytesPerSec>| limit.map_or(u64::MAX, BytesPerSec::get);
             let before = moving.bandwidth.replace(share);
@@ -537,20 +541,23 @@ impl Actor {
         });
         // What is on its way arrives without it.
         let memory_gone = is_dead && !all_sent;
-        let qemu = match qmp {
+        let qemu = match &qmp {
             Some(qmp) => {
-                moving.watch.sample(&qmp).await;
+                moving.watch.sample(qmp).await;
                 moving.foresee(&self.host).await;
-                Some(moving.watch.look(&qmp).await.map_err(qemu_failed)?)
+                Some(moving.watch.look(qmp).await.map_err(qemu_failed)?)
             }
             None => None,
         };
+        let runs = qemu.as_ref().is_some_and(|qemu| qemu.vcpus == Vcpus::Running);
+        let disks = moving.disks.look(qmp.as_ref(), runs).await.map_err(qemu_failed)?;
         let (carry, _) = carry_view(moving.carry.as_ref());
         let view = SourceView {
             now: millis(moving.began.elapsed()),
             unix_now: unix_now(),
             qemu,
             carry,
+            disks,
             declined: moving.declined.clone(),
             running: moving.running.is_some(),
             whole: moving.whole,
@@ -583,6 +590,7 @@ impl Actor {
                 if let Some(Moving::Source(moving)) = &mut self.moving {
                     moving.stopped = Some(Instant::now());
                     moving.carry.iter().for_each(CarryClient::hurry);
+                    moving.disks.hurry();
                 }
                 let stopped = self.stop_first().await;
                 if let (Err(_), Some(Moving::Source(moving))) = (&stopped, &self.moving) {
@@ -606,8 +614,24 @@ impl Actor {
                 }
                 Ok(())
             }
-            SourceAction::Migrate => match self.monitor() {
-                Ok(qmp) => qmp.migrate_fd(MIGRATION_FD).await.map_err(qemu_failed),
+            SourceAction::FinishDisks => {
+                let finished = match (self.monitor(), &self.moving) {
+                    (Ok(qmp), Some(Moving::Source(moving))) => moving.disks.finish(qmp).await.map_err(qemu_failed),
+                    (Err(refusal), _) => Err(refusal),
+                    _ => Ok(()),
+                };
+                if let Err(refusal) = finished {
+                    tracing::warn!(message = refusal.message, "the disks' mirrors do not end");
+                }
+                return Some(out::ENDING);
+            }
+            SourceAction::Migrate => match self.monitor().cloned() {
+                Ok(qmp) => {
+                    if let Some(Moving::Source(moving)) = &mut self.moving {
+                        moving.disks.unserve(&qmp).await;
+                    }
+                    qmp.migrate_fd(MIGRATION_FD).await.map_err(qemu_failed)
+                }
                 Err(refusal) => Err(refusal),
             }
             .inspect_err(|refusal| {
@@ -691,7 +715,8 @@ impl Actor {
                 total: millis(moving.began.elapsed()),
                 blackout: moving.blackout.unwrap_or_default(),
                 predicted_blackout: moving.predicted,
-                wire_bytes: Bytes(moving.sent_before + status.wire_bytes),
+                wire_bytes: Bytes(moving.sent_before + status.wire_bytes + moving.disks.wire_bytes()),
+                disk_bytes: Bytes(moving.disks.wire_bytes()),
                 ram_bytes: Bytes(status.stream_bytes),
                 rounds: moving.watch.ram.rounds,
                 left: moving.left.max(left_at_switch(&status)),
@@ -718,6 +743,10 @@ impl Actor {
             tokio::time::sleep(Duration::from_millis(100)).await;
             carry.end().await;
         }
+        if outcome != Outcome::Moved {
+            self.undo_disks().await;
+        }
+        moving.disks.end().await;
         match outcome {
             Outcome::Moved => {
                 if let Some(record) = &mut self.record {
@@ -727,6 +756,7 @@ impl Actor {
                     self.keep_memory(key, blocks, ended.generation).await;
                 }
                 self.end_process().await;
+                self.leave_disks(ended.generation).await;
                 self.drop_record();
             }
             Outcome::Stayed(_) => {
@@ -745,7 +775,9 @@ impl Actor {
         let Some(Moving::Source(moving)) = &mut self.moving else { return };
         let (_, status) = carry_view(moving.carry.as_ref());
         let qemu = view.qemu.as_ref();
+        let copied = moving.disks.copied();
         let phase = match (record, qemu.map(|qemu| (qemu.vcpus, qemu.migration))) {
+            (SourceRecord::Offered, Some((_, QemuMigration::None))) if !view.disks.copied => MigrationPhase::Disks,
             (SourceRecord::Offered, Some((_, QemuMigration::None))) => MigrationPhase::Prepare,
             (SourceRecord::Offered, Some((Vcpus::Running, _))) => MigrationPhase::WarmUp,
             (SourceRecord::Offered, _) => MigrationPhase::StopAndCopy,
@@ -758,10 +790,16 @@ impl Actor {
             return;
         }
         let left = Bytes(status.postcopy.left.saturating_mul(PAGE));
-        let remaining = if phase == MigrationPhase::PostCopy { left } else { qemu.map_or(Bytes(0), |qemu| qemu.remaining) };
+        let remaining = match phase {
+            MigrationPhase::PostCopy => left,
+            MigrationPhase::Disks => out::remaining(copied),
+            _ => qemu.map_or(Bytes(0), |qemu| qemu.remaining),
+        };
         let total = moving.watch.ram.total.get();
         let believed = match phase {
             MigrationPhase::Prepare => 0,
+            // Memory is believed to be half of the work, whatever there is of it.
+            MigrationPhase::Disks => u64::from(out::permille(copied) / 2),
             // Nothing is known yet, or a pass has just ended.
             MigrationPhase::WarmUp if total == 0 || remaining == Bytes(0) => 0,
             // The first pass is most of the work; what later passes still have to do shrinks with what remains.
@@ -781,7 +819,7 @@ impl Actor {
         let progress = MigrationProgress {
             phase,
             permille,
-            wire_bytes: Bytes(status.wire_bytes),
+            wire_bytes: Bytes(status.wire_bytes + moving.disks.wire_bytes()),
             ram_bytes: Bytes(status.stream_bytes),
             remaining,
             rate,
@@ -814,7 +852,7 @@ const fn throttled(most: u8) -> MigrationParameters {
 
 /// Blackout if the VM were stopped now, once that is known.
 fn predicted_blackout(view: &SourceView) -> Option<Millis> {
-    view.qemu.as_ref().and_then(|qemu| WarmUp::of(qemu, &view.carry)).map(|warm_up| predict_blackout(&warm_up))
+    view.qemu.as_ref().and_then(|qemu| warm_up_of(qemu, view)).map(|warm_up| predict_blackout(&warm_up))
 }
 
 /// A failure together with what carry knows of it.

@@ -15,6 +15,7 @@ use godwit_qemu::{Qmp, Resources, Sockets, Start};
 
 use super::actor::{Actor, qemu_failed};
 use super::change::{open_disk, open_flash};
+use super::disks::into::open_arriving;
 use crate::guest;
 use crate::host::{SharedHost, host_failed, private_dir};
 use crate::journal::{Holding, VmRecord};
@@ -116,11 +117,18 @@ impl Actor {
         let kernel = boot_file(&spec.kernel).await?;
         let initrd = boot_file(&spec.initrd).await?;
         let mut disks = Vec::new();
+        let arriving = match &record.holding {
+            Holding::Destination(incoming) => incoming.disks.clone(),
+            _ => vec![],
+        };
         for disk in &spec.disks {
-            let (read_only, read_write) = open_disk(&host, disk, start).await?;
+            let (read_only, read_write) = match open_arriving(&host, spec, &arriving, &disk.volume).await? {
+                Some(opened) => opened,
+                None => open_disk(&host, disk, start).await?,
+            };
             disks.push(DiskFds { read_only: fds.pass(read_only), read_write: fds.pass(read_write) });
         }
-        let flash = open_flash(&host, spec, start, &mut fds).await?;
+        let flash = open_flash(&host, spec, start, &arriving, &mut fds).await?;
         let mut media = Vec::new();
         for cdrom in &spec.cdroms {
             media.push(match &cdrom.medium {

@@ -36,6 +36,7 @@ fn moved(revision: u64) -> Task {
         wire_bytes: Bytes::mib(412),
         ram_bytes: Bytes::GIB,
         rounds: 3,
+        disk_bytes: Bytes(0),
         left: Bytes(0),
         forecast: None,
     };

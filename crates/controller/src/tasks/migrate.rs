@@ -51,7 +51,7 @@ fn grant_of(id: TaskId, vm: &VmRow, work: &MigrateWork) -> Grant {
 fn prepared_disks(asked: &[TravellingDisk], answer: &[u8]) -> Option<Vec<TravellingDisk>> {
     let told = decode::<Vec<TravellingDisk>>("disks", answer).ok()?;
     let port = |asked: &TravellingDisk| {
-        let port = told.iter().find(|told| told.volume == asked.volume)?.port;
+        let port = told.iter().find(|told| told.volume == asked.volume).map_or(0, |told| told.port);
         // What QEMU's own stream takes along needs none.
         (port != 0 || asked.size.get() == 0).then(|| TravellingDisk { port, ..asked.clone() })
     };

@@ -26,6 +26,8 @@ const MOST_REQUESTS: usize = 128;
 const BUFFER: usize = 256 << 10;
 /// Zeros are asked for in pieces of at most so many bytes.
 const MOST_ZEROS: u64 = 1 << 30;
+/// So much is written before it is made durable: what is left of that at the end is blackout.
+const FLUSH_EVERY: u64 = 64 << 20;
 
 /// What of the disk is here already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +54,8 @@ pub(in crate::carry) struct DiskInto<'a> {
     /// The number of the oldest.
     first: u64,
     requests: Vec<Written>,
+    /// Bytes that are not known to be durable.
+    unflushed: u64,
     compared: bool,
     whole: bool,
 }
@@ -122,6 +126,7 @@ impl<'a> DiskInto<'a> {
             frames: VecDeque::new(),
             first: 0,
             requests: Vec::new(),
+            unflushed: 0,
             compared: false,
             whole: false,
         })
@@ -210,6 +215,14 @@ impl<'a> DiskInto<'a> {
                     let data = data.slice(..usize::try_from(length).unwrap_or(0));
                     let cookie = self.request(number, offset, length).await?;
                     put_write(&mut self.due, cookie, offset, &data);
+                    write_due(&mut self.socket, &mut self.due).await?;
+                    self.unflushed += length;
+                }
+                if self.unflushed >= FLUSH_EVERY {
+                    self.unflushed = 0;
+                    // It touches no place, and nothing waits for it.
+                    let cookie = self.request(number, self.disk.size, 0).await?;
+                    put_flush(&mut self.due, cookie);
                     write_due(&mut self.socket, &mut self.due).await?;
                 }
             }

@@ -13,6 +13,7 @@ use godwit_carrier::frame::{Block, MAX_DIGESTS};
 use godwit_carrier::pages::digest::{ZERO, is_zero};
 use godwit_carrier::pages::{Digest, Digester, PAGE_SIZE, Page, Place, PlainEncoder};
 use godwit_nbd::{ALLOCATION, Client, Event, Extent, Request, Server, dirty_bitmap, put_disconnect, put_read, put_status};
+use godwit_qemu::disks::REMEMBERED;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
@@ -219,7 +220,8 @@ impl<'a> DiskOut<'a> {
     fn status(&self) -> DiskStatus {
         DiskStatus {
             size: self.disk.size,
-            looked_at: self.copied,
+            // What is under way is not there yet.
+            looked_at: self.copied.saturating_sub(self.pump.raw_in_flight()),
             copied: matches!(self.stage, Stage::Copied | Stage::Ended) && self.seals.is_empty(),
             whole: self.stage == Stage::Ended && self.seals.is_empty() && self.pump.is_settled(),
         }
@@ -388,7 +390,8 @@ impl<'a> DiskOut<'a> {
         let covered = covered.min(asked.length.into());
         let step = match &self.known {
             Known::Chunks(pages, _) => pages * PAGE_SIZE as u32,
-            Known::Zeros | Known::Since => GRANULE,
+            Known::Since => REMEMBERED,
+            Known::Zeros => GRANULE,
         };
         // To the end of a chunk, or of the disk: a chunk is looked at once.
         let end = asked.offset + covered;

@@ -78,6 +78,7 @@ fn run(console: &Console) -> Result<(), Box<dyn std::error::Error>> {
             witness::start(&knobs, witness, boot, &counters)?;
         }
     }
+    work::start_disks(&knobs, boot as u64, &counters, console)?;
     work::start_clock_watch(&knobs, &counters)?;
     match memory {
         Memory::Measured(load) => work::start_load(&knobs, load, &counters)?,

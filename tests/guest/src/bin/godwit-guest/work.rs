@@ -1,9 +1,11 @@
 //! The guest's own work: writing pages, checking pages, watching the clocks.
 
+use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_guest::{ClockReading, ClockWatch, ConsoleLine, Knobs, Load, Noise, PAGE_SIZE, Pace, PagePool};
+use godwit_guest::{ClockReading, ClockWatch, ConsoleLine, DiskError, DiskPool, Knobs, Load, Noise, PAGE_SIZE, Pace, PagePool};
 use rustix::process::setpriority_process;
 use rustix::thread::gettid;
 use rustix::time::ClockId;
@@ -14,6 +16,8 @@ use crate::{clock, now, thread};
 
 /// Wrong pages that are described; more are only counted.
 const MOST_TOLD: u64 = 16;
+/// Blocks of each disk that are checked per second.
+const DISK_CHECKS: u64 = 1_024;
 
 /// Dirties pages of the working set at the rate that was asked for.
 pub(crate) fn start_writer(knobs: &Knobs, pool: &Arc<PagePool>, counters: &Arc<Counters>, mut noise: Noise) -> std::io::Result<()> {
@@ -102,6 +106,53 @@ pub(crate) fn start_checker(
             }
         }
     })
+}
+
+/// Writes blocks of every virtio disk, and checks them against what memory knows of them.
+pub(crate) fn start_disks(knobs: &Knobs, boot: u64, counters: &Arc<Counters>, console: &Console) -> std::io::Result<()> {
+    for letter in ('a'..='h').filter(|_| knobs.disk > 0) {
+        let path = format!("/dev/vd{letter}");
+        if !Path::new(&path).exists() {
+            continue;
+        }
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::DIRECT | rustix::fs::OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::open(&path, flags, rustix::fs::Mode::empty())?);
+        let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))?;
+        let seed = boot ^ u64::from(u32::from(letter));
+        let mut pool = DiskPool::new(file, knobs.disk.min(size), seed);
+        let (counters, console, tick) = (Arc::clone(counters), console.clone(), knobs.tick);
+        let rate = knobs.disk_dirty / PAGE_SIZE as u64;
+        // Before the guest is ready, so that whoever moves it then moves disks with something on them.
+        pool.fill().map_err(std::io::Error::other)?;
+        thread("disk", move || {
+            give_way();
+            let (mut noise, mut next) = (Noise::new(seed), 0);
+            let (mut writes, mut checks) = (Pace::new(rate, now()), Pace::new(DISK_CHECKS, now()));
+            loop {
+                let blocks = pool.blocks().max(1);
+                let (due, looks) = (writes.due(now()), checks.due(now()));
+                let wrong = |result: Result<(), DiskError>| {
+                    if let Err(error) = result {
+                        counters.disk_errors.add(1);
+                        if counters.disk_errors.get() <= MOST_TOLD {
+                            console.say(ConsoleLine::PageError { message: format!("{path}: {error}") });
+                        }
+                    }
+                };
+                for _ in 0..due {
+                    wrong(pool.write(noise.below(blocks as u64) as usize));
+                }
+                for _ in 0..looks {
+                    wrong(pool.check(next));
+                    next = (next + 1) % blocks;
+                }
+                counters.disk_written.add(due);
+                counters.disk_checked.add(looks);
+                std::thread::sleep(tick);
+            }
+        })?;
+    }
+    Ok(())
 }
 
 /// Looks at the clocks all the time.

@@ -1,0 +1,103 @@
+//! Disks that the other host of a move does not see: each travels in a lane of its own ([`out`], [`into`]), with a carry of its own on either side.
+//!
+//! At the source a mirror brings what the guest writes to the lane, and ends when the VM stands still: then the destination has all of the disk. At the
+//! destination it is a volume once the VM is about to run on it, and at the source it is a spare once the VM runs there. A dirty bitmap, which begins with
+//! the VM's stay, says on the way back what is to be copied.
+//!
+//! The state of a TPM is no disk: QEMU's own stream takes it along.
+
+pub(super) mod into;
+pub(super) mod out;
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+
+use godwit_model::{ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, TravellingDisk, VolumeRef};
+use godwit_qemu::disks::{VARIABLES, disk_node};
+use godwit_qemu::qmp::Qmp;
+
+use super::actor::{Actor, Answer, qemu_failed};
+use crate::carry::CarryClient;
+use crate::host::host_failed;
+
+/// A disk's carry.
+pub(super) struct Lane {
+    pub(super) volume: VolumeRef,
+    /// Its node in QEMU.
+    pub(super) node: String,
+    pub(super) carry: CarryClient,
+}
+
+/// The bitmap of what was written since the VM came on this generation.
+fn bitmap_of(generation: Generation) -> String {
+    format!("godwit-{generation}")
+}
+
+fn generation_of(bitmap: &str) -> Option<u64> {
+    bitmap.strip_prefix("godwit-")?.parse().ok()
+}
+
+/// The node of a volume in QEMU; none if it is no disk.
+fn node_of(spec: &ResolvedSpec, volume: &VolumeRef) -> Option<String> {
+    if let Firmware::Uefi { variables, .. } = &spec.platform.firmware
+        && variables == volume
+    {
+        return Some(VARIABLES.to_owned());
+    }
+    spec.disk_slots().find(|(_, disk)| disk.volume == *volume).map(|(slot, _)| disk_node(slot))
+}
+
+/// Number of a disk's lane, by its place among those that travel: 0 is that of memory.
+fn lane_of(place: usize) -> u16 {
+    u16::try_from(place + 1).unwrap_or(u16::MAX)
+}
+
+impl Actor {
+    /// How large these disks are.
+    pub(super) async fn measure_disks(&mut self, generation: Generation, disks: Vec<TravellingDisk>) -> Result<Answer, Refusal> {
+        self.owned(generation)?;
+        self.runs_here()?;
+        let (qmp, Some(record)) = (self.monitor()?, &self.record) else { return Ok(Answer::default()) };
+        let mut measured = Vec::new();
+        for disk in disks {
+            let Some(node) = node_of(&record.spec, &disk.volume) else {
+                measured.push(disk);
+                continue;
+            };
+            let found = qmp.size_of_disk(&node).await.map_err(qemu_failed)?;
+            let found = found.ok_or_else(|| Refusal::new(ErrorCode::Internal, format!("QEMU has no disk {}", disk.volume)))?;
+            measured.push(TravellingDisk { size: found.size, allocated: found.allocated, ..disk });
+        }
+        Ok(Answer { result: godwit_link::encode(&measured), ..Answer::default() })
+    }
+
+    /// The socket on which this VM's QEMU serves its disks.
+    fn disk_socket(&self) -> PathBuf {
+        self.host.vm_dir(self.vm).join("disks")
+    }
+
+    /// Has QEMU serve its disks to this process alone.
+    async fn serve_disks(&self, qmp: &Qmp) -> Result<(), Refusal> {
+        let path = self.disk_socket();
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).map_err(|error| host_failed("the VM's disks cannot be served", &error))?;
+        qmp.serve_disks(listener.into()).await.map_err(qemu_failed)
+    }
+
+    fn connect_to_disks(&self) -> Result<UnixStream, Refusal> {
+        UnixStream::connect(self.disk_socket()).map_err(|error| host_failed("the VM's disks cannot be reached", &error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bitmap_tells_its_generation() {
+        assert_eq!(generation_of(&bitmap_of(Generation(12))), Some(12));
+        for other in ["", "backup", "godwit-", "godwit-x", "godwit--1"] {
+            assert_eq!(generation_of(other), None, "{other}");
+        }
+    }
+}
