@@ -114,6 +114,7 @@ pub(crate) struct Outgoing {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct OutgoingDisk {
     pub(crate) volume: VolumeRef,
+    pub(crate) size: Bytes,
     pub(crate) carry: Option<ProcessIdentity>,
 }
 

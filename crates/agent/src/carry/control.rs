@@ -177,9 +177,7 @@ pub(crate) struct CarryStatus {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct DiskStatus {
-    /// Bytes of it.
-    pub(crate) size: u64,
-    /// Of those, what was there at the beginning and has been looked at.
+    /// Bytes of it that need nothing more: what was there at the beginning and is there, or need not be sent.
     pub(crate) looked_at: u64,
     /// All of that was sent.
     pub(crate) copied: bool,

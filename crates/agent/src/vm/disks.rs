@@ -12,7 +12,7 @@ pub(super) mod out;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
-use godwit_model::{ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, TravellingDisk, VolumeRef};
+use godwit_model::{Bytes, ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, TravellingDisk, VolumeRef};
 use godwit_qemu::disks::{VARIABLES, disk_node};
 use godwit_qemu::qmp::Qmp;
 
@@ -25,6 +25,7 @@ pub(super) struct Lane {
     pub(super) volume: VolumeRef,
     /// Its node in QEMU.
     pub(super) node: String,
+    pub(super) size: Bytes,
     pub(super) carry: CarryClient,
 }
 

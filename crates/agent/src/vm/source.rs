@@ -245,7 +245,10 @@ impl Actor {
                 held: false,
                 leaving: false,
                 address: Some(address),
-                disks: disks.iter().map(|disk| OutgoingDisk { volume: disk.volume.clone(), carry: None }).collect(),
+                disks: disks
+                    .iter()
+                    .map(|disk| OutgoingDisk { volume: disk.volume.clone(), size: disk.size, carry: None })
+                    .collect(),
                 began: unix_now(),
             });
         }

@@ -153,7 +153,7 @@ impl<'a> DiskInto<'a> {
         }
         self.pump.push(&Frame::HeldEnd, 0);
         loop {
-            tell(DiskStatus { size: self.disk.size, whole: self.whole, ..DiskStatus::default() });
+            tell(DiskStatus { whole: self.whole, ..DiskStatus::default() });
             tokio::select! {
                 Some(frame) = frames.recv(), if self.has_room() => self.deal(frame).await?,
                 event = self.event_if(!self.requests.is_empty()) => {

@@ -219,7 +219,6 @@ impl<'a> DiskOut<'a> {
 
     fn status(&self) -> DiskStatus {
         DiskStatus {
-            size: self.disk.size,
             // What is under way is not there yet.
             looked_at: self.copied.saturating_sub(self.pump.raw_in_flight()),
             copied: matches!(self.stage, Stage::Copied | Stage::Ended) && self.seals.is_empty(),

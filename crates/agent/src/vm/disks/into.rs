@@ -91,7 +91,7 @@ impl Actor {
             let Some(node) = node_of(&spec, &disk.volume) else { continue };
             match self.begin_arriving_disk(qmp, grant, LaneStart { lane: lane_of(place), peer: source, stall }, &disk, &node).await
             {
-                Ok(carry) => lanes.push(Lane { volume: disk.volume, node, carry }),
+                Ok(carry) => lanes.push(Lane { volume: disk.volume, node, size: disk.size, carry }),
                 Err(refusal) => {
                     end(lanes).await;
                     return Err(refusal);
@@ -195,7 +195,7 @@ pub(in crate::vm) fn adopt(
 ) -> Vec<Lane> {
     let found = disks.iter().enumerate().filter_map(|(place, disk)| {
         let (node, carry) = (node_of(spec, &disk.volume)?, adopt(disk.carry.as_ref()?, lane_of(place))?);
-        Some(Lane { volume: disk.volume.clone(), node, carry })
+        Some(Lane { volume: disk.volume.clone(), node, size: disk.size, carry })
     });
     found.collect()
 }

@@ -48,10 +48,10 @@ impl DisksOut {
     ) -> Self {
         let mut found = Self::default();
         let with_nodes = disks.iter().filter_map(|disk| Some((disk, node_of(spec, &disk.volume)?)));
-        for (place, (OutgoingDisk { volume, carry }, node)) in with_nodes.enumerate() {
+        for (place, (OutgoingDisk { volume, size, carry }, node)) in with_nodes.enumerate() {
             let socket = host.carry_socket(spec.vm, lane_of(place));
             match carry.as_ref().and_then(|carry| CarryClient::adopt(carry, &socket, notices.clone()).ok()) {
-                Some(carry) => found.lanes.push(Lane { volume: volume.clone(), node, carry }),
+                Some(carry) => found.lanes.push(Lane { volume: volume.clone(), node, size: *size, carry }),
                 None => found.failed = Some(failed(volume, "the carry process ended")),
             }
         }
@@ -70,8 +70,8 @@ impl DisksOut {
 
     /// What there was at the beginning, and what of it was looked at.
     pub(in crate::vm) fn copied(&self) -> (u64, u64) {
-        let disks = self.lanes.iter().map(|lane| lane.carry.status().disk);
-        disks.fold((0, 0), |(size, looked_at), disk| (size + disk.size, looked_at + disk.looked_at))
+        let disks = self.lanes.iter().map(|lane| (lane.size.get(), lane.carry.status().disk.looked_at));
+        disks.fold((0, 0), |(size, looked_at), disk| (size + disk.0, looked_at + disk.1))
     }
 
     pub(in crate::vm) fn hurry(&self) {
@@ -180,7 +180,7 @@ impl Actor {
         let count = with_nodes.len();
         for (place, (disk, node)) in with_nodes.into_iter().enumerate() {
             match self.begin_disk(qmp, grant, SocketAddr::new(address, disk.port), policy, (place, count), (disk, &node)).await {
-                Ok(carry) => lanes.push(Lane { volume: disk.volume.clone(), node, carry }),
+                Ok(carry) => lanes.push(Lane { volume: disk.volume.clone(), node, size: disk.size, carry }),
                 Err(refusal) => {
                     DisksOut::new(lanes).end().await;
                     self.undo_disks().await;
