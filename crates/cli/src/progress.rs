@@ -306,6 +306,7 @@ mod tests {
             wire_bytes: Bytes::mib(412),
             ram_bytes: Bytes::mib(1_100),
             rounds: 3,
+            disk_bytes: Bytes(0),
             left: Bytes(0),
             forecast: None,
         });

@@ -20,6 +20,8 @@ pub enum Party<'a> {
     Agent(&'a str),
     /// The carry of a VM's move on a host.
     Carry(&'a str, &'a str),
+    /// The carry of the first of a VM's disks that travel, on a host.
+    DiskCarry(&'a str, &'a str),
     /// The QEMU of a VM on a host.
     Qemu(&'a str, &'a str),
 }
@@ -116,7 +118,7 @@ impl Cluster {
         match party {
             Party::Controller => Ok(self.lab().controller().crash()?),
             Party::Agent(host) => Ok(self.lab().agent(host)?.crash()?),
-            Party::Carry(..) | Party::Qemu(..) => self.process(party)?.signal(Signal::KILL),
+            Party::Carry(..) | Party::DiskCarry(..) | Party::Qemu(..) => self.process(party)?.signal(Signal::KILL),
         }
     }
 
@@ -125,7 +127,7 @@ impl Cluster {
         match party {
             Party::Controller => Ok(self.lab().controller().signal(signal)?),
             Party::Agent(host) => Ok(self.lab().agent(host)?.signal(signal)?),
-            Party::Carry(..) | Party::Qemu(..) => self.process(party)?.signal(signal),
+            Party::Carry(..) | Party::DiskCarry(..) | Party::Qemu(..) => self.process(party)?.signal(signal),
         }
     }
 
@@ -142,18 +144,21 @@ impl Cluster {
                 self.lab().agent(host)?.spawn()?;
                 self.wait_connected(host, true)
             }
-            Party::Carry(..) | Party::Qemu(..) => bail!("nobody starts {party:?} again"),
+            Party::Carry(..) | Party::DiskCarry(..) | Party::Qemu(..) => bail!("nobody starts {party:?} again"),
         }
     }
 
     /// The carry or QEMU that a party is.
     pub(crate) fn process(&self, party: Party<'_>) -> Result<HostProcess> {
         let (vm, host) = match party {
-            Party::Carry(vm, host) | Party::Qemu(vm, host) => (self.guest(vm)?.id, host),
+            Party::Carry(vm, host) | Party::DiskCarry(vm, host) | Party::Qemu(vm, host) => (self.guest(vm)?.id, host),
             Party::Controller | Party::Agent(_) => bail!("{party:?} is a daemon of the lab"),
         };
         let wanted = |process: &&HostProcess| match (&process.role, party) {
             (ProcessRole::Carry(name), Party::Carry(..)) => processes::names(name, vm),
+            (ProcessRole::Carry(name), Party::DiskCarry(..)) => {
+                name.strip_suffix(".1").is_some_and(|name| processes::names(name, vm))
+            }
             (ProcessRole::Qemu(id), Party::Qemu(..)) => *id == vm,
             _ => false,
         };

@@ -79,7 +79,7 @@ fn there_and_back(qemu_of_h2: Option<&Path>) -> Result<()> {
     // It starts where its disks are, and nowhere else.
     let elsewhere = cluster.begin_start("web", hosts[0]).err().context("started without its disks")?;
     ensure!(elsewhere.code == ErrorCode::PoolUnavailable && elsewhere.hint.is_some(), "{elsewhere:?}");
-    let delete = VmDelete { volumes: true, ..VmDelete::default() };
+    let delete = VmDelete { volumes: true };
     let delete = cluster.ask(cluster.client().delete_vm(&Name::new("web")?, &delete)).context("delete")?.id;
     cluster.done(delete, Duration::from_secs(60))?;
     for (host, kind) in hosts.into_iter().flat_map(|host| ["volumes", "spares", "arriving"].map(|kind| (host, kind))) {

@@ -118,7 +118,7 @@ impl DiskPool {
         let told = |place: usize| words.get(place).copied().unwrap_or_default();
         let (number, found) = (told(0), told(1));
         let honest = usize::try_from(number).ok().zip(u32::try_from(found).ok());
-        let damaged = !honest.is_some_and(|(number, found)| words == content(self.seed, number, found));
+        let damaged = honest.is_none_or(|(number, found)| words != content(self.seed, number, found));
         Err(DiskError::Content { block, expected, number, found, damaged })
     }
 

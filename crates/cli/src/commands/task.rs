@@ -186,6 +186,9 @@ fn show(task: &Task) -> String {
         facts.fact("Total", figures.total).fact("Blackout", figures.blackout);
         facts.fact("Predicted blackout", or_nothing(figures.predicted_blackout)).fact("On the wire", figures.wire_bytes);
         facts.fact("Written by QEMU", figures.ram_bytes).fact("Passes", figures.rounds);
+        if figures.disk_bytes.get() > 0 {
+            facts.fact("Of that disks", figures.disk_bytes);
+        }
         if figures.left.get() > 0 {
             facts.fact("After the switch", figures.left);
         }

@@ -65,6 +65,8 @@ pub enum Party {
     Agent(Side),
     /// The carry of the move on a side.
     Carry(Side),
+    /// A side's carry of the disk that travels.
+    DiskCarry(Side),
     /// The VM's QEMU on a side.
     Qemu(Side),
 }
@@ -102,6 +104,7 @@ impl fmt::Display for Party {
             Self::Controller => f.write_str("the controller"),
             Self::Agent(side) => write!(f, "{side}'s agent"),
             Self::Carry(side) => write!(f, "{side}'s carry"),
+            Self::DiskCarry(side) => write!(f, "{side}'s carry of the disk"),
             Self::Qemu(side) => write!(f, "{side}'s QEMU"),
         }
     }
@@ -138,7 +141,7 @@ impl fmt::Display for Fault {
         f.write_str(&self.kind.summary())?;
         let lasts = self.lasts.as_millis();
         match &self.kind {
-            FaultKind::Kill(Party::Carry(_) | Party::Qemu(_)) => Ok(()),
+            FaultKind::Kill(Party::Carry(_) | Party::DiskCarry(_) | Party::Qemu(_)) => Ok(()),
             FaultKind::Kill(_) => write!(f, ", back after {lasts} ms"),
             FaultKind::Slow { megabits, delay, .. } => {
                 write!(f, " to {megabits} Mbit/s and {} ms for {lasts} ms", delay.as_millis())

@@ -138,6 +138,12 @@ impl Ground {
                 let size = Some(Bytes::mib(16));
                 spec.disk(DiskSpec { size, ..DiskSpec::new(format!("shared/{vm}").parse()?, DiskFormat::Qcow2) })
             }
+            Disk::Local => {
+                let format = if plan.seed.is_multiple_of(2) { DiskFormat::Qcow2 } else { DiskFormat::Raw };
+                let size = Some(Bytes::mib(32));
+                let disk = DiskSpec { size, ..DiskSpec::new(format!("local/{vm}").parse()?, format) };
+                spec.disk(disk).knob("disk=8M").knob("disk_dirty=128K")
+            }
             Disk::Copies => {
                 for side in [Side::Source, Side::Destination] {
                     fs::write(self.copy(Self::host(plan, side), vm)?, content(plan.seed))?;

@@ -63,6 +63,7 @@ impl<'a> Scene<'a> {
             Party::Controller => action::Party::Controller,
             Party::Agent(side) => action::Party::Agent(self.host(side)),
             Party::Carry(side) => action::Party::Carry(self.vm, self.host(side)),
+            Party::DiskCarry(side) => action::Party::DiskCarry(self.vm, self.host(side)),
             Party::Qemu(side) => action::Party::Qemu(self.vm, self.host(side)),
         }
     }
@@ -86,7 +87,7 @@ impl<'a> Scene<'a> {
                 cluster.signal(self.party(*party), Signal::STOP)?;
                 Ok(Injected::StoppedDaemon(*party))
             }
-            FaultKind::Stop(party @ (Party::Carry(_) | Party::Qemu(_))) => {
+            FaultKind::Stop(party @ (Party::Carry(_) | Party::DiskCarry(_) | Party::Qemu(_))) => {
                 let process = cluster.process(self.party(*party))?;
                 process.signal(Signal::STOP)?;
                 Ok(Injected::StoppedProcess(process))
@@ -107,7 +108,7 @@ impl<'a> Scene<'a> {
                 let daemon = match party {
                     Party::Controller => self.lab().controller(),
                     Party::Agent(side) => self.lab().agent(self.host(*side))?,
-                    Party::Carry(_) | Party::Qemu(_) => bail!("{party} syncs nothing"),
+                    Party::Carry(_) | Party::DiskCarry(_) | Party::Qemu(_) => bail!("{party} syncs nothing"),
                 };
                 fail_syncs(daemon.pid()?.context("it is down")?).map(Injected::FailedSync)
             }
@@ -115,7 +116,7 @@ impl<'a> Scene<'a> {
                 let daemon = match party {
                     Party::Controller => clock::CONTROLLER,
                     Party::Agent(side) => self.host(*side),
-                    Party::Carry(_) | Party::Qemu(_) => bail!("{party} has the clock of its host"),
+                    Party::Carry(_) | Party::DiskCarry(_) | Party::Qemu(_) => bail!("{party} has the clock of its host"),
                 };
                 self.ground.clocks.set(daemon, *seconds)?;
                 Ok(Injected::Clock(daemon))

@@ -54,6 +54,8 @@ pub enum Disk {
     Shared,
     /// One of which each host has a copy of its own in what it takes for a shared pool: no lock on a file keeps a second runner away.
     Copies,
+    /// One that no other host sees: it travels, and its guest writes to it all the time.
+    Local,
 }
 
 impl Plan {
@@ -64,7 +66,7 @@ impl Plan {
         let emulators = [Emulator::Path, Emulator::Other];
         let (source, destination) = (draw.of(&emulators), draw.of(&emulators));
         let load = draw.of(&[Load::Idle, Load::Busy]);
-        let disk = draw.of(&[Disk::None, Disk::Shared, Disk::Copies, Disk::Copies]);
+        let disk = draw.of(&[Disk::None, Disk::Shared, Disk::Copies, Disk::Copies, Disk::Local, Disk::Local, Disk::Local]);
         let bandwidth = draw.of(&[None, Some(BytesPerSec(40_000_000)), Some(BytesPerSec(15_000_000))]);
         let policy = MigrationPolicy {
             bandwidth,
@@ -73,7 +75,7 @@ impl Plan {
             stop_limit: draw.of(&[Millis(2_000), Millis(10_000)]),
             ..MigrationPolicy::default()
         };
-        let length = load.expected_length(bandwidth);
+        let length = load.expected_length(bandwidth) + if disk == Disk::Local { Duration::from_secs(2) } else { Duration::ZERO };
         let count = draw.of(&[1, 1, 2]);
         let mut faults: Vec<Planned> = (0..count).map(|_| draw.planned(length)).collect();
         let mut policy = policy;
@@ -86,6 +88,9 @@ impl Plan {
             {
                 first.moment = Moment { mark: Mark::Follows, after: draw.millis(0, 3_000) };
             }
+        }
+        if disk == Disk::Local {
+            faults.iter_mut().for_each(|planned| draw.towards_the_disk(&mut planned.fault.kind));
         }
         Self { seed, source, destination, load, disk, policy, faults }
     }
@@ -132,6 +137,7 @@ impl Disk {
             Self::None => "none",
             Self::Shared => "shared",
             Self::Copies => "copies",
+            Self::Local => "local",
         }
     }
 }
@@ -219,6 +225,16 @@ impl Draw {
         Fault { kind, lasts }
     }
 
+    /// What is done to a carry is done to the disk's as often as not.
+    fn towards_the_disk(&mut self, kind: &mut FaultKind) {
+        if let FaultKind::Kill(party) | FaultKind::Stop(party) = kind
+            && let Party::Carry(side) = *party
+            && self.of(&[true, false])
+        {
+            *party = Party::DiskCarry(side);
+        }
+    }
+
     fn party(&mut self) -> Party {
         let side = self.of(&[Side::Source, Side::Destination]);
         self.weighted(&[(3, Party::Agent(side)), (3, Party::Carry(side)), (3, Party::Qemu(side)), (2, Party::Controller)])
@@ -264,13 +280,13 @@ mod tests {
         let faults = || plans.iter().flat_map(|plan| &plan.faults);
         let count = |texts: BTreeSet<String>| texts.len();
         assert_eq!(count(plans.iter().map(|plan| format!("{:?}{:?}", plan.source, plan.destination)).collect()), 4);
-        assert_eq!(count(plans.iter().map(|plan| format!("{:?}{:?}", plan.load, plan.disk)).collect()), 6);
+        assert_eq!(count(plans.iter().map(|plan| format!("{:?}{:?}", plan.load, plan.disk)).collect()), 8);
         assert_eq!(count(faults().map(|planned| format!("{:?}", planned.moment.mark)).collect()), 8);
         assert!((400..600).contains(&plans.iter().filter(|plan| plan.is_postcopy()).count()));
-        // Seven parties are killed and stopped; two links cut, half cut, and slow; three disks full; three processes with failing
+        // Nine parties are killed and stopped; two links cut, half cut, and slow; three disks full; three processes with failing
         // syncs, and three with clocks that are off.
         let kinds = faults().map(|planned| planned.fault.kind.summary());
-        assert_eq!(count(kinds.collect()), 7 + 7 + 2 + 2 + 2 + 3 + 3 + 3);
+        assert_eq!(count(kinds.collect()), 9 + 9 + 2 + 2 + 2 + 3 + 3 + 3);
         assert!(plans.iter().any(|plan| plan.faults.len() == 1) && plans.iter().any(|plan| plan.faults.len() == 2));
         assert!(plans.iter().all(|plan| (1..=2).contains(&plan.faults.len()) && plan.longest_fault() <= Duration::from_secs(70)));
     }

@@ -61,9 +61,9 @@ pub enum Outcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DiskCompare {
-    /// Both copies are as they were.
+    /// Both copies are as they were; or all that the guest has written to its disk is there.
     Ok,
-    /// A copy was written to.
+    /// A copy was written to; or the guest misses something.
     Differs,
     /// There is one disk or none: nothing to compare.
     Shared,
@@ -82,7 +82,7 @@ impl Run {
             self.broken.push(format!("{} wrong pages", self.page_errors));
         }
         if self.disk_compare == DiskCompare::Differs {
-            self.broken.push("a disk was written to".to_owned());
+            self.broken.push("a disk is not what it should be".to_owned());
         }
     }
 

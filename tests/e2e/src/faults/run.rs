@@ -88,6 +88,9 @@ pub(super) fn run(ground: &mut Ground, plan: &Plan, logs: &Path) -> Result<Run> 
             Disk::None | Disk::Shared => DiskCompare::Shared,
             Disk::Copies if ground.copies_are_whole(plan, &vm)? => DiskCompare::Ok,
             Disk::Copies => DiskCompare::Differs,
+            // What its guest knows of it, and what is on it.
+            Disk::Local if judged.disk_errors == 0 => DiskCompare::Ok,
+            Disk::Local => DiskCompare::Differs,
         },
         qemu,
         guest: plan.load.as_str().to_owned(),
@@ -116,7 +119,8 @@ pub(super) fn clear(ground: &mut Ground, plan: &Plan) -> Result<()> {
         let task = cluster.ask(cluster.client().kill_vm(&vm))?;
         cluster.done(task.id, REMOVAL)?;
     }
-    let task = cluster.ask(cluster.client().delete_vm(&vm, &VmDelete { volumes: plan.disk == Disk::Shared }))?;
+    let task =
+        cluster.ask(cluster.client().delete_vm(&vm, &VmDelete { volumes: matches!(plan.disk, Disk::Shared | Disk::Local) }))?;
     cluster.done(task.id, REMOVAL)?;
     if plan.disk == Disk::Copies {
         ground.remove_copies(plan, vm.as_str())?;
@@ -196,6 +200,7 @@ fn unsettled(ground: &Ground, vm: &str, id: VmId, task: TaskId) -> Result<String
 
 struct Judged {
     outcome: Outcome,
+    disk_errors: u64,
     page_errors: u64,
     broken: Vec<String>,
 }
@@ -223,7 +228,8 @@ fn judge(ground: &Ground, plan: &Plan, vm: &str, id: VmId, before: &Status) -> J
     {
         broken.push("the guest was booted again".to_owned());
     }
-    Judged { outcome, page_errors: status.map_or(0, |status| status.page_errors), broken }
+    let (page_errors, disk_errors) = status.map_or((0, 0), |status| (status.page_errors, status.disk_errors));
+    Judged { outcome, page_errors, disk_errors, broken }
 }
 
 /// What the guest says once it has looked at all of its pages again; nothing if it does not answer.
@@ -234,8 +240,10 @@ fn swept(ground: &Ground, vm: &str) -> Option<Status> {
     let deadline = Instant::now() + SWEEPS;
     loop {
         let now = ask()?;
+        // All of its disk in one run, and more.
+        let disks = first.disk_checked == 0 || now.disk_checked >= first.disk_checked + 2_048;
         // The sweep under way began before.
-        if now.sweeps >= first.sweeps + 2 || now.page_errors > 0 {
+        if (now.sweeps >= first.sweeps + 2 && disks) || now.page_errors > 0 || now.disk_errors > 0 {
             return Some(now);
         }
         if Instant::now() > deadline {

@@ -21,7 +21,7 @@ const WAITING: usize = 64;
 const EVERY: Duration = Duration::from_secs(1);
 
 enum Order {
-    Say(ConsoleLine),
+    Say(Box<ConsoleLine>),
     Report,
     Poweroff(&'static str),
 }
@@ -51,7 +51,7 @@ impl Console {
 
     /// Says a line soon.
     pub(crate) fn say(&self, line: ConsoleLine) {
-        let _ = self.orders.try_send(Order::Say(line));
+        let _ = self.orders.try_send(Order::Say(Box::new(line)));
     }
 
     /// Powers off after a line that says by whom.
