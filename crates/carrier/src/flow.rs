@@ -41,6 +41,8 @@ pub struct Window {
     began: Duration,
     last_event: Duration,
     last_applied: Duration,
+    /// When the destination showed last that it is at work, without applying anything.
+    last_sign: Duration,
     busy: Duration,
     busy_bytes: u64,
     rate: u64,
@@ -80,6 +82,7 @@ impl Window {
             began: now,
             last_event: now,
             last_applied: now,
+            last_sign: now,
             busy: Duration::ZERO,
             busy_bytes: 0,
             rate: 0,
@@ -167,10 +170,21 @@ impl Window {
         self.round_trips.iter().flatten().min().copied().unwrap_or_default()
     }
 
-    /// When the destination last applied anything, or the moment since nothing has been in flight.
+    /// When the destination last applied anything, or showed that it is at work, or the moment since nothing has been in flight.
     #[must_use]
-    pub const fn last_applied(&self) -> Duration {
-        self.last_applied
+    pub fn last_applied(&self) -> Duration {
+        self.last_applied.max(self.last_sign)
+    }
+
+    /// The destination has shown at `now` that it is at work.
+    pub const fn on_sign_of_work(&mut self, now: Duration) {
+        self.last_sign = now;
+    }
+
+    /// What was applied stands for.
+    #[must_use]
+    pub const fn raw_applied(&self) -> u64 {
+        self.raw.applied
     }
 
     /// Frames of `wire` bytes that stand for `raw` bytes were sent at `now`.

@@ -56,6 +56,11 @@ impl Session {
         self.window.on_round_trip(round_trip);
     }
 
+    /// The peer has shown that it is at work, although it has dealt with nothing.
+    pub fn on_sign_of_work(&mut self, now: Duration) {
+        self.window.on_sign_of_work(now);
+    }
+
     /// Adds an encoded sequenced frame. `raw` is how much guest memory or stream it stands for.
     pub fn push(&mut self, bytes: Bytes, raw: u64, now: Duration) {
         self.window.on_sent(bytes.len() as u64, raw, now);

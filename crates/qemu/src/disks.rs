@@ -78,6 +78,17 @@ struct Node {
 struct Bitmap {
     #[serde(default)]
     name: Option<String>,
+    #[serde(default)]
+    recording: bool,
+}
+
+/// A dirty bitmap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirtyBitmap {
+    /// Its name.
+    pub name: String,
+    /// Whether what is written is still remembered: one that was stopped knows nothing of what came then.
+    pub records: bool,
 }
 
 #[derive(Deserialize)]
@@ -236,13 +247,14 @@ impl Qmp {
         self.execute("block-dirty-bitmap-remove", json!({"node": node, "name": name})).await.map(drop)
     }
 
-    /// Names of the disk's bitmaps.
+    /// The disk's bitmaps.
     ///
     /// # Errors
     /// See [`QmpError`].
-    pub async fn bitmaps(&self, node: &str) -> Result<Vec<String>, QmpError> {
+    pub async fn bitmaps(&self, node: &str) -> Result<Vec<DirtyBitmap>, QmpError> {
+        let bitmap = |bitmap: Bitmap| Some(DirtyBitmap { name: bitmap.name?, records: bitmap.recording });
         let found = self.node(node).await?;
-        Ok(found.map(|node| node.dirty_bitmaps.into_iter().filter_map(|bitmap| bitmap.name).collect()).unwrap_or_default())
+        Ok(found.map(|node| node.dirty_bitmaps.into_iter().filter_map(bitmap).collect()).unwrap_or_default())
     }
 
     /// How large the disk is; `None` if there is none of that name.

@@ -183,6 +183,8 @@ pub(crate) struct DiskStatus {
     pub(crate) copied: bool,
     /// The destination has everything, and it is durable.
     pub(crate) whole: bool,
+    /// Milliseconds that what is under way takes to be written at the destination, once that is known.
+    pub(crate) waiting_ms: u64,
 }
 
 /// Where post-copy is.

@@ -16,7 +16,7 @@ use std::io;
 
 use bytes::BytesMut;
 use godwit_carrier::pages::PAGE_SIZE;
-use godwit_nbd::Malformed;
+use godwit_nbd::{Extent, Malformed};
 use rustix::io::Errno;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
@@ -74,6 +74,50 @@ pub(super) fn chunk_pages(pages: u32) -> u32 {
 /// Whether a peer may ask for chunks of so many pages.
 pub(super) fn is_chunk(pages: u32) -> bool {
     pages.is_power_of_two() && (GRANULE_PAGES..=MOST_CHUNK_PAGES).contains(&pages)
+}
+
+/// Ranges of a disk, from the first byte to before the last, in their order.
+#[derive(Debug, Default)]
+struct Ranges(Vec<(u64, u64)>);
+
+impl Ranges {
+    /// Extents of which something is true.
+    fn of(mut at: u64, extents: &[Extent], is: fn(Extent) -> bool) -> Self {
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        for extent in extents {
+            let end = at + u64::from(extent.length);
+            match ranges.last_mut() {
+                _ if !is(*extent) => {}
+                Some((_, last)) if *last == at => *last = end,
+                _ => ranges.push((at, end)),
+            }
+            at = end;
+        }
+        Self(ranges)
+    }
+
+    /// The first range that ends behind `at`.
+    fn from(&self, at: u64) -> Option<(u64, u64)> {
+        self.0.get(self.0.partition_point(|(_, end)| *end <= at)).copied()
+    }
+
+    fn are_all(&self, at: u64, length: u64) -> bool {
+        self.from(at).is_some_and(|(first, end)| first <= at && at + length <= end)
+    }
+
+    fn is_any(&self, at: u64, length: u64) -> bool {
+        self.from(at).is_some_and(|(first, _)| first < at + length)
+    }
+
+    /// One range more, wherever it is.
+    fn add(&mut self, mut first: u64, mut end: u64) {
+        let from = self.0.partition_point(|(_, other)| *other < first);
+        let to = self.0.partition_point(|(other, _)| *other <= end);
+        for (other, other_end) in self.0.drain(from..to.max(from)) {
+            (first, end) = (first.min(other), end.max(other_end));
+        }
+        self.0.insert(from, (first, end));
+    }
 }
 
 /// Reads what there is; `false` at the end.

@@ -242,10 +242,10 @@ async fn move_bytes(
             let images = images.into_iter().map(readable_image).collect();
             let (told, key) = oneshot::channel();
             let arrive = async {
+                let mut into = DiskInto::new(pump, means.qemu, &export, images, WaitingDisk { size, base })?;
+                into.meet().await?;
                 let Ok(key) = key.await else { return std::future::pending().await };
-                let disk = WaitingDisk { size, base };
-                let into = DiskInto::new(pump, means.qemu, &export, Digester::new(&key), images, disk)?;
-                into.run(frames, tell_disk).await
+                into.run(Digester::new(&key), frames, tell_disk).await
             };
             tokio::select! {
                 error = connections::of_destination(pump, &mut acceptor, told, patience, from_agent, tell) => Err(text(error)),

@@ -465,15 +465,14 @@ impl Pump {
         self.session.borrow().window().raw_in_flight()
     }
 
-    /// Whether the peer has dealt with everything.
-    pub(super) fn is_settled(&self) -> bool {
-        self.session.borrow().is_settled()
+    /// Bytes of a disk that the peer has dealt with, all in all.
+    pub(super) fn raw_applied(&self) -> u64 {
+        self.session.borrow().window().raw_applied()
     }
 
-    pub(super) async fn wait_until_settled(&self) {
-        while !self.is_settled() {
-            self.room.notified().await;
-        }
+    /// The peer is at work, although it acknowledges nothing.
+    pub(super) fn on_sign_of_work(&self) {
+        self.session.borrow_mut().on_sign_of_work(self.now());
     }
 
     /// Waits as long as another move of the host has its turn.

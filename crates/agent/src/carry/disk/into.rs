@@ -6,7 +6,7 @@ use std::convert::Infallible;
 use std::io;
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::frame::{Block, MAX_DIGESTS};
+use godwit_carrier::frame::Block;
 use godwit_carrier::pages::digest::ZERO;
 use godwit_carrier::pages::{Applier, ApplyError, Digest, Digester, FIRST_IMAGE, GuestMemory, PAGE_SIZE, Page};
 use godwit_carrier::{Frame, Image};
@@ -14,7 +14,7 @@ use godwit_nbd::{ALLOCATION, Client, Event, Extent, put_disconnect, put_flush, p
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
-use super::{BLOCK, DiskError, WINDOW, is_chunk, pages_of, try_read, write_due};
+use super::{BLOCK, DiskError, Ranges, WINDOW, is_chunk, pages_of, try_read, write_due};
 use crate::carry::control::DiskStatus;
 use crate::carry::images::ReadableImage;
 use crate::carry::pump::Pump;
@@ -28,6 +28,8 @@ const BUFFER: usize = 256 << 10;
 const MOST_ZEROS: u64 = 1 << 30;
 /// So much is written before it is made durable: what is left of that at the end is blackout.
 const FLUSH_EVERY: u64 = 64 << 20;
+/// Digests that are told at once: the source is to hear of the work every few seconds at most.
+const MOST_TOLD: usize = 256;
 
 /// What of the disk is here already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,8 +45,6 @@ pub(in crate::carry) struct DiskInto<'a> {
     socket: UnixStream,
     client: Client,
     due: BytesMut,
-    digester: Digester,
-    applier: Applier,
     images: Vec<ReadableImage>,
     disk: WaitingDisk,
     pages: u32,
@@ -106,22 +106,17 @@ impl<'a> DiskInto<'a> {
         pump: &'a Pump,
         socket: UnixStream,
         export: &str,
-        digester: Digester,
         images: Vec<ReadableImage>,
         disk: WaitingDisk,
     ) -> Result<Self, DiskError> {
-        let pages = pages_of(disk.size)?;
-        let told: Vec<u32> = images.iter().map(|image| image.told().pages).collect();
         Ok(Self {
             pump,
             socket,
             client: Client::new(export, vec![ALLOCATION.to_owned()], true),
             due: BytesMut::new(),
-            applier: Applier::new(digester.clone(), vec![pages]).with_images(told),
-            digester,
             images,
+            pages: pages_of(disk.size)?,
             disk,
-            pages,
             next_cookie: 1,
             frames: VecDeque::new(),
             first: 0,
@@ -132,17 +127,24 @@ impl<'a> DiskInto<'a> {
         })
     }
 
-    /// Never returns but with an error.
+    /// Shakes hands with QEMU, which does not wait long for that.
+    pub(in crate::carry) async fn meet(&mut self) -> Result<(), DiskError> {
+        match self.event().await? {
+            Event::Ready { size } if size == self.disk.size => Ok(()),
+            Event::Ready { size } => Err(DiskError::Size { here: pages_of(size)?, there: self.pages }),
+            _ => Err(DiskError::Unexpected("an answer before the beginning")),
+        }
+    }
+
+    /// After that; never returns but with an error.
     pub(in crate::carry) async fn run(
         mut self,
+        digester: Digester,
         mut frames: mpsc::UnboundedReceiver<Frame>,
         tell: impl Fn(DiskStatus),
     ) -> Result<Infallible, DiskError> {
-        match self.event().await? {
-            Event::Ready { size } if size == self.disk.size => {}
-            Event::Ready { size } => return Err(DiskError::Size { here: pages_of(size)?, there: self.pages }),
-            _ => return Err(DiskError::Unexpected("an answer before the beginning")),
-        }
+        let told: Vec<u32> = self.images.iter().map(|image| image.told().pages).collect();
+        let mut applier = Applier::new(digester.clone(), vec![self.pages]).with_images(told);
         self.pump.push(&Frame::Memory(vec![Block { id: Bytes::from_static(b"disk"), pages: self.pages }]), 0);
         let images: Vec<Image> = self.images.iter().map(ReadableImage::told).collect();
         if !images.is_empty() {
@@ -155,7 +157,7 @@ impl<'a> DiskInto<'a> {
         loop {
             tell(DiskStatus { whole: self.whole, ..DiskStatus::default() });
             tokio::select! {
-                Some(frame) = frames.recv(), if self.has_room() => self.deal(frame).await?,
+                Some(frame) = frames.recv(), if self.has_room() => self.deal(frame, &digester, &mut applier).await?,
                 event = self.event_if(!self.requests.is_empty()) => {
                     self.on_event(&event?)?;
                     self.acknowledge();
@@ -189,7 +191,7 @@ impl<'a> DiskInto<'a> {
         }
     }
 
-    async fn deal(&mut self, frame: Frame) -> Result<(), DiskError> {
+    async fn deal(&mut self, frame: Frame, digester: &Digester, applier: &mut Applier) -> Result<(), DiskError> {
         let memory = frame.memory();
         if self.whole {
             return Err(DiskError::Unexpected("something behind the end"));
@@ -199,7 +201,7 @@ impl<'a> DiskInto<'a> {
         match frame {
             Frame::Pages(payload) => {
                 let mut collecting = Collecting { images: &self.images, collected: Collected::default() };
-                let applied = self.applier.apply(&payload, &mut collecting);
+                let applied = applier.apply(&payload, &mut collecting);
                 let Collected { writes } = collecting.collected;
                 applied.map_err(|error| match error {
                     ApplyError::Image { image } => {
@@ -240,7 +242,9 @@ impl<'a> DiskInto<'a> {
                 }
                 self.compared = true;
                 self.drain().await?;
-                self.tell_digests(chunk).await?;
+                // The source is not to take the time that it takes for a standstill.
+                self.acknowledge();
+                self.tell_digests(chunk, digester).await?;
             }
             Frame::ForwardEnd => {
                 self.drain().await?;
@@ -253,6 +257,8 @@ impl<'a> DiskInto<'a> {
                 }
                 put_disconnect(&mut self.due);
                 write_due(&mut self.socket, &mut self.due).await?;
+                // A connection that is made anew takes what was taken for dealt with: only this says that it was.
+                self.pump.push(&Frame::ReturnEnd, 0);
                 self.whole = true;
                 tracing::info!("the disk is whole");
             }
@@ -344,19 +350,19 @@ impl<'a> DiskInto<'a> {
     }
 
     /// Says what is here already, chunk by chunk; what is not named is zero.
-    async fn tell_digests(&mut self, chunk: u32) -> Result<(), DiskError> {
+    async fn tell_digests(&mut self, chunk: u32, digester: &Digester) -> Result<(), DiskError> {
         let chunk_bytes = u64::from(chunk) * PAGE_SIZE as u64;
         let (mut at, mut run): (u64, Option<(u32, Vec<Digest>)>) = (0, None);
-        let mut zeros_until = 0;
+        let (mut zeros, mut known_until) = (Ranges::default(), 0);
         while at < self.disk.size {
             let length = (self.disk.size - at).min(chunk_bytes);
-            if at + length > zeros_until {
-                zeros_until = self.zeros_from(at).await?;
+            if at + length > known_until {
+                (zeros, known_until) = self.zeros_from(at).await?;
             }
-            let digest = if at + length <= zeros_until { ZERO } else { self.digest_of(at, length as u32).await? };
+            let digest = if zeros.are_all(at, length) { ZERO } else { self.digest_of(at, length as u32, digester).await? };
             let number = u32::try_from(at / chunk_bytes).unwrap_or(u32::MAX);
             run = match run.take() {
-                Some((first, mut digests)) if digest != ZERO && digests.len() < MAX_DIGESTS => {
+                Some((first, mut digests)) if digest != ZERO && digests.len() < MOST_TOLD => {
                     digests.push(digest);
                     Some((first, digests))
                 }
@@ -379,26 +385,26 @@ impl<'a> DiskInto<'a> {
         }
     }
 
-    /// Up to where there is nothing but zeros.
-    async fn zeros_from(&mut self, at: u64) -> Result<u64, DiskError> {
+    /// Where there is nothing but zeros, and up to where that is known: at least a chunk.
+    async fn zeros_from(&mut self, at: u64) -> Result<(Ranges, u64), DiskError> {
         let cookie = self.cookie();
         let length = (self.disk.size - at).min(WINDOW) as u32;
         put_status(&mut self.due, cookie, at, length);
-        let mut until = at;
+        let (mut zeros, mut until) = (Ranges::default(), at);
         loop {
             match self.event().await? {
                 Event::Status { extents, .. } => {
-                    let zeros = extents.iter().take_while(|extent| Extent::is_zero(**extent));
-                    until = at + zeros.map(|extent| u64::from(extent.length)).sum::<u64>();
+                    until = at + extents.iter().map(|extent| u64::from(extent.length)).sum::<u64>();
+                    zeros = Ranges::of(at, &extents, Extent::is_zero);
                 }
-                Event::Done { .. } => return Ok(until),
+                Event::Done { .. } => return Ok((zeros, until)),
                 Event::Failed { error, .. } => return Err(DiskError::Disk { what: "looked at", error }),
                 _ => return Err(DiskError::Unexpected("an answer of another kind")),
             }
         }
     }
 
-    async fn digest_of(&mut self, at: u64, length: u32) -> Result<Digest, DiskError> {
+    async fn digest_of(&mut self, at: u64, length: u32, digester: &Digester) -> Result<Digest, DiskError> {
         let cookie = self.cookie();
         put_read(&mut self.due, cookie, at, length);
         let mut content = vec![0; (length as usize).next_multiple_of(PAGE_SIZE)];
@@ -410,7 +416,7 @@ impl<'a> DiskInto<'a> {
                     into.ok_or(DiskError::Unexpected("data that nobody asked for"))?.copy_from_slice(&data);
                 }
                 Event::Hole { .. } => {}
-                Event::Done { .. } => return Ok(self.digester.pages(&content)),
+                Event::Done { .. } => return Ok(digester.pages(&content)),
                 Event::Failed { error, .. } => return Err(DiskError::Disk { what: "read", error }),
                 _ => return Err(DiskError::Unexpected("an answer of another kind")),
             }

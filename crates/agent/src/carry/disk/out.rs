@@ -1,15 +1,15 @@
 //! The source's half of a disk: copies what is there, and passes on what is written to it meanwhile.
 //!
-//! Both leave in one order. A read that is under way while the mirror brings a write to the same place may be older than that, so it is made again; what is
+//! Both leave in one order. What is under way of the one when the mirror brings a write to the same place may be older than that, so it is not sent; what is
 //! newer than a write comes with a later one.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use godwit_carrier::Frame;
-use godwit_carrier::frame::{Block, MAX_DIGESTS};
+use godwit_carrier::frame::{Block, MAX_DIGESTS, MAX_RUNS};
 use godwit_carrier::pages::digest::{ZERO, is_zero};
 use godwit_carrier::pages::{Digest, Digester, PAGE_SIZE, Page, Place, PlainEncoder};
 use godwit_nbd::{ALLOCATION, Client, Event, Extent, Request, Server, dirty_bitmap, put_disconnect, put_read, put_status};
@@ -17,7 +17,7 @@ use godwit_qemu::disks::REMEMBERED;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
-use super::{BLOCK, DiskError, GRANULE, WINDOW, chunk_pages, pages_of, try_read, write_due};
+use super::{BLOCK, DiskError, GRANULE, Ranges, WINDOW, chunk_pages, pages_of, try_read, write_due};
 use crate::carry::control::DiskStatus;
 use crate::carry::images::{OwnImage, SharedImages};
 use crate::carry::pump::Pump;
@@ -33,6 +33,14 @@ const BUFFER: usize = 256 << 10;
 const MOST_WAITING: u64 = 32 << 20;
 /// How often it is looked at whether the mirror can have its answers, at least.
 const PAY_EVERY: Duration = Duration::from_millis(100);
+const LONGEST_OWED: Duration = Duration::from_secs(1);
+/// What may wait here at most, whatever the mirror does: then nothing more is heard of it.
+const MOST_HELD: u64 = 128 << 20;
+/// What the destination writes is measured while so much waits for it, for so long.
+const ENOUGH: u64 = 1 << 20;
+const MEASURED: Duration = Duration::from_millis(250);
+/// What a run of zeros weighs among what waits.
+const ZEROS_WEIGH: u64 = 64 << 10;
 
 /// A disk as the agent describes it.
 #[derive(Clone, Debug)]
@@ -66,6 +74,8 @@ enum Stage {
     Copied,
     /// The mirror is through, and the end was said.
     Ended,
+    /// The destination has said that it has everything.
+    Whole,
 }
 
 /// A part of the disk that is to be sent.
@@ -81,8 +91,8 @@ struct Reading {
     cookie: u64,
     part: Part,
     data: Vec<u8>,
-    /// Something was written there meanwhile.
-    stale: bool,
+    /// What was written there meanwhile: this may be older.
+    written: Ranges,
 }
 
 /// The extents of a window, as they come.
@@ -93,6 +103,8 @@ struct Asked {
     length: u32,
     allocation: Vec<Extent>,
     dirty: Vec<Extent>,
+    /// What was written meanwhile: it may be no zeros any more.
+    written: Ranges,
 }
 
 /// The disk on its way.
@@ -114,8 +126,10 @@ pub(in crate::carry) struct DiskOut<'a> {
     is_ready: bool,
     server: Server,
     to_mirror: BytesMut,
-    /// Writes of the mirror that have no answer yet.
-    owed: Vec<u64>,
+    /// Writes of the mirror that have no answer yet, and since when.
+    owed: Vec<(u64, Instant)>,
+    /// What the mirror has turned to zeros, and is not sent yet.
+    zeros: Vec<(u32, u32)>,
     next_cookie: u64,
     /// Up to where extents were asked for.
     next: u64,
@@ -124,6 +138,9 @@ pub(in crate::carry) struct DiskOut<'a> {
     reading: Vec<Reading>,
     /// Bytes that need not be looked at any more.
     copied: u64,
+    /// Since when what the destination writes is measured, and what it had written then; and what it wrote per second, once that is known.
+    measured: (Instant, u64),
+    rate: u64,
 }
 
 impl<'a> DiskOut<'a> {
@@ -155,12 +172,15 @@ impl<'a> DiskOut<'a> {
             server: Server::new(&disk.export, disk.size, &mut to_mirror),
             to_mirror,
             owed: Vec::new(),
+            zeros: Vec::new(),
             next_cookie: 1,
             next: 0,
             asked: None,
             parts: VecDeque::new(),
             reading: Vec::new(),
             copied: 0,
+            measured: (Instant::now(), 0),
+            rate: 0,
             disk,
         })
     }
@@ -175,13 +195,16 @@ impl<'a> DiskOut<'a> {
     ) -> Result<Infallible, DiskError> {
         let (mut disk_open, mut mirror_open) = (true, true);
         loop {
+            // What there was before: room that comes while this works is found the next time.
+            let had_room = self.pump.has_room();
             self.go_on();
             self.pay();
+            self.measure();
             write_due(&mut mirror, &mut self.to_mirror).await?;
             write_due(&mut disk, &mut self.to_disk).await?;
             tell(self.status());
-            let wants_room = self.stage == Stage::Copying || !self.owed.is_empty();
-            let has_room = self.pump.has_room();
+            let reads_mirror = mirror_open && self.pump.raw_in_flight() < MOST_HELD;
+            let wants_room = self.stage == Stage::Copying || !self.owed.is_empty() || !reads_mirror;
             tokio::select! {
                 _ = self.seals.settle() => {}
                 Some(frame) = frames.recv() => {
@@ -189,7 +212,7 @@ impl<'a> DiskOut<'a> {
                     self.on_frame(frame)?;
                     self.pump.on_dealt(size, true);
                 }
-                readable = mirror.readable(), if mirror_open => {
+                readable = mirror.readable(), if reads_mirror => {
                     readable?;
                     match try_read(&mirror, self.server.buffer_mut(), BUFFER)? {
                         Some(false) => {
@@ -203,35 +226,51 @@ impl<'a> DiskOut<'a> {
                 readable = disk.readable(), if disk_open && self.pump.is_begun() => {
                     readable?;
                     match try_read(&disk, self.client.buffer_mut(), BUFFER)? {
-                        Some(false) if matches!(self.stage, Stage::Copied | Stage::Ended) => disk_open = false,
+                        Some(false) if matches!(self.stage, Stage::Copied | Stage::Ended | Stage::Whole) => disk_open = false,
                         Some(false) => return Err(DiskError::Closed),
                         Some(true) => self.on_disk().await?,
                         None => {}
                     }
                 }
-                () = self.pump.wait_for_room(), if wants_room && !has_room => {}
+                () = self.pump.wait_for_room(), if wants_room && !had_room => {}
                 () = self.pump.pause(PAY_EVERY), if !self.owed.is_empty() => {}
                 () = self.pump.wait_for_begin(), if self.stage == Stage::Waiting && !self.pump.is_begun() => {}
-                () = self.pump.wait_until_settled(), if self.stage == Stage::Ended && !self.pump.is_settled() => {}
             }
         }
     }
 
     fn status(&self) -> DiskStatus {
+        let waiting = self.pump.raw_in_flight();
         DiskStatus {
             // What is under way is not there yet.
-            looked_at: self.copied.saturating_sub(self.pump.raw_in_flight()),
-            copied: matches!(self.stage, Stage::Copied | Stage::Ended) && self.seals.is_empty(),
-            whole: self.stage == Stage::Ended && self.seals.is_empty() && self.pump.is_settled(),
+            looked_at: self.copied.saturating_sub(waiting),
+            copied: matches!(self.stage, Stage::Copied | Stage::Ended | Stage::Whole),
+            whole: self.stage == Stage::Whole,
+            waiting_ms: (waiting * 1_000).checked_div(self.rate).unwrap_or(0),
         }
     }
 
-    /// The mirror's writes are answered as long as not too much waits. Once the VM is to be stopped all are: it waits for them.
+    /// The mirror's writes are answered as long as not too much waits. Once the VM is to be stopped all are, since it waits for them; and in any case
+    /// after a second, since QEMU stands still as long as it waits for one of them for another reason.
     fn pay(&mut self) {
-        if self.pump.in_flight() < MOST_WAITING || self.pump.has_room() || self.pump.is_hurried() {
-            for cookie in self.owed.drain(..) {
-                Server::put_done(&mut self.to_mirror, cookie);
-            }
+        let little = self.pump.in_flight() < MOST_WAITING && self.pump.raw_in_flight() < MOST_WAITING;
+        let all = little || self.pump.has_room() || self.pump.is_hurried();
+        let due = if all { self.owed.len() } else { self.owed.partition_point(|(_, since)| since.elapsed() > LONGEST_OWED) };
+        for (cookie, _) in self.owed.drain(..due) {
+            Server::put_done(&mut self.to_mirror, cookie);
+        }
+    }
+
+    /// What the destination writes per second, while it has enough to write.
+    fn measure(&mut self) {
+        let (began, before) = self.measured;
+        let (waiting, written) = (self.pump.raw_in_flight(), self.pump.raw_applied());
+        if waiting < ENOUGH {
+            self.measured = (Instant::now(), written);
+        } else if began.elapsed() >= MEASURED {
+            let rate = (written - before) as f64 / began.elapsed().as_secs_f64();
+            self.rate = rate as u64;
+            self.measured = (Instant::now(), written);
         }
     }
 
@@ -254,8 +293,11 @@ impl<'a> DiskOut<'a> {
                 let Known::Chunks(_, chunks) = &mut self.known else { return Err(DiskError::Unexpected("digests")) };
                 let known = chunks.get_mut(first as usize..).and_then(|rest| rest.get_mut(..digests.len()));
                 known.ok_or(DiskError::Unexpected("digests of what is beyond the disk"))?.copy_from_slice(&digests);
+                // It writes nothing meanwhile, and is at work.
+                self.pump.on_sign_of_work();
             }
             (Stage::Comparing, Frame::HeldEnd) => self.stage = Stage::Waiting,
+            (Stage::Ended, Frame::ReturnEnd) => self.stage = Stage::Whole,
             _ => return Err(DiskError::Unexpected("a frame that does not belong there")),
         }
         Ok(())
@@ -275,7 +317,7 @@ impl<'a> DiskOut<'a> {
             Some(_) => {
                 let chunk = chunk_pages(self.pages);
                 self.known = Known::Chunks(chunk, vec![ZERO; self.pages.div_ceil(chunk) as usize]);
-                self.flush_to_pump(Frame::Compare(chunk));
+                self.flush_to_pump(Frame::Compare(chunk), 0);
                 self.stage = Stage::Comparing;
             }
         }
@@ -300,12 +342,13 @@ impl<'a> DiskOut<'a> {
             && let Some(part) = self.parts.pop_front()
         {
             if part.is_zero {
+                self.copied += u64::from(part.length);
                 self.send_zeros(part);
                 continue;
             }
             let cookie = self.cookie();
             put_read(&mut self.to_disk, cookie, part.offset, part.length);
-            self.reading.push(Reading { cookie, part, data: vec![0; part.length as usize], stale: false });
+            self.reading.push(Reading { cookie, part, data: vec![0; part.length as usize], written: Ranges::default() });
         }
         if self.next >= self.disk.size && self.asked.is_none() && self.parts.is_empty() && self.reading.is_empty() {
             self.flush();
@@ -359,17 +402,13 @@ impl<'a> DiskOut<'a> {
         let Some(at) = self.reading.iter().position(|reading| reading.cookie == cookie) else {
             return Err(DiskError::Unexpected("an answer that nobody waits for"));
         };
-        let Reading { part, data, stale, .. } = self.reading.swap_remove(at);
-        if stale {
-            self.parts.push_front(part);
-            return Ok(());
-        }
+        let Reading { part, data, written, .. } = self.reading.swap_remove(at);
         self.copied += u64::from(part.length);
         if self.is_known(part, || self.digester.pages(&padded(&data))) {
             return Ok(());
         }
         let skips_zeros = matches!(self.known, Known::Zeros);
-        self.send(part.offset, &data, skips_zeros).await;
+        self.send(part.offset, &data, skips_zeros, &written).await;
         Ok(())
     }
 
@@ -402,16 +441,16 @@ impl<'a> DiskOut<'a> {
             self.next = asked.offset + length;
             return Ok(());
         }
-        let zeros = Runs::new(asked.offset, &asked.allocation, Extent::is_zero);
-        let dirty = Runs::new(asked.offset, &asked.dirty, Extent::is_dirty);
+        let zeros = Ranges::of(asked.offset, &asked.allocation, Extent::is_zero);
+        let dirty = Ranges::of(asked.offset, &asked.dirty, Extent::is_dirty);
         let mut at = asked.offset;
         while at < end {
             let length = (end - at).min(step.into()) as u32;
-            let is_zero = zeros.are_all(at, length);
+            let is_zero = zeros.are_all(at, length.into()) && !asked.written.is_any(at, length.into());
             let part = Part { offset: at, length, is_zero };
             let skipped = match &self.known {
                 Known::Zeros => is_zero,
-                Known::Since => !dirty.is_any(at, length),
+                Known::Since => !dirty.is_any(at, length.into()),
                 Known::Chunks(..) => is_zero && self.is_known(part, || ZERO),
             };
             if skipped {
@@ -447,14 +486,17 @@ impl<'a> DiskOut<'a> {
             match request {
                 Request::Write { cookie, offset, data } => {
                     self.on_written(offset, data.len() as u64)?;
-                    self.send(offset, &data, false).await;
-                    self.flush_if_idle();
-                    self.owed.push(cookie);
+                    self.flush_zeros();
+                    self.send(offset, &data, false, &Ranges::default()).await;
+                    self.owed.push((cookie, Instant::now()));
                 }
                 Request::Zeroes { cookie, offset, length } => {
                     self.on_written(offset, length.into())?;
-                    self.send_zeros(Part { offset, length, is_zero: true });
-                    self.owed.push(cookie);
+                    self.zeros.push(pages_in(offset, length));
+                    if self.zeros.len() == MAX_RUNS {
+                        self.flush_zeros();
+                    }
+                    self.owed.push((cookie, Instant::now()));
                 }
                 // What is durable is decided at the end.
                 Request::Flush { cookie } => Server::put_done(&mut self.to_mirror, cookie),
@@ -462,18 +504,23 @@ impl<'a> DiskOut<'a> {
                     if self.stage != Stage::Copied {
                         return Err(DiskError::TooSoon);
                     }
-                    self.flush_to_pump(Frame::ForwardEnd);
+                    self.flush_zeros();
+                    self.flush_to_pump(Frame::ForwardEnd, 0);
                     self.stage = Stage::Ended;
                     tracing::info!(encoding = ?self.encoder.encoding(), "the mirror is through");
                 }
             }
         }
+        self.flush_zeros();
         self.flush();
+        while self.seals.is_full() {
+            self.seals.settle().await;
+        }
         Ok(())
     }
 
     fn on_mirror_closed(&self) -> Result<(), DiskError> {
-        if self.stage == Stage::Ended { Ok(()) } else { Err(DiskError::Closed) }
+        if matches!(self.stage, Stage::Ended | Stage::Whole) { Ok(()) } else { Err(DiskError::Closed) }
     }
 
     fn on_written(&mut self, offset: u64, length: u64) -> Result<(), DiskError> {
@@ -482,20 +529,26 @@ impl<'a> DiskOut<'a> {
         if !offset.is_multiple_of(page) || (!end.is_multiple_of(page) && end != self.disk.size) {
             return Err(DiskError::Unaligned { offset, length });
         }
-        for reading in &mut self.reading {
-            let Part { offset: first, length, .. } = reading.part;
-            reading.stale |= first < end && offset < first + u64::from(length);
+        for Reading { part, written, .. } in &mut self.reading {
+            if part.offset < end && offset < part.offset + u64::from(part.length) {
+                written.add(offset, end);
+            }
         }
+        if let Some(asked) = &mut self.asked {
+            asked.written.add(offset, end);
+        }
+        cut(&mut self.parts, offset, end);
         Ok(())
     }
 
-    /// Sends pages; the last may be a part of one.
-    async fn send(&mut self, offset: u64, data: &[u8], skips_zeros: bool) {
+    /// Sends pages, the last of which may be a part of one, but for those that were written meanwhile.
+    async fn send(&mut self, offset: u64, data: &[u8], skips_zeros: bool, written: &Ranges) {
         let data = padded(data);
         let (pages, _) = data.as_chunks::<PAGE_SIZE>();
         let first = (offset / PAGE_SIZE as u64) as u32;
         for (page, content) in (first..).zip(pages) {
-            if skips_zeros && is_zero(content) {
+            let newer = written.is_any(u64::from(page) * PAGE_SIZE as u64, PAGE_SIZE as u64);
+            if newer || (skips_zeros && is_zero(content)) {
                 continue;
             }
             self.send_page(page, content).await;
@@ -513,14 +566,15 @@ impl<'a> DiskOut<'a> {
     }
 
     fn send_zeros(&mut self, part: Part) {
-        let page = PAGE_SIZE as u64;
-        let (first, pages) = ((part.offset / page) as u32, u64::from(part.length).div_ceil(page) as u32);
-        self.flush_to_pump(Frame::Zeros { block: BLOCK, runs: vec![(first, pages)] });
+        self.zeros.push(pages_in(part.offset, part.length));
+        self.flush_zeros();
     }
 
-    fn flush_if_idle(&mut self) {
-        if self.encoder.is_full() {
-            self.flush();
+    fn flush_zeros(&mut self) {
+        let runs = std::mem::take(&mut self.zeros);
+        if !runs.is_empty() {
+            let weight = runs.len() as u64 * ZEROS_WEIGH;
+            self.flush_to_pump(Frame::Zeros { block: BLOCK, runs }, weight);
         }
     }
 
@@ -531,10 +585,31 @@ impl<'a> DiskOut<'a> {
     }
 
     /// After all that was sent before.
-    fn flush_to_pump(&mut self, frame: Frame) {
+    fn flush_to_pump(&mut self, frame: Frame, raw: u64) {
         self.flush();
-        self.seals.push(frame, 0);
+        self.seals.push(frame, raw);
     }
+}
+
+/// First page, and how many, of a range that begins with a page and ends with one or with the disk.
+fn pages_in(offset: u64, length: u32) -> (u32, u32) {
+    let page = PAGE_SIZE as u64;
+    ((offset / page) as u32, u64::from(length).div_ceil(page) as u32)
+}
+
+/// Takes a range out of the parts that are to become zero: something newer was sent there.
+fn cut(parts: &mut VecDeque<Part>, first: u64, end: u64) {
+    let touched = |part: &Part| part.is_zero && part.offset < end && first < part.offset + u64::from(part.length);
+    if !parts.iter().any(touched) {
+        return;
+    }
+    let pieces = std::mem::take(parts).into_iter().flat_map(|part| {
+        let part_end = part.offset + u64::from(part.length);
+        let pieces = if touched(&part) { [(part.offset, first), (end, part_end)] } else { [(part.offset, part_end), (0, 0)] };
+        let piece = move |(from, to): (u64, u64)| (from < to).then(|| Part { offset: from, length: (to - from) as u32, ..part });
+        pieces.into_iter().filter_map(piece)
+    });
+    *parts = pieces.collect();
 }
 
 /// Whole pages, filled up with zeros.
@@ -547,51 +622,18 @@ fn padded(data: &[u8]) -> std::borrow::Cow<'_, [u8]> {
     whole.into()
 }
 
-/// Extents of which something is true, as ranges in their order.
-struct Runs(Vec<(u64, u64)>);
-
-impl Runs {
-    fn new(mut at: u64, extents: &[Extent], is: fn(Extent) -> bool) -> Self {
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        for extent in extents {
-            let end = at + u64::from(extent.length);
-            match runs.last_mut() {
-                _ if !is(*extent) => {}
-                Some((_, last)) if *last == at => *last = end,
-                _ => runs.push((at, end)),
-            }
-            at = end;
-        }
-        Self(runs)
-    }
-
-    /// The first run that ends behind `at`.
-    fn from(&self, at: u64) -> Option<(u64, u64)> {
-        self.0.get(self.0.partition_point(|(_, end)| *end <= at)).copied()
-    }
-
-    fn are_all(&self, at: u64, length: u32) -> bool {
-        self.from(at).is_some_and(|(first, end)| first <= at && at + u64::from(length) <= end)
-    }
-
-    fn is_any(&self, at: u64, length: u32) -> bool {
-        self.from(at).is_some_and(|(first, _)| first < at + u64::from(length))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn runs_are_what_their_extents_say() {
-        let extent = |length, flags| Extent { length, flags };
-        let runs = Runs::new(100, &[extent(10, 2), extent(10, 2), extent(10, 0), extent(10, 3)], Extent::is_zero);
-        assert_eq!(runs.0, [(100, 120), (130, 140)]);
-        assert!(runs.are_all(100, 20) && runs.are_all(130, 10));
-        assert!(!runs.are_all(110, 20) && !runs.are_all(120, 5) && !runs.are_all(139, 2) && !runs.are_all(90, 20));
-        assert!(runs.is_any(90, 11) && runs.is_any(119, 1) && runs.is_any(120, 11));
-        assert!(!runs.is_any(90, 10) && !runs.is_any(120, 10) && !runs.is_any(140, 100));
+    fn what_was_written_is_cut_out_of_what_waits_to_become_zero() {
+        let part = |offset, length, is_zero| Part { offset, length, is_zero };
+        let mut parts: VecDeque<Part> = [part(0, 100, true), part(100, 50, false), part(150, 50, true)].into();
+        for (first, end) in [(90, 110), (20, 30), (150, 200), (500, 600)] {
+            cut(&mut parts, first, end);
+        }
+        assert_eq!(parts, [part(0, 20, true), part(30, 60, true), part(100, 50, false)]);
     }
 
     #[test]

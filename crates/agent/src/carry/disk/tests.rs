@@ -12,11 +12,13 @@ use std::time::{Duration, Instant};
 
 use godwit_carrier::pages::Digester;
 use godwit_carrier::{Identity, Side};
+use godwit_nbd::Extent;
 use godwit_qemu::Qmp;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, LocalSet};
 
+use super::Ranges;
 use super::into::{DiskInto, WaitingDisk};
 use super::out::{DiskOut, OwnDisk};
 use crate::carry::connect::{Acceptor, Dialler};
@@ -144,14 +146,14 @@ fn destination(mut acceptor: Acceptor, disk: UnixStream, base: Option<u64>) -> H
         let (told, key) = oneshot::channel();
         let (_keep, mut from_agent) = mpsc::channel(1);
         let arriving = async {
-            let digester = Digester::new(&key.await.expect("a session"));
             let waiting = WaitingDisk { size: SIZE, base };
-            DiskInto::new(&own, disk, DISK, digester, Vec::new(), waiting)
-                .expect("a disk")
-                .run(frames, |status| {
-                    let _ = tell.send(status);
-                })
-                .await
+            let mut into = DiskInto::new(&own, disk, DISK, Vec::new(), waiting)?;
+            into.meet().await?;
+            let digester = Digester::new(&key.await.expect("a session"));
+            into.run(digester, frames, |status| {
+                let _ = tell.send(status);
+            })
+            .await
         };
         tokio::select! {
             error = connections::of_destination(&own, &mut acceptor, told, PATIENCE, &mut from_agent, |_| ()) => error.to_string(),
@@ -281,6 +283,27 @@ fn allocated(path: &Path) -> u64 {
     std::os::unix::fs::MetadataExt::blocks(&path.metadata().expect("a file")) * 512
 }
 
+#[test]
+fn ranges_are_what_extents_say_and_what_is_added() {
+    let extent = |length, flags| Extent { length, flags };
+    let mut ranges = Ranges::of(100, &[extent(10, 2), extent(10, 2), extent(10, 0), extent(10, 3)], Extent::is_zero);
+    assert_eq!(ranges.0, [(100, 120), (130, 140)]);
+    assert!(ranges.are_all(100, 20) && ranges.are_all(130, 10));
+    assert!(!ranges.are_all(110, 20) && !ranges.are_all(120, 5) && !ranges.are_all(139, 2) && !ranges.are_all(90, 20));
+    assert!(ranges.is_any(90, 11) && ranges.is_any(119, 1) && ranges.is_any(120, 11));
+    assert!(!ranges.is_any(90, 10) && !ranges.is_any(120, 10) && !ranges.is_any(140, 100));
+    for (first, end, expected) in [
+        (150, 160, vec![(100, 120), (130, 140), (150, 160)]),
+        (10, 20, vec![(10, 20), (100, 120), (130, 140), (150, 160)]),
+        (120, 130, vec![(10, 20), (100, 140), (150, 160)]),
+        (5, 155, vec![(5, 160)]),
+        (7, 8, vec![(5, 160)]),
+    ] {
+        ranges.add(first, end);
+        assert_eq!(ranges.0, expected);
+    }
+}
+
 #[tokio::test]
 async fn a_disk_arrives_as_it_is_when_its_mirror_ends() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -347,18 +370,45 @@ async fn of_a_disk_that_is_there_in_an_older_state_only_the_difference_travels()
 #[tokio::test]
 async fn a_disk_of_another_size_is_refused_and_nothing_is_written() {
     let dir = tempfile::tempdir().expect("a directory");
-    let (here, there) = (dir.path().join("here"), dir.path().join("there"));
-    filled(&here);
+    let there = dir.path().join("there");
     File::create(&there).and_then(|file| file.set_len(SIZE * 2)).expect("a file");
     LocalSet::new()
         .run_until(async {
-            let source = Qemu::start(dir.path(), "source", &here, "raw").await;
-            let destination = Qemu::start(dir.path(), "destination", &there, "raw").await;
-            let mut lane = Lane::begin(source, destination, None, None).await;
-            lane.copy();
-            let ended = tokio::time::timeout(LIMIT, &mut lane.into.ended).await.expect("it ends").expect("no panic");
+            let qemu = Qemu::start(dir.path(), "destination", &there, "raw").await;
+            let disk = qemu.serve().await;
+            qemu.qmp.export_disk(DISK, true, None).await.expect("exported");
+            let materials = cluster(&["h1", "h2"]);
+            let acceptor = acceptor(listener().await.0, "h1", &materials[0], &materials[1]);
+            let mut into = destination(acceptor, disk, None);
+            let ended = tokio::time::timeout(LIMIT, &mut into.ended).await.expect("it ends").expect("no panic");
             assert!(ended.contains("pages here"), "{ended}");
         })
         .await;
     assert_eq!(allocated(&there), 0);
+}
+
+#[tokio::test]
+async fn what_the_guest_writes_while_zeros_are_on_their_way_is_there() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (here, there) = (dir.path().join("here"), dir.path().join("there"));
+    // What is full there has become empty here, and is written to while that is told.
+    for path in [&here, &there] {
+        let file = File::create(path).expect("a file");
+        file.set_len(SIZE).expect("a size");
+        write(&file, 0, 1, 48 << 20);
+    }
+    File::options().write(true).open(&here).and_then(|file| file.set_len(0).and_then(|()| file.set_len(SIZE))).expect("emptied");
+    LocalSet::new()
+        .run_until(async {
+            let source = Qemu::start(dir.path(), "source", &here, "raw").await;
+            let destination = Qemu::start(dir.path(), "destination", &there, "raw").await;
+            let lane = Lane::begin(source, destination, Some(0), None).await;
+            lane.copy();
+            for number in 0..40 {
+                guest_writes(&lane.source, number << 20, number, 64 << 10).await;
+            }
+            lane.finish().await;
+        })
+        .await;
+    assert!(are_equal((&here, "raw"), (&there, "raw")));
 }

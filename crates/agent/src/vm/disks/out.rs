@@ -97,8 +97,10 @@ impl DisksOut {
             view.copied &= status.disk.copied && (qmp.is_none() || mirror.is_some());
             view.stalled = view.stalled.max(Millis(status.stalled_ms));
             let waiting = mirror.as_ref().map_or(0, |mirror| mirror.remaining.get()).saturating_add(status.in_flight);
-            let queued = Millis(waiting.saturating_mul(1_000).checked_div(status.link_rate).unwrap_or(0));
-            view.queued = Millis(view.queued.get().saturating_add(queued.get()));
+            let queued = waiting.saturating_mul(1_000).checked_div(status.link_rate).unwrap_or(0);
+            // The link is one for all, and each disk is written for itself.
+            let queued = queued.saturating_add(view.queued.get()).max(status.disk.waiting_ms);
+            view.queued = Millis(queued);
             let broken = status.broken.clone().or_else(|| (!lane.carry.is_alive()).then(|| "the carry process ended".into()));
             let broken = broken.or_else(|| match mirror {
                 Some(Mirror { ended: Some(Some(error)), .. }) => Some(format!("QEMU's mirror failed: {error}")),
@@ -204,10 +206,15 @@ impl Actor {
         let mut fds = PassedFds::new();
         let disk_fd = fds.pass(self.connect_to_disks()?);
         let images = self.lend_indexed_images(&mut fds).await;
-        // Of several the last: those before it are of stays that are over.
-        let bitmaps = qmp.bitmaps(node).await.map_err(qemu_failed)?;
-        let since =
-            bitmaps.into_iter().filter_map(|name| generation_of(&name).map(|generation| (name, generation))).max_by_key(|it| it.1);
+        let mut since = None;
+        for bitmap in qmp.bitmaps(node).await.map_err(qemu_failed)? {
+            match generation_of(&bitmap.name) {
+                Some(generation) if bitmap.records => since = Some((bitmap.name, generation)),
+                // A move before this one has stopped it: what was written since is not in it.
+                Some(_) => qmp.remove_bitmap(node, &bitmap.name).await.map_err(qemu_failed)?,
+                None => {}
+            }
+        }
         let facts = OwnDiskFacts { export: node.to_owned(), size: disk.size.get(), since: since.clone() };
         let lane = lane_of(place);
         let bandwidth = share(policy.bandwidth, count, lane, false);
@@ -248,8 +255,10 @@ impl Actor {
             }
             qmp.stop_serving_disks().await?;
             for node in outgoing.disks.iter().filter_map(|disk| node_of(&record.spec, &disk.volume)) {
-                for bitmap in qmp.bitmaps(&node).await?.iter().filter(|bitmap| generation_of(bitmap).is_some()) {
-                    qmp.remove_bitmap(&node, bitmap).await?;
+                for bitmap in
+                    qmp.bitmaps(&node).await?.iter().filter(|bitmap| !bitmap.records && generation_of(&bitmap.name).is_some())
+                {
+                    qmp.remove_bitmap(&node, &bitmap.name).await?;
                 }
             }
             Ok::<_, QmpError>(())
