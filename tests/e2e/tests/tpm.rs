@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use godwit_api::v1::{VmDelete, VmExec};
 use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, ProcessRole, other_qemu, tpm};
-use godwit_model::{Bytes, DiskFormat, DiskSpec, ExecOutcome, Firmware, Name, Octets, Retry, Tpm, TpmVersion};
+use godwit_model::{Bytes, DiskFormat, DiskSpec, ExecOutcome, Firmware, Name, Octets, Retry, Tpm, TpmVersion, VmSpec};
 
 const INDEX: u32 = 0x0150_0001;
 const VALUE: &[u8] = b"kept in the TPM";
@@ -52,17 +52,26 @@ fn permanent(cluster: &Cluster) -> Result<Vec<u8>> {
     tpm::data(&ask_tpm(cluster, &tpm::read(INDEX, u16::try_from(VALUE.len())?))?)
 }
 
+fn with_firmware_and_tpm(spec: &mut VmSpec) {
+    spec.firmware = Firmware::Uefi { variables: "shared/web-efi".parse().expect("a volume"), secure_boot: false };
+    spec.tpm = Some(Tpm { version: TpmVersion::V2, state: "shared/web-tpm".parse().expect("a volume") });
+}
+
+/// No other host sees them.
+fn of_the_host_alone(spec: &mut VmSpec) {
+    spec.firmware = Firmware::Uefi { variables: "local/web-efi".parse().expect("a volume"), secure_boot: false };
+    spec.tpm = Some(Tpm { version: TpmVersion::V2, state: "local/web-tpm".parse().expect("a volume") });
+}
+
 /// A guest with UEFI, a TPM and two disks, and something of its own in each of them.
-fn boot(cluster: &mut Cluster) -> Result<()> {
+fn boot(cluster: &mut Cluster, pool: &'static str) -> Result<()> {
     cluster.import_guest_with_agent()?;
     let disk = |name: &str, format| -> Result<DiskSpec> {
-        Ok(DiskSpec { size: Some(Bytes::mib(64)), ..DiskSpec::new(format!("shared/{name}").parse()?, format) })
+        Ok(DiskSpec { size: Some(Bytes::mib(64)), ..DiskSpec::new(format!("{pool}/{name}").parse()?, format) })
     };
     let guest = GuestSpec::small("web").memory(Bytes::mib(384));
-    let guest = guest.disk(disk("root", DiskFormat::Qcow2)?).disk(disk("data", DiskFormat::Raw)?).shape(|spec| {
-        spec.firmware = Firmware::Uefi { variables: "shared/web-efi".parse().expect("a volume"), secure_boot: false };
-        spec.tpm = Some(Tpm { version: TpmVersion::V2, state: "shared/web-tpm".parse().expect("a volume") });
-    });
+    let guest = guest.disk(disk("root", DiskFormat::Qcow2)?).disk(disk("data", DiskFormat::Raw)?).shape(with_firmware_and_tpm);
+    let guest = if pool == "local" { guest.shape(of_the_host_alone) } else { guest };
     cluster.boot(&guest, "h1")?;
     mount(cluster)?;
     said(cluster, &format!("printf '\\007\\000\\000\\000variable' > {VARIABLE}"))?;
@@ -137,7 +146,7 @@ fn a_tpm_moves_there_and_back_with_variables_and_disks_and_is_there_after_a_star
         Some(other) => cluster.qemu("h2", &other).up()?,
         None => cluster.up()?,
     };
-    boot(&mut cluster)?;
+    boot(&mut cluster, "shared")?;
     is_kept(&cluster)?;
     let extended = register(&cluster)?;
     ensure!(extended != [0; 32], "the register was not extended");
@@ -162,7 +171,7 @@ fn a_tpm_moves_there_and_back_with_variables_and_disks_and_is_there_after_a_star
 #[test]
 fn a_move_that_is_given_up_and_a_restart_of_the_agent_leave_the_tpm_as_it_is() -> Result<()> {
     let mut cluster = ClusterSpec::new(2)?.up()?;
-    boot(&mut cluster)?;
+    boot(&mut cluster, "shared")?;
     let extended = register(&cluster)?;
     let state = state_is_secret(&cluster, "h1")?;
     for (what, fault) in [("cancelled", Action::Cancel("web")), ("QEMU killed", Action::Kill(Party::Qemu("web", "h2")))] {
@@ -183,5 +192,33 @@ fn a_move_that_is_given_up_and_a_restart_of_the_agent_leave_the_tpm_as_it_is() -
     ])?;
     is_kept(&cluster).context("on h2")?;
     ensure!(register(&cluster)? == extended && state_is_secret(&cluster, "h2")? != state, "the state did not come along");
+    cluster.finish()
+}
+
+#[test]
+fn a_tpm_variables_and_disks_that_no_other_host_sees_travel_with_their_vm() -> Result<()> {
+    let cluster = ClusterSpec::new(2)?;
+    let mut cluster = match other_qemu() {
+        Some(other) => cluster.qemu("h2", &other).up()?,
+        None => cluster.up()?,
+    };
+    boot(&mut cluster, "local")?;
+    let extended = register(&cluster)?;
+    let volumes = |cluster: &Cluster, host: &str| -> Result<Vec<String>> {
+        let entries = fs::read_dir(cluster.lab().local_pool(host)?.join("volumes"))?.flatten();
+        let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        Ok(names)
+    };
+    for (from, to) in [("h1", "h2"), ("h2", "h1")] {
+        cluster.run(&[Action::Migrate("web", to)])?;
+        is_kept(&cluster).with_context(|| format!("on {to}"))?;
+        ensure!(register(&cluster)? == extended, "the register is another on {to}");
+        ensure!(volumes(&cluster, to)? == ["data", "root", "web-efi", "web-tpm"] && volumes(&cluster, from)?.is_empty());
+    }
+    // What the firmware and the TPM read at a start came along, too.
+    cluster.stop_and_start("web", "h1")?;
+    mount(&cluster)?;
+    is_kept(&cluster).context("after a start on h1")?;
     cluster.finish()
 }
