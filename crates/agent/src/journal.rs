@@ -125,6 +125,8 @@ pub(crate) struct IncomingDisk {
     pub(crate) size: Bytes,
     /// What was left here before on which generation, 0 if that is not known; none: nothing was.
     pub(crate) base: Option<Generation>,
+    /// What tells its file from whatever else may have its names.
+    pub(crate) mark: u64,
     pub(crate) port: u16,
     pub(crate) carry: Option<ProcessIdentity>,
 }

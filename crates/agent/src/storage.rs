@@ -30,7 +30,7 @@ use godwit_model::spec::ResolvedDisk;
 use godwit_model::{Bytes, ErrorCode, HostCondition, Name, PoolFacts, Refusal, VolumeRef};
 use godwit_qemu::Launcher;
 
-pub(crate) use arrival::Begun;
+pub(crate) use arrival::{Arrived, Begun};
 pub(crate) use driver::Successor;
 pub(crate) use image::{CachedImage, ImageCache, IndexedImage};
 pub(crate) use locks::locks_hold;
@@ -151,7 +151,11 @@ impl Pools {
         let (wanted, image) = (disk.clone(), image.map(Path::to_owned));
         let draft = self.at(&disk.volume.pool, move |storage| {
             let there = volume::exists(storage, &wanted.volume)?;
-            if there { Ok(None) } else { volume::draft(storage, &wanted, image.as_deref()).map(Some) }
+            if there {
+                return Ok(None);
+            }
+            arrival::is_elsewhere(storage, &wanted.volume)?;
+            volume::draft(storage, &wanted, image.as_deref()).map(Some)
         });
         let Some(draft) = draft.await? else { return Ok(()) };
         let draft = convert::fill(draft, self.cage.as_deref()).await?;
@@ -165,7 +169,11 @@ impl Pools {
     pub(crate) async fn prepare_copy(&self, volume: &VolumeRef, from: &Path) -> Result<(), Refusal> {
         let (volume, from) = (volume.clone(), from.to_owned());
         self.at(&volume.pool.clone(), move |storage| {
-            if volume::exists(storage, &volume)? { Ok(()) } else { volume::copy(storage, &volume, &from) }
+            if volume::exists(storage, &volume)? {
+                return Ok(());
+            }
+            arrival::is_elsewhere(storage, &volume)?;
+            volume::copy(storage, &volume, &from)
         })
         .await
     }

@@ -304,9 +304,17 @@ pub(crate) fn travelling(spec: &ResolvedSpec, source: Candidate<'_>, destination
     spec.volumes().filter(|volume| travels(volume, source, destination)).cloned().collect()
 }
 
-/// Whether `host` has the disks of a VM that ran on `home` last: what is in a pool that a host has for itself is where the VM was.
-pub(crate) fn has_its_disks(spec: &ResolvedSpec, home: &Name, host: Candidate<'_>) -> Result<(), Refusal> {
-    let elsewhere = |volume: &&VolumeRef| home != host.name && pool_of(volume, host).is_some_and(|pool| !pool.shared);
+/// Whether `host` has the disks of a VM that ran on `home` last: what is in a pool that a host has for itself is where the VM was. `there` is that host
+/// if it is connected.
+pub(crate) fn has_its_disks(
+    spec: &ResolvedSpec,
+    home: &Name,
+    there: Option<Candidate<'_>>,
+    host: Candidate<'_>,
+) -> Result<(), Refusal> {
+    let alone = |volume: &VolumeRef| pool_of(volume, host).is_some_and(|pool| !pool.shared);
+    let elsewhere =
+        |volume: &&VolumeRef| home != host.name && there.map_or_else(|| alone(volume), |there| travels(volume, there, host));
     spec.volumes().find(elsewhere).map_or(Ok(()), |volume| {
         let facts = format!("volume {volume} is on host {home}, where the VM ran last; {} does not see it", host.name);
         Err(Refusal::new(ErrorCode::PoolUnavailable, facts)

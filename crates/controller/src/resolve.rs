@@ -211,9 +211,10 @@ pub(crate) fn decide_start(
 ) -> Result<(Name, ResolvedSpec), Refusal> {
     let mut best: Option<(Candidate<'_>, ResolvedSpec)> = None;
     let mut reasons = Vec::new();
+    let there = hosts.iter().find(|host| Some(host.name) == home).copied();
     for host in hosts.iter().filter(|host| wanted.is_none_or(|wanted| wanted == host.name)) {
         let spec = resolve(vm, *host, hosts, images, networks)?;
-        let at_home = || home.map_or(Ok(()), |home| has_its_disks(&spec, home, *host));
+        let at_home = || home.map_or(Ok(()), |home| has_its_disks(&spec, home, there, *host));
         match check_start(&spec, *host).and_then(|()| check_networks(&spec, networks, *host)).and_then(|()| at_home()) {
             Ok(()) if best.as_ref().is_none_or(|(best, _)| host.load.memory_free > best.load.memory_free) => {
                 best = Some((*host, spec))

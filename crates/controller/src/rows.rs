@@ -431,6 +431,9 @@ pub(crate) struct MigrateWork {
     /// Volumes that the destination does not see; with their ports once it has prepared for them.
     #[serde(default)]
     pub(crate) disks: Vec<TravellingDisk>,
+    /// The attempt for which they were measured: what both agents are granted depends on it, so it is done once.
+    #[serde(default)]
+    pub(crate) measured: u32,
     /// How often its policy was changed since it was asked for, and how many of these changes this attempt's source has answered.
     #[serde(default)]
     pub(crate) changes: u64,

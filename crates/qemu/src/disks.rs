@@ -206,7 +206,9 @@ impl Qmp {
             match self.mirror(node).await? {
                 None => break,
                 Some(Mirror { ended: Some(_), .. }) => {
-                    let _ = self.execute("job-dismiss", json!({"id": job(node)})).await;
+                    if self.execute("job-dismiss", json!({"id": job(node)})).await.is_ok() {
+                        break;
+                    }
                 }
                 Some(_) => {
                     let _ = self.execute("block-job-cancel", json!({"device": job(node), "force": true})).await;

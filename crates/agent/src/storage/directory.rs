@@ -32,9 +32,10 @@ use super::{PoolConfig, locks};
 const IDENTITY: &str = ".godwit-pool";
 const VOLUMES: &str = "volumes";
 const SNAPSHOTS: &str = "snapshots";
-const SPARES: &str = "spares";
 const RECORDS: &str = "records";
 const PARTIAL: &str = "partial";
+/// Directories of what is no volume any more or not yet, how names in them end, and what they are.
+const LEFT: [(&str, &str, fn(&Name) -> Item); 2] = [("spares", "~spare", Item::spare), ("arriving", "~arriving", Item::arriving)];
 /// Limit of the small files that this module reads.
 const SMALL: u64 = 4_096;
 /// A partial file is abandoned if nobody holds it and it is older than this: between making and locking it passes a moment.
@@ -314,10 +315,17 @@ impl Storage for Place {
         Self::settle(self, item, successor)
     }
 
-    fn rename(&self, from: &Item, to: &Item, left: Option<Left>) -> io::Result<bool> {
+    fn rename(&self, from: &Item, to: &Item, left: Option<Left>, format: DiskFormat) -> io::Result<bool> {
         self.make(to.directory())?;
         let file = match self.open_beneath(&path_of(from), OFlags::RDONLY | OFlags::NONBLOCK) {
-            Err(Errno::NOENT) if self.exists(to)? => return Ok(true),
+            Err(Errno::NOENT) if self.exists(to)? => {
+                // It may have ended before its record was written.
+                let file = self.open_beneath(&path_of(to), OFlags::RDONLY | OFlags::NONBLOCK)?;
+                if self.read_record(to, &file)?.is_none() {
+                    self.write_record(to, Record { format, size: Bytes(file.metadata()?.len()) }, &file, left)?;
+                }
+                return Ok(true);
+            }
             file => file?,
         };
         let record = self.record(from, &file)?;
@@ -334,8 +342,7 @@ impl Storage for Place {
         }
         self.sync(to.directory())?;
         self.sync(from.directory())?;
-        // Without it nothing is known of it, which is always safe.
-        let record = record.unwrap_or(Record { format: DiskFormat::Raw, size: Bytes(file.metadata()?.len()) });
+        let record = record.unwrap_or(Record { format, size: Bytes(file.metadata()?.len()) });
         self.write_record(to, record, &file, left)?;
         match rustix::fs::unlinkat(&self.root, record_path(from), AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(true),
@@ -347,21 +354,23 @@ impl Storage for Place {
         Ok(self.read_record(item, file)?.and_then(|record| record.left))
     }
 
-    fn spares(&self) -> io::Result<Vec<Name>> {
-        let directory = match self.open_beneath(SPARES, OFlags::RDONLY | OFlags::DIRECTORY) {
-            Err(Errno::NOENT) => return Ok(vec![]),
-            directory => directory?,
-        };
+    fn leftovers(&self) -> io::Result<Vec<Item>> {
         let mut found = Vec::new();
-        for entry in Dir::read_from(&directory)? {
-            let entry = entry?;
-            let name = entry.file_name().to_str().ok().and_then(|file| file.strip_suffix("~spare"));
-            let Some(name) = name.and_then(|name| Name::new(name).ok()) else { continue };
-            let facts = rustix::fs::statat(&directory, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)?;
-            found.push((facts.st_ctime, name));
+        for (kind, (name, mark, item)) in (0..).zip(LEFT) {
+            let directory = match self.open_beneath(name, OFlags::RDONLY | OFlags::DIRECTORY) {
+                Err(Errno::NOENT) => continue,
+                directory => directory?,
+            };
+            for entry in Dir::read_from(&directory)? {
+                let entry = entry?;
+                let volume = entry.file_name().to_str().ok().and_then(|file| file.strip_suffix(mark));
+                let Some(volume) = volume.and_then(|volume| Name::new(volume).ok()) else { continue };
+                let facts = rustix::fs::statat(&directory, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)?;
+                found.push((kind, facts.st_ctime, volume, item));
+            }
         }
-        found.sort();
-        Ok(found.into_iter().map(|(_, name)| name).collect())
+        found.sort_by_key(|(kind, changed, ..)| (*kind, *changed));
+        Ok(found.into_iter().map(|(_, _, volume, item)| item(&volume)).collect())
     }
 
     fn remove(&self, item: &Item) -> io::Result<()> {

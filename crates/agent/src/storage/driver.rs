@@ -70,15 +70,15 @@ pub(super) trait Storage: Send + Sync {
     /// As [`Storage::succeed`]; and removes what had the name. Again: nothing happens.
     fn settle(&self, item: &Item, successor: &Successor) -> io::Result<()>;
 
-    /// Gives what has one name another one, durably, with what is to be known of it as a spare. `false`: something has that name, and both stay. What
-    /// does not exist is an error, unless something has the other name: then it was done before.
-    fn rename(&self, from: &Item, to: &Item, left: Option<Left>) -> io::Result<bool>;
+    /// Gives what has one name another one, durably, with what is to be known of it as a spare; of a file without a record nothing is known but its
+    /// format. `false`: something has that name, and both stay. What does not exist is an error, unless something has the other name: then it was done before.
+    fn rename(&self, from: &Item, to: &Item, left: Option<Left>, format: DiskFormat) -> io::Result<bool>;
 
     /// What is known of an opened spare.
     fn left(&self, item: &Item, file: &File) -> io::Result<Option<Left>>;
 
-    /// Volumes of which there are spares, the oldest first.
-    fn spares(&self) -> io::Result<Vec<Name>>;
+    /// All spares, and then what is on its way here or was left on it; the oldest of each first.
+    fn leftovers(&self) -> io::Result<Vec<Item>>;
 
     /// Removes something with a name; what is not there is removed already.
     fn remove(&self, item: &Item) -> io::Result<()>;
@@ -139,6 +139,11 @@ impl Item {
     /// What is left of a volume that another host has now, or that did not arrive.
     pub(super) fn spare(name: &Name) -> Self {
         Self { volume: name.clone(), kind: Kind::Spare }
+    }
+
+    /// Whether it is a spare.
+    pub(super) const fn is_spare(&self) -> bool {
+        matches!(self.kind, Kind::Spare)
     }
 
     /// In the directory of its kind.

@@ -347,25 +347,25 @@ fn travel(views: &Views<'_>) -> Result<Seen, Wrong> {
     let left = Left { vm: VmId::new(Uuid::new_v4()), generation: Some(Generation(7)) };
     // Each step from both sides and again.
     for storage in views.both() {
-        ensure(storage.rename(&item, &spare, Some(left))?, "a volume did not become a spare")?;
+        ensure(storage.rename(&item, &spare, Some(left), DiskFormat::Raw)?, "a volume did not become a spare")?;
         ensure(!storage.exists(&item)?, "a volume that has left is still there")?;
-        ensure(storage.spares()?.contains(&volume.volume), "a spare is not listed")?;
+        ensure(storage.leftovers()?.contains(&spare), "a spare is not listed")?;
         let file = storage.open(&spare, Access::READ)?;
         ensure(storage.left(&spare, &file)? == Some(left), "it is not known any more whose a spare is")?;
         views.must_have(&spare, 1, SIZE)?;
     }
     for storage in views.both() {
-        ensure(storage.rename(&spare, &arriving, None)?, "a spare did not become an arriving volume")?;
+        ensure(storage.rename(&spare, &arriving, None, DiskFormat::Raw)?, "a spare did not become an arriving volume")?;
         let file = storage.open(&arriving, Access::READ)?;
         ensure(storage.left(&arriving, &file)?.is_none(), "an arriving volume is taken for a state that its VM had")?;
     }
     views.publish(views.there, &volume, 2)?;
-    ensure(!views.here.rename(&arriving, &item, None)?, "a volume took the name of another")?;
+    ensure(!views.here.rename(&arriving, &item, None, DiskFormat::Raw)?, "a volume took the name of another")?;
     views.must_have(&item, 2, SIZE)?;
     views.must_have(&arriving, 1, SIZE)?;
     views.here.remove(&item)?;
     for storage in views.both() {
-        ensure(storage.rename(&arriving, &item, None)?, "an arriving volume did not get its name")?;
+        ensure(storage.rename(&arriving, &item, None, DiskFormat::Raw)?, "an arriving volume did not get its name")?;
         views.must_have(&item, 1, SIZE)?;
     }
     Ok(Seen::Right)

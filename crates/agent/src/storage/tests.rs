@@ -16,7 +16,7 @@ use godwit_model::{Bytes, CacheMode, DiskFormat, ErrorCode, Generation, ImageId,
 use godwit_vault::ImageIndex;
 use uuid::Uuid;
 
-use super::{Begun, ImageCache, PoolConfig, Pools, StorageError, locks};
+use super::{Arrived, Begun, ImageCache, PoolConfig, Pools, StorageError, locks};
 
 const MIB: u64 = 1 << 20;
 
@@ -458,57 +458,70 @@ async fn a_volume_comes_leaves_and_comes_back_and_never_meets_another() {
     let fixture = Fixture::new();
     let (vm, other) = (VmId::new(Uuid::from_u128(1)), VmId::new(Uuid::from_u128(2)));
     let (size, some) = (Bytes::mib(4), Bytes::mib(1));
+    let pools = &fixture.pools;
     for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
-        let disk = disk("web", format);
+        let disk = created("web", format, 4);
         let volume = disk.volume.clone();
-        let pools = &fixture.pools;
-        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Empty));
+        let arrive = async |size, some, vm| pools.arrive(&disk, size, some, vm).await.map_err(complete);
+        let begun = async |size, some, vm| arrive(size, some, vm).await.map(|arrived: Arrived| (arrived.begun, arrived.mark));
+        let set_aside = async |mark| pools.set_aside(&disk, vm, mark).await.map_err(complete).expect("set aside");
+        let (empty, mark) = begun(size, some, vm).await.expect("room");
+        assert_eq!(empty, Begun::Empty);
         assert_eq!(fixture.check(&disk).await, Err(ErrorCode::VolumeMissing), "nothing starts from what arrives");
+        assert_eq!(fixture.prepare(&disk, None).await, Err(ErrorCode::VolumeMissing), "nor is another made beside it");
         let held = pools.open_arriving(&disk).await.map_err(complete).expect("opened");
         // It is whole: again each time.
         for _ in 0..2 {
-            pools.take_over(&volume).await.map_err(complete).expect("taken over");
+            pools.take_over(&disk, mark).await.map_err(complete).expect("taken over");
             assert_eq!(fixture.check(&disk).await, Ok(()));
         }
         drop(held);
-        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Err(ErrorCode::NameTaken));
+        assert_eq!(begun(size, some, vm).await, Err(ErrorCode::NameTaken));
         for _ in 0..2 {
-            pools.leave(&volume, vm, Generation(7)).await.map_err(complete).expect("left");
-            assert_eq!(fixture.check(&disk).await, Err(ErrorCode::VolumeMissing), "nothing starts from a spare");
+            pools.leave(&disk, vm, Generation(7)).await.map_err(complete).expect("left");
+            assert_eq!(fixture.prepare(&disk, None).await, Err(ErrorCode::VolumeMissing), "nothing starts from a spare");
         }
-        let spare = Ok(Begun::Spare(Some(Generation(7))));
-        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), spare);
+        let (spare, mark) = begun(size, some, vm).await.expect("room");
+        assert_eq!(spare, Begun::Spare(Some(Generation(7))));
         for taken_over in [false, true] {
             if taken_over {
-                pools.take_over(&volume).await.map_err(complete).expect("taken over");
+                pools.take_over(&disk, mark).await.map_err(complete).expect("taken over");
             }
-            for _ in 0..2 {
-                pools.set_aside(&volume, vm, taken_over).await.map_err(complete).expect("set aside");
-            }
+            set_aside(mark).await;
+            set_aside(mark).await;
             assert_eq!(fixture.check(&disk).await, Err(ErrorCode::VolumeMissing));
-            let unknown = Ok(Begun::Spare(None));
-            assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), unknown, "it was written to");
+            assert_eq!(begun(size, some, vm).await, Ok((Begun::Spare(None), mark)), "it was written to");
         }
-        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        // Meanwhile somebody has put another there.
+        fs::write(fixture.path("web"), [7; 4096]).expect("written");
+        assert_eq!(pools.take_over(&disk, mark).await.map_err(complete), Err(ErrorCode::NameTaken));
+        set_aside(mark).await;
+        assert_eq!(fs::read(fixture.path("web")).expect("it stays"), [7; 4096]);
+        fs::remove_file(fixture.path("web")).expect("removed");
         // Of no use: another's, or of another size.
-        assert_eq!(pools.arrive(&disk, size, some, other).await.map_err(complete), Ok(Begun::Empty));
-        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
-        assert_eq!(pools.arrive(&disk, Bytes::mib(8), some, vm).await.map_err(complete), Ok(Begun::Empty));
-        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        let (found, mark) = begun(size, some, other).await.expect("room");
+        assert_eq!(found, Begun::Empty);
+        set_aside(mark).await;
+        let (found, mark) = begun(Bytes::mib(8), some, vm).await.expect("room");
+        assert_eq!(found, Begun::Empty);
+        set_aside(mark).await;
         let far_too_much = Bytes(u64::MAX / 2);
-        let bigger = pools.arrive(&disk, size, far_too_much, other).await.map_err(complete);
-        assert_eq!(bigger, Err(ErrorCode::NotEnoughSpace));
-        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Empty), "spares go for the sake of room");
-        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
-        pools.delete(&volume).await.map_err(complete).expect("deleted");
-        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Empty), "a spare goes with its volume");
-        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        for vm in [vm, other] {
+            assert_eq!(begun(Bytes::mib(8), far_too_much, vm).await, Err(ErrorCode::NotEnoughSpace));
+        }
+        let (_, mark) = begun(size, some, vm).await.expect("room");
+        set_aside(mark).await;
         pools.forget_spares(other).await.map_err(complete).expect("forgotten");
-        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Spare(None)));
-        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        let (found, mark) = begun(size, some, vm).await.expect("room");
+        assert_eq!(found, Begun::Spare(None));
+        // Arriving or a spare: it goes with its VM, and with its volume.
         pools.forget_spares(vm).await.map_err(complete).expect("forgotten");
-        assert_eq!(pools.arrive(&disk, size, some, vm).await.map_err(complete), Ok(Begun::Empty), "and with its VM");
-        pools.set_aside(&volume, vm, false).await.map_err(complete).expect("set aside");
+        set_aside(mark).await;
+        let (found, mark) = begun(size, some, vm).await.expect("room");
+        assert_eq!(found, Begun::Empty);
+        set_aside(mark).await;
+        pools.delete(&volume).await.map_err(complete).expect("deleted");
+        assert_eq!(fixture.prepare(&disk, None).await, Ok(()), "nothing is left of it");
         pools.delete(&volume).await.map_err(complete).expect("deleted");
         fixture.assert_nothing_partial();
     }

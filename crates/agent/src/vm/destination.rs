@@ -157,9 +157,9 @@ impl Actor {
             again: false,
             disks: disks.clone(),
         };
-        let record = VmRecord::new(spec, Generation(0), 0, Holding::Destination(incoming));
+        let record = VmRecord::new(spec.clone(), Generation(0), 0, Holding::Destination(incoming));
         if let Err(refusal) = self.begin(record, Start::Incoming).await {
-            self.set_aside(&disks, false).await;
+            self.set_aside(&spec, &disks).await;
             return Err(refusal);
         }
         match self.begin_destination(&grant, listener, policy, memory_key).await {
@@ -173,7 +173,7 @@ impl Actor {
             }
             Err(refusal) => {
                 self.end_process().await;
-                self.set_aside(&disks, false).await;
+                self.set_aside(&spec, &disks).await;
                 self.forsake_tpm().await;
                 self.drop_record();
                 Err(refusal)
@@ -251,6 +251,9 @@ impl Actor {
                 return Some(RETRY);
             }
         };
+        if matches!(record, DestinationRecord::Declined { .. }) && !self.decline_disks().await {
+            return Some(RETRY);
+        }
         let Some(Moving::Destination(moving)) = &mut self.moving else { return Some(RETRY) };
         let action = moving.machine.decide(&record, &view);
         if !matches!(action, DestinationAction::Wait(_) | DestinationAction::Tell(..)) {
@@ -293,7 +296,11 @@ impl Actor {
             unix_now: unix_now(),
             qemu,
             released: moving.released,
-            aborted: moving.aborted.clone().or_else(|| into::broken(&moving.disks)),
+            // Later the VM is released, or declined already.
+            aborted: moving
+                .aborted
+                .clone()
+                .or_else(|| into::broken(&moving.disks).filter(|_| record == DestinationRecord::Prepared)),
             carry: ArrivingCarry {
                 usable: moving.carry.as_ref().is_some_and(CarryClient::is_usable) && moving.cut != Some(port),
                 connected: moving.carry.as_ref().is_some_and(|carry| carry.status().connected),
@@ -333,7 +340,13 @@ impl Actor {
             }
             DestinationAction::Record(next) => {
                 let declines = matches!(next, DestinationRecord::Declined { .. });
-                let done = (!declines || (self.decline_tpm().await && self.decline_disks().await)) && self.record_destination(next);
+                // Once it may have run, what it has are its disks, whatever became of the steps before.
+                let runs = next == DestinationRecord::Running;
+                if runs && let Err(refusal) = self.name_disks().await {
+                    tracing::warn!(message = refusal.message, "the VM's disks are not volumes yet");
+                    return Some(RETRY);
+                }
+                let done = (!declines || self.decline_tpm().await) && self.record_destination(next);
                 (!done).then_some(RETRY)
             }
             DestinationAction::EndQemu => {

@@ -12,7 +12,7 @@ pub(super) mod out;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
-use godwit_model::{Bytes, ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, TravellingDisk, VolumeRef};
+use godwit_model::{Bytes, BytesPerSec, ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, TravellingDisk, VolumeRef};
 use godwit_qemu::disks::{VARIABLES, disk_node};
 use godwit_qemu::qmp::Qmp;
 
@@ -27,6 +27,23 @@ pub(super) struct Lane {
     pub(super) node: String,
     pub(super) size: Bytes,
     pub(super) carry: CarryClient,
+    /// What its carry was told that it may take of the wire.
+    bandwidth: Option<Option<BytesPerSec>>,
+}
+
+impl Lane {
+    fn new(volume: &VolumeRef, node: String, size: Bytes, carry: CarryClient) -> Self {
+        Self { volume: volume.clone(), node, size, carry, bandwidth: None }
+    }
+
+    /// Its carry takes so much of the wire from here on, if that is known.
+    pub(super) fn set_bandwidth(&mut self, share: Option<Option<BytesPerSec>>) {
+        if let Some(share) = share.filter(|share| self.bandwidth != Some(*share))
+            && self.carry.set_bandwidth(share)
+        {
+            self.bandwidth = Some(share);
+        }
+    }
 }
 
 /// The bitmap of what was written since the VM came on this generation.

@@ -507,14 +507,14 @@ impl Actor {
         let Some(Moving::Source(moving)) = &mut self.moving else { return };
         let Some(carry) = &moving.carry else { return };
         let (own, sent, now) = (moving.machine.policy().bandwidth, carry.status().wire_bytes, Instant::now());
-        let (lanes, copied) = (&moving.disks.lanes, moving.disks.unserved());
-        for (lane, disk) in (1..).zip(lanes) {
-            let own = out::share(own, lanes.len(), lane, copied);
-            if let Some(share) = self.host.budget.share((self.vm, lane), own, disk.carry.status().wire_bytes, now) {
-                let _ = disk.carry.set_bandwidth(share);
-            }
+        let copied = moving.disks.are_copied();
+        let count = moving.disks.lanes.len();
+        for (lane, disk) in (1..).zip(&mut moving.disks.lanes) {
+            let own = out::share(own, count, lane, copied);
+            let share = self.host.budget.share((self.vm, lane), own, disk.carry.status().wire_bytes, now);
+            disk.set_bandwidth(share);
         }
-        let own = out::share(own, lanes.len(), 0, copied);
+        let own = out::share(own, count, 0, copied);
         let Some(share) = self.host.budget.share((self.vm, 0), own, sent, now) else { return };
         if moving.bandwidth != Some(share) && carry.set_bandwidth(share) {
             let bytes = |limit: Option<BytesPerSec>| limit.map_or(u64::MAX, BytesPerSec::get);
@@ -730,7 +730,7 @@ impl Actor {
             tracing::error!(error = &error as &dyn std::error::Error, "the end of the move could not be kept");
             return Some(RETRY);
         }
-        if outcome == Outcome::Moved && !self.raise_floor(ended.generation) {
+        if outcome == Outcome::Moved && !(self.raise_floor(ended.generation) && self.leave_disks(ended.generation).await) {
             return Some(RETRY);
         }
         let last = match &outcome {
@@ -759,7 +759,6 @@ impl Actor {
                     self.keep_memory(key, blocks, ended.generation).await;
                 }
                 self.end_process().await;
-                self.leave_disks(ended.generation).await;
                 self.drop_record();
             }
             Outcome::Stayed(_) => {

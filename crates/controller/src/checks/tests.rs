@@ -259,8 +259,11 @@ fn a_volume_travels_unless_both_hosts_share_it_and_its_vm_starts_where_it_is() {
         assert_eq!(volumes, if travels { vec!["shared/root", "shared/tpm"] } else { vec![] });
         // What the host caches is written to the destination like everything else; shared it would be incoherent.
         assert_eq!(check_move(&spec, source, destination).is_ok(), travels);
-        assert!(has_its_disks(&spec, &h2, destination).is_ok(), "where it was it starts");
-        let elsewhere = has_its_disks(&spec, &h1, destination).err().map(|refusal| (refusal.code, refusal.hint.is_some()));
-        assert_eq!(elsewhere, (!to.pools[0].shared).then_some((ErrorCode::PoolUnavailable, true)));
+        assert!(has_its_disks(&spec, &h2, Some(destination), destination).is_ok(), "where it was it starts");
+        let elsewhere =
+            |there| has_its_disks(&spec, &h1, there, destination).err().map(|refusal| (refusal.code, refusal.hint.is_some()));
+        assert_eq!(elsewhere(Some(source)), travels.then_some((ErrorCode::PoolUnavailable, true)));
+        // What that host's pool is like is not known while it is away.
+        assert_eq!(elsewhere(None), (!to.pools[0].shared).then_some((ErrorCode::PoolUnavailable, true)));
     }
 }

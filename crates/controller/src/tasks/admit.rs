@@ -285,6 +285,7 @@ impl Tasks {
             destination: destination.clone(),
             policy: request.policy,
             disks,
+            measured: 0,
             changes: 0,
             changes_told: 0,
             attempt: 1,
@@ -313,10 +314,10 @@ impl Tasks {
     }
 }
 
-/// As long as it takes at least at the slowest rate to copy this.
+/// As long as it may take to copy this: at half of the least that a move is given, since several may share that.
 pub(super) fn copying(disks: &[TravellingDisk]) -> Millis {
     let bytes = disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.allocated.get()));
-    Millis(bytes / (LEAST_BANDWIDTH.get() / 1_000))
+    Millis(bytes / (LEAST_BANDWIDTH.get() / 2_000))
 }
 
 /// The end of a conditional grant.

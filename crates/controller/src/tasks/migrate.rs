@@ -106,7 +106,7 @@ impl Tasks {
     async fn prepare(&self, id: TaskId, vm: &VmRow, work: &MigrateWork) -> Result<(), Fault> {
         let destination = &work.destination;
         let mut measured = work.clone();
-        if !work.disks.is_empty() {
+        if !work.disks.is_empty() && work.measured != work.attempt {
             match self.measure_disks(id, vm, work).await? {
                 Ok(work) => measured = work,
                 Err(None) => return self.give_up(id, None).await,
@@ -186,6 +186,7 @@ impl Tasks {
             if let Some(work) = work_of(task) {
                 work.disks.clone_from(&disks);
                 work.expires = expires;
+                work.measured = work.attempt;
             }
         };
         match self.edit(id, set).await?.work {

@@ -27,7 +27,7 @@ const BUFFER: usize = 256 << 10;
 /// Zeros are asked for in pieces of at most so many bytes.
 const MOST_ZEROS: u64 = 1 << 30;
 /// So much is written before it is made durable: what is left of that at the end is blackout.
-const FLUSH_EVERY: u64 = 64 << 20;
+const FLUSH_EVERY: u64 = 16 << 20;
 /// Digests that are told at once: the source is to hear of the work every few seconds at most.
 const MOST_TOLD: usize = 256;
 

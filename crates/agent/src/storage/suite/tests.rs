@@ -190,17 +190,17 @@ impl Storage for FaultyStorage {
     fn settle(&self, item: &Item, successor: &Successor) -> io::Result<()> {
         self.inner.settle(item, successor)
     }
-    fn rename(&self, from: &Item, to: &Item, left: Option<Left>) -> io::Result<bool> {
+    fn rename(&self, from: &Item, to: &Item, left: Option<Left>, format: DiskFormat) -> io::Result<bool> {
         if self.fault == Fault::RenamesOver {
             self.inner.remove(to)?;
         }
-        self.inner.rename(from, to, left)
+        self.inner.rename(from, to, left, format)
     }
     fn left(&self, item: &Item, file: &File) -> io::Result<Option<Left>> {
         if self.fault == Fault::ForgetsWhose { Ok(None) } else { self.inner.left(item, file) }
     }
-    fn spares(&self) -> io::Result<Vec<Name>> {
-        self.inner.spares()
+    fn leftovers(&self) -> io::Result<Vec<Item>> {
+        self.inner.leftovers()
     }
     fn remove(&self, item: &Item) -> io::Result<()> {
         self.inner.remove(item)

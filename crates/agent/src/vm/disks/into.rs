@@ -3,7 +3,6 @@
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 
-use godwit_migration::DestinationRecord;
 use godwit_model::spec::ResolvedDisk;
 use godwit_model::{Bytes, CacheMode, DiskFormat, ErrorCode, Generation, Grant, Millis, Name, Refusal, ResolvedSpec, Retry};
 use godwit_model::{TravellingDisk, VolumeRef};
@@ -18,10 +17,10 @@ use crate::carry::{CarryClient, Role};
 use crate::firmware::VARIABLES;
 use crate::host::{SharedHost, host_failed};
 use crate::journal::{Holding, IncomingDisk};
-use crate::storage::Begun;
+use crate::storage::{Arrived, Begun};
 
 /// A disk of the spec; variables of firmware are one, too.
-fn disk_of(spec: &ResolvedSpec, volume: &VolumeRef) -> ResolvedDisk {
+pub(super) fn disk_of(spec: &ResolvedSpec, volume: &VolumeRef) -> ResolvedDisk {
     let disk = spec.disks.iter().find(|disk| disk.volume == *volume).cloned();
     disk.unwrap_or_else(|| ResolvedDisk {
         cache: CacheMode::Direct,
@@ -54,9 +53,10 @@ impl Actor {
         for disk in disks.iter().filter(|disk| node_of(spec, &disk.volume).is_some()) {
             let wanted = disk_of(spec, &disk.volume);
             match self.host.pools.arrive(&wanted, disk.size, disk.allocated, self.vm).await {
-                Ok(begun) => arriving.push(IncomingDisk {
+                Ok(Arrived { begun, mark }) => arriving.push(IncomingDisk {
                     volume: disk.volume.clone(),
                     size: disk.size,
+                    mark,
                     base: match begun {
                         Begun::Empty => None,
                         Begun::Spare(generation) => Some(generation.unwrap_or_default()),
@@ -65,7 +65,7 @@ impl Actor {
                     carry: None,
                 }),
                 Err(refusal) => {
-                    self.set_aside(&arriving, false).await;
+                    self.set_aside(spec, &arriving).await;
                     return Err(refusal);
                 }
             }
@@ -91,7 +91,7 @@ impl Actor {
             let Some(node) = node_of(&spec, &disk.volume) else { continue };
             match self.begin_arriving_disk(qmp, grant, LaneStart { lane: lane_of(place), peer: source, stall }, &disk, &node).await
             {
-                Ok(carry) => lanes.push(Lane { volume: disk.volume, node, size: disk.size, carry }),
+                Ok(carry) => lanes.push(Lane::new(&disk.volume, node, disk.size, carry)),
                 Err(refusal) => {
                     end(lanes).await;
                     return Err(refusal);
@@ -144,28 +144,37 @@ impl Actor {
             {
                 tracing::info!(%volume, %error, "what is written to the disk is not remembered");
             }
-            self.host.pools.take_over(volume).await.map_err(mine)?;
+        }
+        self.name_disks().await.map_err(mine)
+    }
+
+    /// What has arrived of the disks are volumes: they are the VM's, whether it runs or not. Again: nothing happens.
+    pub(in crate::vm) async fn name_disks(&self) -> Result<(), Refusal> {
+        let Some(record) = &self.record else { return Ok(()) };
+        let Holding::Destination(incoming) = &record.holding else { return Ok(()) };
+        for IncomingDisk { volume, mark, .. } in &incoming.disks {
+            self.host.pools.take_over(&disk_of(&record.spec, volume), *mark).await?;
         }
         Ok(())
     }
 
-    /// The disks do not come: before that is recorded, what has arrived is no volume any more. Whether that is so.
+    /// The disks do not come: what has arrived is no volume any more. Whether that is so. Only behind a durable word that the VM never runs here.
     pub(in crate::vm) async fn decline_disks(&self) -> bool {
-        let Some(Holding::Destination(incoming)) = self.record.as_ref().map(|record| &record.holding) else { return true };
-        self.set_aside(&incoming.disks, incoming.record == DestinationRecord::Activated).await
+        let Some(record) = &self.record else { return true };
+        let Holding::Destination(incoming) = &record.holding else { return true };
+        self.set_aside(&record.spec, &incoming.disks).await
     }
 
     /// Whether none of these is a volume any more.
-    pub(in crate::vm) async fn set_aside(&self, disks: &[IncomingDisk], taken_over: bool) -> bool {
+    pub(in crate::vm) async fn set_aside(&self, spec: &ResolvedSpec, disks: &[IncomingDisk]) -> bool {
         let mut all = true;
-        for IncomingDisk { volume, .. } in disks {
-            if let Err(refusal) = self.host.pools.set_aside(volume, self.vm, taken_over).await {
+        for IncomingDisk { volume, mark, .. } in disks {
+            if let Err(refusal) = self.host.pools.set_aside(&disk_of(spec, volume), self.vm, *mark).await {
                 tracing::warn!(%volume, message = refusal.message, "what has arrived of the volume is still there");
                 all = false;
             }
         }
-        // Before it was activated none was.
-        all || !taken_over
+        all
     }
 }
 
@@ -195,7 +204,7 @@ pub(in crate::vm) fn adopt(
 ) -> Vec<Lane> {
     let found = disks.iter().enumerate().filter_map(|(place, disk)| {
         let (node, carry) = (node_of(spec, &disk.volume)?, adopt(disk.carry.as_ref()?, lane_of(place))?);
-        Some(Lane { volume: disk.volume.clone(), node, size: disk.size, carry })
+        Some(Lane::new(&disk.volume, node, disk.size, carry))
     });
     found.collect()
 }

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use super::super::actor::{Actor, qemu_failed};
 use super::super::start_carry::LaneStart;
+use super::into::disk_of;
 use super::{Lane, generation_of, lane_of, node_of};
 use crate::carry::{CarryClient, CarryNotice, OwnDiskFacts, Role};
 use crate::host::{SharedHost, host_failed};
@@ -23,6 +24,9 @@ use crate::journal::{Holding, OutgoingDisk};
 
 /// How long until a mirror that was told to end is looked at again.
 pub(in crate::vm) const ENDING: Duration = Duration::from_millis(5);
+
+/// What the end of a mirror takes when nothing waits for it, in milliseconds.
+const ENDS: u64 = 10;
 
 /// Disks on their way, as the source holds them.
 #[derive(Default)]
@@ -51,16 +55,20 @@ impl DisksOut {
         for (place, (OutgoingDisk { volume, size, carry }, node)) in with_nodes.enumerate() {
             let socket = host.carry_socket(spec.vm, lane_of(place));
             match carry.as_ref().and_then(|carry| CarryClient::adopt(carry, &socket, notices.clone()).ok()) {
-                Some(carry) => found.lanes.push(Lane { volume: volume.clone(), node, size: *size, carry }),
+                Some(carry) => {
+                    // The one before may not have come to it.
+                    carry.begin();
+                    found.lanes.push(Lane::new(volume, node, *size, carry));
+                }
                 None => found.failed = Some(failed(volume, "the carry process ended")),
             }
         }
         found
     }
 
-    /// Whether all that was on them was read.
-    pub(in crate::vm) const fn unserved(&self) -> bool {
-        self.unserved
+    /// Whether all that was on them was sent.
+    pub(in crate::vm) fn are_copied(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.carry.status().disk.copied)
     }
 
     /// Bytes on the wire of all of them.
@@ -99,7 +107,7 @@ impl DisksOut {
             let waiting = mirror.as_ref().map_or(0, |mirror| mirror.remaining.get()).saturating_add(status.in_flight);
             let queued = waiting.saturating_mul(1_000).checked_div(status.link_rate).unwrap_or(0);
             // The link is one for all, and each disk is written for itself.
-            let queued = queued.saturating_add(view.queued.get()).max(status.disk.waiting_ms);
+            let queued = queued.saturating_add(view.queued.get()).max(status.disk.waiting_ms).saturating_add(ENDS);
             view.queued = Millis(queued);
             let broken = status.broken.clone().or_else(|| (!lane.carry.is_alive()).then(|| "the carry process ended".into()));
             let broken = broken.or_else(|| match mirror {
@@ -182,7 +190,7 @@ impl Actor {
         let count = with_nodes.len();
         for (place, (disk, node)) in with_nodes.into_iter().enumerate() {
             match self.begin_disk(qmp, grant, SocketAddr::new(address, disk.port), policy, (place, count), (disk, &node)).await {
-                Ok(carry) => lanes.push(Lane { volume: disk.volume.clone(), node, size: disk.size, carry }),
+                Ok(carry) => lanes.push(Lane::new(&disk.volume, node, disk.size, carry)),
                 Err(refusal) => {
                     DisksOut::new(lanes).end().await;
                     self.undo_disks().await;
@@ -268,19 +276,22 @@ impl Actor {
         }
     }
 
-    /// The VM runs elsewhere: what is here of its disks is kept for its way back.
-    pub(in crate::vm) async fn leave_disks(&self, generation: Generation) {
-        let Some(record) = &self.record else { return };
-        let Holding::Source(outgoing) = &record.holding else { return };
+    /// The VM runs elsewhere: what is here of its disks is kept for its way back. Whether that is so.
+    pub(in crate::vm) async fn leave_disks(&self, generation: Generation) -> bool {
+        let Some(record) = &self.record else { return true };
+        let Holding::Source(outgoing) = &record.holding else { return true };
+        let mut all = true;
         for OutgoingDisk { volume, .. } in &outgoing.disks {
             let left = match node_of(&record.spec, volume) {
-                Some(_) => self.host.pools.leave(volume, self.vm, generation).await,
+                Some(_) => self.host.pools.leave(&disk_of(&record.spec, volume), self.vm, generation).await,
                 None => self.host.pools.drop_volume(volume).await,
             };
             if let Err(refusal) = left {
                 tracing::warn!(%volume, message = refusal.message, "what is left of the volume is still where it was");
+                all = false;
             }
         }
+        all
     }
 }
 
