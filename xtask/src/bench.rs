@@ -1,5 +1,5 @@
 //! Builds what `cargo xtask bench` needs, Godwit as it is released, and starts the program that measures:
-//! `tests/e2e/src/bin/bench-migration.rs` or `bench-prediction.rs`.
+//! `tests/e2e/src/bin/bench-migration.rs`, `bench-prediction.rs` or `bench-disks.rs`.
 
 use std::path::Path;
 
@@ -9,8 +9,10 @@ use crate::ci::{images, is_root, runner};
 
 /// True when everything was measured.
 pub(crate) fn run(root: &Path, arguments: &[String]) -> Result<bool> {
-    let Some((kind, rest)) = arguments.split_first().filter(|(kind, _)| matches!(kind.as_str(), "migration" | "prediction")) else {
-        bail!("there are two kinds of bench: cargo xtask bench migration, cargo xtask bench prediction");
+    let Some((kind, rest)) =
+        arguments.split_first().filter(|(kind, _)| matches!(kind.as_str(), "migration" | "prediction" | "disks"))
+    else {
+        bail!("there are three kinds of bench: cargo xtask bench migration, prediction, disks");
     };
     let bench = format!("bench-{kind}");
     if !is_root() {

@@ -28,6 +28,8 @@ Commands:
                        Godwit and QEMU's own ways to migrate, on the same guests and links: docs/measurements.md
   bench prediction [--moves N] [--link RATE] [--out FILE]
                        what moves were forecast to cost beside what they cost: docs/measurements.md
+  bench disks [--only ways|home] [--gib N] [--out FILE]
+                       every way to move with shared and local disks, and the way home of a large one: docs/measurements.md
   help                 this text
 
 Steps of ci, in order: images, fmt, clippy, test, doctest, e2e, tidy, deny";

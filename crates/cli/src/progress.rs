@@ -307,6 +307,7 @@ mod tests {
             ram_bytes: Bytes::mib(1_100),
             rounds: 3,
             disk_bytes: Bytes(0),
+            disk_time: Millis(0),
             left: Bytes(0),
             forecast: None,
         });

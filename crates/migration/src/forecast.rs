@@ -14,12 +14,16 @@ const LINK: f64 = 125e6;
 const WORK: f64 = 250e6;
 /// Bytes on the wire for one of memory, of a guest nobody knows.
 const SHARE: Spread = Spread { least: 0.1, middle: 0.45, most: 1.03 };
+/// Bytes on the wire for one of a disk that is not empty, of a disk nobody knows.
+const DISK_SHARE: Spread = Spread { least: 0.0, middle: 0.9, most: 1.05 };
 /// More passes bring nothing.
 const PASSES: u32 = 64;
 /// A pass that leaves more than this part of what it sent is no progress.
 const PROGRESS: f64 = 0.9;
 /// Of what a VM takes along where nobody has seen it, a host that has kept its memory gets mostly so much.
 const HOME: f64 = 0.1;
+/// What disks may take of what their move may, while they are copied.
+const OF_DISKS: f64 = 15.0 / 16.0;
 /// How far off an expected time may be: of a VM that nobody knows, and of one that has moved once.
 const UNKNOWN: (f64, f64) = (0.3, 3.0);
 const ONCE: (f64, f64) = (0.6, 1.7);
@@ -34,6 +38,8 @@ const SPARE: f64 = 1.25;
 pub struct Outlook<'a> {
     /// Memory that the guest has ever touched.
     pub memory: Bytes,
+    /// What is not empty of its disks that travel.
+    pub disks: Bytes,
     /// What it writes to per second.
     pub dirty_rate: BytesPerSec,
     /// Limits of the move.
@@ -66,6 +72,9 @@ struct Lessons {
     share: Spread,
     /// Memory per second; of a VM nobody knows what [`LINK`] and [`WORK`] allow. The most says what the hosts can do, the middle what they mostly did.
     rate: Spread,
+    /// The same of one of a disk; and what of that went over per second.
+    disk_share: Spread,
+    disk_rate: f64,
     /// Seconds.
     blackout: Option<Spread>,
     /// Least and most part of what was expected that it took.
@@ -83,16 +92,18 @@ impl Lessons {
         // A move to a host that kept the VM's memory is another thing than one that takes all of it along.
         let kinds: [&dyn Fn(&&PastMove) -> bool; 3] =
             [&|move_| alike(move_, past.returns) && move_.same_way, &|move_| alike(move_, past.returns), &|_| true];
+        let disk_share = Spread { middle: DISK_SHARE.middle * if past.returns { HOME } else { 1.0 }, ..DISK_SHARE };
         let learned =
             kinds.iter().map(|kind| past.moves.iter().filter(whole).filter(kind).map(|past| past.figures).collect::<Vec<_>>());
         let Some(figures) = learned.into_iter().find(|figures| !figures.is_empty()) else {
             let rate = (LINK / SHARE.middle).min(WORK);
             let rate = Spread { least: rate, middle: rate, most: rate };
-            return Self { count: 0, share: SHARE, rate, blackout: None, error: UNKNOWN };
+            return Self { count: 0, share: SHARE, rate, disk_share, disk_rate: LINK, blackout: None, error: UNKNOWN };
         };
         let known = past.moves.iter().filter(whole).any(|move_| alike(&move_, past.returns));
         let spread = |of: &dyn Fn(&MigrationFigures) -> f64| Spread::of(figures.iter().map(of)).unwrap_or(SHARE);
-        let share = spread(&|figures| figures.wire_bytes.get() as f64 / moved(figures));
+        let of_memory = |figures: &MigrationFigures| figures.wire_bytes.get().saturating_sub(figures.disk_bytes.get()) as f64;
+        let share = spread(&|figures| of_memory(figures) / moved(figures));
         let margin = MARGIN + FEW / figures.len() as f64;
         let share = Spread { least: share.least * (1.0 - margin), most: share.most * (1.0 + margin), ..share };
         let off = figures.iter().filter_map(|figures| {
@@ -103,7 +114,20 @@ impl Lessons {
             let (least, most) = (off.least * (1.0 - MARGIN), off.most * (1.0 + MARGIN));
             (least.clamp(0.1, 1.0 - MARGIN), most.clamp(1.0 + MARGIN, 10.0))
         });
+        let with_disks = |figures: &&MigrationFigures| figures.disk_bytes.get() > 0 && figures.disk_time.get() > 0;
+        let sent = |figures: &MigrationFigures| {
+            Some(figures.disk_bytes.get() as f64 / figures.forecast.filter(|forecast| forecast.disks.get() > 0)?.disks.get() as f64)
+        };
+        let disk_shares = Spread::of(figures.iter().filter(with_disks).filter_map(sent)).filter(|_| known);
+        let disk_rates =
+            figures.iter().filter(with_disks).map(|figures| figures.disk_bytes.get() as f64 / seconds(figures.disk_time));
         Self {
+            disk_share: disk_shares.map_or(disk_share, |seen| Spread {
+                least: seen.least * (1.0 - margin),
+                most: (seen.most * (1.0 + margin)).max(DISK_SHARE.middle),
+                ..seen
+            }),
+            disk_rate: Spread::of(disk_rates).map_or(LINK, |seen| seen.middle),
             count: u32::try_from(figures.len()).unwrap_or(u32::MAX),
             share: match (known, past.returns) {
                 (true, _) => share,
@@ -127,7 +151,7 @@ fn moved(figures: &MigrationFigures) -> f64 {
 
 /// Seconds in which memory went over.
 fn moving_time(figures: &MigrationFigures) -> f64 {
-    (seconds(figures.total) - seconds(figures.blackout) - START).max(0.1)
+    (seconds(figures.total) - seconds(figures.disk_time) - seconds(figures.blackout) - START).max(0.1)
 }
 
 fn seconds(time: Millis) -> f64 {
@@ -182,10 +206,14 @@ pub fn forecast(outlook: &Outlook<'_>) -> MigrationForecast {
         .map_or(Spread { least: seconds(FIXED) / 4.0, middle: course.blackout, most: course.blackout.max(budget) }, |before| {
             Spread { least: before.least * (1.0 - MARGIN), middle: before.middle.min(budget), most: budget }
         });
-    let total = START + course.seconds + blackout.middle;
-    let wire = |share: f64| Bytes((course.sent * share) as u64);
+    let disks = outlook.disks.get() as f64;
+    let disk_limit = outlook.policy.bandwidth.map_or(f64::MAX, |limit| limit.get() as f64 * OF_DISKS);
+    let disk_time = disks * lessons.disk_share.middle / lessons.disk_rate.min(disk_limit).max(1.0);
+    let total = START + disk_time + course.seconds + blackout.middle;
+    let wire = |share: f64, disk_share: f64| Bytes((course.sent * share + disks * disk_share) as u64);
     MigrationForecast {
         memory: outlook.memory,
+        disks: outlook.disks,
         dirty_rate: outlook.dirty_rate,
         rate: BytesPerSec(rate as u64),
         total: Estimate { least: millis(total * lessons.error.0), expected: millis(total), most: millis(total * lessons.error.1) },
@@ -195,9 +223,9 @@ pub fn forecast(outlook: &Outlook<'_>) -> MigrationForecast {
             most: millis(blackout.most),
         },
         wire_bytes: Estimate {
-            least: wire(lessons.share.least),
-            expected: wire(lessons.share.middle),
-            most: wire(lessons.share.most),
+            least: wire(lessons.share.least, lessons.disk_share.least),
+            expected: wire(lessons.share.middle, lessons.disk_share.middle),
+            most: wire(lessons.share.most, lessons.disk_share.most),
         },
         needs: (!course.fits).then(|| MigrationNeeds {
             max_blackout: millis((course.blackout * SPARE * 100.0).ceil() / 100.0),
@@ -244,7 +272,7 @@ mod tests {
 
     fn returning(returns: bool, memory: u64, dirty: u64, policy: &MigrationPolicy, past: &[PastMove]) -> MigrationForecast {
         let past = PastMoves { returns, moves: past.to_vec() };
-        forecast(&Outlook { memory: Bytes(memory * MB), dirty_rate: BytesPerSec(dirty * MB), policy, past: &past })
+        forecast(&Outlook { memory: Bytes(memory * MB), disks: Bytes(0), dirty_rate: BytesPerSec(dirty * MB), policy, past: &past })
     }
 
     #[test]
@@ -286,6 +314,30 @@ mod tests {
     }
 
     #[test]
+    fn disks_take_their_time_and_mostly_less_on_the_way_home() {
+        let policy = MigrationPolicy::default();
+        let with = |returns, disks: u64, policy: &MigrationPolicy, moves: &[PastMove]| {
+            let past = PastMoves { returns, moves: moves.to_vec() };
+            let (memory, dirty_rate) = (Bytes(500 * MB), BytesPerSec(MB));
+            forecast(&Outlook { memory, disks: Bytes(disks * MB), dirty_rate, policy, past: &past })
+        };
+        let (without, unknown) = (with(false, 0, &policy, &[]), with(false, 10_000, &policy, &[]));
+        assert_eq!(unknown.total.expected.get() - without.total.expected.get(), 72_000, "9 GB at 1 Gbit/s");
+        assert!(unknown.wire_bytes.most > Bytes(10_000 * MB) && unknown.blackout == without.blackout);
+        let limited = MigrationPolicy { bandwidth: Some(BytesPerSec(16 * MB)), ..policy };
+        assert!(with(false, 10_000, &limited, &[]).total.expected.get() > 600_000, "9 GB at 15 MB/s");
+        assert!(with(true, 10_000, &policy, &[]).wire_bytes.expected < Bytes(2_000 * MB), "home");
+        // 5,000 MB of 10,000 in 50 s.
+        let mut out = PastMove { same_way: true, returned: false, figures: figures(55_750, 500, 5_200, 50) };
+        (out.figures.disk_bytes, out.figures.disk_time) = (Bytes(5_000 * MB), Millis(50_000));
+        out.figures.forecast =
+            Some(MigrationForecast { memory: Bytes(500 * MB), disks: Bytes(10_000 * MB), ..MigrationForecast::default() });
+        let told = with(false, 10_000, &policy, &[out]);
+        assert!((55_500..56_000).contains(&told.total.expected.get()), "{told:?}");
+        assert!((5_190 * MB..5_210 * MB).contains(&told.wire_bytes.expected.get()), "{told:?}");
+    }
+
+    #[test]
     fn what_a_guest_wrote_while_it_moved_is_not_counted_twice() {
         let policy = MigrationPolicy::default();
         // 600 MB and what a guest that writes 120 MB/s wrote in 4 s: 1,080 MB in 4 s.
@@ -318,21 +370,24 @@ mod tests {
         #[test]
         fn prop_whatever_is_measured_the_estimates_are_in_order(
             memory in any::<u64>(), dirty in any::<u64>(), blackout in any::<u64>(), bandwidth in prop::option::of(any::<u64>()),
-            returns in any::<bool>(), past in prop::collection::vec((any::<[bool; 2]>(), any::<[u64; 4]>()), 0..4),
+            returns in any::<bool>(), disks in any::<u64>(), past in prop::collection::vec((any::<[bool; 2]>(), any::<[u64; 6]>()), 0..4),
         ) {
             let moves = past
                 .into_iter()
-                .map(|([same_way, returned], [total, ram, wire, blackout])| PastMove {
+                .map(|([same_way, returned], [total, ram, wire, blackout, disk_bytes, disk_time])| PastMove {
                     same_way,
                     returned,
                     figures: MigrationFigures {
-                        total: Millis(total), ram_bytes: Bytes(ram), wire_bytes: Bytes(wire), blackout: Millis(blackout), ..MigrationFigures::default()
+                        total: Millis(total), ram_bytes: Bytes(ram), wire_bytes: Bytes(wire), blackout: Millis(blackout),
+                        disk_bytes: Bytes(disk_bytes), disk_time: Millis(disk_time),
+                        forecast: Some(MigrationForecast { memory: Bytes(ram), disks: Bytes(wire), ..MigrationForecast::default() }),
+                        ..MigrationFigures::default()
                     },
                 })
                 .collect();
             let policy = MigrationPolicy { max_blackout: Millis(blackout), bandwidth: bandwidth.map(BytesPerSec), ..MigrationPolicy::default() };
             let past = PastMoves { returns, moves };
-            let told = forecast(&Outlook { memory: Bytes(memory), dirty_rate: BytesPerSec(dirty), policy: &policy, past: &past });
+            let told = forecast(&Outlook { memory: Bytes(memory), disks: Bytes(disks), dirty_rate: BytesPerSec(dirty), policy: &policy, past: &past });
             prop_assert!(told.total.least <= told.total.expected && told.total.expected <= told.total.most, "{told:?}");
             prop_assert!(told.blackout.least <= told.blackout.expected && told.blackout.expected <= told.blackout.most, "{told:?}");
             prop_assert!(told.wire_bytes.least <= told.wire_bytes.expected && told.wire_bytes.expected <= told.wire_bytes.most, "{told:?}");

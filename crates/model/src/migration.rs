@@ -181,6 +181,9 @@ pub struct MigrationFigures {
     /// Of `wire_bytes`, those of disks that the destination does not see.
     #[serde(default)]
     pub disk_bytes: Bytes,
+    /// Of `total`, until what was on them was copied; memory begins then.
+    #[serde(default)]
+    pub disk_time: Millis,
     /// What it was expected to cost, once the source had measured how much the VM writes; none if it had left before.
     #[serde(default)]
     pub forecast: Option<MigrationForecast>,
@@ -202,6 +205,9 @@ pub struct Estimate<T> {
 pub struct MigrationForecast {
     /// Memory that the guest has ever touched: so much has to be looked at.
     pub memory: Bytes,
+    /// What is not empty of the disks that travel with it.
+    #[serde(default)]
+    pub disks: Bytes,
     /// What it writes to per second, as measured over one.
     pub dirty_rate: BytesPerSec,
     /// Guest memory that is believed to be moved per second.

@@ -18,6 +18,7 @@ mod cpu;
 mod journey;
 mod wire;
 
+pub mod disks;
 mod plot;
 mod rows;
 mod series;

@@ -89,6 +89,17 @@ impl Actor {
         Ok(Answer { result: godwit_link::encode(&measured), ..Answer::default() })
     }
 
+    /// What is not empty of these disks, all in all.
+    pub(super) async fn allocated(&self, volumes: &[VolumeRef]) -> Result<Bytes, Refusal> {
+        let (qmp, Some(record)) = (self.monitor()?, &self.record) else { return Ok(Bytes(0)) };
+        let mut all = 0_u64;
+        for node in volumes.iter().filter_map(|volume| node_of(&record.spec, volume)) {
+            let found = qmp.size_of_disk(&node).await.map_err(qemu_failed)?;
+            all = all.saturating_add(found.map_or(0, |found| found.allocated.get()));
+        }
+        Ok(Bytes(all))
+    }
+
     /// The socket on which this VM's QEMU serves its disks.
     fn disk_socket(&self) -> PathBuf {
         self.host.vm_dir(self.vm).join("disks")

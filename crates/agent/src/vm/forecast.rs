@@ -28,9 +28,11 @@ impl Actor {
         reply: oneshot::Sender<Result<Answer, Refusal>>,
     ) {
         let host = Arc::clone(&self.host);
+        // One that cannot be measured now is none of a reason to say nothing.
+        let disks = self.allocated(&request.disks).await.unwrap_or_default();
         match self.look_ahead(generation).await {
             Ok((qmp, memory)) => drop(tokio::spawn(async move {
-                let told = forecast_with(&qmp, memory, &host, &request).await;
+                let told = forecast_with(&qmp, memory, disks, &host, &request).await;
                 let _ = reply.send(told.map(|told| Answer { result: godwit_link::encode(&told), ..Answer::default() }));
             })),
             Err(refusal) => drop(reply.send(Err(refusal))),
@@ -71,6 +73,7 @@ fn touched(memory: &ProcessMemory) -> std::io::Result<Bytes> {
 async fn forecast_with(
     qmp: &Qmp,
     memory: JoinHandle<Option<Bytes>>,
+    disks: Bytes,
     host: &SharedHost,
     request: &ForecastRequest,
 ) -> Result<MigrationForecast, Refusal> {
@@ -80,7 +83,7 @@ async fn forecast_with(
     let (Some(mib), Some(memory)) = (measured, memory) else {
         return Err(Refusal::new(ErrorCode::QemuFailed, "what the VM has, or writes, could not be measured").retry(Retry::Safe));
     };
-    Ok(of_measured(host, memory, rate_of(mib), &request.policy, &request.past))
+    Ok(of_measured(host, (memory, disks), rate_of(mib), &request.policy, &request.past))
 }
 
 /// QEMU counts in whole MiB per second: the fraction is taken for one more.
@@ -90,12 +93,12 @@ pub(super) fn rate_of(mib: i64) -> BytesPerSec {
 
 pub(super) fn of_measured(
     host: &SharedHost,
-    memory: Bytes,
+    (memory, disks): (Bytes, Bytes),
     dirty_rate: BytesPerSec,
     policy: &MigrationPolicy,
     past: &PastMoves,
 ) -> MigrationForecast {
     // What the host may send counts as the move's own limit.
     let bandwidth = [policy.bandwidth, host.budget.limit()].into_iter().flatten().min();
-    forecast(&Outlook { memory, dirty_rate, policy: &MigrationPolicy { bandwidth, ..*policy }, past })
+    forecast(&Outlook { memory, disks, dirty_rate, policy: &MigrationPolicy { bandwidth, ..*policy }, past })
 }

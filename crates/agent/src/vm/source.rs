@@ -58,6 +58,9 @@ pub(super) struct SourceMove {
     machine: Source,
     carry: Option<CarryClient>,
     disks: DisksOut,
+    /// What was not empty of them, and when that was copied.
+    allocated: Bytes,
+    copied: Option<Millis>,
     watch: Watch,
     began: Instant,
     declined: Option<Refusal>,
@@ -106,6 +109,8 @@ impl SourceMove {
             machine,
             carry,
             disks: DisksOut::default(),
+            allocated: Bytes(0),
+            copied: None,
             watch: Watch::new(),
             began: Instant::now(),
             declined: None,
@@ -139,7 +144,7 @@ impl SourceMove {
         let Some(dirty_rate) = self.watch.sampled else { return };
         let Some(touched) = self.touched.take_if(|touched| touched.is_finished()) else { return };
         let Ok(Some(memory)) = touched.await else { return };
-        let forecast = of_measured(host, memory, dirty_rate, self.machine.policy(), &self.past);
+        let forecast = of_measured(host, (memory, self.allocated), dirty_rate, self.machine.policy(), &self.past);
         tracing::info!(?forecast, "what the move is expected to cost");
         self.forecast = Some(forecast);
     }
@@ -213,7 +218,7 @@ impl Actor {
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
         past: PastMoves,
-        disks: Vec<TravellingDisk>,
+        travelling: Vec<TravellingDisk>,
     ) -> Result<(), Refusal> {
         if let Some(Moving::Source(moving)) = &self.moving
             && moving.grant == grant
@@ -245,7 +250,7 @@ impl Actor {
                 held: false,
                 leaving: false,
                 address: Some(address),
-                disks: disks
+                disks: travelling
                     .iter()
                     .map(|disk| OutgoingDisk { volume: disk.volume.clone(), size: disk.size, carry: None })
                     .collect(),
@@ -254,11 +259,12 @@ impl Actor {
         }
         let begun = async {
             self.save()?;
-            self.begin_source(&grant, address, policy, &disks).await
+            self.begin_source(&grant, address, policy, &travelling).await
         };
+        let allocated = Bytes(bytes_of(&travelling));
         match begun.await {
             Ok(Begun { carry, disks, held, blocks }) => {
-                let moving = SourceMove { disks, ..SourceMove::new(&self.host, grant, policy, Some(carry), held) };
+                let moving = SourceMove { disks, allocated, ..SourceMove::new(&self.host, grant, policy, Some(carry), held) };
                 let touched = Some(self.count_touched(blocks.clone()));
                 let keep = memory_key.zip(blocks);
                 self.moving = Some(Moving::Source(Box::new(SourceMove { keep, past, touched, ..moving })));
@@ -554,6 +560,9 @@ impl Actor {
         };
         let runs = qemu.as_ref().is_some_and(|qemu| qemu.vcpus == Vcpus::Running);
         let disks = moving.disks.look(qmp.as_ref(), runs).await.map_err(qemu_failed)?;
+        if disks.copied && !moving.disks.lanes.is_empty() {
+            moving.copied.get_or_insert(millis(moving.began.elapsed()));
+        }
         let (carry, _) = carry_view(moving.carry.as_ref());
         let view = SourceView {
             now: millis(moving.began.elapsed()),
@@ -720,6 +729,7 @@ impl Actor {
                 predicted_blackout: moving.predicted,
                 wire_bytes: Bytes(moving.sent_before + status.wire_bytes + moving.disks.wire_bytes()),
                 disk_bytes: Bytes(moving.disks.wire_bytes()),
+                disk_time: moving.copied.unwrap_or_default(),
                 ram_bytes: Bytes(status.stream_bytes),
                 rounds: moving.watch.ram.rounds,
                 left: moving.left.max(left_at_switch(&status)),
@@ -835,6 +845,11 @@ impl Actor {
         let progress = godwit_link::encode(&progress);
         self.host.controller.send(Body::Progress(v1::Progress { task: moving.grant.task.to_string(), progress }));
     }
+}
+
+/// What is not empty of these.
+fn bytes_of(disks: &[TravellingDisk]) -> u64 {
+    disks.iter().fold(0, |sum, disk| sum.saturating_add(disk.allocated.get()))
 }
 
 /// Memory that this carry left for after the switch.

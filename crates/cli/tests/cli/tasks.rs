@@ -37,6 +37,7 @@ fn moved(revision: u64) -> Task {
         ram_bytes: Bytes::GIB,
         rounds: 3,
         disk_bytes: Bytes(0),
+        disk_time: Millis(0),
         left: Bytes(0),
         forecast: None,
     };
@@ -106,6 +107,7 @@ fn a_dry_run_says_what_a_move_would_cost_and_what_it_needs() {
     let millis = |least, expected, most| Estimate { least: Millis(least), expected: Millis(expected), most: Millis(most) };
     let forecast = MigrationForecast {
         memory: Bytes::mib(620),
+        disks: Bytes::mib(40),
         dirty_rate: BytesPerSec(8 << 20),
         rate: BytesPerSec(100 << 20),
         total: millis(4_000, 5_000, 7_000),
@@ -124,6 +126,7 @@ fn a_dry_run_says_what_a_move_would_cost_and_what_it_needs() {
   blackout  50 ms (40 ms to 300 ms)
   wire      190 MiB (150 MiB to 240 MiB)
   from      620 MiB that the guest has touched, 8 MiB/s written to; learned from 2 earlier moves like it
+  disks     40 MiB on disks that travel with it
 ";
     assert_eq!(said(forecast), expected);
     let needs = MigrationNeeds { max_blackout: Millis(450), bandwidth: Some(BytesPerSec(200 << 20)) };

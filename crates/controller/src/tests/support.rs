@@ -437,9 +437,11 @@ pub(super) const FIGURES: MigrationFigures = MigrationFigures {
     ram_bytes: Bytes::mib(2),
     rounds: 3,
     disk_bytes: Bytes(0),
+    disk_time: Millis(0),
     left: Bytes(0),
     forecast: Some(MigrationForecast {
         memory: Bytes::mib(2),
+        disks: Bytes(0),
         dirty_rate: BytesPerSec(1),
         rate: BytesPerSec(1),
         total: Estimate { least: Millis(3_000), expected: Millis(3_500), most: Millis(4_000) },

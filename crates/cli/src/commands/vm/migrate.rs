@@ -100,7 +100,7 @@ fn plan(task: &Task, to: &Name) -> String {
 
 /// What it would cost.
 fn costs(forecast: &MigrationForecast) -> String {
-    let MigrationForecast { memory, dirty_rate, total, blackout, wire_bytes, needs, learned_from, .. } = forecast;
+    let MigrationForecast { memory, disks, dirty_rate, total, blackout, wire_bytes, needs, learned_from, .. } = forecast;
     let learned = match learned_from {
         0 => "nothing is known of earlier moves: a link of 1 Gbit/s is assumed".to_owned(),
         1 => "learned from an earlier move".to_owned(),
@@ -112,6 +112,9 @@ fn costs(forecast: &MigrationForecast) -> String {
         format!("wire      {} ({} to {})", wire_bytes.expected, wire_bytes.least, wire_bytes.most),
         format!("from      {memory} that the guest has touched, {dirty_rate} written to; {learned}"),
     ];
+    if disks.get() > 0 {
+        lines.push(format!("disks     {disks} on disks that travel with it"));
+    }
     if let Some(needs) = needs {
         let faster = needs.bandwidth.map(|rate| format!(", or {rate} on the wire")).unwrap_or_default();
         lines.push(format!(
