@@ -7,8 +7,8 @@
 //!                  pause ▼   │ unpause            migrate: running stays running, only the host changes
 //!                       paused
 //! ```
-//! While a task works on a VM every other changing request gets `vm_busy`; killing is always admitted on what runs, except during a
-//! move, which has to be cancelled first.
+//! While a task works on a VM every other changing request gets `vm_busy`; a kill cuts a stop short. The whole table is
+//! `docs/spec/arbitration.md`.
 
 use serde::{Deserialize, Serialize};
 
@@ -188,6 +188,32 @@ mod tests {
         assert_eq!(code(RunState::Running, Some(moving)), Some((ErrorCode::VmBusy, Retry::Safe)));
         for state in [RunState::Stopped, RunState::Crashed, RunState::Paused] {
             assert_eq!(code(state, None), Some((ErrorCode::VmNotRunning, Retry::Safe)));
+        }
+    }
+
+    #[test]
+    fn the_table_of_what_may_happen_at_the_same_time_is_what_is_decided() {
+        let page = include_str!("../../../docs/spec/arbitration.md");
+        let rows: Vec<Vec<&str>> = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("| ").map(|line| line.trim_end_matches(" |").split(" | ").collect()))
+            .skip(1)
+            .collect();
+        assert_eq!(rows.len(), REQUESTS.len());
+        for (row, request) in rows.iter().zip(REQUESTS) {
+            assert_eq!(row[0], format!("{request:?}").to_lowercase());
+            let decided = |state, holder: Option<VmRequest>| {
+                let activity = holder.map(|request| Activity { task: TaskId::new(uuid::Uuid::nil()), request });
+                match decide_admission(state, activity, request) {
+                    Admission::Accept => "yes",
+                    Admission::Ignore => "done",
+                    Admission::Deny(refusal) if refusal.code == ErrorCode::VmBusy => "busy",
+                    Admission::Deny(_) => "no",
+                }
+            };
+            let states = [RunState::Stopped, RunState::Running, RunState::Paused].map(|state| decided(state, None));
+            let holders = REQUESTS.map(|holder| decided(RunState::Running, Some(holder)));
+            assert_eq!(row[1..], [&states[..], &holders].concat(), "{request:?}");
         }
     }
 
