@@ -32,6 +32,15 @@ pub enum DestinationRecord {
     },
 }
 
+impl DestinationRecord {
+    /// Whether the VM is this host's and cannot go back any more. What was activated may still be declined, so that nobody outside the move hears
+    /// of an owner before.
+    #[must_use]
+    pub const fn is_for_good(&self) -> bool {
+        matches!(self, Self::Running)
+    }
+}
+
 /// All that the destination sees at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DestinationView {

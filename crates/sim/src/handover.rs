@@ -58,6 +58,8 @@ pub enum Wrong {
     KeepsNothingBack,
     /// A destination takes the death of a QEMU that nobody has told to run the VM for a crash of the VM.
     TakesDeathForCrash,
+    /// A destination tells the controller that the VM is its own as soon as it has activated it.
+    ClaimsWhatItMayDecline,
     /// The last fact of a source is said once and never asked for again: who has forgotten a move answers nothing.
     AnswersNothingOfThePast,
 }

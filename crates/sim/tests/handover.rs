@@ -112,6 +112,11 @@ fn a_vm_that_is_given_up_although_its_source_holds_it_is_found_out() {
 }
 
 #[test]
+fn a_vm_that_is_claimed_before_it_is_there_for_good_is_found_out() {
+    assert_eq!(caught(Route::Once, 1, true, Wrong::ClaimsWhatItMayDecline), rules::NOT_CLAIMED_IN_VAIN);
+}
+
+#[test]
 fn hosts_that_answer_nothing_of_the_past_are_found_out() {
     assert_eq!(caught(Route::Once, 1, true, Wrong::AnswersNothingOfThePast), NO_GOOD_END);
 }

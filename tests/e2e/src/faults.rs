@@ -89,7 +89,7 @@ fn lane(plans: &Mutex<impl Iterator<Item = Plan>>, logs: &Path, judged: &mpsc::S
 fn one(plan: &Plan, old: Option<Ground>, logs: &Path) -> Result<(Run, Option<Ground>)> {
     if let Some(mut ground) = old {
         match run::run(&mut ground, plan, logs) {
-            Ok(run) => return Ok((run, cleared(ground, plan)?)),
+            Ok(run) => return cleared(ground, plan, run, logs),
             Err(error) => {
                 eprintln!("   builds new ground, because on the old one: {error:#}");
                 ground.cluster.take_down()?;
@@ -98,18 +98,19 @@ fn one(plan: &Plan, old: Option<Ground>, logs: &Path) -> Result<(Run, Option<Gro
     }
     let mut ground = Ground::build()?;
     let run = run::run(&mut ground, plan, logs)?;
-    Ok((run, cleared(ground, plan)?))
+    cleared(ground, plan, run, logs)
 }
 
-/// The ground without the VM of the last run, if it is good for another.
-fn cleared(mut ground: Ground, plan: &Plan) -> Result<Option<Ground>> {
+/// The run, and the ground without its VM, if that is good for another: what cannot be removed, or is left, is a promise broken, too.
+fn cleared(mut ground: Ground, plan: &Plan, mut run: Run, logs: &Path) -> Result<(Run, Option<Ground>)> {
     let result = run::clear(&mut ground, plan);
     if let Err(error) = &result {
-        eprintln!("   left of run {}: {error:#}", plan.seed);
+        run.broken.push(format!("not cleared: {error:#}"));
+        ground.keep_logs(&logs.join(plan.seed.to_string()))?;
     }
     if result.is_err() || ground.served >= SERVES {
         ground.cluster.take_down()?;
-        return Ok(None);
+        return Ok((run, None));
     }
-    Ok(Some(ground))
+    Ok((run, Some(ground)))
 }

@@ -627,10 +627,8 @@ impl Actor {
             Holding::Source(outgoing) if outgoing.record != SourceRecord::Offered && outgoing.record != SourceRecord::Returned => {
                 (v1::Holding::Released, record.generation)
             }
-            Holding::Destination(incoming) => match incoming.record {
-                DestinationRecord::Activated | DestinationRecord::Running => (v1::Holding::Owner, incoming.grant.generation),
-                _ => (v1::Holding::Incoming, incoming.grant.generation),
-            },
+            Holding::Destination(incoming) if incoming.record.is_for_good() => (v1::Holding::Owner, incoming.grant.generation),
+            Holding::Destination(incoming) => (v1::Holding::Incoming, incoming.grant.generation),
             _ => (v1::Holding::Owner, record.generation),
         };
         let report = v1::VmReport {

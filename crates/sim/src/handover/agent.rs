@@ -387,6 +387,10 @@ fn decide_destination(
         DestinationAction::End(outcome) => doing = Doing::Ends(outcome == Outcome::Moved, Ending::Keep),
     }
     if doing == Doing::WritesDestination(Taken::Declined) {
+        // As `Actor::publish`.
+        if record.is_for_good() || (model.wrong == Wrong::ClaimsWhatItMayDecline && taken == Taken::Activated) {
+            world.breaks(rules::NOT_CLAIMED_IN_VAIN);
+        }
         if model.wrong == Wrong::SaysDeclinedEarly {
             world.say(number, Fact::Declined);
         }

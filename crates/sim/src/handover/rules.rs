@@ -16,6 +16,8 @@ pub const NOT_AFTER_RELEASE: &str = "a released VM is continued at the source on
 pub const NOTHING_REMOVED: &str = "nothing is removed before the other side is proven to run";
 /// Nor does it end its QEMU.
 pub const NOT_DECLINED_AFTER_RUN: &str = "a destination that has run the VM does not decline it";
+/// The controller would have it there, and not hear its source any more.
+pub const NOT_CLAIMED_IN_VAIN: &str = "a host that has told the controller that it owns the VM does not decline it";
 /// As they keep it for the controller.
 pub const ONE_OUTCOME: &str = "both sides agree about the outcome";
 
