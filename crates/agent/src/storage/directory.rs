@@ -35,7 +35,8 @@ const SNAPSHOTS: &str = "snapshots";
 const RECORDS: &str = "records";
 const PARTIAL: &str = "partial";
 /// Directories of what is no volume any more or not yet, how names in them end, and what they are.
-const LEFT: [(&str, &str, fn(&Name) -> Item); 2] = [("spares", "~spare", Item::spare), ("arriving", "~arriving", Item::arriving)];
+const LEFT: [(&str, &str, AsItem); 2] = [("spares", "~spare", Item::spare), ("arriving", "~arriving", Item::arriving)];
+type AsItem = fn(&Name) -> Item;
 /// Limit of the small files that this module reads.
 const SMALL: u64 = 4_096;
 /// A partial file is abandoned if nobody holds it and it is older than this: between making and locking it passes a moment.
