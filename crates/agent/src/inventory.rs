@@ -82,16 +82,21 @@ fn memory_for_vms() -> Bytes {
     Bytes(total.saturating_sub((total / 8).max(1 << 30)))
 }
 
+/// The processes that a record names.
+fn processes(record: &VmRecord) -> Vec<u32> {
+    let (carry, of_disks): (_, Vec<_>) = match &record.holding {
+        Holding::Owner => (None, vec![]),
+        Holding::Source(outgoing) => (outgoing.carry.as_ref(), outgoing.disks.iter().map(|disk| &disk.carry).collect()),
+        Holding::Destination(incoming) => (incoming.carry.as_ref(), incoming.disks.iter().map(|disk| &disk.carry).collect()),
+    };
+    let carries = carry.into_iter().chain(of_disks.into_iter().flatten());
+    record.process.iter().chain(&record.tpm.process).chain(carries).map(|process| process.pid).collect()
+}
+
 /// Ends processes under our uids that no record names: a QEMU and its TPM are journalled before it is continued, so such a one never ran a
 /// vCPU, and a carry is journalled before it is used.
 pub(crate) fn end_orphans(records: &BTreeMap<VmId, VmRecord>, uid_base: u32) {
-    let carries = records.values().filter_map(|record| match &record.holding {
-        Holding::Owner => None,
-        Holding::Source(outgoing) => outgoing.carry.as_ref(),
-        Holding::Destination(incoming) => incoming.carry.as_ref(),
-    });
-    let of_vms = records.values().flat_map(|record| record.process.iter().chain(&record.tpm.process));
-    let known: BTreeSet<u32> = of_vms.chain(carries).map(|process| process.pid).collect();
+    let known: BTreeSet<u32> = records.values().flat_map(processes).collect();
     let Ok(entries) = std::fs::read_dir("/proc") else { return };
     for entry in entries.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };

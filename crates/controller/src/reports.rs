@@ -89,6 +89,8 @@ impl Reports {
                 return Ok(Err("a generation whose move has ended without it"));
             }
             let before = vm.row.clone();
+            // The owner of before has the VM back: what it has released nobody can claim any more.
+            vm.row.released = false;
             take_over(&mut vm.row, host, generation);
             vm.row.set_state(state, clock::now());
             vm.row.reported = generation;
@@ -232,7 +234,9 @@ impl Reports {
                 return Ok(Err("a generation that was never granted"));
             }
             if ended.moved && ended.generation > vm.row.generation {
-                if !may_claim(&vm.row, &destination, ended.generation) {
+                // That it has moved is believed of who had it.
+                let given = source && vm.row.host.as_ref() == Some(host);
+                if !given && !may_claim(&vm.row, &destination, ended.generation) {
                     return Ok(Err("a generation whose move has ended without it"));
                 }
                 let before = vm.row.clone();

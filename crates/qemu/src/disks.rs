@@ -190,7 +190,12 @@ impl Qmp {
     pub async fn finish_mirror(&self, node: &str) -> Result<(), QmpError> {
         match self.mirror(node).await? {
             Some(Mirror { ended: None, follows: true, .. }) => {
-                self.execute("block-job-cancel", json!({"device": job(node)})).await.map(drop)
+                let cancelled = self.execute("block-job-cancel", json!({"device": job(node)})).await;
+                match cancelled {
+                    // It was said before, and the mirror has ended since it was looked at.
+                    Err(_) if self.mirror(node).await?.is_none_or(|mirror| mirror.ended.is_some()) => Ok(()),
+                    cancelled => cancelled.map(drop),
+                }
             }
             _ => Ok(()),
         }

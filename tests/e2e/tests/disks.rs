@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_api::v1::{VmDelete, VmStop};
-use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, other_qemu};
+use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, other_qemu};
 use godwit_model::{Bytes, BytesPerSec, DiskFormat, DiskSpec, ErrorCode, MigrationFigures, MigrationPhase, MigrationPolicy, Name};
 
 const MIB: u64 = 1 << 20;
@@ -116,5 +116,23 @@ fn a_move_that_is_given_up_leaves_the_disks_where_they_were_and_the_next_sends_t
     ensure!(local(&cluster, "h1", "volumes/data")?.exists() && !local(&cluster, "h2", "volumes/data")?.exists());
     let figures = moved(&mut cluster, "web", "h2")?;
     ensure!(figures.disk_bytes < Bytes::mib(40), "what was there was sent again: {figures:?}");
+    cluster.finish()
+}
+
+#[test]
+fn agents_that_are_killed_while_disks_are_copied_go_on_with_them() -> Result<()> {
+    let mut cluster = ClusterSpec::new(2)?.up()?;
+    cluster.boot(&busy("web").knob("disk=48M").knob("disk_dirty=8K").disk(disk("local/data", DiskFormat::Raw, 64)?), "h1")?;
+    let slow = MigrationPolicy { bandwidth: Some(BytesPerSec(4_000_000)), ..MigrationPolicy::default() };
+    let task = cluster.begin_move("web", "h2", slow)?;
+    cluster.wait_progress(task, |progress| progress.phase == MigrationPhase::Disks && progress.remaining < Bytes::mib(44))?;
+    for host in ["h1", "h2"] {
+        let agent = Party::Agent(host);
+        cluster.run(&[Action::Kill(agent), Action::Pass(Duration::from_secs(1)), Action::Restart(agent)])?;
+    }
+    cluster.run(&[Action::Ends("web", Ending::Moved("h2"))])?;
+    let figures = cluster.done(task, Duration::from_secs(60))?.figures.context("figures")?;
+    ensure!(figures.disk_bytes < Bytes::mib(56), "what was there was sent again: {figures:?}");
+    cluster.check()?;
     cluster.finish()
 }

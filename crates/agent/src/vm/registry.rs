@@ -93,15 +93,22 @@ impl Registry {
         Err(unknown(vm).retry(Retry::Unknown))
     }
 
-    /// Hands a message of the other agent, however it came, to the VM's actor. Without one the move is over here.
-    pub(crate) async fn peer(&self, task: TaskId, said: Said) {
-        let sender = self.locked().get(&said.peer.vm).cloned();
-        let over = match sender {
-            Some(sender) => sender.send(VmEvent::Peer { task, said: said.clone() }).await.is_err(),
-            None => true,
-        };
-        if over {
-            answer_for_nobody(&self.host, task, &said);
+    /// Hands a message of the other agent, however it came, to the VM's actor. Where neither that nor the journal knows the VM the move is over here.
+    pub(crate) async fn peer(self: &Arc<Self>, task: TaskId, said: Said) {
+        let vm = said.peer.vm;
+        let known = self.locked().get(&vm).filter(|sender| !sender.is_closed()).cloned();
+        if let Some(sender) = known
+            && sender.send(VmEvent::Peer { task, said: said.clone() }).await.is_ok()
+        {
+            return;
+        }
+        match self.host.journal.vm(vm) {
+            Ok(None) => answer_for_nobody(&self.host, task, &said),
+            // Its actor has failed. What the journal holds is not answered for without it.
+            Ok(Some(record)) => drop(self.spawn(vm, Some(record)).send(VmEvent::Peer { task, said }).await),
+            Err(error) => {
+                tracing::error!(%vm, error = &error as &dyn std::error::Error, "the journal cannot be read, the other host gets no answer");
+            }
         }
     }
 }

@@ -167,6 +167,18 @@ impl Tasks {
         }
         vm.granted.retain(|host, _| !removed.contains(host));
         vm.host.take_if(|host| removed.contains(host));
+        self.set_step(id, "lets the hosts forget it").await?;
+        for host in vm.granted.keys().filter(|host| vm.host.as_ref() != Some(*host)) {
+            // Of earlier hosts at most a record of a stopped VM is left; it is not worth waiting for them.
+            if self.hub.presence(host).is_none() {
+                continue;
+            }
+            if let Err(refusal) = self.forget(id, &vm, host).await?
+                && refusal.code == ErrorCode::VmRunning
+            {
+                return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
+            }
+        }
         if volumes {
             for volume in vm.spec.volumes() {
                 let has_pool = |host: &Name| {
@@ -189,22 +201,18 @@ impl Tasks {
                 }
             }
         }
-        self.set_step(id, "lets the hosts forget it").await?;
-        for host in vm.granted.keys() {
-            let last = vm.host.as_ref() == Some(host);
-            // Of earlier hosts at most a record of a stopped VM is left; it is not worth waiting for them.
-            if !last && self.hub.presence(host).is_none() {
-                continue;
-            }
-            let action = Action::Forget(v1::ForgetVm { vm: vm.id.to_string() });
-            if let Err(refusal) = self.command(id, host, &format!("forget {host}"), action).await?
-                && last
-                && refusal.code != ErrorCode::NotFound
-            {
-                return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
-            }
+        if let Some(host) = vm.host.as_ref().filter(|host| vm.granted.contains_key(*host))
+            && let Err(refusal) = self.forget(id, &vm, host).await?
+            && refusal.code != ErrorCode::NotFound
+        {
+            return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
         }
         self.remove(id).await
+    }
+
+    async fn forget(&self, id: TaskId, vm: &VmRow, host: &Name) -> Result<Result<(), Refusal>, Fault> {
+        let action = Action::Forget(v1::ForgetVm { vm: vm.id.to_string() });
+        Ok(self.command(id, host, &format!("forget {host}"), action).await?.map(drop))
     }
 
     /// Ends the task and removes the VM and its claims, in one transaction.

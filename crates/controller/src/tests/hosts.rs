@@ -229,6 +229,13 @@ async fn a_destination_cannot_claim_a_vm_whose_move_has_ended_without_it() {
         (after.status.host.clone(), after.status.generation, after.status.state),
         (Some(name("h1")), Generation(1), RunState::Running)
     );
+    // A source that has the VM back after it had released it has it.
+    a1.send(Body::Vm(report(&vm, 1, RunState::Stopped, v1::Holding::Released))).await;
+    a1.send(Body::Vm(report(&vm, 1, RunState::Running, v1::Holding::Owner))).await;
+    a1.ended(ended(&task, &vm, 2, true, Some(ErrorCode::MigrationStalled))).await;
+    a2.send(Body::Vm(report(&vm, 2, RunState::Crashed, v1::Holding::Owner))).await;
+    a2.ended(ended(&task, &vm, 2, false, Some(ErrorCode::MigrationStalled))).await;
+    assert_eq!(cluster.vm("web1").await.status.host, Some(name("h1")));
     // Once the source says that it has released it, the word counts: whatever became of the task.
     a1.send(Body::Vm(report(&vm, 1, RunState::Stopped, v1::Holding::Released))).await;
     let image = cluster.admin().image(&name("linux")).await.expect("image").id.to_string();
