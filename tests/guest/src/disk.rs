@@ -18,8 +18,6 @@ pub struct DiskPool {
     seed: u64,
     /// Of each block; 0 is one that was never written.
     generations: Vec<u32>,
-    /// One page longer than needed: direct I/O wants memory at a page's beginning.
-    buffer: Vec<u64>,
 }
 
 /// A block that is not what it should be.
@@ -56,7 +54,7 @@ impl DiskPool {
     #[must_use]
     pub fn new(file: File, bytes: u64, seed: u64) -> Self {
         let blocks = usize::try_from(bytes / PAGE_SIZE as u64).unwrap_or(0);
-        Self { file, seed, generations: vec![0; blocks], buffer: vec![0; (FILLED_AT_ONCE + 1) * WORDS] }
+        Self { file, seed, generations: vec![0; blocks] }
     }
 
     /// Number of blocks.
@@ -86,17 +84,16 @@ impl DiskPool {
     }
 
     fn write_run(&mut self, first: usize, count: usize) -> Result<(), DiskError> {
-        let seed = self.seed;
-        let generations: Vec<u32> = self.generations.iter().skip(first).take(count).map(|generation| generation + 1).collect();
-        for ((place, generation), words) in generations.iter().enumerate().zip(self.words().chunks_mut(WORDS)) {
-            words.copy_from_slice(&content(seed, first + place, *generation));
+        let blocks = first..first + count;
+        let mut bytes = Aligned::new(count * PAGE_SIZE);
+        let known = self.generations.get(blocks.clone()).unwrap_or_default();
+        let words = blocks.clone().zip(known).flat_map(|(block, generation)| content(self.seed, block, generation + 1));
+        for (chunk, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+            *chunk = word.to_le_bytes();
         }
         let offset = first as u64 * PAGE_SIZE as u64;
-        let bytes = self.bytes(count);
         self.file.write_all_at(&bytes, offset).map_err(|source| DiskError::Io { block: first, what: "written", source })?;
-        for (known, generation) in self.generations.iter_mut().skip(first).zip(generations) {
-            *known = generation;
-        }
+        self.generations.get_mut(blocks).unwrap_or_default().iter_mut().for_each(|generation| *generation += 1);
         Ok(())
     }
 
@@ -106,7 +103,7 @@ impl DiskPool {
     /// If it is another, or the disk fails.
     pub fn check(&mut self, block: usize) -> Result<(), DiskError> {
         let expected = self.generations.get(block).copied().unwrap_or_default();
-        let mut bytes = self.bytes(1);
+        let mut bytes = Aligned::new(PAGE_SIZE);
         let read = self.file.read_exact_at(&mut bytes, block as u64 * PAGE_SIZE as u64);
         read.map_err(|source| DiskError::Io { block, what: "read", source })?;
         let (chunks, _) = bytes.as_chunks::<8>();
@@ -121,20 +118,6 @@ impl DiskPool {
         let damaged = honest.is_none_or(|(number, found)| words != content(self.seed, number, found));
         Err(DiskError::Content { block, expected, number, found, damaged })
     }
-
-    fn words(&mut self) -> &mut [u64] {
-        let start = (self.buffer.as_ptr().addr()).wrapping_neg() % PAGE_SIZE / 8;
-        self.buffer.get_mut(start..start + FILLED_AT_ONCE * WORDS).unwrap_or_default()
-    }
-
-    /// Of `count` blocks, at the beginning of a page.
-    fn bytes(&mut self, count: usize) -> Aligned {
-        let mut bytes = Aligned::new(count * PAGE_SIZE);
-        for (chunk, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(self.words()) {
-            *chunk = word.to_le_bytes();
-        }
-        bytes
-    }
 }
 
 /// What a block holds.
@@ -144,7 +127,7 @@ fn content(seed: u64, block: usize, generation: u32) -> Vec<u64> {
     head.into_iter().chain(std::iter::repeat_with(|| noise.next_word())).take(WORDS).collect()
 }
 
-/// Bytes at the beginning of a page.
+/// Bytes at the beginning of a page, as direct I/O wants them.
 struct Aligned {
     memory: Vec<u8>,
     start: usize,

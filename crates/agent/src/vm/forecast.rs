@@ -28,7 +28,7 @@ impl Actor {
         reply: oneshot::Sender<Result<Answer, Refusal>>,
     ) {
         let host = Arc::clone(&self.host);
-        // One that cannot be measured now is none of a reason to say nothing.
+        // That disks cannot be measured now is no reason to say nothing.
         let disks = self.allocated(&request.disks).await.unwrap_or_default();
         match self.look_ahead(generation).await {
             Ok((qmp, memory)) => drop(tokio::spawn(async move {

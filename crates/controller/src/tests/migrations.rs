@@ -430,3 +430,32 @@ async fn post_copy_and_throttling_are_told_only_where_a_migration_was_begun_for_
         assert!(refusal.code == ErrorCode::BadRequest && refusal.hint.is_some(), "{refusal}");
     }
 }
+
+#[tokio::test]
+async fn a_vm_that_any_host_says_it_runs_is_not_deleted() {
+    let mut pair = pair().await;
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    pair.begin(2).await;
+    let vm = pair.cluster.vm("web1").await;
+    for (agent, source) in [(&mut pair.a1, true), (&mut pair.a2, false)] {
+        agent.ended(ended(&task, &vm, 2, source, Some(ErrorCode::MigrationStalled))).await;
+    }
+    pair.cluster.ended(task.id).await;
+    pair.a1.send(Body::Vm(report(&vm, 1, RunState::Crashed, v1::Holding::Owner))).await;
+    pair.cluster.vm_when("web1", |vm| vm.status.state == RunState::Crashed).await;
+
+    let admin = pair.cluster.admin();
+    let delete = api::VmDelete { volumes: false };
+    let task = admin.delete_vm(&name("web1"), &delete).await.expect("accepted");
+    let forget = pair.a2.command().await;
+    assert!(matches!(forget.action, Some(Action::Forget(_))), "{forget:?}");
+    pair.a2.refuse(&forget, ErrorCode::VmRunning).await;
+    assert_eq!(pair.cluster.ended(task.id).await.error.expect("refused").code, ErrorCode::VmRunning);
+
+    let task = admin.delete_vm(&name("web1"), &delete).await.expect("it is still there");
+    for agent in [&mut pair.a2, &mut pair.a1] {
+        let forget = agent.command().await;
+        agent.done(&forget, 0).await;
+    }
+    assert_eq!(pair.cluster.ended(task.id).await.state, TaskState::Done);
+}

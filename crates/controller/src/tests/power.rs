@@ -55,41 +55,6 @@ async fn a_vm_starts_stands_still_runs_on_and_ends() {
 }
 
 #[tokio::test]
-async fn a_vm_that_any_host_says_it_runs_is_not_deleted() {
-    let cluster = Cluster::new().await;
-    let (_, mut a1) = cluster.agent("h1").await;
-    let (_, mut a2) = cluster.agent("h2").await;
-    cluster.running_vm("web1", &mut a1).await;
-    let task = cluster.migrate("web1", "h2").await.expect("accepted");
-    let vm = cluster.vm("web1").await;
-    let prepare = a2.command().await;
-    a2.done(&prepare, 7).await;
-    let out = a1.command().await;
-    a1.done(&out, 0).await;
-    for (agent, source) in [(&mut a1, true), (&mut a2, false)] {
-        agent.ended(ended(&task, &vm, 2, source, Some(ErrorCode::MigrationStalled))).await;
-    }
-    cluster.ended(task.id).await;
-    a1.send(Body::Vm(report(&vm, 1, RunState::Crashed, v1::Holding::Owner))).await;
-    cluster.vm_when("web1", |vm| vm.status.state == RunState::Crashed).await;
-
-    let admin = cluster.admin();
-    let delete = api::VmDelete { volumes: false };
-    let task = admin.delete_vm(&name("web1"), &delete).await.expect("accepted");
-    let forget = a2.command().await;
-    assert!(matches!(forget.action, Some(Action::Forget(_))), "{forget:?}");
-    a2.refuse(&forget, ErrorCode::VmRunning).await;
-    assert_eq!(cluster.ended(task.id).await.error.expect("refused").code, ErrorCode::VmRunning);
-
-    let task = admin.delete_vm(&name("web1"), &delete).await.expect("it is still there");
-    for agent in [&mut a2, &mut a1] {
-        let forget = agent.command().await;
-        agent.done(&forget, 0).await;
-    }
-    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
-}
-
-#[tokio::test]
 async fn a_guest_that_does_not_listen_is_killed_only_by_request() {
     let cluster = Cluster::new().await;
     let (_, mut agent) = cluster.agent("h1").await;

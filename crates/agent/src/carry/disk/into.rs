@@ -74,16 +74,10 @@ struct Written {
     end: u64,
 }
 
-/// What a batch wants written.
-#[derive(Default)]
-struct Collected {
-    writes: Vec<(u64, Bytes)>,
-}
-
-/// A batch, and the images that it may name.
+/// What a batch wants written where, and the images that it may name.
 struct Collecting<'a> {
     images: &'a [ReadableImage],
-    collected: Collected,
+    writes: Vec<(u64, Bytes)>,
 }
 
 impl GuestMemory for Collecting<'_> {
@@ -96,7 +90,7 @@ impl GuestMemory for Collecting<'_> {
 
     fn write(&mut self, _: u16, page: u32, content: &[u8]) -> Result<(), Self::Error> {
         let offset = u64::from(page) * PAGE_SIZE as u64;
-        self.collected.writes.push((offset, Bytes::copy_from_slice(content)));
+        self.writes.push((offset, Bytes::copy_from_slice(content)));
         Ok(())
     }
 }
@@ -200,9 +194,9 @@ impl<'a> DiskInto<'a> {
         self.frames.push_back(Writing { memory, left: 0 });
         match frame {
             Frame::Pages(payload) => {
-                let mut collecting = Collecting { images: &self.images, collected: Collected::default() };
+                let mut collecting = Collecting { images: &self.images, writes: Vec::new() };
                 let applied = applier.apply(&payload, &mut collecting);
-                let Collected { writes } = collecting.collected;
+                let writes = collecting.writes;
                 applied.map_err(|error| match error {
                     ApplyError::Image { image } => {
                         DiskError::Image(self.images.get(usize::from(image)).map(|image| image.told().digest).unwrap_or_default())
