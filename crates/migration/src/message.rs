@@ -19,6 +19,8 @@ pub struct Peer {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "fact", rename_all = "snake_case")]
 pub enum PeerMessage {
+    /// Destination: I wait for your release. Repeated while that is so: no VM is stopped for an agent that stands still.
+    Prepared,
     /// Source: my QEMU has completed or is proven dead; unless you decline I shall never run it again.
     Released,
     /// Source: it is off, I keep the VM. Do not run it.

@@ -49,6 +49,8 @@ pub struct SourceView {
     pub carry: CarryView,
     /// Its disks that travel.
     pub disks: DisksView,
+    /// How long the destination's agent has said nothing.
+    pub silent: Millis,
     /// The destination has said that it declines.
     pub declined: Option<Refusal>,
     /// The destination has said that it runs the VM.
@@ -139,6 +141,9 @@ const NEAR: Millis = Millis(20);
 const SHORTENED: Millis = Millis(1_000);
 /// How long the destination's QEMU may leave a question open for the VM to be stopped, beside a round trip.
 const ANSWER_LIMIT: Millis = Millis(500);
+/// How long the destination's agent may have said nothing for the VM to be stopped: it says four times as often that it waits, and nobody else
+/// lets the VM run there.
+const SILENCE_LIMIT: Millis = Millis(2_000);
 /// How often to look during the blackout; events usually wake earlier.
 const BLACKOUT: Millis = Millis(5);
 
@@ -330,8 +335,9 @@ impl Source {
 
     fn decide_stop(&mut self, qemu: &QemuView, view: &SourceView) -> SourceAction {
         let Some(warm_up) = warm_up_of(qemu, view) else { return SourceAction::Wait(NEAR) };
-        // Memory arrives although the destination's QEMU stands still, or the link is out for a moment: the device state would not.
-        if view.carry.unanswered.get() > ANSWER_LIMIT.get().saturating_add(view.carry.round_trip.get()) {
+        // Memory arrives although the destination's QEMU or agent stands still, or the link is out for a moment: the VM would not run there.
+        let answers = view.carry.unanswered.get() <= ANSWER_LIMIT.get().saturating_add(view.carry.round_trip.get());
+        if !answers || view.silent > SILENCE_LIMIT {
             return SourceAction::Wait(NEAR);
         }
         let blackout = predict_blackout(&warm_up);
@@ -418,6 +424,9 @@ impl Source {
         } else if view.carry.stalled.max(view.carry.unanswered).max(view.disks.stalled) > self.policy.stall {
             let stall = self.policy.stall;
             refusal(ErrorCode::MigrationStalled, format!("the destination has taken nothing for {stall}"), RUNS_ON)
+        } else if view.silent > self.policy.stall {
+            let stall = self.policy.stall;
+            refusal(ErrorCode::MigrationStalled, format!("the destination's agent has said nothing for {stall}"), RUNS_ON)
         } else if warming > self.policy.timeout {
             Some(self.not_converging(view))
         } else if view.unix_now >= self.expires {

@@ -300,6 +300,7 @@ impl World {
                 stalled: Millis(0),
             },
             disks: DisksView::NONE,
+            silent: Millis(0),
             declined: self.declined.clone(),
             running: self.running,
             whole: false,

@@ -34,6 +34,9 @@ const INCOMING_FD: &str = "godwit-incoming";
 /// How long QEMU may take to go on with a connection that it was given.
 const RECOVERING: Duration = Duration::from_secs(10);
 
+/// How often the source hears that this agent waits.
+const PRESENT: Duration = Duration::from_millis(500);
+
 /// A QEMU that lives and does not say how it is.
 const UNKNOWN: QemuView = QemuView {
     vcpus: Vcpus::InMigrate,
@@ -99,6 +102,18 @@ impl DestinationMove {
         Self { disks, ..Self::new(incoming.grant.clone(), carry) }
     }
 
+    /// Tells the source, unless it was told so lately; how long until that is due again.
+    fn tell(&mut self, host: &SharedHost, message: PeerMessage, every: Duration) -> Duration {
+        let Some(source) = &self.grant.source else { return every };
+        match self.told_peer.is_due(&message, every) {
+            Ok(()) => {
+                tell(host, self.carry.as_ref(), &self.grant, source, message);
+                every
+            }
+            Err(rest) => rest,
+        }
+    }
+
     pub(super) fn on_peer(&mut self, peer: &Peer) {
         if peer.generation != self.grant.generation {
             return;
@@ -109,7 +124,11 @@ impl DestinationMove {
             PeerMessage::Cut { port } => self.cut = Some(*port),
             PeerMessage::Lost => self.lost = true,
             PeerMessage::Settled => self.settled = true,
-            PeerMessage::Running { .. } | PeerMessage::Whole { .. } | PeerMessage::GoOn { .. } | PeerMessage::Declined { .. } => {}
+            PeerMessage::Prepared
+            | PeerMessage::Running { .. }
+            | PeerMessage::Whole { .. }
+            | PeerMessage::GoOn { .. }
+            | PeerMessage::Declined { .. } => {}
         }
     }
 }
@@ -255,6 +274,9 @@ impl Actor {
             return Some(RETRY);
         }
         let Some(Moving::Destination(moving)) = &mut self.moving else { return Some(RETRY) };
+        if record == DestinationRecord::Prepared && !view.released {
+            moving.tell(&self.host, PeerMessage::Prepared, PRESENT);
+        }
         let action = moving.machine.decide(&record, &view);
         if !matches!(action, DestinationAction::Wait(_) | DestinationAction::Tell(..)) {
             tracing::info!(?action, "destination");
@@ -328,15 +350,10 @@ impl Actor {
             DestinationAction::Wait(wait) => Some(Duration::from_millis(wait.get())),
             DestinationAction::Tell(message, wait) => {
                 let wait = Duration::from_millis(wait.get());
-                if let Some(Moving::Destination(moving)) = &mut self.moving
-                    && let Some(source) = &moving.grant.source
-                {
-                    if let Err(rest) = moving.told_peer.is_due(&message, wait) {
-                        return Some(rest);
-                    }
-                    tell(&self.host, moving.carry.as_ref(), &moving.grant, source, message);
+                match &mut self.moving {
+                    Some(Moving::Destination(moving)) => Some(moving.tell(&self.host, message, wait)),
+                    _ => Some(wait),
                 }
-                Some(wait)
             }
             DestinationAction::Record(next) => {
                 let declines = matches!(next, DestinationRecord::Declined { .. });

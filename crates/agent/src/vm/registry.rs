@@ -121,7 +121,8 @@ pub(super) fn answer_for_nobody(host: &SharedHost, task: TaskId, said: &Said) {
         PeerMessage::Released => PeerMessage::Declined {
             reason: Refusal::new(ErrorCode::MigrationFailed, "the destination holds nothing of this move").retry(Retry::Safe),
         },
-        PeerMessage::Aborted { .. }
+        PeerMessage::Prepared
+        | PeerMessage::Aborted { .. }
         | PeerMessage::Cut { .. }
         | PeerMessage::GoOn { .. }
         | PeerMessage::Lost

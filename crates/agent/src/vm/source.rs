@@ -63,6 +63,8 @@ pub(super) struct SourceMove {
     copied: Option<Millis>,
     watch: Watch,
     began: Instant,
+    /// When the destination's agent was last heard.
+    heard: Instant,
     declined: Option<Refusal>,
     running: Option<Millis>,
     whole: bool,
@@ -113,6 +115,7 @@ impl SourceMove {
             copied: None,
             watch: Watch::new(),
             began: Instant::now(),
+            heard: Instant::now(),
             declined: None,
             running: None,
             whole: false,
@@ -173,6 +176,7 @@ impl SourceMove {
         if peer.generation != self.grant.generation {
             return;
         }
+        self.heard = Instant::now();
         match &peer.message {
             PeerMessage::Declined { reason } => self.declined = Some(reason.clone()),
             PeerMessage::Running { since } | PeerMessage::Whole { since } => {
@@ -192,7 +196,8 @@ impl SourceMove {
                 self.running.get_or_insert(Millis(0));
                 self.next_port = Some(*port);
             }
-            PeerMessage::Released
+            PeerMessage::Prepared
+            | PeerMessage::Released
             | PeerMessage::Aborted { .. }
             | PeerMessage::Cut { .. }
             | PeerMessage::Lost
@@ -570,6 +575,7 @@ impl Actor {
             qemu,
             carry,
             disks,
+            silent: millis(moving.heard.elapsed()),
             declined: moving.declined.clone(),
             running: moving.running.is_some(),
             whole: moving.whole,

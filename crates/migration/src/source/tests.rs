@@ -28,6 +28,7 @@ fn view(vcpus: Vcpus, migration: QemuMigration) -> SourceView {
             leaving: false,
         },
         disks: DisksView::NONE,
+        silent: Millis(0),
         declined: None,
         running: false,
         whole: false,
@@ -81,6 +82,20 @@ fn the_vm_is_not_stopped_while_the_destinations_qemu_does_not_answer() {
     near.carry.round_trip = Millis(60);
     assert_eq!(source().decide(SourceRecord::Offered, &near), SourceAction::Stop, "it is far, not silent");
     near.carry.unanswered = Millis(MigrationPolicy::default().stall.get() + 1);
+    let mut source = source();
+    assert_eq!(source.decide(SourceRecord::Offered, &near), SourceAction::CancelQemu);
+    assert_eq!(source.giving_up().map(|reason| reason.code), Some(ErrorCode::MigrationStalled));
+}
+
+#[test]
+fn the_vm_is_not_stopped_for_an_agent_that_says_nothing() {
+    let mut near = view(Vcpus::Running, QemuMigration::Active);
+    near.qemu.as_mut().expect("alive").remaining = Bytes(1 << 20);
+    near.silent = Millis(2_001);
+    assert_eq!(source().decide(SourceRecord::Offered, &near), SourceAction::Wait(NEAR));
+    near.silent = Millis(1_999);
+    assert_eq!(source().decide(SourceRecord::Offered, &near), SourceAction::Stop);
+    near.silent = Millis(MigrationPolicy::default().stall.get() + 1);
     let mut source = source();
     assert_eq!(source.decide(SourceRecord::Offered, &near), SourceAction::CancelQemu);
     assert_eq!(source.giving_up().map(|reason| reason.code), Some(ErrorCode::MigrationStalled));

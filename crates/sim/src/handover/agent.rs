@@ -279,6 +279,7 @@ fn decide_source(
             leaving: true,
         },
         disks: DisksView::NONE,
+        silent: Millis(0),
         declined: moving.declined.then(reason),
         running: moving.running,
         whole: moving.whole,
@@ -406,6 +407,7 @@ fn decide_destination(
 fn fact(message: &PeerMessage) -> Fact {
     match message {
         PeerMessage::Cut { .. } | PeerMessage::GoOn { .. } => unreachable!("connections are made anew without being asked for"),
+        PeerMessage::Prepared => unreachable!("no machine says it"),
         PeerMessage::Released => Fact::Released,
         PeerMessage::Aborted { .. } => Fact::Aborted,
         PeerMessage::Running { .. } => Fact::Running,

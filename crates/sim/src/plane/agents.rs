@@ -133,8 +133,8 @@ impl World {
             PeerMessage::Aborted { reason } => agents.aborted = Some(reason),
             PeerMessage::Settled => agents.settled = true,
             PeerMessage::Running { .. } | PeerMessage::Whole { .. } => agents.running = true,
-            // Of post-copy, which these agents do not do.
-            PeerMessage::Cut { .. } | PeerMessage::GoOn { .. } | PeerMessage::Lost => {}
+            // Of post-copy, which these agents do not do; and of an agent that may stand still, which none does.
+            PeerMessage::Prepared | PeerMessage::Cut { .. } | PeerMessage::GoOn { .. } | PeerMessage::Lost => {}
             PeerMessage::Declined { reason } => agents.declined = Some(reason),
         }
     }
@@ -180,6 +180,7 @@ impl World {
                 leaving: false,
             },
             disks: DisksView::NONE,
+            silent: Millis(0),
             declined: self.agents.declined.clone(),
             running: self.agents.running,
             whole: false,
