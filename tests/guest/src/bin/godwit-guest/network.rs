@@ -39,6 +39,16 @@ pub(crate) fn up(name: &str, address: Option<(Ipv4Addr, u8)>, mtu: Option<u32>) 
     request(RTM_NEWLINK, &link_up(index, mtu)).map_err(refused)
 }
 
+/// Takes all interfaces down, as far as they go.
+pub(crate) fn all_down() {
+    let Ok(interfaces) = std::fs::read_dir("/sys/class/net") else { return };
+    for interface in interfaces.flatten() {
+        let Ok(index) = index_of(&interface.file_name().to_string_lossy()) else { continue };
+        // One that stays up hinders nobody who has not sent by then.
+        let _ = request(RTM_NEWLINK, &link_down(index));
+    }
+}
+
 /// Sends what is not for the own network to `gateway`.
 pub(crate) fn default_route(gateway: Ipv4Addr) -> Result<(), NetworkError> {
     request(RTM_NEWROUTE, &new_default_route(gateway))
@@ -65,6 +75,12 @@ fn link_up(index: u32, mtu: Option<u32>) -> Vec<u8> {
     if let Some(mtu) = mtu {
         attribute(&mut body, IFLA_MTU, mtu.to_ne_bytes());
     }
+    body
+}
+
+fn link_down(index: u32) -> Vec<u8> {
+    let mut body = vec![0; 4];
+    body.extend([index, 0, IFF_UP].map(u32::to_ne_bytes).concat());
     body
 }
 
