@@ -6,6 +6,9 @@
 //!     └── oneshot by id ◀── reader task ◀── codec ◀────┘
 //!                              └──▶ broadcast: events, then the end
 //! ```
+//! QEMU reads its monitor in a thread of its own, and carries most commands out in its main loop, one after the other. The few that are allowed
+//! *out of band* it carries out as they are read, also while the main loop stands still; of the others it then reads a handful and no more.
+//!
 //! The reader never waits for a consumer: who is slow is told how many events were missed. A command whose caller goes away or loses
 //! patience still runs in QEMU; its answer is dropped.
 
@@ -35,6 +38,18 @@ const EVENT_BACKLOG: usize = 1_024;
 
 /// Commands that wait for the writer.
 const COMMAND_BACKLOG: usize = 64;
+
+/// QEMU's name for what it may be asked beside its main loop.
+const OUT_OF_BAND: &str = "oob";
+
+/// Where QEMU carries a command out.
+#[derive(Clone, Copy, Debug)]
+enum Band {
+    /// In its main loop, after all before it.
+    In,
+    /// At once.
+    Out,
+}
 
 /// Why a command has no result.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -173,6 +188,8 @@ pub struct Qmp {
     shared: Arc<Shared>,
     greeting: Arc<Greeting>,
     tasks: Arc<AbortOnDrop>,
+    /// Held while a descriptor is on its way: QEMU keeps only those that came last until their command is carried out.
+    passes: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Debug)]
@@ -286,8 +303,9 @@ impl Qmp {
         let reading = tokio::spawn(run_reader(reader, Arc::clone(&shared)));
         let writing = tokio::spawn(run_writer(stream, outgoing, Arc::clone(&shared)));
         let tasks = Arc::new(AbortOnDrop([reading.abort_handle(), writing.abort_handle()]));
-        let session = Self { commands, shared, greeting: Arc::new(greeting), tasks };
-        match session.execute_within("qmp_capabilities", Value::Null, limit).await {
+        let session = Self { commands, shared, greeting: Arc::new(greeting), tasks, passes: Arc::default() };
+        let wanted = if session.is_heard_out_of_band() { json!({ "enable": [OUT_OF_BAND] }) } else { Value::Null };
+        match session.execute_within("qmp_capabilities", wanted, limit).await {
             Ok(_) => Ok(session),
             Err(QmpError::Ended { reason }) => Err(ConnectError::Ended(reason)),
             Err(error) => Err(ConnectError::Negotiate(error)),
@@ -298,6 +316,12 @@ impl Qmp {
     #[must_use]
     pub fn greeting(&self) -> &Greeting {
         &self.greeting
+    }
+
+    /// Whether this QEMU carries commands out while its main loop stands still.
+    #[must_use]
+    pub fn is_heard_out_of_band(&self) -> bool {
+        self.greeting.capabilities.iter().any(|capability| capability == OUT_OF_BAND)
     }
 
     /// Listens from now on. On a session that is over the first notice is its end.
@@ -326,7 +350,16 @@ impl Qmp {
     /// # Errors
     /// See [`QmpError`].
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        self.run(command, arguments, None, COMMAND_LIMIT).await
+        self.run(Band::In, command, arguments, None, COMMAND_LIMIT).await
+    }
+
+    /// Runs one of the commands that QEMU carries out also while its main loop stands still; in the main loop, if QEMU cannot do that.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn execute_out_of_band(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let band = if self.is_heard_out_of_band() { Band::Out } else { Band::In };
+        self.run(band, command, arguments, None, COMMAND_LIMIT).await
     }
 
     /// Runs a command within `limit`.
@@ -334,7 +367,7 @@ impl Qmp {
     /// # Errors
     /// See [`QmpError`].
     pub async fn execute_within(&self, command: &str, arguments: Value, limit: Duration) -> Result<Value, QmpError> {
-        self.run(command, arguments, None, limit).await
+        self.run(Band::In, command, arguments, None, limit).await
     }
 
     /// Runs a command that takes a descriptor with it (`getfd`, `add-fd`); ours is closed once sent.
@@ -342,10 +375,18 @@ impl Qmp {
     /// # Errors
     /// See [`QmpError`].
     pub async fn execute_with_fd(&self, command: &str, arguments: Value, fd: OwnedFd) -> Result<Value, QmpError> {
-        self.run(command, arguments, Some(fd), COMMAND_LIMIT).await
+        let _passes = self.passes.lock().await;
+        self.run(Band::In, command, arguments, Some(fd), COMMAND_LIMIT).await
     }
 
-    async fn run(&self, command: &str, arguments: Value, fd: Option<OwnedFd>, limit: Duration) -> Result<Value, QmpError> {
+    async fn run(
+        &self,
+        band: Band,
+        command: &str,
+        arguments: Value,
+        fd: Option<OwnedFd>,
+        limit: Duration,
+    ) -> Result<Value, QmpError> {
         let (sender, receiver) = oneshot::channel();
         let id = {
             let mut state = self.shared.lock();
@@ -358,7 +399,7 @@ impl Qmp {
             id
         };
         let _forget = Forget(&self.shared, id);
-        let line = line_of(command, arguments, id);
+        let line = line_of(band, command, arguments, id);
         if line.len() > codec::MAX_COMMAND {
             return Err(QmpError::TooLong { command: command.to_owned(), size: line.len() });
         }
@@ -376,9 +417,13 @@ impl Qmp {
     }
 }
 
-fn line_of(command: &str, arguments: Value, id: u64) -> Vec<u8> {
+fn line_of(band: Band, command: &str, arguments: Value, id: u64) -> Vec<u8> {
     let mut object = Map::new();
-    object.insert("execute".to_owned(), json!(command));
+    let key = match band {
+        Band::In => "execute",
+        Band::Out => "exec-oob",
+    };
+    object.insert(key.to_owned(), json!(command));
     if !arguments.is_null() {
         object.insert("arguments".to_owned(), arguments);
     }

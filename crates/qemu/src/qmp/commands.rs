@@ -293,12 +293,13 @@ impl Qmp {
         self.tell("migrate-incoming", json!({"uri": format!("fd:{name}")})).await
     }
 
-    /// `migrate-recover` on a connected socket, passed before with [`Qmp::getfd`] under `name`: of a post-copy that lost its connection.
+    /// `migrate-recover` on a connected socket, passed before with [`Qmp::getfd`] under `name`: of a post-copy that lost its connection. Out of band,
+    /// since QEMU's main loop may be waiting for a page that only that connection can bring.
     ///
     /// # Errors
     /// See [`QmpError`].
     pub async fn migrate_recover_fd(&self, name: &str) -> Result<(), QmpError> {
-        self.tell("migrate-recover", json!({"uri": format!("fd:{name}")})).await
+        self.execute_out_of_band("migrate-recover", json!({"uri": format!("fd:{name}")})).await.map(drop)
     }
 
     /// `migrate_cancel`.
@@ -323,6 +324,14 @@ impl Qmp {
     /// See [`QmpError`].
     pub async fn getfd(&self, name: &str, fd: OwnedFd) -> Result<(), QmpError> {
         self.execute_with_fd("getfd", json!({"fdname": name}), fd).await.map(drop)
+    }
+
+    /// `closefd`: QEMU closes the descriptor that it keeps under `name`.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn closefd(&self, name: &str) -> Result<(), QmpError> {
+        self.tell("closefd", json!({"fdname": name})).await
     }
 
     /// `add-fd`: passes a descriptor into `/dev/fdset/SET`.

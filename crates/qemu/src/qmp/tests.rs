@@ -25,10 +25,15 @@ impl Played {
         self.writer.write_all(format!("{line}\r\n").as_bytes()).await.expect("written");
     }
 
+    /// The next command as it came.
+    async fn read(&mut self) -> Value {
+        let line = self.lines.next_line().await.expect("readable").expect("a command");
+        serde_json::from_str(&line).expect("JSON")
+    }
+
     /// The next command: its name and number.
     async fn hear(&mut self) -> (String, u64) {
-        let line = self.lines.next_line().await.expect("readable").expect("a command");
-        let command: Value = serde_json::from_str(&line).expect("JSON");
+        let command = self.read().await;
         (command["execute"].as_str().expect("a name").to_owned(), command["id"].as_u64().expect("an id"))
     }
 
@@ -49,6 +54,30 @@ async fn session() -> (Qmp, Played) {
     };
     let (qmp, ()) = tokio::join!(Qmp::begin(ours, LIMIT), play);
     (qmp.expect("a session"), played)
+}
+
+#[tokio::test]
+async fn what_is_allowed_out_of_band_is_asked_so_where_qemu_offers_it() {
+    for (offered, key, arguments) in [("", "execute", Value::Null), (r#""oob""#, "exec-oob", json!({"enable": ["oob"]}))] {
+        let (ours, theirs) = UnixStream::pair().expect("sockets");
+        let (reader, writer) = theirs.into_split();
+        let mut played = Played { lines: BufReader::new(reader).lines(), writer };
+        let play = async {
+            played.say(&GREETING.replace("[]", &format!("[{offered}]"))).await;
+            let command = played.read().await;
+            assert_eq!((&command["execute"], &command["arguments"]), (&json!("qmp_capabilities"), &arguments));
+            played.answer(command["id"].as_u64().expect("an id"), &json!({})).await;
+        };
+        let (qmp, ()) = tokio::join!(Qmp::begin(ours, LIMIT), play);
+        let qmp = qmp.expect("a session");
+        let play = async {
+            let command = played.read().await;
+            assert_eq!(command[key], "migrate-recover");
+            played.answer(command["id"].as_u64().expect("an id"), &json!({})).await;
+        };
+        let (answer, ()) = tokio::join!(qmp.migrate_recover_fd("socket"), play);
+        answer.expect("an answer");
+    }
 }
 
 #[tokio::test]

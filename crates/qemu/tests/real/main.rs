@@ -6,6 +6,7 @@ mod guest;
 mod memory;
 mod migrate;
 mod place;
+mod postcopy;
 mod start;
 mod switchover;
 mod tpm;

@@ -73,15 +73,22 @@ pub(crate) async fn begin(source: &Vm, destination: &Vm, held: bool, speed: Byte
     destination.qmp.set_migration_capabilities(&at_destination).await.expect("the destination's capabilities");
     source.qmp.set_migration_capabilities(&at_source).await.expect("the source's capabilities");
     set_speed(source, speed).await;
-    let ((out, near), (far, into)) = (UnixStream::pair().expect("sockets"), UnixStream::pair().expect("sockets"));
+    let (far, into) = UnixStream::pair().expect("sockets");
+    let wire = join(source, far, "out").await;
+    destination.qmp.getfd("in", OwnedFd::from(into)).await.expect("getfd");
+    destination.qmp.migrate_incoming_fd("in").await.expect("migrate-incoming");
+    source.qmp.migrate_fd("out").await.expect("migrate");
+    wire
+}
+
+/// A relay from the source, which knows it as `name`, to who holds the other end of `far`.
+pub(crate) async fn join(source: &Vm, far: UnixStream, name: &str) -> Wire {
+    let (out, near) = UnixStream::pair().expect("sockets");
     let wire = Wire { ends: [near, far], answers: Arc::new(AtomicBool::new(true)) };
     let end = |index: usize| wire.ends[index].try_clone().expect("a socket");
     copy(end(0), end(1), Arc::new(AtomicBool::new(true)));
     copy(end(1), end(0), Arc::clone(&wire.answers));
-    destination.qmp.getfd("in", OwnedFd::from(into)).await.expect("getfd");
-    source.qmp.getfd("out", OwnedFd::from(out)).await.expect("getfd");
-    destination.qmp.migrate_incoming_fd("in").await.expect("migrate-incoming");
-    source.qmp.migrate_fd("out").await.expect("migrate");
+    source.qmp.getfd(name, OwnedFd::from(out)).await.expect("getfd");
     wire
 }
 
