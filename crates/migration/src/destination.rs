@@ -187,6 +187,11 @@ impl Destination {
                 let reason = failed("the destination's QEMU ended before it was told to run the VM");
                 DestinationAction::Record(DestinationRecord::Declined { reason })
             }
+            // Neither has anything run, and nothing can before a new connection is there: the source can run it on at once.
+            (Some(qemu), _) if self.never_told && qemu.migration.needs_pages() && !view.carry.usable => {
+                let reason = failed("the destination's carry ended before the VM was told to run");
+                DestinationAction::Record(DestinationRecord::Declined { reason })
+            }
             // It may have run: from here on its death is a crash of the VM on this host, not a reason to return it.
             (None, _) => DestinationAction::Record(DestinationRecord::Running),
             (Some(qemu), _) if may_run(qemu.vcpus) => DestinationAction::Record(DestinationRecord::Running),

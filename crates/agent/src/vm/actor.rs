@@ -498,7 +498,7 @@ impl Actor {
                 if self.process.is_none() {
                     return Ok(Answer::default());
                 }
-                self.owned(generation)?;
+                self.may_end(generation)?;
                 if let Some(record) = &mut self.record {
                     record.end_wanted = true;
                 }
@@ -582,6 +582,15 @@ impl Actor {
             return Err(Refusal::new(ErrorCode::GenerationStale, format!("this host holds generation {held}, not {wanted}")));
         }
         Ok(())
+    }
+
+    /// Checks that this host runs the VM on exactly this generation: also at the end of a move to here, which may have to wait for a source that is gone.
+    fn may_end(&self, generation: Generation) -> Result<(), Refusal> {
+        let record = self.record.as_ref().filter(|record| record.generation == generation).map(|record| &record.holding);
+        match record {
+            Some(Holding::Destination(incoming)) if incoming.record.is_for_good() => Ok(()),
+            _ => self.owned(generation),
+        }
     }
 
     /// Generations up to the floor have been here before, or were declined here: they are never taken up again.

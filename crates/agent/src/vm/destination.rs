@@ -14,23 +14,31 @@ use godwit_model::{
     TravellingDisk,
 };
 use godwit_qemu::process::ProcessIdentity;
-use godwit_qemu::qmp::Qmp;
 use godwit_qemu::qmp::commands::AnnounceSchedule;
 use godwit_qemu::qmp::views::MigrationStatus;
+use godwit_qemu::qmp::{COMMAND_LIMIT, Qmp, QmpError};
 use godwit_qemu::{PassedFds, Start};
 use godwit_vault::StayKey;
+use serde_json::Value;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::actor::{Actor, Answer, Moving, RETRY, qemu_failed};
 use super::disks::{Lane, into};
 use super::moving::{Told, Watch, millis, tell};
 use super::placement::Access;
 use super::start_carry::LaneStart;
-use crate::carry::{CarryClient, CarryNotice, Role};
+use crate::carry::{CarryClient, CarryNotice, PlacedBlock, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
 use crate::journal::{EndedMove, Holding, Incoming, VmRecord};
 
 const INCOMING_FD: &str = "godwit-incoming";
+/// A connection that QEMU gets before it needs it: once it waits for a page in its main loop, it takes none any more.
+const SPARE_FD: &str = "godwit-spare";
+/// How long QEMU may not answer while it may be waiting for a page that cannot come.
+const WAITS_FOR_PAGE: Duration = Duration::from_secs(2);
+/// A question that stays open until QEMU answers again.
+const LONG: Duration = Duration::from_secs(24 * 3_600);
 /// How long QEMU may take to go on with a connection that it was given.
 const RECOVERING: Duration = Duration::from_secs(10);
 
@@ -59,8 +67,16 @@ pub(super) struct DestinationMove {
     aborted: Option<Refusal>,
     /// The port that the source cannot send to.
     cut: Option<u16>,
-    /// QEMU's end of the socket to a carry that goes on: it gets it when the source's has come. One that is closed before it has resumed ends QEMU 7.2.
-    recovers: Option<OwnedFd>,
+    /// The connection to a carry that goes on: QEMU gets it when the source's has come. One that is closed before it has resumed ends QEMU 7.2.
+    recovers: Option<Recovers>,
+    /// Our end of a connection that QEMU holds in case.
+    spare: Option<UnixStream>,
+    /// What QEMU said last of its migration.
+    seen: QemuMigration,
+    /// A question that QEMU has not answered yet.
+    asked: Option<JoinHandle<()>>,
+    /// Where the VM's memory is.
+    blocks: Option<Vec<PlacedBlock>>,
     /// When it got it.
     recovered: Option<Instant>,
     lost: bool,
@@ -68,6 +84,14 @@ pub(super) struct DestinationMove {
     cont_refused: Option<Refusal>,
     announced: bool,
     told_peer: Told,
+}
+
+/// What QEMU gets a connection by.
+enum Recovers {
+    /// Its end.
+    Socket(OwnedFd),
+    /// It has it.
+    Spare,
 }
 
 impl DestinationMove {
@@ -83,6 +107,10 @@ impl DestinationMove {
             aborted: None,
             cut: None,
             recovers: None,
+            spare: None,
+            seen: QemuMigration::None,
+            asked: None,
+            blocks: None,
             recovered: None,
             lost: false,
             settled: false,
@@ -100,6 +128,59 @@ impl DestinationMove {
         let carry = incoming.carry.as_ref().and_then(|identity| adopt(identity, 0));
         let disks = into::adopt(spec, &incoming.disks, adopt);
         Self { disks, ..Self::new(incoming.grant.clone(), carry) }
+    }
+
+    /// Looks at QEMU. One that does not answer is not asked again before it has: it takes only a handful of questions, and after those not even what
+    /// it is told out of band.
+    async fn look(&mut self, qmp: &Qmp) -> Result<QemuView, QmpError> {
+        let limit = if self.waits_in_vain() { WAITS_FOR_PAGE } else { COMMAND_LIMIT };
+        let silent = || QmpError::TimedOut { command: "query-status".into(), limit };
+        if self.is_silent() {
+            return Err(silent());
+        }
+        let looked = tokio::time::timeout(limit, self.watch.look(qmp)).await.unwrap_or_else(|_| Err(silent()));
+        match &looked {
+            Ok(seen) => self.seen = seen.migration,
+            Err(QmpError::TimedOut { .. }) => {
+                let qmp = qmp.clone();
+                self.asked = Some(tokio::spawn(async move { drop(qmp.execute_within("query-status", Value::Null, LONG).await) }));
+            }
+            Err(_) => {}
+        }
+        looked
+    }
+
+    /// Whether QEMU has left a question open.
+    fn is_silent(&self) -> bool {
+        self.asked.as_ref().is_some_and(|asked| !asked.is_finished())
+    }
+
+    fn carry_is_usable(&self) -> bool {
+        self.carry.as_ref().is_some_and(CarryClient::is_usable)
+    }
+
+    /// Whether memory is still to come over a connection that is gone.
+    fn waits_in_vain(&self) -> bool {
+        self.seen.needs_pages() && !self.carry_is_usable()
+    }
+
+    /// A QEMU in post-copy that does not answer, since it waits for a page: what it would say.
+    fn as_it_must_be(&self, again: bool) -> Option<QemuView> {
+        let has_connection = self.carry_is_usable() && (!again || self.recovered.is_some());
+        let migration = if has_connection { QemuMigration::PostCopy } else { QemuMigration::PostCopyPaused };
+        self.seen.needs_pages().then_some(QemuView { vcpus: Vcpus::Other, migration, ..UNKNOWN })
+    }
+
+    /// Gives QEMU a connection in case.
+    async fn provide(&mut self, qmp: &Qmp) {
+        if !self.seen.needs_pages() || self.spare.is_some() || self.recovers.is_some() || !qmp.is_heard_out_of_band() {
+            return;
+        }
+        let Ok((ours, qemus)) = UnixStream::pair() else { return };
+        match qmp.getfd(SPARE_FD, qemus.into()).await {
+            Ok(()) => self.spare = Some(ours),
+            Err(error) => tracing::debug!(%error, "QEMU has no spare connection"),
+        }
     }
 
     /// Tells the source, unless it was told so lately; how long until that is due again.
@@ -182,8 +263,8 @@ impl Actor {
             return Err(refusal);
         }
         match self.begin_destination(&grant, listener, policy, memory_key).await {
-            Ok((carry, disks)) => {
-                let moving = DestinationMove { disks, ..DestinationMove::new(grant, Some(carry)) };
+            Ok((carry, disks, blocks)) => {
+                let moving = DestinationMove { disks, blocks, ..DestinationMove::new(grant, Some(carry)) };
                 self.moving = Some(Moving::Destination(Box::new(moving)));
                 match self.record.as_ref().map(|record| &record.holding) {
                     Some(Holding::Destination(incoming)) => Ok(prepared(incoming)),
@@ -206,7 +287,7 @@ impl Actor {
         listener: TcpListener,
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
-    ) -> Result<(CarryClient, Vec<Lane>), Refusal> {
+    ) -> Result<(CarryClient, Vec<Lane>, Option<Vec<PlacedBlock>>), Refusal> {
         let qmp = self.monitor()?.clone();
         let known = qmp.query_migrate_capabilities().await.map_err(qemu_failed)?;
         let wanted = [("events", true), ("return-path", true), ("late-block-activate", true)];
@@ -221,7 +302,8 @@ impl Actor {
         let source = grant.source.clone().ok_or_else(|| Refusal::new(ErrorCode::BadRequest, "the grant names no source"))?;
         let mut fds = PassedFds::new();
         let listen_fd = fds.pass(listener);
-        let placement = self.memory_blocks(&qmp).await.and_then(|blocks| self.place(blocks, Access::Write, &mut fds));
+        let blocks = self.memory_blocks(&qmp).await;
+        let placement = blocks.clone().and_then(|blocks| self.place(blocks, Access::Write, &mut fds));
         let kept = memory_key.and_then(|key| self.lend_memory(&key, &mut fds));
         let images = self.lend_images(&mut fds).await;
         let role = Role::Destination { listen_fd, placement, advises, kept, images, again: None };
@@ -246,7 +328,7 @@ impl Actor {
             into::end(disks).await;
             return Err(refusal);
         }
-        Ok((carry, disks))
+        Ok((carry, disks, blocks))
     }
 
     /// The controller gives the task up, or knows how it ended at the source: without a release the destination declines.
@@ -304,13 +386,21 @@ impl Actor {
         let Some(Moving::Destination(moving)) = &mut self.moving else {
             return Err(Refusal::new(ErrorCode::Internal, "no move"));
         };
-        let looked = match asked {
-            Some(qmp) => moving.watch.look(&qmp).await.map(Some),
+        let looked = match &asked {
+            Some(qmp) => moving.look(qmp).await.map(Some),
             None => Ok(None),
         };
         let qemu = match looked {
-            Ok(Some(seen)) => Some(seen),
+            Ok(Some(seen)) => {
+                if let Some(qmp) = asked.filter(|_| record != DestinationRecord::Prepared) {
+                    moving.provide(&qmp).await;
+                }
+                Some(seen)
+            }
+            // It was told to run, or could not be: without a connection it will not say more.
+            Err(_) if must_answer && moving.is_silent() && moving.waits_in_vain() => moving.as_it_must_be(again),
             Err(error) if must_answer => return Err(qemu_failed(error)),
+            Err(_) if moving.is_silent() => moving.as_it_must_be(again).or(alive.then_some(UNKNOWN)),
             _ => alive.then_some(UNKNOWN),
         };
         let view = DestinationView {
@@ -411,17 +501,36 @@ impl Actor {
             carry.end().await;
         }
         let qmp = self.monitor()?.clone();
-        let status = qmp.query_migrate().await.map_err(qemu_failed)?.status();
-        if status != MigrationStatus::PostcopyPaused {
-            return Err(Refusal::new(ErrorCode::QemuFailed, "QEMU has not noticed yet that its connection is gone"));
+        let (silent, blocks) = match &self.moving {
+            Some(Moving::Destination(moving)) => (moving.is_silent(), moving.blocks.clone()),
+            _ => return Ok(()),
+        };
+        if !silent {
+            let status = qmp.query_migrate().await.map_err(qemu_failed)?.status();
+            if status != MigrationStatus::PostcopyPaused {
+                return Err(Refusal::new(ErrorCode::QemuFailed, "QEMU has not noticed yet that its connection is gone"));
+            }
         }
         let address = self.host.migration_address();
         let listener = TcpListener::bind((address, 0)).map_err(|error| host_failed("cannot listen for the source", &error))?;
         let port = listener.local_addr().map_err(|error| host_failed("cannot listen for the source", &error))?.port();
-        let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+        let (ours, recovers) = match &mut self.moving {
+            Some(Moving::Destination(moving)) if silent => {
+                let lost = || Refusal::new(ErrorCode::QemuFailed, "QEMU waits for a page, and has no other connection");
+                (moving.spare.take().ok_or_else(lost)?, Recovers::Spare)
+            }
+            _ => {
+                let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+                (ours, Recovers::Socket(qemus.into()))
+            }
+        };
         let mut fds = PassedFds::new();
         let listen_fd = fds.pass(listener);
-        let placement = self.memory_blocks(&qmp).await.and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
+        let blocks = match blocks {
+            None if !silent => self.memory_blocks(&qmp).await,
+            blocks => blocks,
+        };
+        let placement = blocks.and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
         let again = Some(section);
         let role = Role::Destination { listen_fd, placement, advises: true, kept: None, images: Vec::new(), again };
         let stall = MigrationPolicy::default().stall;
@@ -432,7 +541,7 @@ impl Actor {
         self.save_or_log();
         tracing::info!(port, "another carry waits for what was left");
         if let Some(Moving::Destination(moving)) = &mut self.moving {
-            (moving.carry, moving.recovers, moving.recovered) = (Some(carry), Some(qemus.into()), None);
+            (moving.carry, moving.recovers, moving.recovered) = (Some(carry), Some(recovers), None);
         }
         Ok(())
     }
@@ -442,10 +551,19 @@ impl Actor {
         let qmp = self.monitor()?.clone();
         let Some(Moving::Destination(moving)) = &mut self.moving else { return Ok(()) };
         let recovered = match moving.recovers.take() {
-            Some(socket) => match qmp.getfd(INCOMING_FD, socket).await {
+            Some(Recovers::Socket(socket)) => match qmp.getfd(INCOMING_FD, socket).await {
                 Ok(()) => qmp.migrate_recover_fd(INCOMING_FD).await.map_err(qemu_failed),
                 Err(error) => Err(qemu_failed(error)),
             },
+            Some(Recovers::Spare) => {
+                let recovered = qmp.migrate_recover_fd(SPARE_FD).await;
+                if recovered.as_ref().is_err_and(|error| error.refused().is_some()) {
+                    // It has not noticed yet that its connection is gone.
+                    moving.recovers = Some(Recovers::Spare);
+                    return recovered.map_err(qemu_failed);
+                }
+                recovered.map_err(qemu_failed)
+            }
             None => Err(Refusal::new(ErrorCode::Internal, "an agent before this one had the connection")),
         };
         moving.recovered = recovered.is_ok().then(Instant::now);
@@ -501,7 +619,9 @@ impl Actor {
     /// Announces the VM's addresses: by the host itself, and by QEMU on the guest's behalf.
     async fn announce(&mut self) {
         self.announce_by_host();
-        if let Ok(qmp) = self.monitor()
+        let silent = matches!(&self.moving, Some(Moving::Destination(moving)) if moving.is_silent());
+        if !silent
+            && let Ok(qmp) = self.monitor()
             && let Err(error) = qmp.announce_self(AnnounceSchedule::default()).await
         {
             tracing::warn!(%error, "QEMU could not announce the VM");
@@ -561,6 +681,10 @@ impl Actor {
         }
         tracing::info!(?outcome, "the move has ended here");
         let Some(Moving::Destination(moving)) = self.moving.take() else { return None };
+        if let (Some(_), Some(qmp)) = (&moving.spare, &self.qmp) {
+            // It is closed at our end: what is left at QEMU's is nothing but a number.
+            let _ = qmp.closefd(SPARE_FD).await;
+        }
         if let Some(carry) = moving.carry {
             if let Some(changed) = carry.status().changed_image {
                 self.host.images.forget(&changed.into()).await;

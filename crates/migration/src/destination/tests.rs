@@ -69,6 +69,23 @@ fn qemus_own_refusal_gives_the_vm_back() {
 }
 
 #[test]
+fn a_carry_that_is_gone_before_cont_gives_the_vm_back_and_after_it_does_not() {
+    let mut without = view(Some((Vcpus::Paused, QemuMigration::PostCopyPaused)));
+    without.carry.usable = false;
+    assert!(declines(&taken_over().decide(&DestinationRecord::Activated, &without)));
+    let mut told = taken_over();
+    let waiting = view(Some((Vcpus::Paused, QemuMigration::PostCopy)));
+    assert_eq!(told.decide(&DestinationRecord::Activated, &waiting), DestinationAction::ContinueVm);
+    assert_eq!(told.decide(&DestinationRecord::Activated, &without), DestinationAction::ContinueVm);
+    // It does not answer any more.
+    without.qemu.as_mut().expect("alive").vcpus = Vcpus::Other;
+    let action = told.decide(&DestinationRecord::Activated, &without);
+    assert_eq!(action, DestinationAction::Record(DestinationRecord::Running), "it may have run");
+    let after_a_restart = Destination::new(UnixMillis(1_000)).decide(&DestinationRecord::Activated, &without);
+    assert_eq!(after_a_restart, DestinationAction::Record(DestinationRecord::Running));
+}
+
+#[test]
 fn a_destination_in_post_copy_takes_the_vm_over_and_says_when_it_is_whole() {
     let waiting = |vcpus| view(Some((vcpus, QemuMigration::PostCopy)));
     let mut destination = Destination::new(UnixMillis(1_000));
