@@ -496,7 +496,7 @@ impl Actor {
             VmCommand::Change { generation, spec } => self.change(generation, spec).await.map(|()| Answer::default()),
             VmCommand::Kill { generation } => {
                 if self.process.is_none() {
-                    return Ok(Answer::default());
+                    return self.between_hosts().map(|()| Answer::default());
                 }
                 self.may_end(generation)?;
                 if let Some(record) = &mut self.record {
@@ -590,6 +590,19 @@ impl Actor {
         match record {
             Some(Holding::Destination(incoming)) if incoming.record.is_for_good() => Ok(()),
             _ => self.owned(generation),
+        }
+    }
+
+    /// Refuses while another host may be about to run the VM: that it does not run here says nothing then.
+    pub(super) fn between_hosts(&self) -> Result<(), Refusal> {
+        match self.record.as_ref().map(|record| &record.holding) {
+            None | Some(Holding::Owner) => Ok(()),
+            Some(Holding::Destination(incoming)) if incoming.record.is_for_good() => Ok(()),
+            Some(Holding::Source(_) | Holding::Destination(_)) => {
+                Err(Refusal::new(ErrorCode::VmBusy, "the VM is between two hosts")
+                    .hint("wait until its move has ended: `godwit task list` shows it")
+                    .retry(Retry::Safe))
+            }
         }
     }
 

@@ -35,13 +35,12 @@ use crate::journal::{EndedMove, Holding, Incoming, VmRecord};
 const INCOMING_FD: &str = "godwit-incoming";
 /// A connection that QEMU gets before it needs it: once it waits for a page in its main loop, it takes none any more.
 const SPARE_FD: &str = "godwit-spare";
-/// How long QEMU may not answer while it may be waiting for a page that cannot come.
-const WAITS_FOR_PAGE: Duration = Duration::from_secs(2);
+/// How long QEMU may not answer before it is taken to be waiting for a page.
+const WAITS_FOR_PAGE: Duration = Duration::from_secs(1);
 /// A question that stays open until QEMU answers again.
 const LONG: Duration = Duration::from_secs(24 * 3_600);
 /// How long QEMU may take to go on with a connection that it was given.
 const RECOVERING: Duration = Duration::from_secs(10);
-
 /// How often the source hears that this agent waits.
 const PRESENT: Duration = Duration::from_millis(500);
 
@@ -69,6 +68,8 @@ pub(super) struct DestinationMove {
     cut: Option<u16>,
     /// The connection to a carry that goes on: QEMU gets it when the source's has come. One that is closed before it has resumed ends QEMU 7.2.
     recovers: Option<Recovers>,
+    /// When it got it.
+    recovered: Option<Instant>,
     /// Our end of a connection that QEMU holds in case.
     spare: Option<UnixStream>,
     /// What QEMU said last of its migration.
@@ -77,8 +78,6 @@ pub(super) struct DestinationMove {
     asked: Option<JoinHandle<()>>,
     /// Where the VM's memory is.
     blocks: Option<Vec<PlacedBlock>>,
-    /// When it got it.
-    recovered: Option<Instant>,
     lost: bool,
     settled: bool,
     cont_refused: Option<Refusal>,
@@ -133,7 +132,7 @@ impl DestinationMove {
     /// Looks at QEMU. One that does not answer is not asked again before it has: it takes only a handful of questions, and after those not even what
     /// it is told out of band.
     async fn look(&mut self, qmp: &Qmp) -> Result<QemuView, QmpError> {
-        let limit = if self.waits_in_vain() { WAITS_FOR_PAGE } else { COMMAND_LIMIT };
+        let limit = if self.seen.needs_pages() { WAITS_FOR_PAGE } else { COMMAND_LIMIT };
         let silent = || QmpError::TimedOut { command: "query-status".into(), limit };
         if self.is_silent() {
             return Err(silent());
@@ -348,7 +347,12 @@ impl Actor {
         let (record, view) = match self.see_destination().await {
             Ok(seen) => seen,
             Err(refusal) => {
-                tracing::warn!(message = refusal.message, "QEMU cannot be looked at");
+                match &self.moving {
+                    Some(Moving::Destination(moving)) if moving.seen.needs_pages() => {
+                        tracing::info!(message = refusal.message, "QEMU waits for a page, it seems");
+                    }
+                    _ => tracing::warn!(message = refusal.message, "QEMU cannot be looked at"),
+                }
                 return Some(RETRY);
             }
         };
@@ -514,13 +518,14 @@ impl Actor {
         let address = self.host.migration_address();
         let listener = TcpListener::bind((address, 0)).map_err(|error| host_failed("cannot listen for the source", &error))?;
         let port = listener.local_addr().map_err(|error| host_failed("cannot listen for the source", &error))?.port();
-        let (ours, recovers) = match &mut self.moving {
+        let no_pair = |error| host_failed("no socket pair", &error);
+        let (ours, recovers) = match &self.moving {
             Some(Moving::Destination(moving)) if silent => {
                 let lost = || Refusal::new(ErrorCode::QemuFailed, "QEMU waits for a page, and has no other connection");
-                (moving.spare.take().ok_or_else(lost)?, Recovers::Spare)
+                (moving.spare.as_ref().ok_or_else(lost)?.try_clone().map_err(no_pair)?, Recovers::Spare)
             }
             _ => {
-                let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+                let (ours, qemus) = UnixStream::pair().map_err(no_pair)?;
                 (ours, Recovers::Socket(qemus.into()))
             }
         };
@@ -541,6 +546,9 @@ impl Actor {
         self.save_or_log();
         tracing::info!(port, "another carry waits for what was left");
         if let Some(Moving::Destination(moving)) = &mut self.moving {
+            if matches!(recovers, Recovers::Spare) {
+                moving.spare = None;
+            }
             (moving.carry, moving.recovers, moving.recovered) = (Some(carry), Some(recovers), None);
         }
         Ok(())
@@ -585,7 +593,11 @@ impl Actor {
             Ok(()) => {
                 // What comes for the VM from here on waits at its tap instead of going to where it was.
                 self.announce_by_host();
-                self.command(Qmp::cont).await
+                // It may be waiting for a page that cannot come: what it does then is looked at.
+                let needs_pages = matches!(&self.moving, Some(Moving::Destination(moving)) if moving.seen.needs_pages());
+                let limit = if needs_pages { WAITS_FOR_PAGE } else { COMMAND_LIMIT };
+                let late = |_| Err(QmpError::TimedOut { command: "cont".into(), limit });
+                self.command(async |qmp: &Qmp| tokio::time::timeout(limit, qmp.cont()).await.unwrap_or_else(late)).await
             }
             // Nothing has run.
             Err(refusal) => Err(refusal.retry(Retry::Safe)),
@@ -659,7 +671,7 @@ impl Actor {
         }
     }
 
-    async fn end_destination(&mut self, outcome: Outcome) -> Option<Duration> {
+    pub(super) async fn end_destination(&mut self, outcome: Outcome) -> Option<Duration> {
         let Some(Moving::Destination(moving)) = &self.moving else { return None };
         let ended = EndedMove {
             task: moving.grant.task,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use godwit_link::v1::FetchImageRequest;
+use godwit_migration::Outcome;
 use godwit_model::{Accelerator, ErrorCode, Grant, ImageRef, Numa, Refusal, ResolvedSpec, Retry, RunState, VmId};
 use godwit_qemu::cage::{self, CagePlan, DeviceNode, Limit, Network, PassedFds, Profile};
 use godwit_qemu::command::{DiskFds, qemu_arguments};
@@ -46,6 +47,11 @@ impl Actor {
                 }
                 return self.run_on().await;
             }
+            self.between_hosts()?;
+        }
+        // It has come here, and has ended since. That its source has not heard so is no reason to wait: it will be told when it asks.
+        if self.moving.is_some() && self.end_destination(Outcome::Moved).await.is_some() {
+            return Err(Refusal::new(ErrorCode::HostFailed, "the end of the move to here could not be kept").retry(Retry::Safe));
         }
         self.begin(VmRecord::new(spec, grant.generation, 0, Holding::Owner), Start::Fresh).await?;
         if let Err(refusal) = self.run_on().await {
