@@ -418,7 +418,7 @@ impl Actor {
                 .clone()
                 .or_else(|| into::broken(&moving.disks).filter(|_| record == DestinationRecord::Prepared)),
             carry: ArrivingCarry {
-                usable: moving.carry.as_ref().is_some_and(CarryClient::is_usable) && moving.cut != Some(port),
+                usable: moving.carry_is_usable() && moving.cut != Some(port),
                 connected: moving.carry.as_ref().is_some_and(|carry| carry.status().connected),
                 again,
                 port,
@@ -434,7 +434,7 @@ impl Actor {
 
     fn carry_is_usable(&self) -> bool {
         match &self.moving {
-            Some(Moving::Destination(moving)) => moving.carry.as_ref().is_some_and(CarryClient::is_usable),
+            Some(Moving::Destination(moving)) => moving.carry_is_usable(),
             _ => false,
         }
     }
@@ -565,7 +565,7 @@ impl Actor {
             },
             Some(Recovers::Spare) => {
                 let recovered = qmp.migrate_recover_fd(SPARE_FD).await;
-                if recovered.as_ref().is_err_and(|error| error.refused().is_some()) {
+                if moving.is_silent() && recovered.as_ref().is_err_and(|error| error.refused().is_some()) {
                     // It has not noticed yet that its connection is gone.
                     moving.recovers = Some(Recovers::Spare);
                     return recovered.map_err(qemu_failed);
