@@ -89,6 +89,13 @@ pub(crate) enum Holding {
     Destination(Incoming),
 }
 
+impl Holding {
+    /// Whether a move has brought the VM here for good, and only its end is still to be told.
+    pub(crate) fn has_arrived(&self) -> bool {
+        matches!(self, Self::Destination(incoming) if incoming.record.is_for_good())
+    }
+}
+
 /// A move away from this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Outgoing {
@@ -199,7 +206,7 @@ pub(crate) enum JournalError {
 impl Journal {
     /// Opens, or begins, the journal in `dir`.
     pub(crate) fn open(dir: PathBuf) -> Result<Self, JournalError> {
-        for sub in ["vms", "ended", "floors"] {
+        for sub in ["vms", "ended", "floors", "ran"] {
             let path = dir.join(sub);
             fs::create_dir_all(&path).map_err(|source| JournalError::Io { path, action: "made", source })?;
         }
@@ -227,6 +234,20 @@ impl Journal {
     /// Raises the floor; it never falls.
     pub(crate) fn write_floor(&self, vm: VmId, generation: Generation) -> Result<(), JournalError> {
         if self.floor(vm)? < generation { replace(&self.floor_path(vm), &generation) } else { Ok(()) }
+    }
+
+    fn ran_path(&self, vm: VmId) -> PathBuf {
+        self.dir.join("ran").join(format!("{vm}.json"))
+    }
+
+    /// The highest generation of a VM that ran here after a move whose source does not know it.
+    pub(crate) fn ran(&self, vm: VmId) -> Result<Generation, JournalError> {
+        Ok(read(&self.ran_path(vm))?.unwrap_or_default())
+    }
+
+    /// See [`Journal::ran`]; it never falls.
+    pub(crate) fn write_ran(&self, vm: VmId, generation: Generation) -> Result<(), JournalError> {
+        if self.ran(vm)? < generation { replace(&self.ran_path(vm), &generation) } else { Ok(()) }
     }
 
     /// Whether a move has ended here and is not acknowledged yet.

@@ -387,10 +387,7 @@ fn vm_command(
             let policy = decode("policy", &set.policy)?;
             (convert::vm_id(&set.vm)?, VmCommand::SetPolicy { task: convert::task_id(task)?, policy })
         }
-        Action::Settle(settle) => (
-            convert::vm_id(&settle.vm)?,
-            VmCommand::Settle { task: convert::task_id(task)?, generation: Generation(settle.generation) },
-        ),
+        Action::Settle(settle) => (convert::vm_id(&settle.vm)?, VmCommand::Settle { generation: Generation(settle.generation) }),
         Action::DeleteVolume(_) | Action::Console(_) | Action::Exec(_) | Action::ExecStatus(_) => {
             return Err(Malformed::Field { field: "action" }.into());
         }

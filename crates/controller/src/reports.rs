@@ -109,8 +109,9 @@ impl Reports {
                     tracing::info!(%host, vm = %vm.row.name, ?state, %generation, detail = plain(&report.detail), "VM state");
                 }
             }
-            if let Some(activity) = vm.row.activity {
-                self.tasks.wake(activity.task);
+            let moves = before.pending.map(|pending| pending.task);
+            for task in vm.row.activity.map(|activity| activity.task).into_iter().chain(moves) {
+                self.tasks.wake(task);
             }
             Ok(Ok(None))
         })?

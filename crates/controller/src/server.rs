@@ -191,7 +191,15 @@ impl Controller {
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
         let hub = Arc::new(Hub::new());
         let images = Arc::new(open_images(&db, &options).await?);
-        let tasks = Arc::new(Tasks::new(db.clone(), hub.clone(), images.clone(), authority.clone(), tracker.clone(), stop.clone()));
+        let tasks = Arc::new(Tasks::new(
+            db.clone(),
+            hub.clone(),
+            images.clone(),
+            authority.clone(),
+            options.heartbeat,
+            tracker.clone(),
+            stop.clone(),
+        ));
         let fleet = Arc::new(Fleet::new(db.clone(), hub.clone()));
         nobody_is_connected(&db).await?;
         if options.restored {

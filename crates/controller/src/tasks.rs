@@ -83,6 +83,7 @@ pub(crate) struct Tasks {
     wakers: Mutex<HashMap<TaskId, Arc<Notify>>>,
     written: Mutex<HashMap<TaskId, Instant>>,
     execs: Mutex<HashMap<VmId, usize>>,
+    heartbeat: Duration,
     tracker: TaskTracker,
     stop: CancellationToken,
 }
@@ -105,6 +106,7 @@ impl Tasks {
         hub: Arc<Hub>,
         images: Arc<Images>,
         authority: Arc<Authority>,
+        heartbeat: Duration,
         tracker: TaskTracker,
         stop: CancellationToken,
     ) -> Self {
@@ -117,6 +119,7 @@ impl Tasks {
             wakers: Mutex::default(),
             written: Mutex::default(),
             execs: Mutex::default(),
+            heartbeat,
             tracker,
             stop,
         }

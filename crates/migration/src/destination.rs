@@ -56,6 +56,8 @@ pub struct DestinationView {
     pub aborted: Option<Refusal>,
     /// The source has said that it knows how it ended.
     pub settled: bool,
+    /// The controller waits for the source no more: it is away.
+    pub source_given_up: bool,
     /// This side's carry.
     pub carry: ArrivingCarry,
     /// The source has said that memory that was left is lost.
@@ -230,6 +232,9 @@ impl Destination {
         }
         // A QEMU that is dead needs nothing more.
         let whole = view.qemu.as_ref().is_none_or(|qemu| qemu.migration == QemuMigration::Completed);
+        if whole && view.source_given_up {
+            return DestinationAction::End(Outcome::Moved);
+        }
         DestinationAction::Tell(if whole { PeerMessage::Whole { since } } else { PeerMessage::Running { since } }, REPEAT)
     }
 }

@@ -476,9 +476,9 @@ impl Source {
                 SourceAction::GoOn(view.next_port.unwrap_or(view.port))
             }
             (_, true) if !view.carry.usable => SourceAction::Tell(PeerMessage::Cut { port: view.port }, Millis(500)),
-            (_, true) => SourceAction::Wait(IDLE),
             (Some(_), false) => SourceAction::Record(SourceRecord::Returned),
-            (None, false) => SourceAction::Tell(PeerMessage::Released, Millis(500)),
+            // Also while memory still goes: a destination that has ended the move without us answers how.
+            (_, true) | (None, false) => SourceAction::Tell(PeerMessage::Released, Millis(500)),
         }
     }
 

@@ -381,6 +381,7 @@ impl World {
             carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0, has_section: true },
             lost: false,
             settled: self.settled,
+            source_given_up: false,
             cont_refused: self.cont_refused.clone(),
             announced: self.announced,
         };

@@ -7,7 +7,7 @@
 //!                  pause ▼   │ unpause            migrate: running stays running, only the host changes
 //!                       paused
 //! ```
-//! While a task works on a VM every other changing request gets `vm_busy`; a kill cuts a stop short. The whole table is
+//! While a task works on a VM every other changing request gets `vm_busy`; a kill cuts a stop or a move short. The whole table is
 //! `docs/spec/arbitration.md`.
 
 use serde::{Deserialize, Serialize};
@@ -77,7 +77,7 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
     use RunState as S;
     use VmRequest as R;
     if let Some(activity) = activity {
-        let cut_short = request == R::Kill && matches!(activity.request, R::Stop);
+        let cut_short = request == R::Kill && matches!(activity.request, R::Stop | R::Migrate);
         if !cut_short {
             return Admission::Deny(
                 Refusal::new(ErrorCode::VmBusy, format!("task {} ({:?}) works on the VM", activity.task, activity.request))
@@ -172,10 +172,11 @@ mod tests {
         }
 
         #[test]
-        fn prop_a_held_vm_admits_nothing_but_cutting_a_stop_short(holder in 0..REQUESTS.len(), request in 0..REQUESTS.len()) {
+        fn prop_a_held_vm_admits_nothing_but_a_kill_that_cuts_a_stop_or_a_move_short(holder in 0..REQUESTS.len(), request in 0..REQUESTS.len()) {
             let activity = Activity { task: TaskId::new(uuid::Uuid::nil()), request: REQUESTS[holder] };
             let answer = decide_admission(RunState::Running, Some(activity), REQUESTS[request]);
-            let cut_short = REQUESTS[holder] == VmRequest::Stop && REQUESTS[request] == VmRequest::Kill;
+            let cut_short =
+                matches!(REQUESTS[holder], VmRequest::Stop | VmRequest::Migrate) && REQUESTS[request] == VmRequest::Kill;
             prop_assert_eq!(answer == Admission::Accept, cut_short);
         }
     }

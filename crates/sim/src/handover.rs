@@ -62,6 +62,8 @@ pub enum Wrong {
     ClaimsWhatItMayDecline,
     /// The last fact of a source is said once and never asked for again: who has forgotten a move answers nothing.
     AnswersNothingOfThePast,
+    /// A destination that has ended a move without its source does not keep that it has run the VM.
+    ForgetsThatItRan,
 }
 
 /// What is explored.
@@ -110,6 +112,8 @@ struct Host {
     disk: Option<Record>,
     /// The highest generation that is not taken up again; durable.
     floor: u8,
+    /// The highest generation that ran here after a move whose source does not know it; durable.
+    ran: u8,
     /// How moves ended here, while the controller has not acknowledged it; durable.
     ended: [Option<bool>; MOVES],
     /// What the agent takes the journal to say.
@@ -177,6 +181,7 @@ struct DestinationMove {
     aborted: bool,
     lost: bool,
     settled: bool,
+    source_given_up: bool,
     cont_refused: bool,
     announced: bool,
 }
@@ -267,6 +272,8 @@ struct Move {
     settle: bool,
     /// The user has asked for it to be cancelled; this may arrive at any time.
     cancel: bool,
+    /// The controller waits for the source no more, and has told the destination; this may arrive at any time.
+    source_given_up: bool,
     wire: Wire,
     /// The last byte has reached the destination's carry.
     whole: bool,
@@ -371,6 +378,8 @@ pub enum Order {
     Settle(u8),
     /// The source of a move hears that it is to be cancelled.
     Cancel(u8),
+    /// The destination runs the VM, and its source is taken for gone.
+    GiveSourceUp,
     /// The next move is asked for.
     Next,
 }
@@ -459,9 +468,9 @@ impl World {
                     (moving.clock, moving.released) = (0, false);
                 }
                 (Some(Moving::Destination(number, moving)), Holding::Destination(_, Taken::Running | Taken::Declined)) => {
-                    let DestinationMove { aborted, lost, settled, announced, .. } = *moving;
+                    let DestinationMove { aborted, lost, settled, source_given_up, announced, .. } = *moving;
                     let fresh = agent::destination_move();
-                    let moving = DestinationMove { aborted, lost, settled, announced, ..fresh };
+                    let moving = DestinationMove { aborted, lost, settled, source_given_up, announced, ..fresh };
                     here.moving = Some(Moving::Destination(*number, moving));
                 }
                 _ => {}

@@ -117,6 +117,11 @@ fn a_vm_that_is_claimed_before_it_is_there_for_good_is_found_out() {
 }
 
 #[test]
+fn a_vm_that_has_gone_on_before_its_first_source_knew_is_found_out_if_nobody_remembers() {
+    assert_eq!(caught(Route::Onward, 0, true, Wrong::ForgetsThatItRan), rules::ONE_OWNER);
+}
+
+#[test]
 fn hosts_that_answer_nothing_of_the_past_are_found_out() {
     assert_eq!(caught(Route::Once, 1, true, Wrong::AnswersNothingOfThePast), NO_GOOD_END);
 }

@@ -114,7 +114,10 @@ impl Cluster {
     }
 
     /// Ends a process as a crash would.
-    pub(crate) fn kill(&self, party: Party<'_>) -> Result<()> {
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn kill(&self, party: Party<'_>) -> Result<()> {
         match party {
             Party::Controller => Ok(self.lab().controller().crash()?),
             Party::Agent(host) => Ok(self.lab().agent(host)?.crash()?),

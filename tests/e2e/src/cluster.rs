@@ -429,6 +429,14 @@ impl Cluster {
         let of_vm = |role: &ProcessRole| matches!(role, ProcessRole::Qemu(of) | ProcessRole::Tpm(of) if *of == id);
         let left: Vec<_> = self.processes(&from)?.into_iter().filter(|process| of_vm(&process.role)).collect();
         ensure!(left.is_empty(), "left of {vm} that has stopped: {left:?}");
+        self.start_again(vm, host)
+    }
+
+    /// Starts a VM that has run before and ended.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_again(&mut self, vm: &str, host: &str) -> Result<()> {
         *self.reboots.entry(vm.to_owned()).or_default() += 1;
         let task = self.begin_start(vm, host).with_context(|| format!("start {vm} on {host}"))?;
         self.done(task, BOOT)?;

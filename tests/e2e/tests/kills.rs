@@ -170,3 +170,36 @@ fn a_controller_killed_between_release_and_cont_delays_nothing() -> Result<()> {
     }
     anyhow::bail!("in {TRIES} moves the controller was never killed between release and cont")
 }
+
+#[test]
+fn a_move_ends_without_a_source_that_stays_away_and_nothing_runs_there_when_it_comes_back() -> Result<()> {
+    let mut cluster = ClusterSpec::new(3)?.up()?;
+    cluster.boot(&GuestSpec::small("web"), "h1")?;
+    let id = cluster.guest("web")?.id;
+    for _ in 0..TRIES {
+        let state = |host: &str| anyhow::Ok(cluster.lab_status()?.dir.join(host).join("state"));
+        let log = cluster.lab().agent("h1")?.log()?;
+        let tracks = Tracks::new(id, &state("h1")?, &state("h2")?, log);
+        let task = cluster.begin_move("web", "h2", MigrationPolicy::default())?;
+        let moment = Moment { mark: Mark::Activated, after: Duration::ZERO };
+        ensure!(tracks.wait(moment).is_some(), "the destination has not taken the VM over");
+        cluster.run(&[Kill(Agent("h1"))])?;
+        let unaware = !tracks.has(Mark::Confirmed);
+        if !unaware {
+            cluster.run(&[Restart(Agent("h1")), Ends("web", Ending::Moved("h2")), Migrate("web", "h1")])?;
+            continue;
+        }
+        let done = cluster.done(task, A_SECOND * 60)?;
+        ensure!(done.trail.iter().any(|note| note.text.contains("h1 is away")), "{:?}", done.trail);
+        // By the time that the first host asks, the second has nothing of the VM any more.
+        cluster.run(&[
+            Ends("web", Ending::Moved("h2")),
+            Migrate("web", "h3"),
+            Restart(Agent("h1")),
+            A_WHILE,
+            Migrate("web", "h1"),
+        ])?;
+        return cluster.finish();
+    }
+    anyhow::bail!("in {TRIES} moves the source's agent was never killed before it knew")
+}

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, other_qemu};
-use godwit_model::{Bytes, BytesPerSec, ErrorCode, MigrationFigures, MigrationPhase, MigrationPolicy, Millis, PostCopy, Rung};
+use godwit_model::{
+    Bytes, BytesPerSec, ErrorCode, MigrationFigures, MigrationPhase, MigrationPolicy, Millis, Name, PostCopy, Rung,
+};
 
 /// A guest that writes more than the link takes: whole pages that do not compress, in no order.
 fn hot(name: &str) -> GuestSpec {
@@ -93,6 +95,25 @@ fn what_was_left_follows_whoever_dies_meanwhile() -> Result<()> {
         }
         cluster.run(&[Action::Ends("web", Ending::Moved(to))])?;
     }
+    cluster.finish()
+}
+
+#[test]
+fn a_vm_whose_memory_stays_on_a_host_that_is_away_can_be_killed_and_started_again() -> Result<()> {
+    let mut cluster = up(hot("web"))?;
+    cluster.expect_log("no carry");
+    into_the_rest(&mut cluster, "web", "h2")?;
+    // The VM waits for its memory, and answers nobody.
+    cluster.kill(Party::Agent("h1"))?;
+    cluster.kill(Party::Carry("web", "h1"))?;
+    let vm = Name::new("web")?;
+    let busy = cluster.ask(cluster.client().pause_vm(&vm)).err().map(|refusal| refusal.code);
+    ensure!(busy == Some(ErrorCode::VmBusy), "{busy:?}");
+    let kill = cluster.ask(cluster.client().kill_vm(&vm))?.id;
+    cluster.done(kill, Duration::from_secs(30))?;
+    cluster.start_again("web", "h2")?;
+    // What the first host holds is of no use to anybody; it learns so when it is back.
+    cluster.run(&[Action::Restart(Party::Agent("h1")), Action::Ends("web", Ending::Moved("h2")), Action::Migrate("web", "h1")])?;
     cluster.finish()
 }
 

@@ -78,3 +78,19 @@ fn an_epoch_is_remembered_with_whose_it_is_and_how_far_that_came() {
     again.write_epoch(Epoch(5), "five".into()).expect("written");
     assert_eq!(again.host().expect("read"), HostRecord { epoch: Epoch(5), epoch_id: "five".into(), mark: 0, members: members() });
 }
+
+#[test]
+fn what_was_given_away_or_declined_and_what_ran_are_kept_apart_and_never_fall() {
+    let dir = tempfile::tempdir().expect("dir");
+    let journal = Journal::open(dir.path().into()).expect("opened");
+    let vm = record().spec.vm;
+    journal.write_floor(vm, Generation(7)).expect("written");
+    assert_eq!((journal.floor(vm).expect("read"), journal.ran(vm).expect("read")), (Generation(7), Generation(0)));
+    journal.write_ran(vm, Generation(5)).expect("written");
+    journal.write_ran(vm, Generation(4)).expect("nothing to do");
+    journal.write_floor(vm, Generation(6)).expect("nothing to do");
+    let again = Journal::open(dir.path().into()).expect("opened");
+    assert_eq!((again.floor(vm).expect("read"), again.ran(vm).expect("read")), (Generation(7), Generation(5)));
+    fs::write(journal.ran_path(vm), b"{").expect("damaged");
+    assert!(journal.ran(vm).is_err(), "nothing is guessed");
+}

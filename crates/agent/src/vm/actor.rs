@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::destination::DestinationMove;
 use super::moving::{answer, vcpus};
-use super::registry::answer_for_nobody;
+use super::registry::{answer_for_nobody, asks_how_it_ended};
 use super::source::SourceMove;
 use super::tpm::TPM_GRACE;
 use crate::carry::CarryNotice;
@@ -87,8 +87,8 @@ pub(crate) enum VmCommand {
         task: TaskId,
         policy: MigrationPolicy,
     },
+    /// Nothing more is waited for of a move.
     Settle {
-        task: TaskId,
         generation: Generation,
     },
     /// What a move would cost.
@@ -416,7 +416,7 @@ impl Actor {
     /// A message about a move that this host carries out no more, or never did.
     fn answer_of_past(&self, task: TaskId, said: &Said) {
         let ran = self.record.as_ref().is_some_and(|record| record.generation >= said.peer.generation);
-        if ran && said.peer.message == PeerMessage::Released {
+        if ran && asks_how_it_ended(&said.peer.message) {
             // It was activated here, and may have gone on from here since; it is forgotten only when nothing more is needed.
             return answer(&self.host, task, said, PeerMessage::Whole { since: Millis(0) });
         }
@@ -457,7 +457,10 @@ impl Actor {
             VmCommand::Measure { generation, disks } => self.measure_disks(generation, disks).await,
             VmCommand::Cancel { task } => self.cancel(task).map(|()| Answer::default()),
             VmCommand::SetPolicy { task, policy } => self.set_policy(task, policy).map(|()| Answer::default()),
-            VmCommand::Settle { task, generation } => self.settle(task, generation).await.map(|()| Answer::default()),
+            VmCommand::Settle { generation } => {
+                self.settle(generation);
+                Ok(Answer::default())
+            }
             VmCommand::Forget => self.forget().map(|()| Answer::default()),
             VmCommand::Forecast { .. } => Err(Refusal::new(ErrorCode::Internal, "a forecast is answered later")),
             VmCommand::MayBegin { generation } => {
@@ -586,9 +589,8 @@ impl Actor {
 
     /// Checks that this host runs the VM on exactly this generation: also at the end of a move to here, which may have to wait for a source that is gone.
     fn may_end(&self, generation: Generation) -> Result<(), Refusal> {
-        let record = self.record.as_ref().filter(|record| record.generation == generation).map(|record| &record.holding);
-        match record {
-            Some(Holding::Destination(incoming)) if incoming.record.is_for_good() => Ok(()),
+        match &self.record {
+            Some(record) if record.generation == generation && record.holding.has_arrived() => Ok(()),
             _ => self.owned(generation),
         }
     }
@@ -597,7 +599,7 @@ impl Actor {
     pub(super) fn between_hosts(&self) -> Result<(), Refusal> {
         match self.record.as_ref().map(|record| &record.holding) {
             None | Some(Holding::Owner) => Ok(()),
-            Some(Holding::Destination(incoming)) if incoming.record.is_for_good() => Ok(()),
+            Some(holding) if holding.has_arrived() => Ok(()),
             Some(Holding::Source(_) | Holding::Destination(_)) => {
                 Err(Refusal::new(ErrorCode::VmBusy, "the VM is between two hosts")
                     .hint("wait until its move has ended: `godwit task list` shows it")
@@ -626,6 +628,16 @@ impl Actor {
         raised.is_ok()
     }
 
+    /// Whether it is durable that the VM ran here on this generation, so that its source is answered truly when the VM is here no more.
+    #[must_use]
+    pub(super) fn keep_that_it_ran(&self, generation: Generation) -> bool {
+        let kept = self.host.journal.write_ran(self.vm, generation);
+        if let Err(error) = &kept {
+            tracing::error!(error = error as &dyn std::error::Error, "that the VM ran here could not be kept");
+        }
+        kept.is_ok()
+    }
+
     fn forget(&mut self) -> Result<(), Refusal> {
         if self.process.is_some() {
             return Err(Refusal::new(ErrorCode::VmRunning, "the VM runs here").hint("stop it first"));
@@ -649,7 +661,7 @@ impl Actor {
             Holding::Source(outgoing) if outgoing.record != SourceRecord::Offered && outgoing.record != SourceRecord::Returned => {
                 (v1::Holding::Released, record.generation)
             }
-            Holding::Destination(incoming) if incoming.record.is_for_good() => (v1::Holding::Owner, incoming.grant.generation),
+            Holding::Destination(incoming) if record.holding.has_arrived() => (v1::Holding::Owner, incoming.grant.generation),
             Holding::Destination(incoming) => (v1::Holding::Incoming, incoming.grant.generation),
             _ => (v1::Holding::Owner, record.generation),
         };

@@ -10,7 +10,7 @@ use godwit_migration::{
     QemuView, Vcpus,
 };
 use godwit_model::{
-    Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState, TaskId,
+    Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState,
     TravellingDisk,
 };
 use godwit_qemu::process::ProcessIdentity;
@@ -80,6 +80,8 @@ pub(super) struct DestinationMove {
     blocks: Option<Vec<PlacedBlock>>,
     lost: bool,
     settled: bool,
+    /// The controller waits for the source no more.
+    source_given_up: bool,
     cont_refused: Option<Refusal>,
     announced: bool,
     told_peer: Told,
@@ -113,6 +115,7 @@ impl DestinationMove {
             recovered: None,
             lost: false,
             settled: false,
+            source_given_up: false,
             cont_refused: None,
             announced: false,
             told_peer: Told::default(),
@@ -330,16 +333,16 @@ impl Actor {
         Ok((carry, disks, blocks))
     }
 
-    /// The controller gives the task up, or knows how it ended at the source: without a release the destination declines.
-    pub(super) async fn settle(&mut self, task: TaskId, generation: Generation) -> Result<(), Refusal> {
+    /// The controller waits for nothing more of this move: without a release the destination declines; what runs here needs no word of the source.
+    pub(super) fn settle(&mut self, generation: Generation) {
+        let arrived = self.record.as_ref().is_some_and(|record| record.holding.has_arrived());
         if let Some(Moving::Destination(moving)) = &mut self.moving
-            && moving.grant.task == task
             && moving.grant.generation == generation
         {
+            moving.source_given_up |= arrived;
             let reason = Refusal::new(ErrorCode::Cancelled, "the task is over").retry(Retry::Safe);
             moving.aborted.get_or_insert(reason);
         }
-        Ok(())
     }
 
     /// One look and one action; how long to wait then, or `None` to look again at once.
@@ -405,6 +408,10 @@ impl Actor {
             Err(_) if must_answer && moving.is_silent() && moving.waits_in_vain() => moving.as_it_must_be(again),
             Err(error) if must_answer => return Err(qemu_failed(error)),
             Err(_) if moving.is_silent() => moving.as_it_must_be(again).or(alive.then_some(UNKNOWN)),
+            // Without post-copy all of it came before.
+            _ if record == DestinationRecord::Running && !advises => {
+                alive.then_some(QemuView { migration: QemuMigration::Completed, ..UNKNOWN })
+            }
             _ => alive.then_some(UNKNOWN),
         };
         let view = DestinationView {
@@ -426,6 +433,7 @@ impl Actor {
             },
             lost: moving.lost,
             settled: moving.settled,
+            source_given_up: moving.source_given_up,
             cont_refused: moving.cont_refused.clone(),
             announced: moving.announced,
         };
@@ -688,7 +696,12 @@ impl Actor {
             tracing::error!(error = &error as &dyn std::error::Error, "the end of the move could not be kept");
             return Some(RETRY);
         }
-        if outcome != Outcome::Moved && !self.raise_floor(ended.generation) {
+        let kept = match outcome {
+            // Whoever does not know yet how it ended will ask, whatever has become of the VM by then.
+            Outcome::Moved => moving.settled || self.keep_that_it_ran(ended.generation),
+            Outcome::Stayed(_) => self.raise_floor(ended.generation),
+        };
+        if !kept {
             return Some(RETRY);
         }
         tracing::info!(?outcome, "the move has ended here");

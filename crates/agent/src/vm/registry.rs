@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use godwit_migration::PeerMessage;
-use godwit_model::{ErrorCode, Refusal, Retry, TaskId, VmId};
+use godwit_model::{ErrorCode, Millis, Refusal, Retry, TaskId, VmId};
 use tokio::sync::{mpsc, oneshot};
 
 use super::actor::{Actor, Answer, VmCommand, VmEvent};
@@ -117,18 +117,27 @@ impl Registry {
 pub(super) fn answer_for_nobody(host: &SharedHost, task: TaskId, said: &Said) {
     let message = match &said.peer.message {
         PeerMessage::Running { .. } | PeerMessage::Whole { .. } | PeerMessage::Declined { .. } => PeerMessage::Settled,
-        // A move that is not in the journal was never activated here, and its generation will not be prepared again.
-        PeerMessage::Released => PeerMessage::Declined {
-            reason: Refusal::new(ErrorCode::MigrationFailed, "the destination holds nothing of this move").retry(Retry::Safe),
+        message if asks_how_it_ended(message) => match host.journal.ran(said.peer.vm) {
+            // It has gone on from here since.
+            Ok(ran) if ran >= said.peer.generation => PeerMessage::Whole { since: Millis(0) },
+            // A move that is not in the journal was never activated here, and its generation will not be prepared again.
+            Ok(_) if *message == PeerMessage::Released => PeerMessage::Declined {
+                reason: Refusal::new(ErrorCode::MigrationFailed, "the destination holds nothing of this move").retry(Retry::Safe),
+            },
+            Ok(_) => return,
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                return tracing::error!(vm = %said.peer.vm, error, "the journal cannot be read, the other host gets no answer");
+            }
         },
-        PeerMessage::Prepared
-        | PeerMessage::Aborted { .. }
-        | PeerMessage::Cut { .. }
-        | PeerMessage::GoOn { .. }
-        | PeerMessage::Lost
-        | PeerMessage::Settled => return,
+        _ => return,
     };
     answer(host, task, said, message);
+}
+
+/// What a source says until it knows how the move has ended.
+pub(super) const fn asks_how_it_ended(message: &PeerMessage) -> bool {
+    matches!(message, PeerMessage::Released | PeerMessage::Lost | PeerMessage::Cut { .. })
 }
 
 fn unknown(vm: VmId) -> Refusal {

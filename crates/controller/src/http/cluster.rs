@@ -145,7 +145,7 @@ pub(super) async fn host_delete(
         }
         app.db.commit(Batch::default().delete(&row)).await?;
         restore::heard(&app.db, &host).await?;
-        Ok(vms.iter().filter(|vm| comes(vm)).filter_map(|vm| vm.activity.map(|activity| activity.task)).collect::<Vec<_>>())
+        Ok(vms.iter().filter(|vm| comes(vm)).filter_map(|vm| vm.pending.as_ref().map(|pending| pending.task)).collect::<Vec<_>>())
     })?;
     app.hub.expel(&host);
     tracing::info!(%host, principal = who.name, force = removal.force, "host removed");

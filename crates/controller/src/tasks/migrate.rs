@@ -6,7 +6,8 @@
 //!      └──────cancelled───┴──▶ Settle ──▶ failed, cancelled
 //! ```
 //! From MoveOut accepted to its end a migration belongs to the two agents. Here it is only waited for: a host that is away makes it wait
-//! and nothing else, and the VM's owner changes in the transaction that stores an agent's word (see `reports`).
+//! and nothing else, and the VM's owner changes in the transaction that stores an agent's word (see `reports`). Once the destination has said that
+//! the VM is its own, a source that stays away is not waited for.
 
 use godwit_link::v1::{self, command::Action};
 use godwit_link::{decode, encode};
@@ -24,12 +25,19 @@ use crate::rows::{HostRow, MigrateWork, PendingGrant, Stage, TaskRow, VmRow, Wor
 const ATTEMPTS: u32 = 3;
 /// How long the destination may take to say that it has cleared, before it is told to.
 const CLEARING: Duration = Duration::from_secs(30);
+/// Heartbeats for which a source may be away once the VM runs at the destination, before the move ends without it.
+const ABSENCE: u32 = 15;
 
 fn work_of(task: &mut TaskRow) -> Option<&mut MigrateWork> {
     match &mut task.work {
         Work::Migrate(work) => Some(work),
         _ => None,
     }
+}
+
+/// Whether the VM has come to the destination for good: its host has said so, and no older generation counts any more.
+pub(super) fn has_arrived(vm: &VmRow, work: &MigrateWork) -> bool {
+    vm.generation >= work.generation
 }
 
 fn cancelled() -> Refusal {
@@ -239,9 +247,22 @@ impl Tasks {
         let mut connections = self.hub.watch();
         let mut asked_to_cancel = false;
         let mut clearing: Option<Instant> = None;
+        let mut absent: Option<Instant> = None;
         loop {
-            let task = self.task(id).await?.row;
+            let (task, now) = self.both(id).await?;
+            let task = task.row;
             let Work::Migrate(work) = &task.work else { return Ok(()) };
+            if !has_arrived(&now.row, work) || self.hub.presence(&work.source).is_some() {
+                absent = None;
+            } else if Instant::now() >= *absent.get_or_insert_with(|| Instant::now() + self.heartbeat * ABSENCE) {
+                if work.source_ended.is_none() && work.destination_ended.as_ref().is_some_and(|ended| ended.moved) {
+                    return self.end_without_source(id, work).await;
+                }
+                // Said again after a while: an agent that has been restarted since does not know it.
+                absent = None;
+                self.give_source_up(id, vm, work).await?;
+                continue;
+            }
             let away = [&work.source, &work.destination].into_iter().find(|host| self.hub.presence(host).is_none());
             if let Some(ended) = &work.source_ended {
                 let cleared = work.destination_ended.is_some() || self.hub.presence(&work.destination).is_none();
@@ -269,7 +290,7 @@ impl Tasks {
                     continue;
                 }
             }
-            let deadline = clearing;
+            let deadline = clearing.or(absent);
             tokio::select! {
                 () = waker.notified() => {}
                 // The hub lives as long as the executor.
@@ -284,12 +305,12 @@ impl Tasks {
 
     async fn pass_cancel(&self, id: TaskId, vm: &VmRow, work: &MigrateWork) -> Result<(), Fault> {
         let action = Action::Cancel(v1::CancelMigration { vm: vm.id.to_string() });
-        // Given up while the source is away: its word of the end may come first.
+        // Given up while the source is away: its word of the end may come first, or the destination's.
         let ended = async {
             let waker = self.waker(id);
             loop {
-                let task = self.task(id).await?.row;
-                if matches!(&task.work, Work::Migrate(work) if work.source_ended.is_some()) {
+                let (task, vm) = self.both(id).await?;
+                if matches!(&task.row.work, Work::Migrate(work) if work.source_ended.is_some() || has_arrived(&vm.row, work)) {
                     waker.notify_one();
                     return Ok(());
                 }
@@ -305,6 +326,20 @@ impl Tasks {
             .await?;
         }
         Ok(())
+    }
+
+    /// Tells a destination that runs the VM to end the move by itself. It does so when nothing of the VM is at the source any more.
+    async fn give_source_up(&self, id: TaskId, vm: &VmRow, work: &MigrateWork) -> Result<(), Fault> {
+        let action = Action::Settle(v1::SettleMigration { vm: vm.id.to_string(), generation: work.generation.0 });
+        let tag = format!("give up the source of {} at {}", work.attempt, clock::now().0);
+        let away = std::future::ready(Ok(()));
+        self.command_until(id, &work.destination, &tag, action, away).await.map(|_| ())
+    }
+
+    /// The destination has the whole VM, and its source does not come back.
+    async fn end_without_source(&self, id: TaskId, work: &MigrateWork) -> Result<(), Fault> {
+        let said = format!("{} is away: it hears how it ended, and clears up, when it comes back", work.source);
+        self.finish(id, Outcome::Done, |task, _| note(task, said.clone())).await
     }
 
     /// Tells a destination that was not released to decline, if it can be told now. Otherwise it is told when it comes back.

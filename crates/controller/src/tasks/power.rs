@@ -5,13 +5,16 @@ use godwit_link::v1::{self, command::Action};
 use godwit_model::{ErrorCode, Generation, Grant, Millis, Name, Refusal, RunState, TaskId, UnixMillis};
 use tokio::time::{Duration, Instant};
 
+use super::migrate::has_arrived;
 use super::{Outcome, Tasks, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault};
-use crate::rows::{HistoryRow, HostRow, VmRow, Work};
+use crate::rows::{HistoryRow, HostRow, TaskRow, VmRow, Work};
 
 /// How long an unconditional grant can wait for its host.
 const START_LIFETIME: u64 = 24 * 3_600_000;
+/// How often a kill looks whether the move that it cuts short has ended.
+const LOOK: Duration = Duration::from_secs(1);
 
 fn no_host(vm: &VmRow) -> Refusal {
     Refusal::new(ErrorCode::Internal, format!("VM {} runs but has no host", vm.name))
@@ -114,6 +117,7 @@ impl Tasks {
     }
 
     pub(super) async fn run_kill(&self, id: TaskId) -> Result<(), Fault> {
+        self.cut_moves_short(id).await?;
         let (_, vm) = self.both(id).await?;
         let Some(host) = vm.row.host.clone() else {
             return self.finish(id, Outcome::Failed(no_host(&vm.row)), |_, _| {}).await;
@@ -125,6 +129,31 @@ impl Tasks {
             Err(refusal) if !already(&refusal) => self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
             _ => self.finish_in(id, generation, RunState::Stopped).await,
         }
+    }
+
+    /// Cancels the VM's moves, and waits until one host has the VM: in between nobody could be told to end it.
+    async fn cut_moves_short(&self, id: TaskId) -> Result<(), Fault> {
+        let (task, vm) = self.both(id).await?;
+        let of_vm = |task: &TaskRow| task.vm == Some(vm.row.id) && matches!(task.work, Work::Migrate(_)) && !task.state.ended();
+        let moves = self.db.all::<TaskRow>().await?.into_iter().filter(|task| of_vm(&task.row)).map(|task| task.row.id);
+        for moving in moves {
+            self.set_step(id, &format!("waits until one host has the VM: task {moving}")).await?;
+            if let Err(fault) = self.cancel(moving, &task.row.principal).await {
+                tracing::info!(task = %id, %moving, refusal = %fault.refusal(), "the move is not cancelled");
+            }
+            let waker = self.waker(id);
+            loop {
+                let (moving, vm) = (self.task(moving).await?.row, self.both(id).await?.1.row);
+                if moving.state.ended() || matches!(&moving.work, Work::Migrate(work) if has_arrived(&vm, work)) {
+                    break;
+                }
+                tokio::select! {
+                    () = waker.notified() => {}
+                    () = tokio::time::sleep(LOOK) => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(super) async fn run_pause(&self, id: TaskId) -> Result<(), Fault> {

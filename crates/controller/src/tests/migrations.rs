@@ -1,5 +1,7 @@
 //! Migrations with two scripted agents: each way they can end, and what is refused before they begin.
 
+use std::time::Duration;
+
 use godwit_api::v1::{self as api, TaskState};
 use godwit_link::v1::{self, agent_message::Body, command::Action};
 use godwit_link::{decode, encode};
@@ -458,4 +460,91 @@ async fn a_vm_that_any_host_says_it_runs_is_not_deleted() {
         agent.done(&forget, 0).await;
     }
     assert_eq!(pair.cluster.ended(task.id).await.state, TaskState::Done);
+}
+
+/// Two hosts of a controller that loses patience soon, and a VM that has moved from the first to the second, whose source has gone silent.
+async fn arrived_without_its_source() -> (Cluster, Agent, api::Task, api::Vm) {
+    let cluster = Cluster::with(|options| options.heartbeat = Duration::from_millis(200)).await;
+    let (_, mut a1) = cluster.agent("h1").await;
+    let (_, a2) = cluster.agent("h2").await;
+    cluster.running_vm("web1", &mut a1).await;
+    let task = cluster.migrate("web1", "h2").await.expect("accepted");
+    let mut pair = Pair { cluster, a1, a2 };
+    pair.begin(2).await;
+    let vm = pair.cluster.vm("web1").await;
+    pair.a2.send(Body::Vm(report(&vm, 2, RunState::Running, v1::Holding::Owner))).await;
+    pair.cluster.vm_when("web1", |vm| vm.status.host == Some(name("h2"))).await;
+    let Pair { cluster, a1, a2 } = pair;
+    drop(a1);
+    cluster.connected("h1", false).await;
+    (cluster, a2, task, vm)
+}
+
+async fn told_to_settle(agent: &mut Agent, generation: u64) {
+    let command = agent.command().await;
+    let Some(Action::Settle(body)) = &command.action else { panic!("{command:?}") };
+    assert_eq!(body.generation, generation);
+    agent.done(&command, 0).await;
+}
+
+#[tokio::test]
+async fn a_move_ends_without_a_source_that_stays_away_when_the_destination_has_the_whole_vm() {
+    let (cluster, mut a2, task, vm) = arrived_without_its_source().await;
+    // Memory is still to come: it is told again.
+    told_to_settle(&mut a2, 2).await;
+    told_to_settle(&mut a2, 2).await;
+    assert!(!cluster.task_when(task.id, |_| true).await.state.ended());
+    a2.ended(ended(&task, &vm, 2, false, None)).await;
+    let task = cluster.ended(task.id).await;
+    assert_eq!((task.state, task.figures), (TaskState::Done, None), "nobody has measured it");
+    assert!(task.trail.iter().any(|note| note.text.contains("h1 is away")), "{:?}", task.trail);
+    let vm = cluster.vm("web1").await;
+    assert_eq!((vm.status.host, vm.status.activity), (Some(name("h2")), None));
+}
+
+#[tokio::test]
+async fn a_vm_whose_move_cannot_end_is_killed_where_it_is_and_started_again() {
+    let (cluster, mut a2, task, vm) = arrived_without_its_source().await;
+    let kill = cluster.admin().kill_vm(&name("web1")).await.expect("accepted");
+    let command = loop {
+        let command = a2.command().await;
+        match &command.action {
+            Some(Action::Settle(_)) => a2.done(&command, 0).await,
+            _ => break command,
+        }
+    };
+    let Some(Action::Kill(body)) = &command.action else { panic!("{command:?}") };
+    assert_eq!(body.generation, 2);
+    a2.done(&command, 0).await;
+    a2.send(Body::Vm(report(&vm, 2, RunState::Stopped, v1::Holding::Owner))).await;
+    assert_eq!(cluster.ended(kill.id).await.state, TaskState::Done);
+    assert_eq!(cluster.vm("web1").await.status.activity, None);
+    assert!(!cluster.task_when(task.id, |_| true).await.state.ended(), "its end is another matter");
+    let start = cluster.admin().start_vm(&name("web1"), &api::VmStart::default()).await.expect("accepted");
+    assert!(!start.state.ended());
+}
+
+#[tokio::test]
+async fn a_kill_cancels_a_move_and_ends_the_vm_at_its_source() {
+    let mut pair = pair().await;
+    let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+    pair.begin(2).await;
+    let vm = pair.cluster.vm("web1").await;
+    let kill = pair.cluster.admin().kill_vm(&name("web1")).await.expect("accepted");
+    // By the request itself and by the move's task.
+    for _ in 0..2 {
+        let cancel = pair.a1.command().await;
+        assert!(matches!(&cancel.action, Some(Action::Cancel(_))), "{cancel:?}");
+        pair.a1.done(&cancel, 0).await;
+    }
+    pair.a1.ended(ended(&task, &vm, 2, true, Some(ErrorCode::Cancelled))).await;
+    pair.a2.ended(ended(&task, &vm, 2, false, Some(ErrorCode::Cancelled))).await;
+    let command = pair.a1.command().await;
+    let Some(Action::Kill(body)) = &command.action else { panic!("{command:?}") };
+    assert_eq!(body.generation, 1);
+    pair.a1.done(&command, 0).await;
+    assert_eq!(pair.cluster.ended(kill.id).await.state, TaskState::Done);
+    assert_eq!(pair.cluster.ended(task.id).await.state, TaskState::Cancelled);
+    let vm = pair.cluster.vm("web1").await;
+    assert_eq!((vm.status.host, vm.status.state, vm.status.activity), (Some(name("h1")), RunState::Stopped, None));
 }

@@ -21,6 +21,7 @@ fn view(qemu: Option<(Vcpus, QemuMigration)>) -> DestinationView {
         carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0, has_section: true },
         lost: false,
         settled: false,
+        source_given_up: false,
         cont_refused: None,
         announced: false,
     }
@@ -126,4 +127,11 @@ fn a_destination_in_post_copy_takes_the_vm_over_and_says_when_it_is_whole() {
     {
         assert!(matches!(tells(whole), PeerMessage::Whole { .. }));
     }
+    let given_up = |migration| {
+        running(|seen| seen.source_given_up = true);
+        let seen = DestinationView { announced: true, source_given_up: true, ..view(Some((Vcpus::Running, migration))) };
+        Destination::new(UnixMillis(1_000)).decide(&DestinationRecord::Running, &seen)
+    };
+    assert_eq!(given_up(QemuMigration::Completed), DestinationAction::End(Outcome::Moved));
+    assert!(matches!(tells(given_up(QemuMigration::PostCopy)), PeerMessage::Running { .. }), "memory is still to come");
 }

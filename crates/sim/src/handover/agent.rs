@@ -35,6 +35,7 @@ pub(super) fn destination_move() -> DestinationMove {
         aborted: false,
         lost: false,
         settled: false,
+        source_given_up: false,
         cont_refused: false,
         announced: false,
     }
@@ -173,9 +174,10 @@ fn arrive(model: &HandOver, world: &mut World, host: u8, number: u8, fact: Fact)
         },
         _ if model.wrong == Wrong::AnswersNothingOfThePast => {}
         _ => {
-            let ran = here.memory.is_some_and(|record| record.generation >= generation(number));
+            let held = here.memory.map_or(0, |record| record.generation);
+            let ran = held.max(here.ran) >= generation(number);
             match fact {
-                Fact::Released if ran => world.say(number, Fact::Whole),
+                Fact::Released | Fact::Lost if ran => world.say(number, Fact::Whole),
                 Fact::Released => world.say(number, Fact::Declined),
                 Fact::Running | Fact::Whole | Fact::Declined => world.say(number, Fact::Settled),
                 Fact::Aborted | Fact::Lost | Fact::Settled => {}
@@ -239,9 +241,11 @@ fn decide(model: &HandOver, world: &mut World, host: u8, status: Option<Vcpus>, 
             decide_source(model, world, host, (number, moving), record, seen);
         }
         (Some(Moving::Destination(number, moving)), Holding::Destination(_, taken)) => {
+            // Without post-copy all memory came before.
+            let whole = taken == Taken::Running && !world.postcopy;
             let unknown = qemu.map(|_| QemuView {
                 vcpus: Vcpus::InMigrate,
-                migration: QemuMigration::Unknown,
+                migration: if whole { QemuMigration::Completed } else { QemuMigration::Unknown },
                 remaining: Bytes(0),
                 dirty_rate: None,
                 since_sync: Millis(0),
@@ -358,6 +362,7 @@ fn decide_destination(
         carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0, has_section: true },
         lost: moving.lost,
         settled: moving.settled,
+        source_given_up: moving.source_given_up,
         cont_refused: moving.cont_refused.then(reason),
         announced: moving.announced,
     };
@@ -524,6 +529,9 @@ fn end(model: &HandOver, world: &mut World, host: u8, moved: bool, ending: Endin
             if model.wrong != Wrong::KeepsNoFloor {
                 raise_floor(world, host, moved);
             }
+            if model.wrong != Wrong::ForgetsThatItRan {
+                keep_that_it_ran(world, host, moved);
+            }
             Doing::Ends(moved, Ending::Tell)
         }
         Ending::Tell => {
@@ -560,6 +568,15 @@ pub(super) fn raise_floor(world: &mut World, host: u8, moved: bool) {
     match here.moving {
         Some(Moving::Source(number, _)) if moved => here.floor = here.floor.max(generation(number)),
         Some(Moving::Destination(number, _)) if !moved => here.floor = here.floor.max(generation(number)),
+        _ => {}
+    }
+}
+
+/// Whoever does not know that a move has ended will ask, whatever has become of the VM by then.
+pub(super) fn keep_that_it_ran(world: &mut World, host: u8, moved: bool) {
+    let here = &mut world.hosts[usize::from(host)];
+    match &here.moving {
+        Some(Moving::Destination(number, moving)) if moved && !moving.settled => here.ran = here.ran.max(generation(*number)),
         _ => {}
     }
 }

@@ -50,9 +50,12 @@ pub(super) fn steps(model: &HandOver, steps: &mut Steps<'_>) {
                     going.settle |= !moved && going.destination_ended.is_none();
                     going.stage = Stage::Done;
                 });
-            } else if !going.cancel {
+                return ends(steps);
+            }
+            if !going.cancel {
                 steps.fault(Fault::Cancelled, |after| after.moves[usize::from(number)].cancel = true);
             }
+            give_source_up(steps, number);
         }
         Stage::Done => {
             if usize::from(number) + 1 < model.moves() {
@@ -62,6 +65,19 @@ pub(super) fn steps(model: &HandOver, steps: &mut Steps<'_>) {
         }
     }
     ends(steps);
+}
+
+/// A source that is silent may be so for ever, or for as long as everything else takes.
+fn give_source_up(steps: &mut Steps<'_>, number: u8) {
+    let going = steps.world.moves[usize::from(number)];
+    let there = &steps.world.hosts[usize::from(going.destination)];
+    let runs = there.up && there.memory.is_some_and(|record| record.holding == Holding::Destination(number, Taken::Running));
+    if runs && !going.source_given_up {
+        steps.add(Step::Controller(Order::GiveSourceUp), |after| after.moves[usize::from(number)].source_given_up = true);
+    }
+    if going.source_given_up && going.destination_ended == Some(true) {
+        steps.add(Step::Controller(Order::Finish), |after| after.moves[usize::from(number)].stage = Stage::Done);
+    }
 }
 
 /// A command is repeated until its answer has arrived; agents carry commands out one after the other.
@@ -153,6 +169,17 @@ fn arrivals(steps: &mut Steps<'_>, number: u8) {
         here.up && here.doing == Doing::Idle
     };
     let (to_destination, to_source) = (idle(going.destination), idle(going.source));
+    if going.source_given_up && to_destination {
+        steps.add(Step::Controller(Order::GiveSourceUp), |after| {
+            let destination = &mut after.hosts[usize::from(going.destination)];
+            let arrived = matches!(destination.memory, Some(Record { holding: Holding::Destination(_, Taken::Running), .. }));
+            if let Some(Moving::Destination(of, moving)) = &mut destination.moving
+                && *of == number
+            {
+                moving.source_given_up |= arrived;
+            }
+        });
+    }
     if going.settle && to_destination {
         steps.add(Step::Controller(Order::Settle(number)), |after| {
             let destination = &mut after.hosts[usize::from(going.destination)];

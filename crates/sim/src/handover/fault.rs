@@ -2,7 +2,7 @@
 
 use godwit_migration::SourceRecord;
 
-use super::agent::{forget, keep_end, raise_floor, with_destination, with_source, write};
+use super::agent::{forget, keep_end, keep_that_it_ran, raise_floor, with_destination, with_source, write};
 use super::{Doing, EVERY_FACT, Ending, Fault, HOSTS, Holding, Record, Steps, Taken, Wire, World};
 
 pub(super) fn steps(steps: &mut Steps<'_>) {
@@ -162,6 +162,7 @@ fn journal(steps: &mut Steps<'_>, host: u8) {
             steps.fault(Fault::WriteFails(host), |after| after.hosts[place].doing = Doing::Idle);
             steps.fault(Fault::WriteHolds(host), |after| {
                 raise_floor(after, host, moved);
+                keep_that_it_ran(after, host, moved);
                 after.hosts[place].doing = Doing::Idle;
             });
         }

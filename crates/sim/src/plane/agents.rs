@@ -277,6 +277,7 @@ impl World {
             carry: ArrivingCarry { usable: true, connected: true, again: false, port: 0, has_section: true },
             lost: false,
             settled: self.agents.settled,
+            source_given_up: false,
             cont_refused: None,
             announced: self.agents.announced,
         };

@@ -116,7 +116,9 @@ impl Tracks {
         Some(self.began.elapsed())
     }
 
-    fn has(&self, mark: Mark) -> bool {
+    /// Whether the move has come so far.
+    #[must_use]
+    pub fn has(&self, mark: Mark) -> bool {
         match mark {
             Mark::Begin => true,
             Mark::Prepared => matches!(Holding::read(&self.destination_journal), Holding::Destination { .. }),
