@@ -256,6 +256,32 @@ impl Client {
         self.send(self.request(Method::DELETE, &format!("/networks/{}", segment(network)))).await.map(|_| ())
     }
 
+    /// Every policy of the team.
+    pub async fn policies(&self) -> Result<Vec<v1::Policy>> {
+        self.list("/policies").await
+    }
+
+    /// One policy.
+    pub async fn policy(&self, policy: &Name) -> Result<v1::Policy> {
+        self.get(&format!("/policies/{}", segment(policy))).await
+    }
+
+    /// Creates a policy.
+    pub async fn create_policy(&self, request: &v1::PolicyCreate) -> Result<v1::Policy> {
+        self.post("/policies", request).await
+    }
+
+    /// Changes a policy that is still at `revision`.
+    pub async fn set_policy(&self, policy: &Name, request: &v1::PolicySet, revision: u64) -> Result<v1::Policy> {
+        let at = self.request(Method::PATCH, &format!("/policies/{}", segment(policy))).header("if-match", revision.to_string());
+        self.json(at.json(request)).await
+    }
+
+    /// Deletes a policy.
+    pub async fn delete_policy(&self, policy: &Name) -> Result<()> {
+        self.send(self.request(Method::DELETE, &format!("/policies/{}", segment(policy)))).await.map(|_| ())
+    }
+
     /// Every image.
     pub async fn images(&self) -> Result<Vec<v1::Image>> {
         self.list("/images").await

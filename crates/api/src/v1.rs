@@ -1,10 +1,12 @@
 //! Version 1 on the wire. Times are milliseconds since 1970 UTC, sizes bytes, rates bytes per second.
 
+use std::collections::BTreeMap;
+
 use godwit_model::guest::EXEC_TIMEOUT;
 use godwit_model::{
     Accelerator, Activity, Bytes, BytesPerSec, ExecRequest, Generation, GuestFacts, HostFacts, HostLoad, ImageId, ImageKind,
-    ImportFormat, InterfaceDrops, MigrationFigures, MigrationForecast, MigrationPolicy, MigrationProgress, Millis, Name, NetworkId,
-    NetworkKind, Octets, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
+    ImportFormat, InterfaceDrops, MigrationFigures, MigrationForecast, MigrationProgress, MigrationSettings, Millis, Name,
+    NetworkId, NetworkKind, Octets, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -257,9 +259,9 @@ pub struct VmDelete {
 pub struct VmMigrate {
     /// Where to.
     pub host: Name,
-    /// Its limits.
+    /// Its limits; what is not said comes from the VM and from policies.
     #[serde(default)]
-    pub policy: MigrationPolicy,
+    pub policy: MigrationSettings,
     /// Only check and tell.
     #[serde(default)]
     pub dry_run: bool,
@@ -427,6 +429,48 @@ pub struct NetworkCreate {
     /// Its MTU, 1280 to 9216; by default what the connected hosts carry, at most 1500.
     #[serde(default)]
     pub mtu: Option<u32>,
+}
+
+/// Limits of the migrations of VMs that have certain labels.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Policy {
+    /// Name, unique in its team.
+    pub name: Name,
+    /// Owner.
+    pub team: Name,
+    /// Grows with every change; pass as `If-Match` to refuse on what changed meanwhile.
+    pub revision: u64,
+    /// What a VM's labels must be, at least.
+    pub labels: BTreeMap<Name, String>,
+    /// What it says. Of several policies the one with the most labels counts, then the first by name, each for what the ones before do not say.
+    pub limits: MigrationSettings,
+    /// When it was created.
+    pub created: UnixMillis,
+}
+
+/// Asks for a new policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyCreate {
+    /// Its name.
+    pub name: Name,
+    /// What a VM's labels must be, at least; none are every VM of the team.
+    #[serde(default)]
+    pub labels: BTreeMap<Name, String>,
+    /// What it says.
+    pub limits: MigrationSettings,
+}
+
+/// Asks for a change of a policy.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PolicySet {
+    /// Other labels; as they are if left out.
+    #[serde(default)]
+    pub labels: Option<BTreeMap<Name, String>>,
+    /// Other limits, all of them; as they are if left out.
+    #[serde(default)]
+    pub limits: Option<MigrationSettings>,
 }
 
 /// Asks for a change of a host.

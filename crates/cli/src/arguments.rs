@@ -6,7 +6,9 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand};
 use godwit_model::BytesPerSec;
 
-use crate::commands::{cluster, completions, context, event, host, image, lab, network, pool, task, team, token, vm};
+use crate::commands::{
+    cluster, completions, context, event, host, image, lab, network, policy, pool, selftest, task, team, token, vm,
+};
 use crate::daemon::{agent, serve};
 use crate::output::OutputArgs;
 
@@ -15,12 +17,14 @@ const GROUPS: &str = "\
 Virtual machines:
   vm           Create, start, move and delete VMs, open their consoles
   image        Kernels, initial ramdisks and disks to boot or copy from
+  policy       Limits of the migrations of VMs with certain labels
 
 Where they run:
   cluster      The cluster's own authority, on the controller's machine
   host         Hosts, and how they join
   pool         Where volumes are kept
   network      Layer-2 networks of VMs across hosts
+  selftest     Moves a VM of its own around two hosts, and reports
 
 What happens:
   task         Long work: follow, wait for, limit, cancel
@@ -59,6 +63,8 @@ pub(crate) enum Command {
     Vm(Noun<vm::Verb>),
     /// Kernels, initial ramdisks and disks to boot or copy from
     Image(Noun<image::Verb>),
+    /// Limits of the migrations of VMs with certain labels
+    Policy(Noun<policy::Verb>),
     /// The cluster's own authority, on the controller's machine
     Cluster(cluster::ClusterArgs),
     /// Hosts, and how they join
@@ -67,6 +73,8 @@ pub(crate) enum Command {
     Pool(Noun<pool::Verb>),
     /// Layer-2 networks of VMs across hosts
     Network(Noun<network::Verb>),
+    /// Moves a VM of its own around two hosts, and reports
+    Selftest(selftest::SelftestArgs),
     /// Long work: follow, wait for, limit, cancel
     Task(Noun<task::Verb>),
     /// Changes as they happen

@@ -13,6 +13,7 @@ mod context;
 mod daemon;
 mod error;
 mod follow;
+mod limits;
 mod output;
 mod progress;
 mod session;
@@ -53,6 +54,7 @@ fn run_command(command: Command) -> Result<(), Failure> {
         Command::Host(noun) => commands::host::run(noun),
         Command::Pool(noun) => online(noun, commands::pool::run),
         Command::Network(noun) => online(noun, commands::network::run),
+        Command::Policy(noun) => online(noun, commands::policy::run),
         Command::Image(noun) => online(noun, commands::image::run),
         Command::Vm(noun) => online(noun, commands::vm::run),
         Command::Task(noun) => online(noun, commands::task::run),
@@ -61,6 +63,7 @@ fn run_command(command: Command) -> Result<(), Failure> {
         Command::Token(noun) => online(noun, commands::token::run),
         Command::Context(noun) => commands::context::run(noun),
         Command::Lab(noun) => commands::lab::run(noun),
+        Command::Selftest(args) => commands::selftest::run(args),
         Command::Agent(args) => daemon::agent::run(args),
         Command::Serve(args) => daemon::serve::run(args),
         Command::Completions(args) => commands::completions::run(&args),

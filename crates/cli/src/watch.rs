@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use godwit_api::client::{Client, ClientError};
-use godwit_api::v1::{Change, Event, Host, Image, Network, Task, Vm};
+use godwit_api::v1::{Change, Event, Host, Image, Network, Policy, Task, Vm};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -55,6 +55,7 @@ watched! {
     Host, "host", name, hosts;
     Image, "image", name, images;
     Network, "network", name, networks;
+    Policy, "policy", name, policies;
     Task, "task", id, tasks;
 }
 

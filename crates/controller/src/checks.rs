@@ -47,7 +47,8 @@ pub(crate) fn enough_bandwidth(bandwidth: Option<BytesPerSec>) -> Result<(), Ref
 /// Whether a VM can come to `host` before all of its memory is there, if the policy says that it may. Where somebody is to be asked, that comes
 /// later.
 pub(crate) fn can_do_postcopy(policy: &MigrationPolicy, spec: &ResolvedSpec, host: Candidate<'_>) -> Result<(), Refusal> {
-    if policy.postcopy == PostCopy::ByLadder && !policy.on_miss.has(Rung::Postcopy) {
+    let by_ladder = matches!(policy.postcopy, PostCopy::ByLadder | PostCopy::Never);
+    if by_ladder && !policy.on_miss.has(Rung::Postcopy) {
         return Ok(());
     }
     let refusal = |message: String, hint: String| Err(Refusal::new(ErrorCode::UserfaultUnavailable, message).hint(hint));

@@ -34,6 +34,7 @@ mod extract;
 mod guest;
 mod images;
 mod networks;
+mod policies;
 mod tasks;
 mod teams;
 mod vms;
@@ -53,7 +54,7 @@ pub(crate) struct App {
     info(title = "Godwit", description = "Virtual machines that move between hosts without anybody noticing."),
     security(("bearer" = [])),
     tags(
-        (name = "vm"), (name = "host"), (name = "pool"), (name = "network"), (name = "image"), (name = "task"), (name = "event"),
+        (name = "vm"), (name = "host"), (name = "pool"), (name = "network"), (name = "policy"), (name = "image"), (name = "task"), (name = "event"),
         (name = "team"), (name = "token"), (name = "controller"),
     )
 )]
@@ -69,6 +70,8 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(cluster::join_token_create))
         .routes(routes!(cluster::pool_list))
         .routes(routes!(cluster::pool_show))
+        .routes(routes!(policies::policy_list, policies::policy_create))
+        .routes(routes!(policies::policy_show, policies::policy_set, policies::policy_delete))
         .routes(routes!(networks::network_list, networks::network_create))
         .routes(routes!(networks::network_show, networks::network_set, networks::network_delete))
         .routes(routes!(images::image_list))

@@ -16,8 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use godwit_api::v1::{ReignEnd, Role, TaskNote, TaskState, Transfer};
 use godwit_model::{
     Activity, Bytes, BytesPerSec, Epoch, Generation, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
-    MigrationForecast, MigrationPolicy, MigrationProgress, Millis, Name, NetworkId, NetworkKind, Refusal, ResolvedSpec, RunState,
-    TaskId, TokenId, TravellingDisk, UnixMillis, VmId, VmSpec,
+    MigrationForecast, MigrationPolicy, MigrationProgress, MigrationSettings, Millis, Name, NetworkId, NetworkKind, Refusal,
+    ResolvedSpec, RunState, TaskId, TokenId, TravellingDisk, UnixMillis, VmId, VmSpec,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -54,6 +54,7 @@ rows! {
     JoinRow: "join/" => |row| row.id;
     HostRow: "host/" => |row| row.name;
     NetworkRow: "network/" => |row| format!("{}/{}", row.team, row.name);
+    PolicyRow: "policy/" => |row| format!("{}/{}", row.team, row.name);
     VniRow: "vni" => |_row| "";
     ImageRow: "image/" => |row| format!("{}/{}", row.team, row.name);
     VmRow: "vm/" => |row| row.id;
@@ -153,6 +154,16 @@ pub(crate) struct NetworkRow {
     /// Of an overlay.
     pub(crate) vni: Option<u32>,
     pub(crate) mtu: u32,
+    pub(crate) created: UnixMillis,
+}
+
+/// What is said of the migrations of VMs with certain labels.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PolicyRow {
+    pub(crate) name: Name,
+    pub(crate) team: Name,
+    pub(crate) labels: BTreeMap<Name, String>,
+    pub(crate) limits: MigrationSettings,
     pub(crate) created: UnixMillis,
 }
 
@@ -428,6 +439,9 @@ pub(crate) struct MigrateWork {
     pub(crate) source: Name,
     pub(crate) destination: Name,
     pub(crate) policy: MigrationPolicy,
+    /// Where its limits come from, as far as the request did not name them.
+    #[serde(default)]
+    pub(crate) told: Vec<String>,
     /// Volumes that the destination does not see; with their ports once it has prepared for them.
     #[serde(default)]
     pub(crate) disks: Vec<TravellingDisk>,

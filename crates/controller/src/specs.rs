@@ -9,6 +9,7 @@ use godwit_model::{
 };
 use serde_json::Value;
 
+use crate::checks::enough_bandwidth;
 use crate::clock;
 
 /// A random address in QEMU's range.
@@ -126,6 +127,7 @@ fn complete(spec: &mut VmSpec, first: u8) -> Result<(), Refusal> {
             Refusal::new(ErrorCode::SpecInvalid, format!("two interfaces have the address {mac}")).hint("leave one of them out")
         );
     }
+    enough_bandwidth(spec.migration.bandwidth)?;
     spec.validate().map_err(Refusal::from)
 }
 

@@ -12,7 +12,7 @@ use crate::clock;
 use crate::db::Stored;
 use crate::hub::Hub;
 use crate::networks::lacks;
-use crate::rows::{HistoryRow, HostRow, ImageRow, MigratableRow, NetworkRow, Reign, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::rows::{HistoryRow, HostRow, ImageRow, MigratableRow, NetworkRow, PolicyRow, Reign, TaskRow, TeamRow, TokenRow, VmRow};
 use crate::specs::Waiting;
 use crate::tasks::cancellable;
 
@@ -176,6 +176,12 @@ pub(crate) fn network(stored: &Stored<NetworkRow>, hub: &Hub) -> v1::Network {
         conditions: hub.present().iter().filter_map(lacking).collect(),
         created: row.created,
     }
+}
+
+/// A migration policy.
+pub(crate) fn policy(stored: &Stored<PolicyRow>) -> v1::Policy {
+    let PolicyRow { name, team, labels, limits, created } = stored.row.clone();
+    v1::Policy { name, team, revision: stored.revision, labels, limits, created }
 }
 
 /// What was dropped of each interface of a VM, on the host where it runs.

@@ -89,6 +89,13 @@ impl Ladder {
         self.rungs().any(|other| other == rung)
     }
 
+    /// The others; a ladder of which nothing is left is the default one.
+    #[must_use]
+    pub fn without(self, rung: Rung) -> Self {
+        let left: Vec<Rung> = self.rungs().filter(|other| *other != rung).collect();
+        Self::try_from(left).unwrap_or_default()
+    }
+
     /// Where one stands when each rung that leads on was given `patience` (in any unit), after a time in the same unit.
     #[must_use]
     pub fn at(self, time: u64, patience: u64) -> Rung {

@@ -15,6 +15,7 @@ pub mod migration;
 pub mod name;
 pub mod network;
 pub mod ownership;
+pub mod policy;
 pub mod spec;
 pub mod units;
 
@@ -34,6 +35,7 @@ pub use network::{
     BridgeName, DroppedFrames, HostBridge, HostNetworks, InterfaceDrops, InvalidBridgeName, InvalidVlan, NetworkKind, VlanId,
 };
 pub use ownership::{Epoch, Generation, Grant};
+pub use policy::MigrationSettings;
 pub use spec::{
     Accelerator, Autostart, Boot, CacheMode, CdromSpec, CloudInit, Dimm, DimmAddress, Discard, DiskBus, DiskFormat, DiskSpec,
     FIXED_SLOTS, Firmware, Growth, HugePages, Hyperv, ImageKind, ImageRef, InvalidSpec, IoLimits, LiveChange, MacAddress, NicModel,

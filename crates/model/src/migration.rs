@@ -31,7 +31,11 @@ impl MigrationPolicy {
     /// Whether the destination is to be made ready for post-copy: that has to be known before memory begins to move.
     #[must_use]
     pub fn prepares_postcopy(&self) -> bool {
-        self.postcopy != PostCopy::ByLadder || self.on_miss.has(Rung::Postcopy) || self.on_miss.has(Rung::Ask)
+        match self.postcopy {
+            PostCopy::Never => false,
+            PostCopy::ByLadder => self.on_miss.has(Rung::Postcopy) || self.on_miss.has(Rung::Ask),
+            PostCopy::Ready | PostCopy::Now => true,
+        }
     }
 
     /// Whether the VM's QEMU is to be made ready for slowing it down: that has to be known before the migration begins.
@@ -53,6 +57,8 @@ pub enum PostCopy {
     Ready,
     /// As soon as every page was looked at once.
     Now,
+    /// Not at all, whatever else is said.
+    Never,
 }
 
 impl Default for MigrationPolicy {

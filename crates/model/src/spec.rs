@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, ImageId, Name, Seconds, ids::Vmgenid};
+use crate::{Bytes, ImageId, MigrationSettings, Name, Seconds, ids::Vmgenid};
 
 pub use address::{InvalidMac, InvalidVolume, MacAddress, VolumeRef};
 pub use change::{LiveChange, live_changes};
@@ -30,7 +30,7 @@ pub use platform::{
     Firmware, HugePages, Hyperv, Numa, Platform, Rtc, RtcBase, RtcDrift, Smbios, Tpm, TpmVersion, Video, Watchdog, WatchdogAction,
 };
 pub use resolved::{PowerOff, ResolvedCdrom, ResolvedDisk, ResolvedNic, ResolvedSpec};
-pub use validate::InvalidSpec;
+pub use validate::{InvalidSpec, check_labels};
 
 /// Schema version of [`VmSpec`] and [`ResolvedSpec`] in stores and on links. What was written as an older one is read with its meaning of
 /// then; what was written as a newer one must not be started.
@@ -113,6 +113,9 @@ pub struct VmSpec {
     /// What people and programs sort VMs by: at most 64 names, each with a text of at most 63 printable ASCII characters.
     #[serde(default)]
     pub labels: BTreeMap<Name, String>,
+    /// Limits of its migrations; what is not said here comes from policies.
+    #[serde(default)]
+    pub migration: MigrationSettings,
     /// Starts again by itself on the host where it ran, when that host comes up.
     #[serde(default)]
     pub autostart: Option<Autostart>,
@@ -178,6 +181,7 @@ impl VmSpec {
             hotplug_ports: None,
             watchdog: None,
             labels: BTreeMap::new(),
+            migration: MigrationSettings::default(),
             autostart: None,
             shutdown_deadline: None,
             cloud_init: None,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use godwit_api::v1::{Task, TaskState, VmCreate, VmMigrate, VmStart, VmStop};
 use godwit_guest::Status;
 use godwit_lab::{HostOverride, Lab, LabSpec, LabStatus, LinkRate};
 use godwit_model::{ImportFormat, MigrationPolicy, MigrationProgress, Name, Refusal, TaskId};
+use serde_json::Value;
 use tokio::runtime::Runtime;
 
 use crate::artefacts::{CloudImage, GuestImages, cloud_image, godwit_binary, guest_agent_layer, guest_images};
@@ -396,7 +398,7 @@ impl Cluster {
     /// # Errors
     /// The controller's refusal.
     pub fn begin_move(&mut self, vm: &str, to: &str, policy: MigrationPolicy) -> Result<TaskId, Refusal> {
-        let request = VmMigrate { host: name(to), policy, dry_run: false, reason: None };
+        let request = VmMigrate { host: name(to), policy: policy.into(), dry_run: false, reason: None };
         let task = self.ask(self.client.migrate_vm(&name(vm), &request))?.id;
         self.moves.insert(vm.to_owned(), task);
         Ok(task)
@@ -465,6 +467,22 @@ impl Cluster {
         self.done(started, BOOT)?;
         let ended = self.ask(self.client.kill_vm(&name(&spec.name))).with_context(|| format!("kill {}", spec.name))?.id;
         self.done(ended, BOOT).map(drop)
+    }
+
+    /// Has the command line's own test move a VM of its own between two hosts; its report.
+    ///
+    /// # Errors
+    /// When it does not report.
+    pub fn selftest(&self, hosts: [&str; 2]) -> Result<Value> {
+        let (api, images) = (self.lab.api()?, guest_images()?);
+        let mut command = Command::new(godwit_binary()?);
+        command.args(["selftest", "-o", "json", "--url", &api.url]);
+        command.arg("--token-file").arg(&api.token_file).arg("--ca-file").arg(&api.ca_file);
+        command.arg("--kernel").arg(&images.kernel).arg("--initrd").arg(&images.initrd);
+        command.args(hosts.into_iter().flat_map(|host| ["--host", host]));
+        let output = command.stdin(Stdio::null()).output().context("run the selftest")?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        serde_json::from_slice(&output.stdout).with_context(|| format!("the selftest does not report: {said}"))
     }
 
     /// A task as it is now.

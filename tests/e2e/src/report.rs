@@ -27,6 +27,8 @@ pub struct Report {
     pub tcp: TcpReport,
     /// What the witness heard.
     pub witness: WitnessReport,
+    /// What `godwit selftest` found.
+    pub selftest: SelftestReport,
 }
 
 /// One migration.
@@ -92,6 +94,28 @@ pub struct WitnessReport {
     pub interleaved: u64,
 }
 
+/// What `godwit selftest` found, between two of the hosts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SelftestReport {
+    /// Checks that it made.
+    pub checks: u64,
+    /// What is not as it should be.
+    pub failed: Vec<String>,
+}
+
+impl SelftestReport {
+    /// Reads what it printed.
+    #[must_use]
+    pub fn read(printed: &serde_json::Value) -> Self {
+        let checks = printed["checks"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let failed = checks.iter().filter(|check| check["verdict"] == "failed").map(|check| {
+            let text = |key: &str| check[key].as_str().unwrap_or_default();
+            format!("{}: {}", text("check"), text("detail"))
+        });
+        Self { checks: checks.len() as u64, failed: failed.collect() }
+    }
+}
+
 impl Report {
     /// What is not as it should be; nothing when the demo went well.
     #[must_use]
@@ -118,6 +142,10 @@ impl Report {
                 faults.push(format!("no {what}: nothing is proven"));
             }
         }
+        if self.selftest.checks == 0 {
+            faults.push("the selftest made no check".into());
+        }
+        faults.extend(self.selftest.failed.iter().map(|failed| format!("selftest: {failed}")));
         let WayHomeReport { out_wire_bytes, home_wire_bytes } = self.way_home;
         if home_wire_bytes.saturating_mul(HOME_SAVES) >= out_wire_bytes {
             faults.push(format!(
@@ -162,13 +190,14 @@ impl Report {
             // Writing to a string cannot fail.
             let _ = writeln!(text, "{}", cells.join("  ").trim_end());
         }
-        let Self { guest, tcp, witness, way_home, .. } = self;
+        let Self { guest, tcp, witness, way_home, selftest, .. } = self;
         let _ = write!(
             text,
             "\nguest    {} pages checked, {} wrong, {} clock jumps\n\
              tcp      {} verified on one connection, {} resets, {} stalls over 1 s\n\
              witness  {} records, {} of a second runner\n\
-             home     {} on the wire, {} on the way out\n",
+             home     {} on the wire, {} on the way out\n\
+             selftest {} checks, {} failed\n",
             guest.pages_checked,
             guest.page_errors,
             guest.clock_jumps,
@@ -178,7 +207,9 @@ impl Report {
             witness.records,
             witness.interleaved,
             Bytes(way_home.home_wire_bytes),
-            Bytes(way_home.out_wire_bytes)
+            Bytes(way_home.out_wire_bytes),
+            selftest.checks,
+            selftest.failed.len()
         );
         text
     }
@@ -197,13 +228,14 @@ mod tests {
             guest: GuestReport { pages_checked: 1, ..Default::default() },
             tcp: TcpReport { bytes: 1, ..Default::default() },
             witness: WitnessReport { records: 1, interleaved: 0 },
+            selftest: SelftestReport { checks: 9, failed: vec![] },
         }
     }
 
     #[test]
     fn each_fault_is_found_and_noise_is_none() {
         assert_eq!(good().faults(), Vec::<String>::new());
-        let spoil: [fn(&mut Report); 9] = [
+        let spoil: [fn(&mut Report); 11] = [
             |report| drop(report.migrations.pop()),
             |report| report.guest.page_errors = 1,
             |report| report.tcp.resets = 1,
@@ -213,6 +245,8 @@ mod tests {
             |report| report.witness.records = 0,
             |report| report.migrations[1].outage_ms = 400,
             |report| report.way_home.home_wire_bytes = 34,
+            |report| report.selftest.checks = 0,
+            |report| report.selftest.failed = vec!["a move: it failed".into()],
         ];
         for (number, spoil) in spoil.iter().enumerate() {
             let mut report = good();
@@ -228,13 +262,16 @@ mod tests {
     fn the_file_has_the_documented_shape() {
         let value = serde_json::to_value(good()).unwrap();
         let keys = |value: &serde_json::Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
-        assert_eq!(keys(&value), "guest migrations tcp way_home witness");
+        assert_eq!(keys(&value), "guest migrations selftest tcp way_home witness");
         assert_eq!(keys(&value["way_home"]), "home_wire_bytes out_wire_bytes");
         let migration = "blackout_ms control_outage_ms from outage_ms ram_bytes rounds to total_ms wire_bytes";
         assert_eq!(keys(&value["migrations"][0]), migration);
         assert_eq!(keys(&value["guest"]), "clock_jumps page_errors pages_checked");
         assert_eq!(keys(&value["tcp"]), "bytes resets stalls_over_1s");
         assert_eq!(keys(&value["witness"]), "interleaved records");
+        assert_eq!(keys(&value["selftest"]), "checks failed");
+        let printed = serde_json::json!({"checks": [{"verdict": "passed"}, {"verdict": "failed", "check": "a", "detail": "b"}]});
+        assert_eq!(SelftestReport::read(&printed), SelftestReport { checks: 2, failed: vec!["a: b".into()] });
     }
 
     #[test]

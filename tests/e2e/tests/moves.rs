@@ -221,7 +221,7 @@ fn what_a_move_will_cost_is_told_before_it_begins_and_learned_from_those_before(
     let mut cluster = ClusterSpec::new(2)?.up()?;
     cluster.boot(&GuestSpec::small("web"), "h1")?;
     let forecast = |cluster: &Cluster, to: &str, policy: MigrationPolicy| -> Result<MigrationForecast> {
-        let request = VmMigrate { host: to.parse()?, policy, dry_run: true, reason: None };
+        let request = VmMigrate { host: to.parse()?, policy: policy.into(), dry_run: true, reason: None };
         cluster.ask(cluster.client().migrate_vm(&"web".parse()?, &request))?.forecast.context("a forecast")
     };
     let policy = MigrationPolicy::default();

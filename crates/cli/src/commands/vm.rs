@@ -10,6 +10,8 @@ mod migrate;
 mod power;
 mod set;
 
+pub(crate) use set::parse_label;
+
 use clap::Subcommand;
 use godwit_api::v1::Vm;
 use godwit_model::{Boot, Firmware, GuestFacts, Name};
@@ -17,6 +19,7 @@ use godwit_model::{Boot, Firmware, GuestFacts, Name};
 use crate::commands::host::dropped;
 use crate::commands::pool::conditions;
 use crate::error::Failure;
+use crate::limits::shown;
 use crate::output::{Facts, Table, or_nothing, print_data, word};
 use crate::session::Session;
 use crate::text::{moment, visible};
@@ -39,7 +42,7 @@ pub(crate) enum Verb {
         name: Name,
     },
     /// Change what a VM is made of
-    Set(set::SetArgs),
+    Set(Box<set::SetArgs>),
     /// Start VMs
     Start(power::StartArgs),
     /// Ask the guests to power off, and wait until they have
@@ -76,7 +79,7 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
             let vm = session.client.vm(&name).await?;
             print_data(session.format, &vm, || show(&vm))
         }
-        Verb::Set(args) => set::run(&session, args).await,
+        Verb::Set(args) => set::run(&session, *args).await,
         Verb::Start(args) => power::start(&session, args).await,
         Verb::Stop(args) => power::stop(&session, args).await,
         Verb::Kill(args) => power::kill(&session, args).await,
@@ -176,6 +179,9 @@ fn show(vm: &Vm) -> String {
     if !vm.spec.labels.is_empty() {
         let labels: Vec<String> = vm.spec.labels.iter().map(|(key, text)| format!("{key}={text}")).collect();
         facts.fact("Labels", visible(&labels.join(", ")));
+    }
+    if let Some(limits) = shown(&vm.spec.migration) {
+        facts.fact("Migrations", limits);
     }
     for interface in &status.dropped {
         facts.fact("Dropped", format!("interface {}, {}", interface.slot, dropped(&interface.dropped)));

@@ -16,7 +16,7 @@ use super::extract::Query;
 use super::{Answer, App, Refusals};
 use crate::db::{Fault, Stored, unpack};
 use crate::principals::{Action, Principal, Target, authorize};
-use crate::rows::{HostRow, ImageRow, MigratableRow, NetworkRow, Row, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::rows::{HostRow, ImageRow, MigratableRow, NetworkRow, PolicyRow, Row, TaskRow, TeamRow, TokenRow, VmRow};
 use crate::store::{Change, StoreError};
 use crate::views;
 
@@ -160,6 +160,13 @@ fn told(app: &App, who: &Principal, change: &Change) -> Option<v1::Event> {
             team: Some(network.row.team.clone()),
             administration: false,
             object: views::value(&views::network(network, &app.hub)).ok(),
+        }),
+        "policy" => subject::<PolicyRow>(change, |policy| Subject {
+            kind: "policy",
+            name: policy.row.name.to_string(),
+            team: Some(policy.row.team.clone()),
+            administration: false,
+            object: views::value(&views::policy(policy)).ok(),
         }),
         "host" => subject::<HostRow>(change, |host| Subject {
             kind: "host",

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use godwit_api::v1::{self, TaskState};
 use godwit_model::lifecycle::decide_admission;
+use godwit_model::policy::{self, Labelled, Settled};
 use godwit_model::{
-    Activity, Admission, ErrorCode, Generation, ImageKind, ImageRef, Millis, Name, Refusal, Retry, TaskId, TravellingDisk,
-    UnixMillis, VmRequest, VmSpec,
+    Activity, Admission, ErrorCode, Generation, ImageKind, ImageRef, MigrationSettings, Millis, Name, Refusal, Retry, TaskId,
+    TravellingDisk, UnixMillis, VmRequest, VmSpec,
 };
 use tokio::task::JoinHandle;
 
@@ -21,7 +22,7 @@ use crate::networks::check_networks;
 use crate::principals::not_found;
 use crate::resolve::decide_start;
 use crate::restore;
-use crate::rows::{HostRow, ImageRow, MigrateWork, NetworkRow, PendingGrant, Stage, TaskRow, VmRow, Work};
+use crate::rows::{HostRow, ImageRow, MigrateWork, NetworkRow, PendingGrant, PolicyRow, Stage, TaskRow, VmRow, Work};
 
 /// How long a guest may take to power off, if nothing else was said.
 const STOP_TIMEOUT: Millis = Millis(5 * 60_000);
@@ -254,6 +255,16 @@ impl Tasks {
         Ok(Work::Start { host, generation })
     }
 
+    /// The limits of a migration of this VM, of which the request says these.
+    async fn settle_limits(&self, vm: &VmRow, asked: &MigrationSettings) -> Result<Settled, Fault> {
+        let rows = self.db.page::<PolicyRow>(&format!("{}/", vm.team), None, usize::MAX).await?;
+        let policies: Vec<Labelled<'_>> = rows
+            .iter()
+            .map(|policy| Labelled { name: &policy.row.name, labels: &policy.row.labels, limits: policy.row.limits })
+            .collect();
+        Ok(policy::settle(*asked, &vm.spec.migration, &vm.spec.labels, &policies)?)
+    }
+
     async fn admit_migrate(&self, vm: &mut VmRow, id: TaskId, request: &v1::VmMigrate, now: UnixMillis) -> Result<Work, Fault> {
         let destination = &request.host;
         self.known(destination).await?;
@@ -269,8 +280,9 @@ impl Tasks {
         let spec = vm.resolved.as_ref().ok_or_else(|| internal("its resolved spec"))?;
         let to = Candidate::new(destination, &there);
         blocked(&vm.blocked).map_or(Ok(()), Err)?;
-        enough_bandwidth(request.policy.bandwidth)?;
-        can_do_postcopy(&request.policy, spec, to)?;
+        let Settled { policy, told } = self.settle_limits(vm, &request.policy).await?;
+        enough_bandwidth(policy.bandwidth)?;
+        can_do_postcopy(&policy, spec, to)?;
         let from = Candidate::new(&source, &here);
         check_move(spec, from, to)?;
         let disks = travelling(spec, from, to).into_iter().map(TravellingDisk::new).collect();
@@ -283,14 +295,15 @@ impl Tasks {
         Ok(Work::Migrate(Box::new(MigrateWork {
             source,
             destination: destination.clone(),
-            policy: request.policy,
+            policy,
+            told,
             disks,
             measured: 0,
             changes: 0,
             changes_told: 0,
             attempt: 1,
             generation,
-            expires: expiry(now, request.policy.timeout),
+            expires: expiry(now, policy.timeout),
             stage: Stage::Prepare,
             source_ended: None,
             destination_ended: None,
@@ -343,4 +356,9 @@ pub(super) fn describe(task: &mut TaskRow) {
         _ => return,
     };
     note(task, text);
+    if let Work::Migrate(work) = &task.work {
+        for told in work.told.clone() {
+            note(task, format!("limits of {told}"));
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! Migrations with two scripted agents: each way they can end, and what is refused before they begin.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use godwit_api::v1::{self as api, TaskState};
@@ -7,7 +8,7 @@ use godwit_link::v1::{self, agent_message::Body, command::Action};
 use godwit_link::{decode, encode};
 use godwit_model::{
     Bytes, BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, Ladder, MigrationForecast, MigrationPhase, MigrationPolicy,
-    MigrationProgress, Millis, PastMoves, PostCopy, RunState, Rung,
+    MigrationProgress, MigrationSettings, Millis, Name, PastMoves, PostCopy, RunState, Rung,
 };
 use reqwest::Method;
 
@@ -238,7 +239,7 @@ async fn a_dry_run_checks_and_changes_nothing_and_says_what_a_move_would_cost() 
     let mut pair = pair().await;
     let before = pair.cluster.vm("web1").await;
     let policy = MigrationPolicy { max_blackout: Millis(50), ..MigrationPolicy::default() };
-    let request = godwit_api::v1::VmMigrate { host: name("h2"), policy, dry_run: true, reason: None };
+    let request = godwit_api::v1::VmMigrate { host: name("h2"), policy: policy.into(), dry_run: true, reason: None };
     let client = pair.cluster.admin();
     let dry_run = || {
         let (client, request) = (client.clone(), request.clone());
@@ -392,7 +393,7 @@ async fn what_is_no_migration_has_ended_or_gets_too_little_has_no_other_bandwidt
     let refusal = client.set_task_bandwidth(start, Some(BytesPerSec(999_999))).await.expect_err("too little").refusal();
     assert!(refusal.message.contains("hardly get on"), "{refusal}");
     let policy = MigrationPolicy { bandwidth: Some(BytesPerSec(1)), ..MigrationPolicy::default() };
-    let request = api::VmMigrate { host: name("h2"), policy, dry_run: true, reason: None };
+    let request = api::VmMigrate { host: name("h2"), policy: policy.into(), dry_run: true, reason: None };
     assert_eq!(code(client.migrate_vm(&name("web1"), &request).await), ErrorCode::BadRequest);
     let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
     let prepare = pair.a2.command().await;
@@ -407,7 +408,7 @@ async fn what_is_no_migration_has_ended_or_gets_too_little_has_no_other_bandwidt
 async fn post_copy_and_throttling_are_told_only_where_a_migration_was_begun_for_them() {
     let mut pair = pair().await;
     let client = pair.cluster.admin();
-    let begin = |policy| api::VmMigrate { host: name("h2"), policy, dry_run: false, reason: None };
+    let begin = |policy: MigrationPolicy| api::VmMigrate { host: name("h2"), policy: policy.into(), dry_run: false, reason: None };
     let ask = MigrationPolicy { on_miss: Ladder::only(Rung::Ask), ..MigrationPolicy::default() };
     let task = client.migrate_vm(&name("web1"), &begin(ask)).await.expect("accepted");
     pair.begin_with(2, ask).await;
@@ -547,4 +548,73 @@ async fn a_kill_cancels_a_move_and_ends_the_vm_at_its_source() {
     assert_eq!(pair.cluster.ended(task.id).await.state, TaskState::Cancelled);
     let vm = pair.cluster.vm("web1").await;
     assert_eq!((vm.status.host, vm.status.state, vm.status.activity), (Some(name("h1")), RunState::Stopped, None));
+}
+
+#[tokio::test]
+async fn limits_come_from_the_request_then_the_vm_then_policies_and_post_copy_that_is_ruled_out_is_refused() {
+    let cluster = Cluster::new().await;
+    let (_, mut a1) = cluster.agent("h1").await;
+    let (_, mut a2) = cluster.agent("h2").await;
+    cluster.running_vm("web1", &mut a1).await;
+    let admin = cluster.admin();
+    let blackout = |ms| MigrationSettings { max_blackout: Some(Millis(ms)), ..MigrationSettings::default() };
+    let gold = BTreeMap::from([(name("tier"), "gold".to_owned())]);
+    let strict = MigrationSettings { postcopy: Some(PostCopy::Never), patience: Some(Millis(5_000)), ..blackout(70) };
+    let create = |policy: &str, labels: &BTreeMap<Name, String>, limits| api::PolicyCreate {
+        name: name(policy),
+        labels: labels.clone(),
+        limits,
+    };
+    admin.create_policy(&create("all", &BTreeMap::new(), blackout(90))).await.expect("created");
+    let made = admin.create_policy(&create("strict", &gold, strict)).await.expect("created");
+    assert_eq!(code(admin.create_policy(&create("strict", &gold, strict)).await), ErrorCode::NameTaken);
+    let slow = MigrationSettings { bandwidth: Some(BytesPerSec(5)), ..MigrationSettings::default() };
+    assert_eq!(code(admin.create_policy(&create("slow", &gold, slow)).await), ErrorCode::BadRequest);
+    let unprintable = BTreeMap::from([(name("a"), "\u{1b}[2J".to_owned())]);
+    assert_eq!(code(admin.create_policy(&create("odd", &unprintable, strict)).await), ErrorCode::SpecInvalid);
+    assert_eq!(admin.policies().await.expect("listed").len(), 2);
+    let viewer = cluster.member("default", api::Role::Viewer).await;
+    assert_eq!(viewer.policy(&name("strict")).await.expect("shown").limits, strict);
+    assert_eq!(code(viewer.delete_policy(&name("strict")).await), ErrorCode::NotPermitted);
+
+    let vm = cluster.vm("web1").await;
+    let mut spec = vm.spec.clone();
+    spec.labels = gold.clone();
+    spec.migration.timeout = Some(Millis(60_000));
+    let set = admin.set_vm(&name("web1"), &spec, Some(vm.revision)).await.expect("accepted");
+    assert_eq!(cluster.ended(set.id).await.state, TaskState::Done, "it concerns the next migration, not the machine");
+    let asked = |policy| api::VmMigrate { host: name("h2"), policy, dry_run: false, reason: None };
+    let now = MigrationSettings { postcopy: Some(PostCopy::Now), ..MigrationSettings::default() };
+    assert_eq!(code(admin.migrate_vm(&name("web1"), &asked(now)).await), ErrorCode::NotPermitted);
+
+    let task = admin.migrate_vm(&name("web1"), &asked(MigrationSettings { patience: Some(Millis(9)), ..slow_enough() })).await;
+    let task = task.expect("accepted");
+    let prepare = a2.command().await;
+    let Some(Action::Prepare(body)) = &prepare.action else { panic!("{prepare:?}") };
+    let expected = MigrationPolicy {
+        max_blackout: Millis(70),
+        patience: Millis(9),
+        timeout: Millis(60_000),
+        bandwidth: slow_enough().bandwidth,
+        postcopy: PostCopy::Never,
+        ..MigrationPolicy::default()
+    };
+    assert_eq!(decode::<MigrationPolicy>("policy", &body.policy).expect("policy"), expected);
+    let task = cluster.task_when(task.id, |task| !task.trail.is_empty()).await;
+    let told: Vec<&str> = task.trail.iter().filter_map(|note| note.text.strip_prefix("limits of ")).collect();
+    assert_eq!(told, ["the VM's own settings: timeout", "policy strict: max_blackout, postcopy"]);
+
+    assert_eq!(
+        code(admin.set_policy(&name("strict"), &api::PolicySet::default(), made.revision + 1).await),
+        ErrorCode::RevisionConflict
+    );
+    let changed = api::PolicySet { limits: Some(blackout(60)), labels: None };
+    let changed = admin.set_policy(&name("strict"), &changed, made.revision).await.expect("changed");
+    assert_eq!((changed.limits, changed.labels), (blackout(60), gold));
+    admin.delete_policy(&name("strict")).await.expect("deleted");
+    assert_eq!(code(admin.policy(&name("strict")).await), ErrorCode::NotFound);
+}
+
+fn slow_enough() -> MigrationSettings {
+    MigrationSettings { bandwidth: Some(BytesPerSec(2_000_000)), ..MigrationSettings::default() }
 }

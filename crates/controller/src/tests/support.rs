@@ -9,7 +9,7 @@ use godwit_link::v1::{self, agent_message::Body, command::Action, controller_mes
 use godwit_link::{PROTOCOL, encode};
 use godwit_model::{
     Boot, Bytes, BytesPerSec, ErrorCode, Estimate, HostFacts, HostLoad, ImportFormat, MigrationFigures, MigrationForecast,
-    MigrationPolicy, Millis, Name, NetworkKind, NicSpec, Refusal, RunState, TaskId, UnixMillis, VmId, VmSpec,
+    MigrationSettings, Millis, Name, NetworkKind, NicSpec, Refusal, RunState, TaskId, UnixMillis, VmId, VmSpec,
 };
 use rcgen::{CertificateParams, KeyPair};
 use tokio::sync::mpsc;
@@ -213,7 +213,7 @@ impl Cluster {
 
     pub(super) async fn migrate(&self, vm: &str, to: &str) -> Result<api::Task, ClientError> {
         let request =
-            api::VmMigrate { host: name(to), policy: MigrationPolicy::default(), dry_run: false, reason: Some("test".into()) };
+            api::VmMigrate { host: name(to), policy: MigrationSettings::default(), dry_run: false, reason: Some("test".into()) };
         self.admin().migrate_vm(&name(vm), &request).await
     }
 

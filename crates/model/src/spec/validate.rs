@@ -1,5 +1,6 @@
 //! What a spec may say: everything that can be checked without looking at any host. What it says ends up on QEMU's command line.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::memory::MAX_MEMORY_MAX;
@@ -7,7 +8,7 @@ use super::{
     Boot, CloudInit, DIMM_STEP, DiskBus, DiskSpec, FIXED_SLOTS, Firmware, IoLimits, MAX_CDROMS, MAX_HOTPLUG_PORTS,
     MAX_NETWORK_CONFIG, MAX_USER_DATA, NicSpec, Smbios, VmSpec, VolumeRef,
 };
-use crate::{Bytes, ErrorCode, Refusal};
+use crate::{Bytes, ErrorCode, Name, Refusal};
 
 const MAX_VCPUS: u16 = 64;
 const MIN_MEMORY: Bytes = Bytes::mib(32);
@@ -137,6 +138,20 @@ fn is_printable(text: &str, longest: usize) -> bool {
     (1..=longest).contains(&text.len()) && text.bytes().all(|b| (b' '..=b'~').contains(&b))
 }
 
+/// What labels can be, of a VM or of what is said of VMs.
+///
+/// # Errors
+/// Too many of them, or a text that is too long or not printable.
+pub fn check_labels(labels: &BTreeMap<Name, String>) -> Result<(), InvalidSpec> {
+    if labels.len() > MAX_LABELS.0 {
+        return Err(InvalidSpec::TooMany { what: "labels", most: MAX_LABELS.0 });
+    }
+    if !labels.values().all(|text| text.is_empty() || is_printable(text, MAX_LABELS.1)) {
+        return Err(InvalidSpec::Text { what: "a label's text", longest: MAX_LABELS.1 });
+    }
+    Ok(())
+}
+
 impl VmSpec {
     /// Checks what can be checked without looking at any host.
     ///
@@ -169,12 +184,7 @@ impl VmSpec {
             }
         }
         validate_smbios(&self.smbios)?;
-        if self.labels.len() > MAX_LABELS.0 {
-            return Err(InvalidSpec::TooMany { what: "labels", most: MAX_LABELS.0 });
-        }
-        if !self.labels.values().all(|text| text.is_empty() || is_printable(text, MAX_LABELS.1)) {
-            return Err(InvalidSpec::Text { what: "a label's text", longest: MAX_LABELS.1 });
-        }
+        check_labels(&self.labels)?;
         if self.shutdown_deadline.is_some_and(|deadline| !(1..=MAX_DEADLINE).contains(&deadline.get())) {
             return Err(InvalidSpec::Deadline);
         }

@@ -9,7 +9,8 @@ use std::{env, fs, thread};
 
 use anyhow::{Context, Result};
 use godwit_e2e::{
-    Cluster, ClusterSpec, GuestReport, GuestSpec, MigrationReport, Report, TcpReport, WayHomeReport, WitnessReport, other_qemu,
+    Cluster, ClusterSpec, GuestReport, GuestSpec, MigrationReport, Report, SelftestReport, TcpReport, WayHomeReport, WitnessReport,
+    other_qemu,
 };
 use godwit_model::Bytes;
 
@@ -37,6 +38,9 @@ fn main() -> ExitCode {
 fn run() -> Result<Report> {
     say("builds a lab of three hosts with links of 1 Gbit/s");
     let mut spec = ClusterSpec::new(3)?.link("1gbit");
+    for host in HOSTS {
+        spec = spec.agent(host, &["--unprivileged-userfaultfd"]);
+    }
     if let Some(newer) = newer_emulator()? {
         say(&format!("takes {}: older ones, emulating, let the guest stand still when a warm-up begins", newer.display()));
         for host in HOSTS {
@@ -97,6 +101,8 @@ fn run() -> Result<Report> {
     let heard = cluster.witness().log();
     report.witness = WitnessReport { records: heard.records(), interleaved: heard.interleaved() };
     drop((stream, echo, control));
+    say("has `godwit selftest` do what it does on hosts that are not a lab's");
+    report.selftest = SelftestReport::read(&cluster.selftest([HOSTS[0], HOSTS[1]])?);
     print!("\n{}\n", report.table());
     write(&report)?;
     end(cluster)?;

@@ -2,9 +2,10 @@
 
 use clap::Args;
 use godwit_api::v1::{Task, VmMigrate};
-use godwit_model::{BytesPerSec, Ladder, MigrationForecast, MigrationPolicy, Millis, Name, PostCopy};
+use godwit_model::{MigrationForecast, Name, PostCopy};
 
 use crate::error::Failure;
+use crate::limits::LimitArgs;
 use crate::output::print_data;
 use crate::progress::summary;
 use crate::session::{Session, WaitArgs, judge};
@@ -13,7 +14,7 @@ use crate::text::visible;
 /// Which VM, where to, and within which limits.
 #[derive(Args)]
 #[command(after_help = "The VM runs all the time but for its blackout. Limits are never raised: a VM that writes too much for \
-its blackout budget stays where it is, and the error says so. Ctrl-C stops watching, not the migration.
+its blackout budget stays where it is, and the error says so. What no flag says, the VM or a policy may say (`godwit policy`). Ctrl-C stops watching, not the migration.
 
 Examples:
   godwit vm migrate web1 --to h2 --dry-run
@@ -26,21 +27,8 @@ pub(crate) struct MigrateArgs {
     /// The host to move to
     #[arg(long, value_name = "HOST")]
     to: Name,
-    /// Longest time without a running vCPU [default: 300ms]
-    #[arg(long, value_name = "TIME")]
-    max_blackout: Option<Millis>,
-    /// Upper limit of the wire rate, such as 500mbit or 100MiB/s [default: none]
-    #[arg(long, value_name = "RATE")]
-    bandwidth: Option<BytesPerSec>,
-    /// Give up if memory was not copied after this time [default: 30m]
-    #[arg(long, value_name = "TIME")]
-    timeout: Option<Millis>,
-    /// What to do when the blackout cannot be kept, in this order: wait-for-quiet, throttle, postcopy, ask, give-up [default: wait-for-quiet]
-    #[arg(long, value_name = "RUNGS")]
-    on_miss: Option<Ladder>,
-    /// How long to wait for quiet, and to throttle, before what comes next in --on-miss [default: 1m]
-    #[arg(long, value_name = "TIME")]
-    patience: Option<Millis>,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// Make ready for `godwit task postcopy`
     #[arg(long)]
     allow_postcopy: bool,
@@ -58,20 +46,12 @@ pub(crate) struct MigrateArgs {
 }
 
 pub(super) async fn run(session: &Session, args: MigrateArgs) -> Result<(), Failure> {
-    let defaults = MigrationPolicy::default();
-    let policy = MigrationPolicy {
-        max_blackout: args.max_blackout.unwrap_or(defaults.max_blackout),
-        bandwidth: args.bandwidth.or(defaults.bandwidth),
-        timeout: args.timeout.unwrap_or(defaults.timeout),
-        on_miss: args.on_miss.unwrap_or(defaults.on_miss),
-        patience: args.patience.unwrap_or(defaults.patience),
-        postcopy: match (args.postcopy_now, args.allow_postcopy) {
-            (true, _) => PostCopy::Now,
-            (false, true) => PostCopy::Ready,
-            (false, false) => PostCopy::ByLadder,
-        },
-        ..defaults
+    let postcopy = match (args.postcopy_now, args.allow_postcopy) {
+        (true, _) => Some(PostCopy::Now),
+        (false, true) => Some(PostCopy::Ready),
+        (false, false) => None,
     };
+    let policy = args.limits.settings(postcopy);
     let request = VmMigrate { host: args.to, policy, dry_run: args.dry_run, reason: args.reason };
     if request.dry_run {
         let task = session.client.migrate_vm(&args.name, &request).await?;

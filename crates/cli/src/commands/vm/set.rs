@@ -7,6 +7,7 @@ use godwit_model::{Autostart, Bytes, CdromSpec, DiskSpec, MacAddress, Name, NicS
 
 use super::create::{parse_disk, parse_nic, read_file};
 use crate::error::Failure;
+use crate::limits::{KeptLimitArgs, LimitName};
 use crate::session::{Session, WaitArgs};
 use crate::text::visible;
 
@@ -26,6 +27,7 @@ Examples:
   godwit vm set web1 --memory-max 16GiB
   godwit vm set web1 --cdrom 0=debian-12 && godwit vm set web1 --cdrom 0=
   godwit vm set web1 --autostart 10
+  godwit vm set web1 --max-blackout 100ms --postcopy never
   godwit vm set web1 --grow shared/web1=20GiB --add-nic default
   godwit vm show web1 -o yaml > web1.yaml && editor web1.yaml && godwit vm set web1 --file web1.yaml"
 )]
@@ -33,7 +35,7 @@ pub(crate) struct SetArgs {
     /// Its name
     name: Name,
     /// Take the whole spec from this file, JSON or YAML; `-` for standard input
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "memory_max", "vcpus", "cdroms", "grow", "labels", "add_nics", "remove_nics", "plug", "unplug", "autostart", "add_disks", "remove_disks"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "memory_max", "vcpus", "cdroms", "grow", "labels", "add_nics", "remove_nics", "plug", "unplug", "autostart", "add_disks", "remove_disks", "unset", "KeptLimitArgs", "LimitArgs"])]
     file: Option<PathBuf>,
     /// RAM, such as 1GiB; up to `memory_max` it grows while the VM runs
     #[arg(long, value_name = "SIZE")]
@@ -74,6 +76,11 @@ pub(crate) struct SetArgs {
     /// Start it again when its host went down and is back, lower ones first; `none` for not
     #[arg(long, value_name = "ORDER", value_parser = parse_autostart)]
     autostart: Option<AutostartArg>,
+    #[command(flatten)]
+    limits: KeptLimitArgs,
+    /// Say nothing of this any more, so that policies do; can be repeated
+    #[arg(long, value_name = "LIMIT", help_heading = "Its migrations")]
+    unset: Vec<LimitName>,
     #[command(flatten)]
     wait: WaitArgs,
 }
@@ -145,6 +152,7 @@ fn edit(spec: &mut VmSpec, args: &SetArgs) -> Result<(), String> {
     if let Some(AutostartArg(autostart)) = args.autostart {
         spec.autostart = autostart;
     }
+    args.limits.change(&mut spec.migration, &args.unset);
     for (key, text) in &args.labels {
         if text.is_empty() {
             spec.labels.remove(key);
@@ -198,7 +206,8 @@ fn parse_autostart(text: &str) -> Result<AutostartArg, String> {
     Ok(AutostartArg(Some(Autostart { order })))
 }
 
-fn parse_label(text: &str) -> Result<(Name, String), String> {
+/// A label as a flag: `KEY=TEXT`.
+pub(crate) fn parse_label(text: &str) -> Result<(Name, String), String> {
     let (key, value) = pair(text)?;
     Ok((key.parse().map_err(|error| format!("{error}"))?, value.to_owned()))
 }
