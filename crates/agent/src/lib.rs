@@ -77,6 +77,8 @@ pub struct AgentOptions {
     pub migration_address: Option<IpAddr>,
     /// Disk for the memory of VMs that left, so that they come home quickly; zero keeps nothing.
     pub stays: Bytes,
+    /// How often it is measured what a VM writes; never by `None`.
+    pub sample_writes: Option<Duration>,
     /// Whether this host may set `vm.unprivileged_userfaultfd=1`, which QEMU 7.2 needs for post-copy and RAM snapshots.
     pub unprivileged_userfaultfd: bool,
 }

@@ -17,6 +17,7 @@ mod images;
 mod moving;
 mod placement;
 mod registry;
+mod sampling;
 mod source;
 mod start;
 mod start_carry;

@@ -6,7 +6,7 @@ use godwit_model::guest::EXEC_TIMEOUT;
 use godwit_model::{
     Accelerator, Activity, Bytes, BytesPerSec, ExecRequest, Generation, GuestFacts, HostFacts, HostLoad, ImageId, ImageKind,
     ImportFormat, InterfaceDrops, MigrationFigures, MigrationForecast, MigrationProgress, MigrationSettings, Millis, Name,
-    NetworkId, NetworkKind, Octets, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
+    NetworkId, NetworkKind, Octets, QuietTime, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -81,6 +81,12 @@ pub struct VmStatus {
     /// Whether it could move to any other host; looked at again whenever something changes. None while it does not run.
     #[serde(default)]
     pub migratable: Option<Migratable>,
+    /// What it wrote to its memory when that was measured last, in bytes per second; none while it does not run.
+    #[serde(default)]
+    pub dirty_rate: Option<BytesPerSec>,
+    /// The time of day at which it writes least to its memory, if it is known and there is one: the best for a move.
+    #[serde(default)]
+    pub quiet: Option<QuietTime>,
     /// What its seed holds; the texts themselves are never shown, and `spec` leaves them out.
     #[serde(default)]
     pub cloud_init: Option<SeedFacts>,

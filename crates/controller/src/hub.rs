@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::clock;
+use crate::habits::Gathered;
 
 /// Messages that may wait for an agent that does not read. One that is so far behind is as good as disconnected.
 pub(crate) const QUEUE: usize = 512;
@@ -82,6 +83,8 @@ struct Inner {
 pub(crate) struct Hub {
     inner: Mutex<Inner>,
     changed: watch::Sender<u64>,
+    /// What hosts have measured of their VMs.
+    pub(crate) habits: Gathered,
 }
 
 /// The right to be the one user of a VM's console; given back when dropped.
@@ -111,7 +114,7 @@ pub(crate) struct Attendance {
 impl Hub {
     /// Nobody is connected.
     pub(crate) fn new() -> Self {
-        Self { inner: Mutex::default(), changed: watch::Sender::new(0) }
+        Self { inner: Mutex::default(), changed: watch::Sender::new(0), habits: Gathered::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -13,6 +13,7 @@ mod clock;
 mod cpu;
 mod db;
 mod fleet;
+mod habits;
 mod history;
 mod http;
 mod hub;

@@ -250,6 +250,24 @@ impl Reports {
         Ok(Ok(()))
     }
 
+    /// What a VM writes, as its host has measured it.
+    pub(crate) async fn writes(&self, host: &Name, report: &v1::WritesReport) -> Result<(), Dropped> {
+        let id = convert::vm_id(&report.vm)?;
+        // A VM that was deleted, or has just left, is no reason to complain.
+        let Some(vm) = self.db.find::<VmRow>(&id.to_string()).await? else { return Ok(()) };
+        if !vm.row.granted.contains_key(host) {
+            return Err(Dropped::NotGranted("the VM was never granted to it"));
+        }
+        if vm.row.host.as_ref() != Some(host) {
+            return Ok(());
+        }
+        // A store without space costs what was gathered, nothing else.
+        match self.hub.habits.sample(&self.db, id, report.bytes_per_second, clock::now()).await {
+            Err(fault) if !fault.is_full() => Err(fault.into()),
+            _ => Ok(()),
+        }
+    }
+
     /// What a guest says of itself. Kept in memory only: its host says it again.
     pub(crate) async fn guest(&self, host: &Name, report: &v1::GuestReport) -> Result<(), Dropped> {
         let id = convert::vm_id(&report.vm)?;

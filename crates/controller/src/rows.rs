@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use godwit_api::v1::{ReignEnd, Role, TaskNote, TaskState, Transfer};
 use godwit_model::{
-    Activity, Bytes, BytesPerSec, Epoch, Generation, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
+    Activity, Bytes, BytesPerSec, Epoch, Generation, Habits, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
     MigrationForecast, MigrationPolicy, MigrationProgress, MigrationSettings, Millis, Name, NetworkId, NetworkKind, Refusal,
     ResolvedSpec, RunState, TaskId, TokenId, TravellingDisk, UnixMillis, VmId, VmSpec,
 };
@@ -59,6 +59,7 @@ rows! {
     ImageRow: "image/" => |row| format!("{}/{}", row.team, row.name);
     VmRow: "vm/" => |row| row.id;
     HistoryRow: "history/" => |row| row.vm;
+    HabitsRow: "habits/" => |row| row.vm;
     MigratableRow: "migratable/" => |row| row.vm;
     TaskRow: "task/" => |row| row.id;
 }
@@ -258,6 +259,13 @@ pub(crate) struct Reign {
     pub(crate) reason: Option<String>,
     #[serde(default)]
     pub(crate) figures: Option<MigrationFigures>,
+}
+
+/// How much a VM writes, by time of day.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HabitsRow {
+    pub(crate) vm: VmId,
+    pub(crate) habits: Habits,
 }
 
 /// Whether a running VM could move. Beside the VM and not in it: it changes without anybody changing the VM.

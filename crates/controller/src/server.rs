@@ -190,6 +190,7 @@ impl Controller {
         first_network(&db, Name::new(DEFAULT_TEAM).expect("a plain word is a name")).await?;
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
         let hub = Arc::new(Hub::new());
+        hub.habits.load(&db).await?;
         let images = Arc::new(open_images(&db, &options).await?);
         let tasks = Arc::new(Tasks::new(
             db.clone(),

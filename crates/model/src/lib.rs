@@ -5,6 +5,7 @@
 
 pub mod error;
 pub mod guest;
+pub mod habits;
 pub mod host;
 pub mod hostile;
 pub mod ids;
@@ -21,6 +22,7 @@ pub mod units;
 
 pub use error::{ErrorCode, Refusal, Retry};
 pub use guest::{ExecOutcome, ExecRequest, GuestClock, GuestFacts, Octets};
+pub use habits::{Habits, QuietTime};
 pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
 pub use ids::{ImageId, NetworkId, TaskId, TeamId, TokenId, VmId, Vmgenid};
 pub use import::ImportFormat;

@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use super::destination::DestinationMove;
 use super::moving::{answer, vcpus};
 use super::registry::{answer_for_nobody, asks_how_it_ended};
+use super::sampling;
 use super::source::SourceMove;
 use super::tpm::TPM_GRACE;
 use crate::carry::CarryNotice;
@@ -263,7 +264,7 @@ impl Actor {
         match Qmp::connect(&path, Duration::from_secs(3)).await {
             Ok(qmp) => {
                 self.notices = Some(qmp.listen());
-                guest::watch(&self.host, self.vm, &qmp);
+                self.attend(&qmp);
                 self.qmp = Some(qmp);
                 self.refresh().await;
             }
@@ -283,6 +284,12 @@ impl Actor {
                 self.wake = Instant::now() + RETRY;
             }
         }
+    }
+
+    /// What lasts as long as this session with QEMU.
+    pub(super) fn attend(&self, qmp: &Qmp) {
+        guest::watch(&self.host, self.vm, qmp);
+        sampling::watch(&self.host, self.vm, qmp);
     }
 
     /// Reads the run state from QEMU.

@@ -17,7 +17,6 @@ use godwit_qemu::{Qmp, Resources, Sockets, Start};
 use super::actor::{Actor, qemu_failed};
 use super::change::{open_disk, open_flash};
 use super::disks::into::open_arriving;
-use crate::guest;
 use crate::host::{SharedHost, host_failed, private_dir};
 use crate::journal::{Holding, VmRecord};
 use crate::nodes::{self, NODES};
@@ -230,7 +229,7 @@ impl Actor {
         };
         let qmp = qmp.map_err(|error| host_failed("QEMU does not answer", &error))?;
         self.notices = Some(qmp.listen());
-        guest::watch(&self.host, self.vm, &qmp);
+        self.attend(&qmp);
         self.qmp = Some(qmp);
         Ok(())
     }

@@ -183,6 +183,12 @@ fn show(vm: &Vm) -> String {
     if let Some(limits) = shown(&vm.spec.migration) {
         facts.fact("Migrations", limits);
     }
+    if let Some(rate) = status.dirty_rate {
+        facts.fact("Writes", rate);
+    }
+    if let Some(quiet) = &status.quiet {
+        facts.fact("Writes least", quiet);
+    }
     for interface in &status.dropped {
         facts.fact("Dropped", format!("interface {}, {}", interface.slot, dropped(&interface.dropped)));
     }

@@ -2,10 +2,11 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use godwit_agent::AgentOptions;
-use godwit_model::{Bytes, Name};
+use godwit_model::{Bytes, Millis, Name};
 
 use super::{log, run_to_end};
 use crate::error::Failure;
@@ -52,6 +53,9 @@ pub(crate) struct AgentArgs {
     /// Disk that the memory of VMs which left may take, encrypted, so that they come home quickly; 0 keeps nothing
     #[arg(long, value_name = "SIZE", default_value = "16GiB")]
     stays: Bytes,
+    /// How often to measure for a second how much each VM writes, so that its quiet time of day is known; 0 never
+    #[arg(long, value_name = "TIME", default_value = "10m")]
+    sample_writes: Millis,
     /// Let the agent set vm.unprivileged_userfaultfd=1, which QEMU 7.2 needs for post-copy and RAM snapshots
     #[arg(long)]
     unprivileged_userfaultfd: bool,
@@ -89,6 +93,7 @@ impl AgentArgs {
             vteps: self.vteps,
             migration_address: self.migration_address,
             stays: self.stays,
+            sample_writes: (self.sample_writes.get() > 0).then(|| Duration::from_millis(self.sample_writes.get())),
             unprivileged_userfaultfd: self.unprivileged_userfaultfd,
         })
     }

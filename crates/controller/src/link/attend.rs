@@ -216,6 +216,7 @@ impl LinkServer {
             Some(Body::Progress(progress)) => self.reports.progress(host, &progress).await,
             Some(Body::Ended(ended)) => self.reports.ended(host, &ended).await,
             Some(Body::Guest(guest)) => self.reports.guest(host, &guest).await,
+            Some(Body::Writes(writes)) => self.reports.writes(host, &writes).await,
             Some(Body::Peer(peer)) => self.reports.peer(host, peer).await,
             Some(Body::Hello(_)) | None => Ok(()),
         };

@@ -34,6 +34,9 @@ impl Tasks {
             Ok(Err(malformed)) => note(task, format!("what it would cost is not known: {malformed}")),
             Err(refusal) => note(task, format!("what it would cost is not known: {}", refusal.message)),
         }
+        if let Some(quiet) = self.hub.habits.quiet(vm) {
+            note(task, format!("it writes least from {quiet}"));
+        }
         Ok(())
     }
 }

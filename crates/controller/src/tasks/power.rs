@@ -9,7 +9,7 @@ use super::migrate::has_arrived;
 use super::{Outcome, Tasks, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault};
-use crate::rows::{HistoryRow, HostRow, TaskRow, VmRow, Work};
+use crate::rows::{HabitsRow, HistoryRow, HostRow, TaskRow, VmRow, Work};
 
 /// How long an unconditional grant can wait for its host.
 const START_LIFETIME: u64 = 24 * 3_600_000;
@@ -253,10 +253,14 @@ impl Tasks {
             if let Some(history) = self.db.find::<HistoryRow>(&vm.row.id.to_string()).await? {
                 batch = batch.delete(&history);
             }
+            if let Some(habits) = self.db.find::<HabitsRow>(&vm.row.id.to_string()).await? {
+                batch = batch.delete(&habits);
+            }
             for key in vm.row.claims() {
                 batch = batch.free(key);
             }
             self.db.commit(batch).await?;
+            self.hub.habits.forget(vm.row.id);
             self.metrics.on_deleted(&vm.row.team, &vm.row.name);
             Ok(())
         })

@@ -1,8 +1,10 @@
 //! Every operation of the description: without a principal, as a foreign team, and with garbage.
 
+use std::collections::BTreeMap;
+
 use godwit_api::client::Client;
-use godwit_api::v1::{Role, VmDelete};
-use godwit_model::{Bytes, Refusal};
+use godwit_api::v1::{PolicyCreate, Role, VmDelete};
+use godwit_model::{Bytes, MigrationSettings, Millis, Refusal};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
@@ -51,6 +53,7 @@ fn filled(path: &str, task: &str, token: &str) -> String {
         .replace("{host}", "h1")
         .replace("{pool}", "shared")
         .replace("{network}", "lan")
+        .replace("{policy}", "gold")
         .replace("{task}", task)
         .replace("{token}", token)
 }
@@ -88,6 +91,8 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
     let token = admin.tokens().await.expect("tokens").first().expect("admin").id.to_string();
     let before = admin.vm(&name("web1")).await.expect("vm");
     let lan = admin.create_network(&network("lan")).await.expect("network");
+    let limits = MigrationSettings { max_blackout: Some(Millis(70)), ..MigrationSettings::default() };
+    let gold = admin.create_policy(&PolicyCreate { name: name("gold"), labels: BTreeMap::new(), limits }).await.expect("policy");
     let (_, operations) = operations(&admin).await;
     for role in [Role::Viewer, Role::Operator] {
         let foreign = cluster.member("red", role).await;
@@ -97,7 +102,8 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
                 let path = format!("{}{team}", filled(&operation.path, &task, &token));
                 let body = body_for(&operation.id);
                 // What ends never, or makes something of one's own.
-                let own = operation.id == "image_fetch" && team.is_empty() && role == Role::Operator;
+                let makes = matches!(operation.id.as_str(), "image_fetch" | "policy_create");
+                let own = makes && team.is_empty() && role == Role::Operator;
                 if own || matches!(operation.id.as_str(), "event_watch" | "image_import") {
                     continue;
                 }
@@ -106,7 +112,11 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
                     let text = response.text().await.expect("text");
                     assert_eq!(operation.method, Method::GET, "{what} changed something");
                     assert!(
-                        !text.contains("web1") && !text.contains("linux") && !text.contains("\"lan\"") && !text.contains(&token),
+                        !text.contains("web1")
+                            && !text.contains("linux")
+                            && !text.contains("\"lan\"")
+                            && !text.contains("\"gold\"")
+                            && !text.contains(&token),
                         "{what} shows {text}"
                     );
                 } else {
@@ -125,6 +135,7 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
     let after = admin.vm(&name("web1")).await.expect("vm");
     assert_eq!(without_migratable(after), without_migratable(before));
     assert_eq!(admin.network(&name("lan")).await.expect("network"), lan);
+    assert_eq!(admin.policy(&name("gold")).await.expect("policy"), gold);
 }
 
 /// A body that would be accepted of somebody who may.
@@ -132,6 +143,8 @@ fn body_for(operation: &str) -> Value {
     match operation {
         "vm_create" => json!({"name": "stolen", "spec": spec(Bytes::mib(64))}),
         "network_create" => json!({"name": "stolen", "kind": {"type": "bridge", "bridge": "br0"}}),
+        "policy_create" => json!({"name": "stolen", "limits": {"max_blackout": 1}}),
+        "policy_set" => json!({"limits": {"max_blackout": 1}}),
         "host_set" => json!({"migration_bandwidth": 125_000_000}),
         "network_set" => json!({"mtu": 9000}),
         "task_bandwidth" => json!({"bandwidth": 125_000_000}),
