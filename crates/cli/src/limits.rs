@@ -66,6 +66,8 @@ pub(crate) enum LimitName {
     OnMiss,
     Patience,
     Postcopy,
+    Stall,
+    StopLimit,
 }
 
 impl KeptLimitArgs {
@@ -89,6 +91,8 @@ impl KeptLimitArgs {
                 LimitName::OnMiss => settings.on_miss = None,
                 LimitName::Patience => settings.patience = None,
                 LimitName::Postcopy => settings.postcopy = None,
+                LimitName::Stall => settings.stall = None,
+                LimitName::StopLimit => settings.stop_limit = None,
             }
         }
         let said = self.settings();

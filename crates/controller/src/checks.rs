@@ -39,7 +39,7 @@ pub(crate) const LEAST_BANDWIDTH: BytesPerSec = BytesPerSec(1_000_000);
 pub(crate) fn enough_bandwidth(bandwidth: Option<BytesPerSec>) -> Result<(), Refusal> {
     if bandwidth.is_some_and(|bandwidth| bandwidth < LEAST_BANDWIDTH) {
         let refusal = Refusal::new(ErrorCode::BadRequest, format!("migrations would hardly get on below {LEAST_BANDWIDTH}"));
-        return Err(refusal.hint("give more, or null for no limit"));
+        return Err(refusal.hint("give more, or say nothing of it"));
     }
     Ok(())
 }

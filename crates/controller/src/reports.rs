@@ -3,10 +3,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use godwit_api::v1::TaskState;
 use godwit_link::convert::{self, Malformed};
 use godwit_link::decode;
 use godwit_link::v1::{self, controller_message::Body};
-use godwit_model::{Generation, GuestFacts, MigrationFigures, MigrationProgress, Name, RunState, TaskId, VmId};
+use godwit_model::{BytesPerSec, Generation, GuestFacts, MigrationFigures, MigrationProgress, Name, RunState, TaskId, VmId};
 
 use crate::clock;
 use crate::db::{Batch, Db, Fault, retry};
@@ -225,7 +226,9 @@ impl Reports {
         }
         let mut batch = Batch::default();
         let side = if source { &mut work.source_ended } else { &mut work.destination_ended };
-        if ended.generation == work.generation && side.is_none() && !task.row.state.ended() {
+        // A source that was not waited for is kept in mind until it has said so.
+        let late = source && ended.moved && task.row.state == TaskState::Done;
+        if ended.generation == work.generation && side.is_none() && (late || !task.row.state.ended()) {
             *side = Some(ended.clone());
             batch = batch.update(&task);
         }
@@ -261,8 +264,10 @@ impl Reports {
         if vm.row.host.as_ref() != Some(host) {
             return Ok(());
         }
+        // Nothing writes to more than all of its memory in a second.
+        let rate = BytesPerSec(report.bytes_per_second.min(vm.row.spec.memory.get()));
         // A store without space costs what was gathered, nothing else.
-        match self.hub.habits.sample(&self.db, id, report.bytes_per_second, clock::now()).await {
+        match self.hub.habits.sample(&self.db, id, rate, clock::now()).await {
             Err(fault) if !fault.is_full() => Err(fault.into()),
             _ => Ok(()),
         }
@@ -288,6 +293,15 @@ impl Reports {
         Ok(())
     }
 
+    /// Whether the VM of this migration has come to its destination, whatever has become of it since.
+    async fn has_arrived(&self, task: &TaskRow, work: &MigrateWork) -> Result<bool, Fault> {
+        let vm = match task.vm {
+            Some(vm) => self.db.find::<VmRow>(&vm.to_string()).await?,
+            None => None,
+        };
+        Ok(task.state == TaskState::Done || vm.is_some_and(|vm| vm.row.generation >= work.generation))
+    }
+
     /// A message from one agent of a migration to the other.
     pub(crate) async fn peer(&self, host: &Name, message: v1::Peer) -> Result<(), Dropped> {
         if message.message.len() > MAX_PEER {
@@ -303,10 +317,22 @@ impl Reports {
         if (host, &to) != sides && (&to, host) != sides {
             return Err(Dropped::NotGranted("not between the two hosts of the migration"));
         }
+        // A destination that has had the VM, and has lost its journal since, would give it back to a source that must not have it any more.
+        if *host == work.destination && declines(&message.message) && self.has_arrived(&task.row, work).await? {
+            return Err(Dropped::NotGranted("a VM to decline that has come to it"));
+        }
         // Peers repeat what matters; one that is away is told by the carrier, or later.
         self.hub.relay(&to, v1::Peer { host: host.to_string(), ..message });
         Ok(())
     }
+}
+
+/// Whether one agent tells the other that it declines. It is for the other to say whether that is signed.
+fn declines(message: &[u8]) -> bool {
+    let envelope: Option<serde_json::Value> = serde_json::from_slice(message).ok();
+    let statement = envelope.as_ref().and_then(|envelope| envelope["statement"].as_str());
+    let said: Option<serde_json::Value> = statement.and_then(|statement| serde_json::from_str(statement).ok());
+    said.is_some_and(|said| said["peer"]["message"]["fact"] == "declined")
 }
 
 /// Whether `host` may say that it owns `generation`: it owns it already, it is the destination of a move that has not ended, or the owner before it
@@ -370,6 +396,19 @@ mod tests {
                 }
                 invariant_one_owner_of_the_newest_generation(&before, &row);
             }
+        }
+    }
+
+    #[test]
+    fn a_fact_that_declines_is_told_from_others_and_from_what_is_none() {
+        let fact = |fact: &str| {
+            let said =
+                serde_json::json!({"from": "h2", "grant": "x", "peer": {"vm": "v", "generation": 2, "message": {"fact": fact}}});
+            serde_json::json!({"statement": said.to_string(), "signature": "", "chain": []}).to_string()
+        };
+        assert!(declines(fact("declined").as_bytes()));
+        for other in [fact("whole"), "{}".into(), "declined".into(), r#"{"statement": 7}"#.into(), String::new()] {
+            assert!(!declines(other.as_bytes()), "{other}");
         }
     }
 

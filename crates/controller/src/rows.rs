@@ -5,9 +5,11 @@
 //! | `epoch` | the controller's reign | |
 //! | `team/<team>`, `token/<id>`, `join/<id>`, `host/<host>` | as named | |
 //! | `network/<team>/<network>` | a network | `vni`: the last number given to an overlay |
+//! | `policy/<team>/<policy>` | what is said of migrations of VMs with certain labels | |
 //! | `image/<team>/<image>` | an image; its content is the file `images/<id>` | |
 //! | `vm/<id>` | a VM | `vmname/<team>/<vm>`, `mac/<mac>`, `volume/<pool>/<volume>`: which VM has it |
 //! | `history/<id>` | what became of each generation of a VM | |
+//! | `habits/<id>` | how much a VM writes, by time of day | |
 //! | `migratable/<id>` | whether a running VM could move | |
 //! | `task/<id>` | a task | |
 

@@ -127,6 +127,7 @@ fn complete(spec: &mut VmSpec, first: u8) -> Result<(), Refusal> {
             Refusal::new(ErrorCode::SpecInvalid, format!("two interfaces have the address {mac}")).hint("leave one of them out")
         );
     }
+    spec.migration.check()?;
     enough_bandwidth(spec.migration.bandwidth)?;
     spec.validate().map_err(Refusal::from)
 }

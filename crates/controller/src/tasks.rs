@@ -143,7 +143,12 @@ impl Tasks {
 
     /// Drops the oldest ended tasks beyond a number.
     pub(crate) async fn prune(&self) -> Result<(), Fault> {
-        let mut ended: Vec<_> = self.db.all::<TaskRow>().await?.into_iter().filter(|task| task.row.state.ended()).collect();
+        // A source that was not waited for finds the other host by the task.
+        let unheard = |task: &TaskRow| {
+            task.state == TaskState::Done && matches!(&task.work, Work::Migrate(work) if work.source_ended.is_none())
+        };
+        let over = |task: &TaskRow| task.state.ended() && !unheard(task);
+        let mut ended: Vec<_> = self.db.all::<TaskRow>().await?.into_iter().filter(|task| over(&task.row)).collect();
         ended.sort_by_key(|task| task.row.created);
         let surplus = ended.len().saturating_sub(ENDED_KEPT);
         for task in ended.iter().take(surplus) {

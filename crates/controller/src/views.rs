@@ -71,7 +71,7 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
             dropped: dropped(row, hub),
             conditions,
             migratable: hub.migratable(row.id).filter(|_| row.has_process()),
-            dirty_rate: hub.habits.last(row.id).filter(|_| row.has_process()),
+            dirty_rate: hub.habits.last(row.id, row.since, clock::now()).filter(|_| row.has_process()),
             quiet: hub.habits.quiet(row.id),
             cloud_init: row.spec.cloud_init.as_ref().map(seed_facts),
             guest: row.host.as_ref().filter(|_| row.has_process()).and_then(|host| hub.guest(host, row.id)),

@@ -6,6 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{BytesPerSec, ErrorCode, Ladder, MigrationPolicy, Millis, Name, PostCopy, Refusal, Rung};
 
+/// A week, in milliseconds: longer than anybody waits for a migration.
+const LONGEST: u64 = 7 * 24 * 3_600_000;
+/// Ten minutes: so long a VM may stand still at most, should its QEMU not answer.
+const LONGEST_STOP: u64 = 10 * 60_000;
+
 /// Limits of migrations as they are said at one place: in a request, in a VM's spec, or in a policy. What is not said there comes from elsewhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -69,6 +74,28 @@ impl MigrationSettings {
         }
     }
 
+    /// Whether a migration can go by them.
+    ///
+    /// # Errors
+    /// `bad_request` for a limit that no migration could keep, or that is none.
+    pub fn check(&self) -> Result<(), Refusal> {
+        let limits = [
+            ("max_blackout", self.max_blackout, 1),
+            ("timeout", self.timeout, 1_000),
+            ("stall", self.stall, 1_000),
+            ("stop_limit", self.stop_limit, 500),
+            ("patience", self.patience, 0),
+        ];
+        for (name, limit, least) in limits {
+            let most = if name == "stop_limit" { LONGEST_STOP } else { LONGEST };
+            if limit.is_some_and(|limit| !(least..=most).contains(&limit.get())) {
+                return Err(Refusal::new(ErrorCode::BadRequest, format!("{name} is {least} to {most} ms"))
+                    .hint("give another, or leave it out for what policies say or the default"));
+            }
+        }
+        Ok(())
+    }
+
     fn wants_postcopy(&self) -> bool {
         let by_ladder = self.on_miss.is_some_and(|ladder| ladder.has(Rung::Postcopy));
         by_ladder || matches!(self.postcopy, Some(PostCopy::Ready | PostCopy::Now))
@@ -76,7 +103,7 @@ impl MigrationSettings {
 }
 
 impl From<MigrationPolicy> for MigrationSettings {
-    /// All of them said.
+    /// All of them said; a policy without a bandwidth says nothing of it.
     fn from(policy: MigrationPolicy) -> Self {
         let MigrationPolicy { max_blackout, bandwidth, timeout, stall, stop_limit, on_miss, patience, postcopy } = policy;
         Self {
@@ -141,7 +168,8 @@ pub fn settle(
         if settings.postcopy == Some(PostCopy::Never) && ruled_out.is_none() {
             ruled_out = Some(name.clone());
         }
-        let filled = limits.fill(settings);
+        let mut filled = limits.fill(settings);
+        filled.retain(|field| ruled_out.is_none() || *field != "postcopy");
         if !filled.is_empty() {
             told.push(format!("{name}: {}", filled.join(", ")));
         }
@@ -152,6 +180,8 @@ pub fn settle(
             return Err(Refusal::new(ErrorCode::NotPermitted, format!("post-copy is ruled out for this VM: {by} says `never`"))
                 .hint("migrate it without post-copy, or have that changed: `godwit policy list`"));
         }
+        let left_out = if policy.on_miss.has(Rung::Postcopy) { ", so it is left out of on_miss" } else { "" };
+        told.push(format!("{by}: post-copy never{left_out}"));
         policy.postcopy = PostCopy::Never;
         policy.on_miss = policy.on_miss.without(Rung::Postcopy);
     }

@@ -190,7 +190,7 @@ fn a_move_ends_without_a_source_that_stays_away_and_nothing_runs_there_when_it_c
             continue;
         }
         let done = cluster.done(task, A_SECOND * 60)?;
-        ensure!(done.trail.iter().any(|note| note.text.contains("h1 is away")), "{:?}", done.trail);
+        ensure!(done.trail.iter().any(|note| note.text.contains("h1 says nothing")), "{:?}", done.trail);
         // By the time that the first host asks, the second has nothing of the VM any more.
         cluster.run(&[
             Ends("web", Ending::Moved("h2")),

@@ -1,6 +1,7 @@
 //! The actor: one loop over one closed event type, owner of everything about one VM on this host.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use godwit_link::statement::grant_digest;
@@ -149,6 +150,8 @@ pub(super) struct Actor {
     pub(super) qmp: Option<Qmp>,
     pub(super) notices: Option<Notices>,
     pub(super) moving: Option<Moving>,
+    /// The VM is about to move, or does.
+    pub(super) moves: Arc<AtomicBool>,
     pub(super) carry_notices: (mpsc::Sender<CarryNotice>, mpsc::Receiver<CarryNotice>),
     pub(super) wake: Instant,
     pub(super) guest_shut_down: bool,
@@ -177,6 +180,7 @@ impl Actor {
             qmp: None,
             notices: None,
             moving: None,
+            moves: Arc::default(),
             carry_notices: mpsc::channel(64),
             wake: Instant::now(),
             guest_shut_down: false,
@@ -192,6 +196,7 @@ impl Actor {
         self.adopt().await;
         loop {
             self.look_at_move().await;
+            self.moves.store(self.moving.is_some(), Ordering::Release);
             self.publish();
             let Self { events, notices, process, tpm, carry_notices, wake, .. } = &mut self;
             let (process, tpm) = (process.clone(), tpm.clone());
@@ -289,7 +294,7 @@ impl Actor {
     /// What lasts as long as this session with QEMU.
     pub(super) fn attend(&self, qmp: &Qmp) {
         guest::watch(&self.host, self.vm, qmp);
-        sampling::watch(&self.host, self.vm, qmp);
+        sampling::watch(&self.host, self.vm, qmp, &self.moves);
     }
 
     /// Reads the run state from QEMU.
@@ -526,7 +531,7 @@ impl Actor {
             return Ok(Answer::default());
         }
         let generation = self.record.as_ref().map(|record| record.generation).unwrap_or_default();
-        self.owned(generation)?;
+        self.may_end(generation)?;
         if let Some(record) = &mut self.record {
             record.ended_with_host = true;
         }

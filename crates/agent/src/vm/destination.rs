@@ -129,7 +129,9 @@ impl DestinationMove {
         };
         let carry = incoming.carry.as_ref().and_then(|identity| adopt(identity, 0));
         let disks = into::adopt(spec, &incoming.disks, adopt);
-        Self { disks, ..Self::new(incoming.grant.clone(), carry) }
+        // Told before the restart, and not told again once the end is.
+        let source_given_up = host.journal.ran(spec.vm).is_ok_and(|ran| ran >= incoming.grant.generation);
+        Self { disks, source_given_up, ..Self::new(incoming.grant.clone(), carry) }
     }
 
     /// Looks at QEMU. One that does not answer is not asked again before it has: it takes only a handful of questions, and after those not even what
@@ -692,16 +694,16 @@ impl Actor {
             },
             figures: MigrationFigures::default(),
         };
-        if let Err(error) = self.host.end_move(&ended) {
-            tracing::error!(error = &error as &dyn std::error::Error, "the end of the move could not be kept");
-            return Some(RETRY);
-        }
         let kept = match outcome {
             // Whoever does not know yet how it ended will ask, whatever has become of the VM by then.
             Outcome::Moved => moving.settled || self.keep_that_it_ran(ended.generation),
             Outcome::Stayed(_) => self.raise_floor(ended.generation),
         };
         if !kept {
+            return Some(RETRY);
+        }
+        if let Err(error) = self.host.end_move(&ended) {
+            tracing::error!(error = &error as &dyn std::error::Error, "the end of the move could not be kept");
             return Some(RETRY);
         }
         tracing::info!(?outcome, "the move has ended here");

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use godwit_link::v1;
@@ -244,6 +245,7 @@ impl Actor {
         if self.state != RunState::Running {
             return Err(Refusal::new(ErrorCode::VmNotRunning, "the VM does not run on this host").hint("start it first"));
         }
+        self.moves.store(true, Ordering::Release);
         // It leaves again: what still announces it here would mislead.
         self.announcements.drain(..).for_each(|announcement| announcement.abort());
         if let Some(record) = &mut self.record {

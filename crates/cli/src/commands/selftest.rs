@@ -6,6 +6,7 @@
 mod guest;
 mod report;
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use godwit_model::{
     Boot, Bytes, BytesPerSec, ErrorCode, ImportFormat, Ladder, MigrationFigures, MigrationPhase, MigrationPolicy,
     MigrationSettings, Millis, Name, PostCopy, Rung, VmSpec,
 };
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::io::ReaderStream;
 
 use self::guest::{Guest, Status};
@@ -42,7 +44,7 @@ const IMPOSSIBLE: Millis = Millis(1);
 #[command(
     after_help = "Creates a VM of 1 GiB, with no disk and no network, moves it there and back in every way, tries what must fail, and removes it. \
 Other VMs are not touched; the moves take what the hosts' limits leave them of the network. Takes about a minute. `-o json` is the report to \
-send along with a question: it names hosts, versions and times, and no address.
+send along with a question.
 
 The guest is the test guest of Godwit's sources; `scripts/guest-image` builds it and prints both paths.
 
@@ -68,12 +70,15 @@ pub(crate) fn run(args: SelftestArgs) -> Result<(), Failure> {
     let session = Session::open(&args.online)?;
     super::super::block_on(async {
         let hosts = choose(&session.client, &args.hosts).await?;
-        let name: Name = format!("selftest-{}", std::process::id()).parse().map_err(|_| Failure::usage("no name", "try again"))?;
-        let test = Selftest { client: session.client.clone(), name, hosts: hosts.clone().map(|host| host.name) };
+        let made = RefCell::default();
+        let test =
+            Selftest { client: session.client.clone(), name: fresh_name()?, hosts: hosts.clone().map(|host| host.name), made };
         let mut report = Report::new(hosts.iter().map(HostReport::of).collect());
+        let mut terminate = signal(SignalKind::terminate()).map_err(Failure::Terminal)?;
         let interrupted = tokio::select! {
             () = test.all(&args, &mut report) => false,
             _ = tokio::signal::ctrl_c() => true,
+            _ = terminate.recv() => true,
         };
         if interrupted {
             report.checks.push(Check::failed("the test", "interrupted"));
@@ -102,11 +107,27 @@ async fn choose(client: &Client, wanted: &[Name]) -> Result<[Host; 2], Failure> 
     }
 }
 
+/// One that nobody has.
+fn fresh_name() -> Result<Name, Failure> {
+    let mut drawn = [0; 4];
+    rustix::rand::getrandom(&mut drawn, rustix::rand::GetRandomFlags::empty()).map_err(|error| Failure::Runtime(error.into()))?;
+    Name::new(format!("selftest-{:08x}", u32::from_ne_bytes(drawn)))
+        .map_err(|_| Failure::usage("no name can be made for the VM", "this is a mistake of the program"))
+}
+
 /// The VM, and where it may be.
 struct Selftest {
     client: Client,
     name: Name,
     hosts: [Name; 2],
+    made: RefCell<Made>,
+}
+
+/// What is there and has to go again.
+#[derive(Default)]
+struct Made {
+    vm: bool,
+    images: Vec<Name>,
 }
 
 /// Why the test cannot go on.
@@ -135,17 +156,16 @@ impl Selftest {
         if !went {
             return;
         }
-        let [here, there] = &self.hosts;
-        for (what, to, postcopy) in [
-            ("a move", there, PostCopy::ByLadder),
-            ("a move home", here, PostCopy::ByLadder),
-            ("a move in post-copy", there, PostCopy::Now),
-            ("a move in post-copy home", here, PostCopy::Now),
+        for (what, postcopy) in [
+            ("a move", PostCopy::ByLadder),
+            ("a move back", PostCopy::ByLadder),
+            ("a move in post-copy", PostCopy::Now),
+            ("a move in post-copy back", PostCopy::Now),
         ] {
-            note(&format!("{what}, to {to}"));
+            note(what);
             let settings = MigrationSettings { postcopy: Some(postcopy), ..MigrationPolicy::default().into() };
-            match self.migrate(&guest, to, settings).await {
-                Ok(Moved::Yes(figures, detail)) => report.moved(what, to, *figures, detail),
+            match self.migrate(&guest, settings).await {
+                Ok(Moved::To(to, figures, detail)) => report.moved(what, &to, *figures, detail),
                 Ok(Moved::Impossible(reason)) => report.note(what, Ok((Verdict::Skipped, reason))),
                 Err(stop) => report.note(what, Err(stop)),
             }
@@ -159,7 +179,10 @@ impl Selftest {
     async fn import(&self, part: &str, kind: ImportFormat, file: &PathBuf) -> Result<(), Stop> {
         let open = tokio::fs::File::open(file).await.map_err(|error| format!("{}: {error}", file.display()))?;
         let content = ReaderStream::new(open).map_err(std::io::Error::other);
-        self.client.import_image(&self.image(part), kind, content).await.map(drop).map_err(|error| told(&error))
+        let name = self.image(part);
+        self.client.import_image(&name, kind, content).await.map_err(|error| told(&error))?;
+        self.made.borrow_mut().images.push(name);
+        Ok(())
     }
 
     async fn boot(&self, args: &SelftestArgs, guest: &Guest) -> Result<Status, Stop> {
@@ -169,6 +192,7 @@ impl Selftest {
         let boot = Boot::Kernel { kernel: self.image("kernel"), initrd: Some(self.image("initrd")), cmdline };
         let request = VmCreate { name: self.name.clone(), spec: VmSpec::new(2, MEMORY, boot) };
         self.client.create_vm(&request).await.map_err(|error| told(&error))?;
+        self.made.borrow_mut().vm = true;
         let start = VmStart { host: Some(self.hosts[0].clone()) };
         let task = self.client.start_vm(&self.name, &start).await.map_err(|error| told(&error))?;
         self.done(task).await?;
@@ -193,12 +217,20 @@ impl Selftest {
         self.client.migrate_vm(&self.name, &request).await
     }
 
-    async fn migrate(&self, guest: &Guest, to: &Name, settings: MigrationSettings) -> Result<Moved, Stop> {
-        let before = guest.now()?;
+    /// Where the VM is, and the host where it is not.
+    async fn here_and_there(&self) -> Result<[&Name; 2], Stop> {
+        let at = self.client.vm(&self.name).await.map_err(|error| told(&error))?.status.host;
+        let [one, other] = &self.hosts;
+        Ok(if at.as_ref() == Some(other) { [other, one] } else { [one, other] })
+    }
+
+    async fn migrate(&self, guest: &Guest, settings: MigrationSettings) -> Result<Moved, Stop> {
+        let ([_, to], before) = (self.here_and_there().await?, guest.now()?);
         let task = match self.begin(to, settings).await {
             Ok(task) => task,
+            // Post-copy that a host cannot do, or that a policy rules out.
             Err(error) => {
-                let impossible = error.refusal().code == ErrorCode::UserfaultUnavailable;
+                let impossible = matches!(error.refusal().code, ErrorCode::UserfaultUnavailable | ErrorCode::NotPermitted);
                 return if impossible { Ok(Moved::Impossible(told(&error))) } else { Err(told(&error)) };
             }
         };
@@ -208,7 +240,7 @@ impl Selftest {
         let checked = after.pages_checked.saturating_sub(before.pages_checked);
         let stall =
             if after.stalls > before.stalls { format!(", stood still for {} ms", after.longest_stall_ms) } else { String::new() };
-        Ok(Moved::Yes(Box::new(figures), format!("{checked} pages right{stall}")))
+        Ok(Moved::To(to.clone(), Box::new(figures), format!("{checked} pages right{stall}")))
     }
 
     /// The same boot of the VM is on this host, and every page has been looked at since.
@@ -233,8 +265,7 @@ impl Selftest {
     }
 
     async fn cancel(&self, guest: &Guest) -> Result<(Verdict, String), Stop> {
-        let [here, there] = &self.hosts;
-        let before = guest.now()?;
+        let ([here, there], before) = (self.here_and_there().await?, guest.now()?);
         let slow = MigrationSettings { bandwidth: Some(SLOW), ..MigrationPolicy::default().into() };
         let task = self.begin(there, slow).await.map_err(|error| told(&error))?;
         let begun = async {
@@ -262,8 +293,7 @@ impl Selftest {
     }
 
     async fn keep_budget(&self, guest: &Guest) -> Result<(Verdict, String), Stop> {
-        let [here, there] = &self.hosts;
-        let before = guest.now()?;
+        let ([here, there], before) = (self.here_and_there().await?, guest.now()?);
         let settings = MigrationSettings {
             max_blackout: Some(IMPOSSIBLE),
             on_miss: Some(Ladder::only(Rung::GiveUp)),
@@ -278,32 +308,46 @@ impl Selftest {
         self.is_sound_on(guest, &before, here).await.map(|_| (Verdict::Passed, format!("given up, it runs on {here}")))
     }
 
-    /// Everything that the test made.
+    /// What the test made, and nothing else.
     async fn remove(&self, report: &mut Report) {
         note("removes what it made");
+        let Made { vm, images } = self.made.take();
         let removed = async {
-            if self.client.vm(&self.name).await.is_ok() {
-                let kill = self.client.kill_vm(&self.name).await.map_err(|error| told(&error))?;
-                self.done(kill).await?;
-                let delete = self.client.delete_vm(&self.name, &VmDelete { volumes: false }).await.map_err(|error| told(&error))?;
-                self.done(delete).await?;
+            if vm {
+                self.remove_vm().await.map_err(|stop| {
+                    format!("{stop}; to remove it: `godwit vm kill {0}`, `godwit vm delete {0}`, `godwit image delete`", self.name)
+                })?;
             }
-            for part in ["kernel", "initrd"] {
-                match self.client.delete_image(&self.image(part)).await {
-                    Err(error) if error.refusal().code != ErrorCode::NotFound => {
-                        return Err(told(&error));
-                    }
-                    _ => {}
-                }
+            for image in images {
+                self.client.delete_image(&image).await.map_err(|error| told(&error))?;
             }
-            Ok((Verdict::Passed, "VM and images are gone".to_owned()))
+            Ok((Verdict::Passed, "what the test made is gone".to_owned()))
         };
         report.note("nothing is left", removed.await);
+    }
+
+    async fn remove_vm(&self) -> Result<(), Stop> {
+        loop {
+            match self.client.kill_vm(&self.name).await {
+                Ok(task) => break drop(self.done(task).await?),
+                // It was interrupted in the middle of its start.
+                Err(error) if error.refusal().code == ErrorCode::VmBusy => {
+                    let status = self.client.vm(&self.name).await.map_err(|error| told(&error))?.status;
+                    if let Some(activity) = status.activity {
+                        let task = self.client.task(activity.task).await.map_err(|error| told(&error))?;
+                        self.ended(task).await?;
+                    }
+                }
+                Err(error) => return Err(told(&error)),
+            }
+        }
+        let delete = self.client.delete_vm(&self.name, &VmDelete { volumes: false }).await.map_err(|error| told(&error))?;
+        self.done(delete).await.map(drop)
     }
 }
 
 /// What became of a move.
 enum Moved {
-    Yes(Box<MigrationFigures>, String),
+    To(Name, Box<MigrationFigures>, String),
     Impossible(String),
 }

@@ -27,6 +27,7 @@ async fn find(app: &App, team: &Name, policy: &Name) -> Result<Stored<PolicyRow>
 
 fn check(labels: &BTreeMap<Name, String>, limits: &MigrationSettings) -> Result<(), Refusal> {
     check_labels(labels)?;
+    limits.check()?;
     enough_bandwidth(limits.bandwidth)
 }
 

@@ -198,12 +198,26 @@ impl Tasks {
             .into())
     }
 
+    /// A move that a kill has cut short may still have to end.
+    async fn no_move_is_open(&self, vm: &VmRow) -> Result<(), Fault> {
+        let open = |task: &TaskRow| task.vm == Some(vm.id) && matches!(task.work, Work::Migrate(_)) && !task.state.ended();
+        let Some(task) = self.db.all::<TaskRow>().await?.into_iter().find(|task| open(&task.row)) else { return Ok(()) };
+        let id = task.row.id;
+        Err(Refusal::new(ErrorCode::VmBusy, format!("task {id}, a move of the VM, has not ended"))
+            .hint(format!("wait for it: `godwit task wait {id}`"))
+            .retry(Retry::Safe)
+            .into())
+    }
+
     /// What there is to do, with the grant already in the row if it takes one.
     async fn work(&self, vm: &mut VmRow, id: TaskId, asked: &Asked, ignored: bool, now: UnixMillis) -> Result<Work, Fault> {
         if !ignored {
             self.reachable(vm).await?;
             if matches!(asked, Asked::Start(_) | Asked::Migrate(_) | Asked::Delete { .. }) {
                 restore::all_heard(&self.db).await?;
+            }
+            if matches!(asked, Asked::Delete { .. }) {
+                self.no_move_is_open(vm).await?;
             }
         }
         Ok(match asked {
@@ -257,6 +271,7 @@ impl Tasks {
 
     /// The limits of a migration of this VM, of which the request says these.
     async fn settle_limits(&self, vm: &VmRow, asked: &MigrationSettings) -> Result<Settled, Fault> {
+        asked.check()?;
         let rows = self.db.page::<PolicyRow>(&format!("{}/", vm.team), None, usize::MAX).await?;
         let policies: Vec<Labelled<'_>> = rows
             .iter()

@@ -237,7 +237,13 @@ impl Tasks {
         match self.command(id, source, &format!("move {}", work.attempt), action).await? {
             // It may have answered from its memory: what was changed since is told once more.
             Ok(_) => self.set_stage(id, Stage::Moving).await,
-            Err(refusal) => self.give_up(id, Some(&refusal)).await,
+            Err(refusal) => {
+                let (task, vm) = self.both(id).await?;
+                // It had begun before its agent died, is through, and knows nothing of it any more.
+                let through =
+                    has_arrived(&vm.row, work) || matches!(&task.row.work, Work::Migrate(work) if work.source_ended.is_some());
+                if through { self.set_stage(id, Stage::Moving).await } else { self.give_up(id, Some(&refusal)).await }
+            }
         }
     }
 
@@ -248,20 +254,29 @@ impl Tasks {
         let mut asked_to_cancel = false;
         let mut clearing: Option<Instant> = None;
         let mut absent: Option<Instant> = None;
+        let mut given_up = false;
         loop {
             let (task, now) = self.both(id).await?;
             let task = task.row;
             let Work::Migrate(work) = &task.work else { return Ok(()) };
-            if !has_arrived(&now.row, work) || self.hub.presence(&work.source).is_some() {
-                absent = None;
-            } else if Instant::now() >= *absent.get_or_insert_with(|| Instant::now() + self.heartbeat * ABSENCE) {
-                if work.source_ended.is_none() && work.destination_ended.as_ref().is_some_and(|ended| ended.moved) {
+            let here = self.hub.presence(&work.source).is_some();
+            // What it was asked it may have forgotten.
+            asked_to_cancel &= here;
+            let taken = work.destination_ended.as_ref().is_some_and(|ended| ended.moved);
+            // A source that is there and says nothing about a move that has ended has lost its journal.
+            if !has_arrived(&now.row, work) || (here && !taken) {
+                (absent, given_up) = (None, false);
+            } else if work.source_ended.is_none() {
+                let over = Instant::now() >= *absent.get_or_insert_with(|| Instant::now() + self.heartbeat * ABSENCE);
+                if taken && (over || given_up) {
                     return self.end_without_source(id, work).await;
                 }
-                // Said again after a while: an agent that has been restarted since does not know it.
-                absent = None;
-                self.give_source_up(id, vm, work).await?;
-                continue;
+                if over {
+                    // Said again after a while: an agent that has been restarted since does not know it.
+                    (absent, given_up) = (None, true);
+                    self.give_source_up(id, vm, work).await?;
+                    continue;
+                }
             }
             let away = [&work.source, &work.destination].into_iter().find(|host| self.hub.presence(host).is_none());
             if let Some(ended) = &work.source_ended {
@@ -338,7 +353,7 @@ impl Tasks {
 
     /// The destination has the whole VM, and its source does not come back.
     async fn end_without_source(&self, id: TaskId, work: &MigrateWork) -> Result<(), Fault> {
-        let said = format!("{} is away: it hears how it ended, and clears up, when it comes back", work.source);
+        let said = format!("{} says nothing: it hears how it ended, and clears up, when it comes back", work.source);
         self.finish(id, Outcome::Done, |task, _| note(task, said.clone())).await
     }
 

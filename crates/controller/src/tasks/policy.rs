@@ -31,6 +31,10 @@ impl Tasks {
     pub(crate) async fn switch_to_postcopy(&self, id: TaskId, principal: &str) -> Result<Stored<TaskRow>, Fault> {
         self.postcopy_is_possible(id).await?;
         self.change_policy(id, &format!("{principal} wants post-copy"), |policy| {
+            if policy.postcopy == PostCopy::Never {
+                return Err(Refusal::new(ErrorCode::NotPermitted, "post-copy is ruled out for this migration")
+                    .hint("`godwit task show` says by what; cancel it, throttle it, or wait"));
+            }
             if !policy.prepares_postcopy() {
                 return Err(Refusal::new(ErrorCode::BadRequest, "the migration was begun without post-copy")
                     .hint("cancel it, and begin it again with `--allow-postcopy`, or with postcopy or ask in `--on-miss`"));

@@ -138,14 +138,17 @@ impl Tasks {
         let moves = self.db.all::<TaskRow>().await?.into_iter().filter(|task| of_vm(&task.row)).map(|task| task.row.id);
         for moving in moves {
             self.set_step(id, &format!("waits until one host has the VM: task {moving}")).await?;
-            if let Err(fault) = self.cancel(moving, &task.row.principal).await {
-                tracing::info!(task = %id, %moving, refusal = %fault.refusal(), "the move is not cancelled");
-            }
             let waker = self.waker(id);
             loop {
-                let (moving, vm) = (self.task(moving).await?.row, self.both(id).await?.1.row);
-                if moving.state.ended() || matches!(&moving.work, Work::Migrate(work) if has_arrived(&vm, work)) {
+                let (now, vm) = (self.task(moving).await?.row, self.both(id).await?.1.row);
+                if now.state.ended() || matches!(&now.work, Work::Migrate(work) if has_arrived(&vm, work)) {
                     break;
+                }
+                // Again if it was too late for one attempt of the move, and another has begun.
+                if !now.cancel
+                    && let Err(fault) = self.cancel(moving, &task.row.principal).await
+                {
+                    tracing::debug!(task = %id, %moving, refusal = %fault.refusal(), "the move is not cancelled");
                 }
                 tokio::select! {
                     () = waker.notified() => {}

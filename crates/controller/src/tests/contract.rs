@@ -155,6 +155,17 @@ async fn what_is_answered_fits_what_is_described() {
     contract.hold("network_set", send(Method::PATCH, "/networks/lan", json!({"mtu": 100})).await, 400).await;
     contract.hold("network_delete", send(delete.clone(), "/networks/default", null.clone()).await, 409).await;
     contract.hold("network_delete", send(delete.clone(), "/networks/lan", null.clone()).await, 204).await;
+    let gold = json!({"name": "gold", "labels": {"tier": "gold"}, "limits": {"max_blackout": 70, "on_miss": ["throttle"], "postcopy": "never"}});
+    contract.hold("policy_create", send(post.clone(), "/policies", gold.clone()).await, 201).await;
+    contract.hold("policy_create", send(post.clone(), "/policies", gold).await, 409).await;
+    contract
+        .hold("policy_create", send(post.clone(), "/policies", json!({"name": "odd", "limits": {"timeout": 0}})).await, 400)
+        .await;
+    contract.hold("policy_list", send(Method::GET, "/policies", null.clone()).await, 200).await;
+    contract.hold("policy_show", send(Method::GET, "/policies/gold", null.clone()).await, 200).await;
+    contract.hold("policy_set", send(Method::PATCH, "/policies/gold", json!({"limits": {"patience": 5000}})).await, 200).await;
+    contract.hold("policy_delete", send(delete.clone(), "/policies/gold", null.clone()).await, 204).await;
+    contract.hold("policy_delete", send(delete.clone(), "/policies/gold", null.clone()).await, 404).await;
     contract.hold("join_token_create", send(post.clone(), "/join-tokens", json!({"host": "h3"})).await, 201).await;
     let limit = json!({"migration_bandwidth": 125_000_000});
     contract.hold("host_set", send(Method::PATCH, "/hosts/h1", limit).await, 200).await;

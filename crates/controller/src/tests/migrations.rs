@@ -498,7 +498,7 @@ async fn a_move_ends_without_a_source_that_stays_away_when_the_destination_has_t
     a2.ended(ended(&task, &vm, 2, false, None)).await;
     let task = cluster.ended(task.id).await;
     assert_eq!((task.state, task.figures), (TaskState::Done, None), "nobody has measured it");
-    assert!(task.trail.iter().any(|note| note.text.contains("h1 is away")), "{:?}", task.trail);
+    assert!(task.trail.iter().any(|note| note.text.contains("h1 says nothing")), "{:?}", task.trail);
     let vm = cluster.vm("web1").await;
     assert_eq!((vm.status.host, vm.status.activity), (Some(name("h2")), None));
 }
@@ -602,7 +602,8 @@ async fn limits_come_from_the_request_then_the_vm_then_policies_and_post_copy_th
     assert_eq!(decode::<MigrationPolicy>("policy", &body.policy).expect("policy"), expected);
     let task = cluster.task_when(task.id, |task| !task.trail.is_empty()).await;
     let told: Vec<&str> = task.trail.iter().filter_map(|note| note.text.strip_prefix("limits of ")).collect();
-    assert_eq!(told, ["the VM's own settings: timeout", "policy strict: max_blackout, postcopy"]);
+    let told_of = ["the VM's own settings: timeout", "policy strict: max_blackout", "policy strict: post-copy never"];
+    assert_eq!(told, told_of);
 
     assert_eq!(
         code(admin.set_policy(&name("strict"), &api::PolicySet::default(), made.revision + 1).await),

@@ -71,11 +71,39 @@ fn post_copy_that_is_ruled_out_stays_ruled_out() {
         let policy = settle(nothing, &own, &none, &policies).expect("without").policy;
         assert!(!policy.prepares_postcopy(), "{policy:?}");
     }
+    let told = settle(nothing, &on_miss, &none, &policies).expect("without").told;
+    assert_eq!(told, ["the VM's own settings: on_miss", "policy strict: post-copy never, so it is left out of on_miss"]);
+    let told =
+        settle(nothing, &MigrationSettings { postcopy: Some(PostCopy::Ready), ..nothing }, &none, &policies).expect("without").told;
+    assert_eq!(told.last().map(String::as_str), Some("policy strict: post-copy never"));
     let only = MigrationSettings { on_miss: Some(Ladder::only(Rung::Postcopy)), ..nothing };
     let policy = settle(nothing, &only, &none, &policies).expect("without").policy;
     assert_eq!(policy.on_miss, Ladder::default(), "there is always a rung");
     let ask = MigrationSettings { on_miss: Some(Ladder::only(Rung::Ask)), ..nothing };
     assert!(!settle(ask, &nothing, &none, &policies).expect("may ask").policy.prepares_postcopy());
+}
+
+#[test]
+fn limits_that_no_migration_could_keep_are_refused() {
+    type Say = fn(&mut MigrationSettings, Millis);
+    let nothing = MigrationSettings::default();
+    let said = |change: Say, ms| {
+        let mut settings = nothing;
+        change(&mut settings, Millis(ms));
+        settings.check().is_ok()
+    };
+    let bounds: [(Say, u64, u64); 5] = [
+        (|settings, time| settings.max_blackout = Some(time), 1, LONGEST),
+        (|settings, time| settings.timeout = Some(time), 1_000, LONGEST),
+        (|settings, time| settings.stall = Some(time), 1_000, LONGEST),
+        (|settings, time| settings.stop_limit = Some(time), 500, LONGEST_STOP),
+        (|settings, time| settings.patience = Some(time), 0, LONGEST),
+    ];
+    for (change, least, most) in bounds {
+        assert!(said(change, least) && said(change, most) && !said(change, most + 1) && !said(change, u64::MAX));
+        assert!(least == 0 || !said(change, least - 1));
+    }
+    assert!(nothing.check().is_ok() && MigrationSettings::from(MigrationPolicy::default()).check().is_ok());
 }
 
 #[test]

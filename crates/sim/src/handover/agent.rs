@@ -200,7 +200,10 @@ fn stale(world: &mut World, host: u8, carried_out: bool) {
 fn restart(world: &mut World, host: u8) {
     let moving = match world.hosts[usize::from(host)].disk.map(|record| record.holding) {
         Some(Holding::Source(number, _)) => Some(new_source(world, number)),
-        Some(Holding::Destination(number, _)) => Some(new_destination(number)),
+        Some(Holding::Destination(number, _)) => {
+            let source_given_up = world.hosts[usize::from(host)].ran >= generation(number);
+            Some(Moving::Destination(number, DestinationMove { source_given_up, ..destination_move() }))
+        }
         Some(Holding::Owner) | None => None,
     };
     let here = &mut world.hosts[usize::from(host)];
@@ -390,7 +393,7 @@ fn decide_destination(
                 command_qemu(world, host, Command::Cont);
             }
         }
-        DestinationAction::End(outcome) => doing = Doing::Ends(outcome == Outcome::Moved, Ending::Keep),
+        DestinationAction::End(outcome) => doing = Doing::Ends(outcome == Outcome::Moved, Ending::RaiseFloor),
     }
     if doing == Doing::WritesDestination(Taken::Declined) {
         // As `Actor::publish`.
@@ -520,10 +523,12 @@ fn end(model: &HandOver, world: &mut World, host: u8, moved: bool, ending: Endin
         Some(Moving::Destination(number, _)) => (*number, false),
         None => return,
     };
+    // A destination keeps the end last of the two: with it the controller may be through.
+    let (after_keep, after_floor) = if is_source { (Ending::RaiseFloor, Ending::Tell) } else { (Ending::Tell, Ending::Keep) };
     world.hosts[place].doing = match ending {
         Ending::Keep => {
             keep_end(world, host, moved);
-            Doing::Ends(moved, Ending::RaiseFloor)
+            Doing::Ends(moved, after_keep)
         }
         Ending::RaiseFloor => {
             if model.wrong != Wrong::KeepsNoFloor {
@@ -532,7 +537,7 @@ fn end(model: &HandOver, world: &mut World, host: u8, moved: bool, ending: Endin
             if model.wrong != Wrong::ForgetsThatItRan {
                 keep_that_it_ran(world, host, moved);
             }
-            Doing::Ends(moved, Ending::Tell)
+            Doing::Ends(moved, after_floor)
         }
         Ending::Tell => {
             if is_source {

@@ -169,7 +169,8 @@ fn arrivals(steps: &mut Steps<'_>, number: u8) {
         here.up && here.doing == Doing::Idle
     };
     let (to_destination, to_source) = (idle(going.destination), idle(going.source));
-    if going.source_given_up && to_destination {
+    // It is said as long as the task lasts.
+    if going.source_given_up && to_destination && going.stage == Stage::Moving {
         steps.add(Step::Controller(Order::GiveSourceUp), |after| {
             let destination = &mut after.hosts[usize::from(going.destination)];
             let arrived = matches!(destination.memory, Some(Record { holding: Holding::Destination(_, Taken::Running), .. }));

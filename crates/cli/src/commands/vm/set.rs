@@ -35,7 +35,7 @@ pub(crate) struct SetArgs {
     /// Its name
     name: Name,
     /// Take the whole spec from this file, JSON or YAML; `-` for standard input
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "memory_max", "vcpus", "cdroms", "grow", "labels", "add_nics", "remove_nics", "plug", "unplug", "autostart", "add_disks", "remove_disks", "unset", "KeptLimitArgs", "LimitArgs"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "memory_max", "vcpus", "cdroms", "grow", "labels", "add_nics", "remove_nics", "plug", "unplug", "autostart", "add_disks", "remove_disks", "unset", "max_blackout", "bandwidth", "timeout", "on_miss", "patience", "postcopy"])]
     file: Option<PathBuf>,
     /// RAM, such as 1GiB; up to `memory_max` it grows while the VM runs
     #[arg(long, value_name = "SIZE")]
@@ -276,6 +276,9 @@ mod tests {
             &["--memory-max=lots"],
             &["--file=x", "--memory=1GiB"],
             &["--file=x", "--memory-max=1GiB"],
+            &["--file=x", "--postcopy=never"],
+            &["--file=x", "--max-blackout=1s"],
+            &["--file=x", "--unset=patience"],
         ] {
             assert!(edited(flags).is_err(), "{flags:?} was accepted");
         }
