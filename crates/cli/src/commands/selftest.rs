@@ -19,6 +19,7 @@ use godwit_model::{
     MigrationSettings, Millis, Name, PostCopy, Rung, VmSpec,
 };
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
 use tokio_util::io::ReaderStream;
 
 use self::guest::{Guest, Status};
@@ -327,22 +328,22 @@ impl Selftest {
     }
 
     async fn remove_vm(&self) -> Result<(), Stop> {
+        self.patiently(async || self.client.kill_vm(&self.name).await).await?;
+        self.patiently(async || self.client.delete_vm(&self.name, &VmDelete { volumes: false }).await).await
+    }
+
+    /// Asks again while something else that was interrupted has not ended: the VM's start, or a move.
+    async fn patiently(&self, ask: impl AsyncFn() -> Result<Task, ClientError>) -> Result<(), Stop> {
+        let deadline = Instant::now() + MOVE;
         loop {
-            match self.client.kill_vm(&self.name).await {
-                Ok(task) => break drop(self.done(task).await?),
-                // It was interrupted in the middle of its start.
-                Err(error) if error.refusal().code == ErrorCode::VmBusy => {
-                    let status = self.client.vm(&self.name).await.map_err(|error| told(&error))?.status;
-                    if let Some(activity) = status.activity {
-                        let task = self.client.task(activity.task).await.map_err(|error| told(&error))?;
-                        self.ended(task).await?;
-                    }
+            match ask().await {
+                Ok(task) => return self.done(task).await.map(drop),
+                Err(error) if error.refusal().code == ErrorCode::VmBusy && Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
                 }
                 Err(error) => return Err(told(&error)),
             }
         }
-        let delete = self.client.delete_vm(&self.name, &VmDelete { volumes: false }).await.map_err(|error| told(&error))?;
-        self.done(delete).await.map(drop)
     }
 }
 

@@ -128,7 +128,6 @@ fn a_destination_in_post_copy_takes_the_vm_over_and_says_when_it_is_whole() {
         assert!(matches!(tells(whole), PeerMessage::Whole { .. }));
     }
     let given_up = |migration| {
-        running(|seen| seen.source_given_up = true);
         let seen = DestinationView { announced: true, source_given_up: true, ..view(Some((Vcpus::Running, migration))) };
         Destination::new(UnixMillis(1_000)).decide(&DestinationRecord::Running, &seen)
     };

@@ -1,3 +1,5 @@
+//! Which of several places counts, what is ruled out, what is refused, and how it is written.
+
 use proptest::prelude::*;
 
 use super::*;
