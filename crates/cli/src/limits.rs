@@ -95,13 +95,9 @@ impl KeptLimitArgs {
                 LimitName::StopLimit => settings.stop_limit = None,
             }
         }
-        let said = self.settings();
-        settings.max_blackout = said.max_blackout.or(settings.max_blackout);
-        settings.bandwidth = said.bandwidth.or(settings.bandwidth);
-        settings.timeout = said.timeout.or(settings.timeout);
-        settings.on_miss = said.on_miss.or(settings.on_miss);
-        settings.patience = said.patience.or(settings.patience);
-        settings.postcopy = said.postcopy.or(settings.postcopy);
+        let mut said = self.settings();
+        said.fill(settings);
+        *settings = said;
     }
 }
 

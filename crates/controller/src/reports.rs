@@ -299,7 +299,7 @@ impl Reports {
             Some(vm) => self.db.find::<VmRow>(&vm.to_string()).await?,
             None => None,
         };
-        Ok(task.state == TaskState::Done || vm.is_some_and(|vm| vm.row.generation >= work.generation))
+        Ok(task.state == TaskState::Done || vm.is_some_and(|vm| work.has_arrived(&vm.row)))
     }
 
     /// A message from one agent of a migration to the other.

@@ -425,6 +425,23 @@ pub(crate) enum ImportSource {
     Url { url: String, sha256: Option<String> },
 }
 
+impl TaskRow {
+    /// The migration that it is, if that has not ended.
+    pub(crate) fn open_move(&self) -> Option<&MigrateWork> {
+        match &self.work {
+            Work::Migrate(work) if !self.state.ended() => Some(work),
+            _ => None,
+        }
+    }
+}
+
+impl MigrateWork {
+    /// Whether the VM has come to the destination for good: its host has said so, and no older generation counts any more.
+    pub(crate) fn has_arrived(&self, vm: &VmRow) -> bool {
+        vm.generation >= self.generation
+    }
+}
+
 impl Work {
     /// The kind shown to people.
     pub(crate) fn kind(&self) -> &'static str {

@@ -44,7 +44,7 @@ pub struct MigrationSettings {
 
 impl MigrationSettings {
     /// Takes over what is not said here; the names of what that was.
-    fn fill(&mut self, from: &Self) -> Vec<&'static str> {
+    pub fn fill(&mut self, from: &Self) -> Vec<&'static str> {
         let mut filled = Vec::new();
         macro_rules! fill {
             ($($field:ident),*) => {$(

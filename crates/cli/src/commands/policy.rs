@@ -7,13 +7,13 @@ use godwit_api::v1::{Policy, PolicyCreate, PolicySet};
 use godwit_model::policy::Labelled;
 use godwit_model::{MigrationSettings, Name};
 
-use crate::commands::vm::parse_label;
+use crate::commands::vm::{change_labels, parse_label, shown_labels};
 use crate::confirm::{ConfirmArgs, each};
 use crate::error::Failure;
 use crate::limits::{KeptLimitArgs, LimitName, shown};
 use crate::output::{Facts, Table, or_nothing, print, print_data};
 use crate::session::Session;
-use crate::text::{moment, visible};
+use crate::text::moment;
 use crate::watch::watch;
 
 /// What can be done with policies.
@@ -91,7 +91,7 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
                 for policy in &policies {
                     table.row([
                         policy.name.to_string(),
-                        visible(&labels(&policy.labels)).into_owned(),
+                        labels(&policy.labels),
                         or_nothing(shown(&policy.limits)),
                         policy.team.to_string(),
                     ]);
@@ -117,13 +117,7 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
         Verb::Set(args) => {
             let policy = session.client.policy(&args.name).await?;
             let (mut labels, mut limits) = (policy.labels.clone(), policy.limits);
-            for (key, text) in args.labels {
-                if text.is_empty() {
-                    labels.remove(&key);
-                } else {
-                    labels.insert(key, text);
-                }
-            }
+            change_labels(&mut labels, &args.labels);
             args.limits.change(&mut limits, &args.unset);
             let request = PolicySet { labels: Some(labels), limits: Some(limits) };
             let policy = session.client.set_policy(&args.name, &request, policy.revision).await?;
@@ -134,13 +128,12 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
 }
 
 fn labels(labels: &BTreeMap<Name, String>) -> String {
-    let all: Vec<String> = labels.iter().map(|(key, text)| format!("{key}={text}")).collect();
-    if all.is_empty() { "every VM".to_owned() } else { all.join(", ") }
+    shown_labels(labels).unwrap_or_else(|| "every VM".to_owned())
 }
 
 fn show(policy: &Policy, vms: &[&str]) -> String {
     let mut facts = Facts::default();
-    facts.fact("Name", &policy.name).fact("Team", &policy.team).fact("Labels", visible(&labels(&policy.labels)));
+    facts.fact("Name", &policy.name).fact("Team", &policy.team).fact("Labels", labels(&policy.labels));
     facts.fact("Says", or_nothing(shown(&policy.limits)));
     facts.fact("VMs", or_nothing((!vms.is_empty()).then(|| vms.join(", "))));
     facts.fact("Created", moment(policy.created));
@@ -151,7 +144,7 @@ async fn delete(session: &Session, names: &[Name], confirm: &ConfirmArgs) -> Res
     if confirm.dry_run {
         return each(names, async |name| {
             let policy = session.client.policy(name).await?;
-            print(&visible(&format!("policy {name} ({}) would be deleted", labels(&policy.labels))))
+            print(&format!("policy {name} ({}) would be deleted", labels(&policy.labels)))
         })
         .await;
     }

@@ -25,6 +25,7 @@ use tokio_util::io::ReaderStream;
 use self::guest::{Guest, Status};
 use self::report::{Check, HostReport, Report, Verdict};
 use crate::arguments::OnlineArgs;
+use crate::block_on;
 use crate::error::Failure;
 use crate::follow::{Patience, follow};
 use crate::output::{note, print_data};
@@ -69,7 +70,7 @@ pub(crate) struct SelftestArgs {
 
 pub(crate) fn run(args: SelftestArgs) -> Result<(), Failure> {
     let session = Session::open(&args.online)?;
-    super::super::block_on(async {
+    block_on(async {
         let hosts = choose(&session.client, &args.hosts).await?;
         let made = RefCell::default();
         let test =

@@ -10,7 +10,7 @@ mod migrate;
 mod power;
 mod set;
 
-pub(crate) use set::parse_label;
+pub(crate) use set::{change_labels, parse_label, shown_labels};
 
 use clap::Subcommand;
 use godwit_api::v1::Vm;
@@ -176,9 +176,8 @@ fn show(vm: &Vm) -> String {
     if let Some(tpm) = &vm.spec.tpm {
         facts.fact("TPM", format!("{}, state in {}", word(&tpm.version), tpm.state));
     }
-    if !vm.spec.labels.is_empty() {
-        let labels: Vec<String> = vm.spec.labels.iter().map(|(key, text)| format!("{key}={text}")).collect();
-        facts.fact("Labels", visible(&labels.join(", ")));
+    if let Some(labels) = shown_labels(&vm.spec.labels) {
+        facts.fact("Labels", labels);
     }
     if let Some(limits) = shown(&vm.spec.migration) {
         facts.fact("Migrations", limits);

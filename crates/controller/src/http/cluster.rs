@@ -18,7 +18,7 @@ use crate::cpu::baselines;
 use crate::db::{Batch, Fault, retry};
 use crate::metrics::CONTENT_TYPE;
 use crate::principals::{Action, Principal, Target, authorize, not_found, stored_hash};
-use crate::rows::{HostRow, JoinRow, TaskRow, VmRow, Work};
+use crate::rows::{HostRow, JoinRow, TaskRow, VmRow};
 use crate::{clock, restore, views};
 
 /// How long a join token is good for.
@@ -133,14 +133,14 @@ pub(super) async fn host_delete(
         let comes = |vm: &VmRow| vm.pending.as_ref().is_some_and(|pending| pending.destination == host);
         let uses = |vm: &VmRow| comes(vm) || (vm.host.as_ref() == Some(&host) && (vm.has_process() || vm.activity.is_some()));
         let vms: Vec<VmRow> = app.db.all::<VmRow>().await?.into_iter().map(|vm| vm.row).filter(uses).collect();
-        let takes_part = |task: &TaskRow| matches!(&task.work, Work::Migrate(work) if !task.state.ended() && (work.source == host || work.destination == host));
+        let takes_part = |task: &TaskRow| task.open_move().is_some_and(|work| work.source == host || work.destination == host);
         if !removal.force
             && let Some(task) = app.db.all::<TaskRow>().await?.into_iter().find(|task| takes_part(&task.row))
         {
             let (id, vm) = (task.row.id, &task.row.subject);
             return Err(Fault::Refused(
                 Refusal::new(ErrorCode::InUse, format!("host {host} takes part in task {id}, a move of VM {vm}"))
-                    .hint(format!("wait for it: `godwit task wait {id}`"))
+                    .hint(format!("wait for it: `godwit task wait {id}`; `--force` removes a host that is gone for good"))
                     .retry(Retry::Safe),
             ));
         }

@@ -200,7 +200,7 @@ impl Tasks {
 
     /// A move that a kill has cut short may still have to end.
     async fn no_move_is_open(&self, vm: &VmRow) -> Result<(), Fault> {
-        let open = |task: &TaskRow| task.vm == Some(vm.id) && matches!(task.work, Work::Migrate(_)) && !task.state.ended();
+        let open = |task: &TaskRow| task.vm == Some(vm.id) && task.open_move().is_some();
         let Some(task) = self.db.all::<TaskRow>().await?.into_iter().find(|task| open(&task.row)) else { return Ok(()) };
         let id = task.row.id;
         Err(Refusal::new(ErrorCode::VmBusy, format!("task {id}, a move of the VM, has not ended"))

@@ -35,11 +35,6 @@ fn work_of(task: &mut TaskRow) -> Option<&mut MigrateWork> {
     }
 }
 
-/// Whether the VM has come to the destination for good: its host has said so, and no older generation counts any more.
-pub(super) fn has_arrived(vm: &VmRow, work: &MigrateWork) -> bool {
-    vm.generation >= work.generation
-}
-
 fn cancelled() -> Refusal {
     Refusal::new(ErrorCode::Cancelled, "cancelled by request; the VM runs where it was")
 }
@@ -241,7 +236,7 @@ impl Tasks {
                 let (task, vm) = self.both(id).await?;
                 // It had begun before its agent died, is through, and knows nothing of it any more.
                 let through =
-                    has_arrived(&vm.row, work) || matches!(&task.row.work, Work::Migrate(work) if work.source_ended.is_some());
+                    work.has_arrived(&vm.row) || matches!(&task.row.work, Work::Migrate(work) if work.source_ended.is_some());
                 if through { self.set_stage(id, Stage::Moving).await } else { self.give_up(id, Some(&refusal)).await }
             }
         }
@@ -264,7 +259,7 @@ impl Tasks {
             asked_to_cancel &= here;
             let taken = work.destination_ended.as_ref().is_some_and(|ended| ended.moved);
             // A source that is there and says nothing about a move that has ended has lost its journal.
-            if !has_arrived(&now.row, work) || (here && !taken) {
+            if !work.has_arrived(&now.row) || (here && !taken) {
                 (absent, given_up) = (None, false);
             } else if work.source_ended.is_none() {
                 let over = Instant::now() >= *absent.get_or_insert_with(|| Instant::now() + self.heartbeat * ABSENCE);
@@ -325,7 +320,7 @@ impl Tasks {
             let waker = self.waker(id);
             loop {
                 let (task, vm) = self.both(id).await?;
-                if matches!(&task.row.work, Work::Migrate(work) if work.source_ended.is_some() || has_arrived(&vm.row, work)) {
+                if matches!(&task.row.work, Work::Migrate(work) if work.source_ended.is_some() || work.has_arrived(&vm.row)) {
                     waker.notify_one();
                     return Ok(());
                 }

@@ -5,7 +5,6 @@ use godwit_link::v1::{self, command::Action};
 use godwit_model::{ErrorCode, Generation, Grant, Millis, Name, Refusal, RunState, TaskId, UnixMillis};
 use tokio::time::{Duration, Instant};
 
-use super::migrate::has_arrived;
 use super::{Outcome, Tasks, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault};
@@ -134,14 +133,14 @@ impl Tasks {
     /// Cancels the VM's moves, and waits until one host has the VM: in between nobody could be told to end it.
     async fn cut_moves_short(&self, id: TaskId) -> Result<(), Fault> {
         let (task, vm) = self.both(id).await?;
-        let of_vm = |task: &TaskRow| task.vm == Some(vm.row.id) && matches!(task.work, Work::Migrate(_)) && !task.state.ended();
+        let of_vm = |task: &TaskRow| task.vm == Some(vm.row.id) && task.open_move().is_some();
         let moves = self.db.all::<TaskRow>().await?.into_iter().filter(|task| of_vm(&task.row)).map(|task| task.row.id);
         for moving in moves {
             self.set_step(id, &format!("waits until one host has the VM: task {moving}")).await?;
             let waker = self.waker(id);
             loop {
                 let (now, vm) = (self.task(moving).await?.row, self.both(id).await?.1.row);
-                if now.state.ended() || matches!(&now.work, Work::Migrate(work) if has_arrived(&vm, work)) {
+                if now.open_move().is_none_or(|work| work.has_arrived(&vm)) {
                     break;
                 }
                 // Again if it was too late for one attempt of the move, and another has begun.

@@ -1,5 +1,6 @@
 //! `godwit vm set`: changes what a VM is made of, by a few flags or by a whole spec.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -153,13 +154,7 @@ fn edit(spec: &mut VmSpec, args: &SetArgs) -> Result<(), String> {
         spec.autostart = autostart;
     }
     args.limits.change(&mut spec.migration, &args.unset);
-    for (key, text) in &args.labels {
-        if text.is_empty() {
-            spec.labels.remove(key);
-        } else {
-            spec.labels.insert(key.clone(), text.clone());
-        }
-    }
+    change_labels(&mut spec.labels, &args.labels);
     for mac in &args.remove_nics {
         let index =
             spec.nics.iter().position(|nic| nic.mac == Some(*mac)).ok_or_else(|| format!("the VM has no interface {mac}"))?;
@@ -204,6 +199,23 @@ fn parse_autostart(text: &str) -> Result<AutostartArg, String> {
     }
     let order = text.parse().map_err(|_| format!("{text:?} is neither `none` nor a number from 0 to 65535"))?;
     Ok(AutostartArg(Some(Autostart { order })))
+}
+
+/// Sets labels, and removes those without a text.
+pub(crate) fn change_labels(labels: &mut BTreeMap<Name, String>, changes: &[(Name, String)]) {
+    for (key, text) in changes {
+        if text.is_empty() {
+            labels.remove(key);
+        } else {
+            labels.insert(key.clone(), text.clone());
+        }
+    }
+}
+
+/// Labels as they are given, for people; nothing if there are none.
+pub(crate) fn shown_labels(labels: &BTreeMap<Name, String>) -> Option<String> {
+    let all: Vec<String> = labels.iter().map(|(key, text)| format!("{key}={text}")).collect();
+    (!all.is_empty()).then(|| visible(&all.join(", ")).into_owned())
 }
 
 /// A label as a flag: `KEY=TEXT`.
