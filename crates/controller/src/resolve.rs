@@ -196,6 +196,7 @@ fn platform(spec: &VmSpec) -> Platform {
         hugepages: spec.hugepages,
         numa: spec.numa,
         hotplug_ports: spec.hotplug_ports.unwrap_or(0),
+        free_page_reporting: spec.free_page_reporting.unwrap_or(false) && spec.hugepages.is_none(),
         watchdog: spec.watchdog,
     }
 }

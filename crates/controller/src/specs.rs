@@ -21,6 +21,7 @@ fn draw_mac() -> MacAddress {
 /// Completes the spec of a VM that is created.
 pub(crate) fn complete_new(spec: &mut VmSpec) -> Result<(), Refusal> {
     spec.hotplug_ports.get_or_insert(DEFAULT_HOTPLUG_PORTS);
+    spec.free_page_reporting.get_or_insert(true);
     spec.vmgenid.get_or_insert_with(|| Vmgenid::new(clock::fresh()));
     complete(spec, 0)
 }
@@ -29,6 +30,7 @@ pub(crate) fn complete_new(spec: &mut VmSpec) -> Result<(), Refusal> {
 /// to a VM that `runs` go into its root ports, if there is room, so that they can come at once.
 pub(crate) fn complete_change(before: &VmSpec, wanted: &mut VmSpec, runs: bool) -> Result<(), Refusal> {
     wanted.hotplug_ports = wanted.hotplug_ports.or(before.hotplug_ports);
+    wanted.free_page_reporting = wanted.free_page_reporting.or(before.free_page_reporting);
     wanted.vmgenid = wanted.vmgenid.or(before.vmgenid);
     for (index, nic) in wanted.nics.iter_mut().enumerate() {
         let same = |(at, old): &(usize, &NicSpec)| match nic.mac {
@@ -258,11 +260,11 @@ mod tests {
     fn what_was_left_out_is_chosen_once() {
         let spec = created();
         assert_eq!(slots(&spec), (vec![0, 1], vec![0, 1]));
-        assert!(spec.vmgenid.is_some() && spec.hotplug_ports == Some(4));
+        assert!(spec.vmgenid.is_some() && spec.hotplug_ports == Some(4) && spec.free_page_reporting == Some(true));
         let mut again = created();
         again.vmgenid = None;
         let mut wanted = spec.clone();
-        (wanted.vmgenid, wanted.hotplug_ports) = (None, None);
+        (wanted.vmgenid, wanted.hotplug_ports, wanted.free_page_reporting) = (None, None, None);
         wanted.nics.iter_mut().for_each(|nic| (nic.mac, nic.slot) = (None, None));
         complete_change(&spec, &mut wanted, true).expect("complete");
         assert_eq!(wanted, spec);
@@ -293,12 +295,12 @@ mod tests {
         let mut old = created();
         old.disks.iter_mut().for_each(|disk| disk.slot = None);
         old.nics.iter_mut().for_each(|nic| nic.slot = None);
-        (old.hotplug_ports, old.vmgenid) = (None, None);
+        (old.hotplug_ports, old.vmgenid, old.free_page_reporting) = (None, None, None);
         let mut wanted = old.clone();
         wanted.disks.remove(0);
         complete_change(&old, &mut wanted, false).expect("complete");
         assert_eq!(slots(&wanted), (vec![1], vec![0, 1]));
-        assert_eq!((wanted.hotplug_ports, wanted.vmgenid), (None, None));
+        assert_eq!((wanted.hotplug_ports, wanted.vmgenid, wanted.free_page_reporting), (None, None, None));
     }
 
     #[test]

@@ -107,6 +107,10 @@ pub struct VmSpec {
     /// Root ports for disks and interfaces that come while the VM runs, 0 to 8; 4 at creation if nothing is said.
     #[serde(default)]
     pub hotplug_ports: Option<u8>,
+    /// The guest gives memory that it has freed back to its host (free page reporting), and it is not sent when the VM moves. Huge pages stay
+    /// set aside. On at creation if nothing is said; VMs of before have it off.
+    #[serde(default)]
+    pub free_page_reporting: Option<bool>,
     /// A watchdog.
     #[serde(default)]
     pub watchdog: Option<Watchdog>,
@@ -179,6 +183,7 @@ impl VmSpec {
             hugepages: None,
             numa: Numa::default(),
             hotplug_ports: None,
+            free_page_reporting: None,
             watchdog: None,
             labels: BTreeMap::new(),
             migration: MigrationSettings::default(),

@@ -573,9 +573,11 @@ impl Cluster {
     /// # Errors
     /// What does not hold.
     pub fn check(&self) -> Result<()> {
-        checks::no_second_runner(self)?;
-        checks::guests_are_whole(self)?;
-        checks::nothing_is_left(self)
+        let holds = checks::no_second_runner(self)
+            .and_then(|()| checks::guests_are_whole(self))
+            .and_then(|()| checks::nothing_is_left(self));
+        // Ahead of the logs, of which a reader may get only the beginning.
+        holds.inspect_err(|error| eprintln!("this does not hold: {error:#}"))
     }
 
     /// The end of a test that went well: the last checks, the logs, and everything is taken down without a trace.

@@ -215,6 +215,8 @@ pub struct Platform {
     pub numa: Numa,
     /// Root ports for devices that come while the VM runs.
     pub hotplug_ports: u8,
+    /// Whether the guest gives memory that it has freed back to its host.
+    pub free_page_reporting: bool,
     /// A watchdog.
     pub watchdog: Option<Watchdog>,
 }

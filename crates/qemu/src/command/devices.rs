@@ -119,7 +119,9 @@ pub(super) fn add_all(line: &mut Line, spec: &ResolvedSpec, resources: &Resource
 fn add_standing(line: &mut Line, spec: &ResolvedSpec) {
     line.json("-object", Object::new().with("qom-type", "rng-builtin").with("id", "entropy"));
     line.json("-device", Object::pci("virtio-rng-pci", "rng0", 0x01).modern().with("rng", "entropy"));
-    line.json("-device", Object::pci("virtio-balloon-pci", "balloon0", 0x02).modern().with("deflate-on-oom", true));
+    let balloon = Object::pci("virtio-balloon-pci", "balloon0", 0x02).modern().with("deflate-on-oom", true);
+    // A VM of before has no such property on its command line, on any host.
+    line.json("-device", if spec.platform.free_page_reporting { balloon.with("free-page-reporting", true) } else { balloon });
     line.json("-device", Object::pci("virtio-serial-pci", "channels", 0x03).modern().with("max_ports", 4));
     let port = Object::device("virtserialport", "guest-agent-port").with("bus", "channels.0").with("nr", 1);
     line.json("-device", port.with("chardev", "guest-agent").with("name", "org.qemu.guest_agent.0"));

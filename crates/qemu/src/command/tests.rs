@@ -110,6 +110,7 @@ fn full() -> (ResolvedSpec, Resources) {
         hugepages: Some(HugePages::Mib2),
         numa: Numa::Any,
         hotplug_ports: 2,
+        free_page_reporting: true,
         watchdog: Some(Watchdog { action: WatchdogAction::Poweroff }),
     };
     let spec = ResolvedSpec {

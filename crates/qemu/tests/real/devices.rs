@@ -45,6 +45,7 @@ fn full(place: &Place) -> (ResolvedSpec, Vec<PathBuf>) {
             smbios: Smbios { product: Some("One, and two".into()), oem_strings: vec!["a,b=c".into()], ..Smbios::default() },
             vmgenid: Some(Vmgenid::new(Uuid::from_u128(9))),
             hotplug_ports: 4,
+            free_page_reporting: true,
             watchdog: Some(Watchdog { action: WatchdogAction::Pause }),
             ..Platform::default()
         },

@@ -123,6 +123,36 @@ async fn memory_comes_and_moves_from_the_other_version_too() {
     }
 }
 
+/// Waits until the guest counts `memory` without what is in its balloon.
+async fn wait_for_balloon(vm: &Vm, memory: Bytes) {
+    let counted = async || vm.qmp.execute("query-balloon", Value::Null).await.expect("a balloon")["actual"].clone();
+    let filling = async { while counted().await != json!(memory.get()) {} };
+    tokio::time::timeout(LIMIT, filling).await.expect("the guest gives memory, or takes it back");
+}
+
+#[tokio::test]
+async fn a_balloon_and_what_a_guest_reports_as_free_move_to_the_other_version_and_back() {
+    let all = qemus();
+    let [here, other] = [&all[0], all.last().expect("a QEMU")];
+    let place = Place::new();
+    let mut spec = growing(Bytes::mib(256), Bytes::GIB);
+    spec.platform.free_page_reporting = true;
+    let mut vm = launch(&place, here, &spec, &[], Start::Fresh).await;
+    vm.boot().await;
+    vm.qmp.execute("balloon", json!({"value": 192 << 20})).await.expect("filled");
+    wait_for_balloon(&vm, Bytes::mib(192)).await;
+    for to in [other, here] {
+        let way = format!("to {}", to.display());
+        vm.qmp.stop(LIMIT).await.expect("stopped");
+        let next = launch(&place, to, &spec, &[], Start::Incoming).await;
+        complete(&vm, &next, &way).await;
+        wait_for_balloon(&next, Bytes::mib(192)).await;
+        vm = next;
+    }
+    vm.qmp.execute("balloon", json!({"value": 256 << 20})).await.expect("emptied");
+    wait_for_balloon(&vm, Bytes::mib(256)).await;
+}
+
 /// How many pieces of at least `size` a process has bound to node 0.
 fn bound_pieces(pid: u32, size: Bytes) -> usize {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps");
