@@ -167,6 +167,9 @@ impl Tasks {
                     tracing::error!(task = %id, error = &fault as &dyn std::error::Error, "the task rests until the next start of the controller");
                 }
             }
+            if let Err(fault) = tasks.start_what_waited(id).await {
+                tracing::warn!(task = %id, error = &fault as &dyn std::error::Error, "a VM waits to be started until its host connects again");
+            }
             tasks.wakers.lock().expect("no holder panics").remove(&id);
             tasks.written.lock().expect("no holder panics").remove(&id);
         })

@@ -621,6 +621,11 @@ impl Cluster {
 
     /// For people who look at a failed test.
     fn tell(&self) {
+        if let Some(witness) = &self.witness {
+            for (vm, silent) in witness.silent() {
+                eprintln!("== {vm} was last heard {} ms ago", silent.as_millis());
+            }
+        }
         let Ok(status) = self.lab.status() else { return };
         let qemus = status.hosts.iter().flat_map(|host| logs::of_qemus(&status, &host.name));
         for log in logs::all(&status).into_iter().chain(qemus) {

@@ -156,7 +156,8 @@ pub struct VmWitness {
     generation_since: u64,
     boot: u128,
     earlier_boots: Vec<u128>,
-    last_received: Duration,
+    /// When the newest record came.
+    pub last_received: Duration,
     /// Counters and their nonces, at the place of the counter modulo the length.
     seen: Vec<Option<(u64, u64)>>,
 }

@@ -304,7 +304,9 @@ impl Selftest {
         };
         let task = self.begin(there, settings).await.map_err(|error| told(&error))?;
         let task = self.ended(task).await?;
-        if task.error.as_ref().map(|refusal| refusal.code) != Some(ErrorCode::NotConverging) {
+        // A QEMU before 8.1 can come to its own switch-over while this waits, and is cancelled: nothing was raised then either.
+        let kept = matches!(task.error.as_ref().map(|refusal| refusal.code), Some(ErrorCode::NotConverging | ErrorCode::QemuFirst));
+        if !kept {
             return Err(format!("within {IMPOSSIBLE}: {}", why(&task)));
         }
         self.is_sound_on(guest, &before, here).await.map(|_| (Verdict::Passed, format!("given up, it runs on {here}")))

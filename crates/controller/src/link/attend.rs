@@ -24,8 +24,8 @@ use crate::rows::HostRow;
 
 /// How long an agent may take to introduce itself.
 const INTRODUCTION: Duration = Duration::from_secs(10);
-/// How long an agent that has just started may take to find all its VMs again.
-const ADOPTION: Duration = Duration::from_secs(20);
+/// How many heartbeats an agent that has just started may take to find all its VMs again.
+const ADOPTION: u32 = 10;
 /// Longest description of a host. It is stored and shown.
 const MAX_FACTS: usize = 256 << 10;
 /// Heartbeats that may be missing.
@@ -157,7 +157,7 @@ impl LinkServer {
         mut told: HashSet<VmId>,
     ) -> String {
         let host = &peer.host;
-        let mut stock = Some(Instant::now() + ADOPTION);
+        let mut stock = Some(Instant::now() + self.heartbeat * ADOPTION);
         let mut heard = false;
         loop {
             let message = tokio::select! {

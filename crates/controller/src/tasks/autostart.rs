@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use godwit_model::Name;
+use godwit_model::{ErrorCode, Name, TaskId};
 
 use super::{Ask, Asked, Tasks};
 use crate::db::{Batch, Fault, retry};
@@ -26,6 +26,17 @@ impl Tasks {
                 }
             }
         });
+    }
+
+    /// A task has ended: what its VM's start has waited for, perhaps.
+    pub(super) async fn start_what_waited(self: &Arc<Self>, id: TaskId) -> Result<(), Fault> {
+        let Some(vm) = self.task(id).await?.row.vm else { return Ok(()) };
+        let vm = self.db.find::<VmRow>(&vm.to_string()).await?.map(|vm| vm.row);
+        let waited = vm.filter(|vm| vm.start_wanted && vm.not_started.is_some());
+        if let Some(host) = waited.and_then(|vm| vm.host).filter(|host| self.hub.presence(host).is_some()) {
+            self.autostart(&host);
+        }
+        Ok(())
     }
 
     async fn start_again(self: &Arc<Self>, host: &Name) -> Result<(), Fault> {
@@ -58,10 +69,12 @@ impl Tasks {
         match self.ask_and_follow(&ask, &Asked::Start(Some(host.clone()))).await {
             Ok((_, executor)) => Ok(executor),
             Err(Fault::Refused(refusal)) => {
-                tracing::warn!(%host, vm = %vm.name, %refusal, "a VM could not be started again");
+                // Whatever it is busy with ends, and then it is its turn.
+                let waits = refusal.code == ErrorCode::VmBusy;
+                tracing::warn!(%host, vm = %vm.name, waits, %refusal, "a VM could not be started again");
                 retry!({
                     let Some(mut row) = self.db.find::<VmRow>(&vm.id.to_string()).await? else { return Ok(None) };
-                    row.row.start_wanted = false;
+                    row.row.start_wanted = waits;
                     row.row.not_started = Some(refusal.clone());
                     self.db.commit(Batch::default().update(&row)).await.map(|_| None)
                 })

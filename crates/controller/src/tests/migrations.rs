@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use godwit_api::v1::{self as api, TaskState};
-use godwit_link::v1::{self, agent_message::Body, command::Action};
+use godwit_link::v1::{self, agent_message::Body, command::Action, controller_message};
 use godwit_link::{decode, encode};
 use godwit_model::{
-    Bytes, BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, Ladder, MigrationForecast, MigrationPhase, MigrationPolicy,
-    MigrationProgress, MigrationSettings, Millis, Name, PastMoves, PostCopy, RunState, Rung,
+    Autostart, Bytes, BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, Ladder, MigrationForecast, MigrationPhase,
+    MigrationPolicy, MigrationProgress, MigrationSettings, Millis, Name, PastMoves, PostCopy, RunState, Rung, VmSpec,
 };
 use reqwest::Method;
 
@@ -463,12 +463,22 @@ async fn a_vm_that_any_host_says_it_runs_is_not_deleted() {
     assert_eq!(pair.cluster.ended(task.id).await.state, TaskState::Done);
 }
 
+struct Arrived {
+    cluster: Cluster,
+    h2: Host,
+    a2: Agent,
+    task: api::Task,
+    vm: api::Vm,
+}
+
 /// Two hosts of a controller that loses patience soon, and a VM that has moved from the first to the second, whose source has gone silent.
-async fn arrived_without_its_source() -> (Cluster, Agent, api::Task, api::Vm) {
+async fn arrived_without_its_source() -> Arrived {
     let cluster = Cluster::with(|options| options.heartbeat = Duration::from_millis(200)).await;
     let (_, mut a1) = cluster.agent("h1").await;
-    let (_, a2) = cluster.agent("h2").await;
+    let (h2, a2) = cluster.agent("h2").await;
     cluster.running_vm("web1", &mut a1).await;
+    let spec = VmSpec { autostart: Some(Autostart::default()), ..cluster.vm("web1").await.spec };
+    cluster.admin().set_vm(&name("web1"), &spec, None).await.expect("changed");
     let task = cluster.migrate("web1", "h2").await.expect("accepted");
     let mut pair = Pair { cluster, a1, a2 };
     pair.begin(2).await;
@@ -478,7 +488,7 @@ async fn arrived_without_its_source() -> (Cluster, Agent, api::Task, api::Vm) {
     let Pair { cluster, a1, a2 } = pair;
     drop(a1);
     cluster.connected("h1", false).await;
-    (cluster, a2, task, vm)
+    Arrived { cluster, h2, a2, task, vm }
 }
 
 async fn told_to_settle(agent: &mut Agent, generation: u64) {
@@ -490,7 +500,7 @@ async fn told_to_settle(agent: &mut Agent, generation: u64) {
 
 #[tokio::test]
 async fn a_move_ends_without_a_source_that_stays_away_when_the_destination_has_the_whole_vm() {
-    let (cluster, mut a2, task, vm) = arrived_without_its_source().await;
+    let Arrived { cluster, mut a2, task, vm, .. } = arrived_without_its_source().await;
     // Memory is still to come: it is told again.
     told_to_settle(&mut a2, 2).await;
     told_to_settle(&mut a2, 2).await;
@@ -505,7 +515,7 @@ async fn a_move_ends_without_a_source_that_stays_away_when_the_destination_has_t
 
 #[tokio::test]
 async fn a_vm_whose_move_cannot_end_is_killed_where_it_is_and_started_again() {
-    let (cluster, mut a2, task, vm) = arrived_without_its_source().await;
+    let Arrived { cluster, mut a2, task, vm, .. } = arrived_without_its_source().await;
     let kill = cluster.admin().kill_vm(&name("web1")).await.expect("accepted");
     let command = loop {
         let command = a2.command().await;
@@ -523,6 +533,32 @@ async fn a_vm_whose_move_cannot_end_is_killed_where_it_is_and_started_again() {
     assert!(!cluster.task_when(task.id, |_| true).await.state.ended(), "its end is another matter");
     let start = cluster.admin().start_vm(&name("web1"), &api::VmStart::default()).await.expect("accepted");
     assert!(!start.state.ended());
+}
+
+#[tokio::test]
+async fn a_vm_that_shall_start_again_starts_when_its_open_move_has_ended() {
+    let Arrived { cluster, h2, a2, task, vm } = arrived_without_its_source().await;
+    drop(a2);
+    cluster.connected("h2", false).await;
+    let went_down = v1::VmReport { ended_with_host: true, ..report(&vm, 2, RunState::Stopped, v1::Holding::Owner) };
+    let mut a2 = cluster.connect(&h2, vec![went_down]).await;
+    let waits = |vm: &api::Vm| vm.status.conditions.iter().any(|condition| condition.name == "not_started_again");
+    cluster.vm_when("web1", waits).await;
+    a2.send(Body::Ended(ended(&task, &vm, 2, false, None))).await;
+    let start = loop {
+        match a2.next().await {
+            Some(controller_message::Body::Command(command)) if matches!(command.action, Some(Action::Settle(_))) => {
+                a2.done(&command, 0).await;
+            }
+            Some(controller_message::Body::Command(command)) => break command,
+            _ => {}
+        }
+    };
+    assert!(matches!(&start.action, Some(Action::Start(_))), "{start:?}");
+    a2.done(&start, 0).await;
+    let vm = cluster.vm_when("web1", |vm| vm.status.activity.is_none()).await;
+    assert_eq!(vm.status.state, RunState::Running);
+    assert!(!waits(&vm), "{vm:?}");
 }
 
 #[tokio::test]

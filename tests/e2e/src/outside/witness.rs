@@ -63,6 +63,12 @@ impl Witness {
     pub fn log(&self) -> WitnessLog {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+
+    /// How long each VM has said nothing.
+    pub(crate) fn silent(&self) -> Vec<(String, Duration)> {
+        let now = self.began.elapsed();
+        self.log().vms().map(|(vm, heard)| (vm.to_owned(), now.saturating_sub(heard.last_received))).collect()
+    }
 }
 
 impl Drop for Witness {
