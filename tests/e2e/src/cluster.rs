@@ -626,6 +626,9 @@ impl Cluster {
                 eprintln!("== {vm} was last heard {} ms ago", silent.as_millis());
             }
         }
+        for (console, said) in logs::consoles(self.lab.name()) {
+            eprintln!("== {}\n{said}", console.display());
+        }
         let Ok(status) = self.lab.status() else { return };
         let qemus = status.hosts.iter().flat_map(|host| logs::of_qemus(&status, &host.name));
         for log in logs::all(&status).into_iter().chain(qemus) {
