@@ -256,7 +256,7 @@ pub(crate) fn interview_arguments(accelerator: Accelerator, qmp: RawFd) -> Vec<S
     line.flag("-nodefaults").flag("-no-user-config").flag("-S");
     add_sandbox(&mut line);
     line.pairs("-machine", Pairs::new().first("none"));
-    platform::add_accelerator(&mut line, accelerator);
+    platform::add_accelerator(&mut line, accelerator, 1);
     line.option("-display", "none");
     line.pairs("-chardev", Pairs::new().first("socket").with("id", "qmp").with("fd", qmp));
     line.pairs("-mon", Pairs::new().with("chardev", "qmp").with("mode", "control"));

@@ -381,7 +381,10 @@ impl Cluster {
     }
 
     fn status_within(&self, vm: &str, patience: Duration) -> Result<Status> {
-        self.outside.status(self.guest(vm)?.address, patience).with_context(|| format!("guest {vm}"))
+        self.outside.status(self.guest(vm)?.address, patience).with_context(|| {
+            let known = self.ask_briefly(self.client.vm_by(vm)).map(|vm| vm.status.state);
+            format!("guest {vm}, which the controller takes for {known:?}")
+        })
     }
 
     /// Where a VM runs, as the controller knows it.

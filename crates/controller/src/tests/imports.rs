@@ -103,6 +103,16 @@ fn files(cluster: &Cluster) -> Vec<String> {
     entries.map(|entry| entry.expect("entry").file_name().to_string_lossy().into_owned()).collect()
 }
 
+/// Waits until so many files are left: what an image was made of goes right after its task has ended.
+async fn left(cluster: &Cluster, count: usize) {
+    soon(async {
+        while files(cluster).len() != count {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn disks_of_other_makers_become_qcow2_with_the_same_content_and_go_out_again() {
     let cluster = Cluster::with(|options| options.converter = unconfined()).await;
@@ -135,7 +145,7 @@ async fn disks_of_other_makers_become_qcow2_with_the_same_content_and_go_out_aga
         export(&cluster, image, "qcow2", &out).await;
         disks.assert_same(&out, "qcow2");
     }
-    assert_eq!(files(&cluster).len(), 6, "only images are left");
+    left(&cluster, 6).await;
 }
 
 #[tokio::test]
@@ -157,7 +167,7 @@ async fn what_cannot_be_converted_leaves_nothing_but_its_reason() {
         assert!(error.hint.is_some(), "{image}: no fix");
         assert_eq!(code(cluster.admin().image(&name(image)).await), ErrorCode::NotFound);
     }
-    assert!(files(&cluster).is_empty(), "{:?}", files(&cluster));
+    left(&cluster, 0).await;
 }
 
 #[tokio::test]
@@ -175,7 +185,7 @@ async fn an_import_can_be_cancelled_holds_its_name_and_goes_on_after_a_restart()
     assert_eq!(code(twice), ErrorCode::NameTaken);
     admin.cancel_task(cancelled).await.expect("cancelled");
     assert_eq!(cluster.ended(cancelled).await.state, TaskState::Cancelled);
-    assert!(files(&cluster).is_empty(), "{:?}", files(&cluster));
+    left(&cluster, 0).await;
 
     let resumed = import(&cluster, "disk", ImportFormat::Vhdx, &vhdx).await;
     cluster.task_when(resumed, |task| task.transfer.is_some()).await;
@@ -183,13 +193,7 @@ async fn an_import_can_be_cancelled_holds_its_name_and_goes_on_after_a_restart()
     cluster.options.converter = unconfined();
     cluster.start().await;
     assert_eq!(cluster.ended(resumed).await.state, TaskState::Done);
-    // What it was made of goes right after.
-    soon(async {
-        while files(&cluster).len() != 1 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    })
-    .await;
+    left(&cluster, 1).await;
     cluster.stop().await;
 }
 
@@ -254,7 +258,7 @@ async fn a_url_is_fetched_only_from_where_it_may_be_and_only_as_it_should_be() {
     ] {
         let task = fetch(&cluster, path, sha256).await;
         assert_eq!(task.error.map(|error| error.code), Some(expected), "{path}");
-        assert!(files(&cluster).is_empty(), "{path}: {:?}", files(&cluster));
+        left(&cluster, 0).await;
     }
     let refused = fetch(&strict, "/disk", None).await.error.expect("refused");
     assert_eq!(refused.code, ErrorCode::AddressForbidden, "{refused}");
@@ -265,5 +269,6 @@ async fn a_url_is_fetched_only_from_where_it_may_be_and_only_as_it_should_be() {
     assert_eq!(task.state, TaskState::Done, "{task:?}");
     let image = cluster.admin().image(&name("disk")).await.expect("image");
     assert_eq!((image.size, image.kind), (Bytes(4_096), ImageKind::Raw));
+    left(&cluster, 1).await;
     assert_eq!(files(&cluster), [image.id.to_string()]);
 }

@@ -53,7 +53,7 @@ pub(super) fn add(line: &mut Line, spec: &ResolvedSpec, node: Option<u32>) {
     if secure_boot {
         line.pairs("-global", Pairs::new().with("driver", "cfi.pflash01").with("property", "secure").with("value", "on"));
     }
-    add_accelerator(line, spec.accelerator);
+    add_accelerator(line, spec.accelerator, spec.vcpus);
     let mut cpu = Pairs::new().first(&spec.cpu).first("enforce");
     if platform.hyperv == Hyperv::WindowsV1 {
         cpu = WINDOWS_V1.iter().fold(cpu.with("hv-spinlocks", "0x1fff"), |cpu, flag| cpu.with(flag, "on"));
@@ -76,13 +76,16 @@ pub(super) fn add(line: &mut Line, spec: &ResolvedSpec, node: Option<u32>) {
     line.option("-display", "none");
 }
 
-pub(super) fn add_accelerator(line: &mut Line, accelerator: Accelerator) {
+pub(super) fn add_accelerator(line: &mut Line, accelerator: Accelerator, vcpus: u16) {
+    // With a thread for each, one that reads or writes a register while another moves a PCI window can reach another device, or end QEMU
+    // (`iotlb_to_section`): seen with QEMU 10.0. No guest sees which it is, and nothing of it travels.
+    let threads = if vcpus > 1 { "single" } else { "multi" };
     line.pairs(
         "-accel",
         match accelerator {
             Accelerator::Kvm => Pairs::new().first("kvm"),
             // The translation cache, in MiB, grows to this and is no guest RAM.
-            Accelerator::Tcg => Pairs::new().first("tcg").with("thread", "multi").with("tb-size", 256),
+            Accelerator::Tcg => Pairs::new().first("tcg").with("thread", threads).with("tb-size", 256),
         },
     );
 }
