@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes as Chunk;
 use godwit_api::client::{Client, ClientError};
-use godwit_api::v1::{Task, TaskState, VmCreate, VmMigrate, VmStart, VmStop};
+use godwit_api::v1::{Task, TaskState, VmCreate, VmExec, VmMigrate, VmStart, VmStop};
 use godwit_guest::Status;
 use godwit_lab::{HostOverride, Lab, LabSpec, LabStatus, LinkRate};
 use godwit_model::{ImportFormat, MigrationPolicy, MigrationProgress, Name, Refusal, TaskId};
@@ -569,6 +569,29 @@ impl Cluster {
         let status = self.lab_status()?;
         let host = status.hosts.iter().find(|known| known.name == host).with_context(|| format!("no host {host}"))?;
         processes::of_host(host)
+    }
+
+    /// The process of a VM's QEMU on a host.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn qemu(&self, vm: &str, host: &str) -> Result<u32> {
+        let id = self.guest(vm)?.id;
+        let processes = self.processes(host)?;
+        let qemu = processes.iter().find(|process| process.role == ProcessRole::Qemu(id));
+        qemu.map(|qemu| qemu.pid).with_context(|| format!("no QEMU of {vm} on {host}"))
+    }
+
+    /// Has the agent in a guest run a script of busybox; what that says.
+    ///
+    /// # Errors
+    /// When the script fails.
+    pub fn shell(&self, vm: &str, script: &str) -> Result<String> {
+        let args = ["sh", "-c", script].map(ToOwned::to_owned).to_vec();
+        let request = VmExec { program: "/bin/busybox".into(), args, stdin: None, timeout: None };
+        let outcome = self.ask(self.client.exec_vm(&Name::new(vm)?, &request))?;
+        ensure!(outcome.exit_code == Some(0), "{script}: {outcome:?}");
+        Ok(String::from_utf8_lossy(&outcome.stdout.0).into_owned())
     }
 
     /// Checks what must hold at any moment, and, where no task runs, that nothing is left behind.

@@ -6,8 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use godwit_api::v1::{VmExec, Waiting};
-use godwit_e2e::{Cluster, ClusterSpec, GuestSpec, ProcessRole, other_qemu};
+use godwit_api::v1::Waiting;
+use godwit_e2e::{Cluster, ClusterSpec, GuestSpec, other_qemu};
 use godwit_model::{
     Boot, Bytes, CdromSpec, DiskBus, DiskFormat, DiskSpec, ErrorCode, Firmware, ImportFormat, IoLimits, MigrationPolicy, Name,
     NicSpec, Refusal, TaskId, VmSpec, Watchdog,
@@ -53,10 +53,9 @@ fn holds(cluster: &Cluster, host: &str, image: &str) -> Result<bool> {
 
 /// Whether the VM's QEMU on `host` has a file with this end of its path open.
 fn has_open(cluster: &Cluster, host: &str, end: &str) -> Result<bool> {
-    let id = cluster.guest("web")?.id;
-    let processes = cluster.processes(host)?;
-    let qemu = processes.iter().find(|process| process.role == ProcessRole::Qemu(id)).context("no QEMU")?;
-    let links = fs::read_dir(format!("/proc/{}/fd", qemu.pid))?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+    let links = fs::read_dir(format!("/proc/{}/fd", cluster.qemu("web", host)?))?
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok());
     Ok(links.map(|link| link.to_string_lossy().into_owned()).any(|link| link.ends_with(end)))
 }
 
@@ -160,19 +159,11 @@ fn what_a_host_lacks_or_a_running_vm_needs_is_refused_with_its_fix() -> Result<(
     cluster.finish()
 }
 
-fn shell(cluster: &Cluster, script: &str) -> Result<String> {
-    let args = ["sh", "-c", script].map(ToOwned::to_owned).to_vec();
-    let request = VmExec { program: "/bin/busybox".into(), args, stdin: None, timeout: None };
-    let outcome = cluster.ask(cluster.client().exec_vm(&web()?, &request))?;
-    ensure!(outcome.exit_code == Some(0), "{script}: {outcome:?}");
-    Ok(String::from_utf8_lossy(&outcome.stdout.0).into_owned())
-}
-
 /// Waits until the guest counts this much more memory than `before`, in MiB, and gives back what it counts.
 fn memory(cluster: &Cluster, before: u64, more: u64) -> Result<u64> {
     let deadline = Instant::now() + SOON;
     loop {
-        let text = shell(cluster, "grep MemTotal /proc/meminfo")?;
+        let text = cluster.shell("web", "grep MemTotal /proc/meminfo")?;
         let total: u64 = text.split_whitespace().nth(1).context("no size")?.parse::<u64>()? >> 10;
         if total >= before + more {
             return Ok(total);
@@ -184,10 +175,7 @@ fn memory(cluster: &Cluster, before: u64, more: u64) -> Result<u64> {
 
 /// Arguments of the VM's QEMU on `host`.
 fn arguments(cluster: &Cluster, host: &str) -> Result<String> {
-    let id = cluster.guest("web")?.id;
-    let processes = cluster.processes(host)?;
-    let qemu = processes.iter().find(|process| process.role == ProcessRole::Qemu(id)).context("no QEMU")?;
-    Ok(String::from_utf8_lossy(&fs::read(format!("/proc/{}/cmdline", qemu.pid))?).replace('\0', " "))
+    Ok(String::from_utf8_lossy(&fs::read(format!("/proc/{}/cmdline", cluster.qemu("web", host)?))?).replace('\0', " "))
 }
 
 #[test]
@@ -226,14 +214,14 @@ fn a_vm_gets_memory_while_it_runs_and_takes_it_along() -> Result<()> {
     ensure!(waiting(&cluster)?.is_empty(), "{:?}", waiting(&cluster)?);
     memory(&cluster, before, 256)?;
     // Linux takes memory above 4 GiB first, where DIMMs are.
-    shell(&cluster, "head -c 8000000 /dev/urandom > /noise")?;
-    let noise = shell(&cluster, "md5sum /noise")?;
+    cluster.shell("web", "head -c 8000000 /dev/urandom > /noise")?;
+    let noise = cluster.shell("web", "md5sum /noise")?;
 
     if is_old(from) {
         eprintln!("there is no other QEMU than an old one that emulates: the move is not proven here");
     } else {
         cluster.migrate("web", to)?;
-        ensure!(shell(&cluster, "md5sum /noise")? == noise, "the guest's memory changed on the way");
+        ensure!(cluster.shell("web", "md5sum /noise")? == noise, "the guest's memory changed on the way");
         if is_old(to) {
             let refused = cluster.begin_move("web", from, MigrationPolicy::default()).err().context("its memory would be lost")?;
             ensure!(refused.code == ErrorCode::HostIncompatible && refused.hint.is_some(), "{refused:?}");

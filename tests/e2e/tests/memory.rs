@@ -1,33 +1,20 @@
 //! What a VM's memory is made of, and what of it its guest has given back.
 
 use std::fs::{self, File};
-use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use godwit_api::v1::VmExec;
-use godwit_e2e::{Cluster, ClusterSpec, GuestSpec, ProcessRole, other_qemu};
+use godwit_e2e::{Cluster, ClusterSpec, GuestSpec, other_qemu};
 use godwit_model::{Bytes, ErrorCode, HugePages, MigrationPolicy, Name, Numa, PostCopy};
 use rustix::fs::{FlockOperation, flock};
 
 const SOON: Duration = Duration::from_secs(60);
 
-fn shell(cluster: &Cluster, vm: &str, script: &str) -> Result<()> {
-    let args = ["sh", "-c", script].map(ToOwned::to_owned).to_vec();
-    let request = VmExec { program: "/bin/busybox".into(), args, stdin: None, timeout: None };
-    let outcome = cluster.ask(cluster.client().exec_vm(&Name::new(vm)?, &request))?;
-    ensure!(outcome.exit_code == Some(0), "{script}: {outcome:?}");
-    Ok(())
-}
-
 /// A line of `/proc/PID/smaps_rollup` of the VM's QEMU on `host`, in MiB.
 fn taken(cluster: &Cluster, vm: &str, host: &str, line: &str) -> Result<u64> {
-    let id = cluster.guest(vm)?.id;
-    let processes = cluster.processes(host)?;
-    let qemu = processes.iter().find(|process| process.role == ProcessRole::Qemu(id)).context("no QEMU")?;
-    let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", qemu.pid))?;
+    let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", cluster.qemu(vm, host)?))?;
     let found = rollup.lines().find_map(|found| found.strip_prefix(line)?.trim().strip_suffix(" kB"));
     Ok(found.with_context(|| format!("no {line}"))?.trim().parse::<u64>()? >> 10)
 }
@@ -53,7 +40,7 @@ fn what_a_guest_has_freed_is_its_hosts_again_and_does_not_travel() -> Result<()>
     for vm in ["gives", "keeps"] {
         let name = Name::new(vm)?;
         wait("the guest's agent answers", || Ok(cluster.ask(cluster.client().vm(&name))?.status.guest.is_some()))?;
-        shell(&cluster, vm, "dd if=/dev/urandom of=/noise bs=1048576 count=64 && rm /noise")?;
+        cluster.shell(vm, "dd if=/dev/urandom of=/noise bs=1048576 count=64 && rm /noise")?;
     }
     let kept = taken(&cluster, "keeps", "h1", "Rss:")?;
     let given_back = || Ok(taken(&cluster, "gives", "h1", "Rss:")? + 48 < kept);
@@ -71,28 +58,32 @@ fn what_a_guest_has_freed_is_its_hosts_again_and_does_not_travel() -> Result<()>
     }
     // It still gives, where it is now.
     let before = taken(&cluster, "gives", "h1", "Rss:")?;
-    shell(&cluster, "gives", "dd if=/dev/urandom of=/noise bs=1048576 count=64")?;
+    cluster.shell("gives", "dd if=/dev/urandom of=/noise bs=1048576 count=64")?;
     let full = taken(&cluster, "gives", "h1", "Rss:")?;
     ensure!(full > before + 32, "{before} MiB, then {full} with 64 MiB more");
-    shell(&cluster, "gives", "rm /noise")?;
+    cluster.shell("gives", "rm /noise")?;
     wait("the guest gives after its moves", || Ok(taken(&cluster, "gives", "h1", "Rss:")? + 32 < full))?;
     cluster.finish()
 }
 
-/// Huge pages that this machine has for as long as this lives; those who want some take turns.
+/// Huge pages that this machine has for as long as this lives; those who want some take turns. The file says how many there were before: who was
+/// killed could not put them back, and the next one does.
 struct HugePagesHere {
     before: u64,
-    _turn: File,
+    turn: File,
 }
 
+const TURN: &str = "/run/godwit-e2e-hugepages";
 const COUNT: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 impl HugePagesHere {
     fn set_aside(more: u64) -> Result<Self> {
-        let turn = File::create(Path::new("/run/godwit-e2e-hugepages.lock"))?;
+        let turn = File::options().create(true).truncate(false).read(true).write(true).open(TURN)?;
         flock(&turn, FlockOperation::LockExclusive)?;
         let count = || -> Result<u64> { Ok(fs::read_to_string(COUNT)?.trim().parse()?) };
-        let here = Self { before: count()?, _turn: turn };
+        let before = fs::read_to_string(TURN)?.trim().parse().or_else(|_| count())?;
+        fs::write(TURN, before.to_string())?;
+        let here = Self { before, turn };
         fs::write(COUNT, (here.before + more).to_string())?;
         ensure!(count()? >= here.before + more, "this machine has no {more} huge pages");
         Ok(here)
@@ -101,7 +92,9 @@ impl HugePagesHere {
 
 impl Drop for HugePagesHere {
     fn drop(&mut self) {
-        let _ = fs::write(COUNT, self.before.to_string());
+        if fs::write(COUNT, self.before.to_string()).is_ok() {
+            let _ = self.turn.set_len(0);
+        }
     }
 }
 

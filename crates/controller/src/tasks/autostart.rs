@@ -66,20 +66,34 @@ impl Tasks {
             reason: Some(format!("host {host} is back")),
             revision: None,
         };
-        match self.ask_and_follow(&ask, &Asked::Start(Some(host.clone()))).await {
-            Ok((_, executor)) => Ok(executor),
-            Err(Fault::Refused(refusal)) => {
+        let mut last = false;
+        loop {
+            let refusal = match self.ask_and_follow(&ask, &Asked::Start(Some(host.clone()))).await {
+                Ok((_, executor)) => return Ok(executor),
+                Err(Fault::Refused(refusal)) => refusal,
+                Err(fault) => return Err(fault),
+            };
+            let again = retry!({
+                let Some(mut row) = self.db.find::<VmRow>(&vm.id.to_string()).await? else { return Ok(false) };
+                if !row.row.start_wanted {
+                    // Somebody has started it meanwhile.
+                    return Ok(false);
+                }
+                let (busy, has_task) = (refusal.code == ErrorCode::VmBusy, row.row.activity.is_some());
+                if busy && !has_task && !last {
+                    // What it was busy with ended before it could know that somebody waits.
+                    return Ok(true);
+                }
                 // Whatever it is busy with ends, and then it is its turn.
-                let waits = refusal.code == ErrorCode::VmBusy;
-                tracing::warn!(%host, vm = %vm.name, waits, %refusal, "a VM could not be started again");
-                retry!({
-                    let Some(mut row) = self.db.find::<VmRow>(&vm.id.to_string()).await? else { return Ok(None) };
-                    row.row.start_wanted = waits;
-                    row.row.not_started = Some(refusal.clone());
-                    self.db.commit(Batch::default().update(&row)).await.map(|_| None)
-                })
+                row.row.start_wanted = busy && has_task;
+                row.row.not_started = Some(refusal.clone());
+                self.db.commit(Batch::default().update(&row)).await.map(|_| false)
+            })?;
+            if !again {
+                tracing::warn!(%host, vm = %vm.name, %refusal, "a VM could not be started again");
+                return Ok(None);
             }
-            Err(fault) => Err(fault),
+            last = true;
         }
     }
 }

@@ -77,8 +77,8 @@ pub(super) fn add(line: &mut Line, spec: &ResolvedSpec, node: Option<u32>) {
 }
 
 pub(super) fn add_accelerator(line: &mut Line, accelerator: Accelerator, vcpus: u16) {
-    // With a thread for each, one that reads or writes a register while another moves a PCI window can reach another device, or end QEMU
-    // (`iotlb_to_section`): seen with QEMU 10.0. No guest sees which it is, and nothing of it travels.
+    // With a thread for each QEMU 10.0 was seen to abort while a guest places its PCI devices (`iotlb_to_section`). No guest sees which it is,
+    // and nothing of it travels.
     let threads = if vcpus > 1 { "single" } else { "multi" };
     line.pairs(
         "-accel",
