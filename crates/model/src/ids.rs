@@ -55,6 +55,10 @@ id! {
     VmId
 }
 id! {
+    /// A VM's disks at one instant, with its memory if wanted.
+    SnapshotId
+}
+id! {
     /// A long operation.
     TaskId
 }

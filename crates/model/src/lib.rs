@@ -24,7 +24,7 @@ pub use error::{ErrorCode, Refusal, Retry};
 pub use guest::{ExecOutcome, ExecRequest, GuestClock, GuestFacts, Octets};
 pub use habits::{Habits, QuietTime};
 pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
-pub use ids::{ImageId, NetworkId, TaskId, TeamId, TokenId, VmId, Vmgenid};
+pub use ids::{ImageId, NetworkId, SnapshotId, TaskId, TeamId, TokenId, VmId, Vmgenid};
 pub use import::ImportFormat;
 pub use ladder::{Ladder, MalformedLadder, Rung};
 pub use lifecycle::{Activity, Admission, RunState, VmRequest};

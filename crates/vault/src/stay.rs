@@ -9,19 +9,36 @@
 
 mod chunk;
 mod identity;
-mod key;
 mod reader;
-mod record;
 mod writer;
 
 use std::io;
 
 pub use chunk::{Chunk, Unpacker};
 pub use identity::{Block, Identity, InvalidIdentity};
-pub use key::StayKey;
 pub use reader::StayReader;
-pub use record::VERSION;
 pub use writer::{Sink, StayWriter};
+
+use crate::sealed::{Form, HeadError, Kind};
+
+/// The version that is written and read.
+pub const VERSION: u16 = 1;
+
+const FORM: Form = Form { magic: *b"GDWTSTAY", version: VERSION, context: "godwit vault 2026-11-26 key of a file" };
+
+/// What a record is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Record {
+    Identity = 1,
+    Chunk = 2,
+    End = 3,
+}
+
+impl Kind for Record {
+    fn number(self) -> u8 {
+        self as u8
+    }
+}
 
 /// The content of a page.
 type Page = [u8; godwit_stream::PAGE_SIZE];
@@ -50,6 +67,16 @@ pub enum StayError {
     /// Sealed with the right key, and yet against the rules.
     #[error("a stay is malformed")]
     Malformed(#[from] MalformedStay),
+}
+
+impl From<HeadError> for StayError {
+    fn from(error: HeadError) -> Self {
+        match error {
+            HeadError::Foreign => Self::NotAStay,
+            HeadError::Short => Self::Torn,
+            HeadError::Version(version) => Self::Version(version),
+        }
+    }
 }
 
 /// What a writer that keeps the rules does not write.

@@ -12,8 +12,8 @@ use bytes::{Buf, BufMut};
 use godwit_stream::PAGE_SIZE;
 use zstd::bulk::{Compressor, Decompressor};
 
-use super::record::{RECORD_HEAD, TAG};
 use super::{MalformedStay, Page};
+use crate::sealed::{RECORD_HEAD, TAG};
 
 /// Pages of a window.
 const WINDOW: u32 = u64::BITS;

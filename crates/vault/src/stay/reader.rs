@@ -6,10 +6,10 @@ use bytes::Buf;
 
 use super::chunk::{Chunk, MAX_CONTENT, Unpacker};
 use super::identity::MAX_IDENTITY;
-use super::key::StayKey;
-use super::record::{HEAD, Head, Kind, OVERHEAD, RECORD_HEAD, Sealer, TAG, read_record_head};
 use super::writer::END;
-use super::{Identity, MalformedStay, StayError};
+use super::{FORM, Identity, MalformedStay, Record, StayError};
+use crate::key::StayKey;
+use crate::sealed::{HEAD, Head, OVERHEAD, RECORD_HEAD, Sealer, TAG, read_record_head};
 
 /// Bytes that are read at once.
 const BUFFER: usize = 256 << 10;
@@ -53,11 +53,11 @@ impl<R: Read + Seek> StayReader<R> {
         file.seek(SeekFrom::Start(0))?;
         let mut head = [0; HEAD];
         let found = fill(&mut file, &mut head)?;
-        let sealer = Sealer::new(key, Head::read(head.get(..found).unwrap_or_default())?);
+        let sealer = Sealer::new(&FORM, key.expose(), Head::read(&FORM, head.get(..found).unwrap_or_default())?);
         let mut sealed = vec![0; MAX_CONTENT.max(MAX_IDENTITY) + TAG];
         let (kind, content) = next_record(&mut file, &mut sealed, MAX_IDENTITY)?.ok_or(StayError::Torn)?;
         let bytes = (HEAD + RECORD_HEAD + content.len()) as u64;
-        let content = sealer.open(Kind::Identity, 0, content).filter(|_| kind == Kind::Identity as u8).ok_or(StayError::Key)?;
+        let content = sealer.open(Record::Identity, 0, content).filter(|_| kind == Record::Identity as u8).ok_or(StayError::Key)?;
         let identity = Identity::decode(content).map_err(MalformedStay::Identity)?;
         let end = read_end(&mut file, &sealer, length)?;
         file.seek(SeekFrom::Start(bytes))?;
@@ -94,11 +94,11 @@ impl<R: Read + Seek> StayReader<R> {
         }
         let changed = StayError::Changed(self.at.chunks);
         let content = match next_record(&mut self.file, &mut self.sealed, MAX_CONTENT)? {
-            Some((kind, content)) if kind == Kind::Chunk as u8 => content,
+            Some((kind, content)) if kind == Record::Chunk as u8 => content,
             _ => return Err(changed),
         };
         self.at.bytes += (RECORD_HEAD + content.len()) as u64;
-        let content = self.sealer.open(Kind::Chunk, self.at.chunks, content).ok_or(changed)?;
+        let content = self.sealer.open(Record::Chunk, self.at.chunks, content).ok_or(changed)?;
         let chunk = self.unpacker.unpack(content)?;
         let block = self.identity.blocks.get(usize::from(chunk.block()));
         if self.last >= Some(chunk.place()) || !block.is_some_and(|block| chunk.fits(block.pages)) {
@@ -120,10 +120,10 @@ fn read_end<R: Read + Seek>(file: &mut BufReader<R>, sealer: &Sealer, length: u6
         return Err(StayError::Torn);
     }
     let (head, sealed) = record.split_at_mut(RECORD_HEAD);
-    if read_record_head(head) != Some((Kind::End as u8, END + TAG)) {
+    if read_record_head(head) != Some((Record::End as u8, END + TAG)) {
         return Err(StayError::Torn);
     }
-    let mut content = sealer.open(Kind::End, 0, sealed).ok_or(StayError::Torn)?;
+    let mut content = sealer.open(Record::End, 0, sealed).ok_or(StayError::Torn)?;
     let end = End { chunks: content.get_u64(), pages: content.get_u64(), bytes: content.get_u64() };
     if end.bytes == bytes { Ok(end) } else { Err(MalformedStay::Count.into()) }
 }

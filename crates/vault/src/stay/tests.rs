@@ -7,8 +7,9 @@ use godwit_stream::PAGE_SIZE;
 use proptest::prelude::*;
 use uuid::Uuid;
 
-use super::record::{HEAD, Head, Kind, RECORD_HEAD, Sealer, TAG};
 use super::*;
+use crate::StayKey;
+use crate::sealed::{HEAD, Head, RECORD_HEAD, Sealer, TAG, read_record_head};
 
 fn key() -> StayKey {
     StayKey::new([7; 32])
@@ -30,7 +31,7 @@ fn noise(seed: u64) -> Page {
 }
 
 fn written(blocks: &[u32], salt: [u8; 32], pages: &Pages) -> Vec<u8> {
-    let mut writer = StayWriter::begin_with(Vec::new(), &key(), &identity(blocks), Head::new(salt)).expect("begun");
+    let mut writer = StayWriter::begin_with(Vec::new(), &key(), &identity(blocks), Head::new(&FORM, salt)).expect("begun");
     for (block, page, content) in pages {
         writer.page(*block, *page, content).expect("taken");
     }
@@ -56,7 +57,7 @@ fn small() -> (Vec<u8>, Pages) {
 /// Where each record begins, and where the file ends.
 fn borders(bytes: &[u8]) -> Vec<usize> {
     let mut borders = vec![HEAD];
-    while let Some((_, length)) = bytes.get(*borders.last().expect("one")..).and_then(record::read_record_head) {
+    while let Some((_, length)) = bytes.get(*borders.last().expect("one")..).and_then(read_record_head) {
         borders.push(borders.last().expect("one") + RECORD_HEAD + length);
     }
     borders
@@ -80,7 +81,7 @@ fn example() -> (StayKey, Identity, Pages) {
 #[test]
 fn the_specification_shows_the_bytes_that_are_written() {
     let (key, identity, pages) = example();
-    let mut writer = StayWriter::begin_with(Vec::new(), &key, &identity, Head::new([0x33; 32])).expect("begun");
+    let mut writer = StayWriter::begin_with(Vec::new(), &key, &identity, Head::new(&FORM, [0x33; 32])).expect("begun");
     for (block, page, content) in &pages {
         writer.page(*block, *page, content).expect("taken");
     }
@@ -298,9 +299,9 @@ fn chunks_that_are_swapped_repeated_left_out_or_of_another_file_are_found() {
 }
 
 /// A file of these records, sealed with the right key whatever they say.
-fn forged(records: &[(Kind, u64, Vec<u8>)]) -> Vec<u8> {
-    let head = Head::new(SALT);
-    let sealer = Sealer::new(&key(), head);
+fn forged(records: &[(Record, u64, Vec<u8>)]) -> Vec<u8> {
+    let head = Head::new(&FORM, SALT);
+    let sealer = Sealer::new(&FORM, key().expose(), head);
     let mut file = head.bytes().to_vec();
     for (kind, number, content) in records {
         let mut record = [&[0; RECORD_HEAD][..], content, &[0; TAG]].concat();
@@ -316,11 +317,11 @@ fn chunk(block: u16, window: u32, mask: u64, contents: usize) -> Vec<u8> {
 
 /// A file of one block of 100 pages and these chunks, with the end that fits them.
 fn forged_chunks(chunks: &[Vec<u8>], pages: u64) -> Vec<u8> {
-    let mut records = vec![(Kind::Identity, 0, identity(&[100]).encode().expect("an identity"))];
-    records.extend(chunks.iter().enumerate().map(|(at, chunk)| (Kind::Chunk, at as u64, chunk.clone())));
+    let mut records = vec![(Record::Identity, 0, identity(&[100]).encode().expect("an identity"))];
+    records.extend(chunks.iter().enumerate().map(|(at, chunk)| (Record::Chunk, at as u64, chunk.clone())));
     let bytes = forged(&records).len() as u64;
     let end = [(chunks.len() as u64).to_be_bytes(), pages.to_be_bytes(), bytes.to_be_bytes()].concat();
-    records.push((Kind::End, 0, end));
+    records.push((Record::End, 0, end));
     forged(&records)
 }
 
@@ -369,7 +370,7 @@ fn an_identity_that_is_none_is_not_read() {
     assert_eq!(Identity::decode(&with(1, &[0, 0, 0, 0, 1])), Err(InvalidIdentity::Name));
     assert_eq!(Identity::decode(&with(1, &[1, 0xff, 0, 0, 0, 1])), Err(InvalidIdentity::Name));
     assert_eq!(Identity::decode(&with(2, b"\x01a\0\0\0\x01\x01a\0\0\0\x01")), Err(InvalidIdentity::Twice));
-    let refused = read(&forged(&[(Kind::Identity, 0, with(1025, &[])), (Kind::End, 0, vec![0; 24])]), &key());
+    let refused = read(&forged(&[(Record::Identity, 0, with(1025, &[])), (Record::End, 0, vec![0; 24])]), &key());
     assert!(matches!(refused, Err(StayError::Malformed(MalformedStay::Identity(InvalidIdentity::Blocks)))), "{refused:?}");
 }
 
@@ -490,7 +491,7 @@ proptest! {
         contents in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..4),
     ) {
         let _ = read(&bytes, &key());
-        let _ = read(&[&Head::new(SALT).bytes()[..], &bytes].concat(), &key());
+        let _ = read(&[&Head::new(&FORM, SALT).bytes()[..], &bytes].concat(), &key());
         let _ = read(&forged_chunks(&contents, 1), &key());
         let _ = Identity::decode(&bytes);
     }

@@ -7,9 +7,9 @@ use bytes::BufMut;
 use godwit_model::Bytes;
 
 use super::chunk::Packer;
-use super::key::StayKey;
-use super::record::{HEAD, Head, Kind, OVERHEAD, RECORD_HEAD, Sealer};
-use super::{Identity, Page};
+use super::{FORM, Identity, Page, Record};
+use crate::key::StayKey;
+use crate::sealed::{HEAD, Head, OVERHEAD, RECORD_HEAD, Sealer};
 
 /// Bytes of what an end says: chunks, pages, and bytes before the end.
 pub(super) const END: usize = 3 * 8;
@@ -66,7 +66,7 @@ impl<W: Sink> StayWriter<W> {
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] if `identity` is none ([`super::InvalidIdentity`]); else the file's, or that there are no random bytes.
     pub fn begin(file: W, key: &StayKey, identity: &Identity) -> io::Result<Self> {
-        Self::begin_with(file, key, identity, Head::draw()?)
+        Self::begin_with(file, key, identity, Head::draw(&FORM)?)
     }
 
     /// The caller answers for the salt in `head` being fresh.
@@ -74,7 +74,7 @@ impl<W: Sink> StayWriter<W> {
         let encoded = identity.encode().map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         let mut writer = Self {
             out: BufWriter::with_capacity(BUFFER, file),
-            sealer: Sealer::new(key, head),
+            sealer: Sealer::new(&FORM, key.expose(), head),
             packer: Packer::new()?,
             blocks: identity.blocks.iter().map(|block| block.pages).collect(),
             next: (0, 0),
@@ -85,7 +85,7 @@ impl<W: Sink> StayWriter<W> {
             broken: false,
         };
         writer.out.write_all(head.bytes())?;
-        writer.small(Kind::Identity, &encoded)?;
+        writer.small(Record::Identity, &encoded)?;
         Ok(writer)
     }
 
@@ -130,7 +130,7 @@ impl<W: Sink> StayWriter<W> {
         end.put_u64(self.chunks);
         end.put_u64(self.pages);
         end.put_u64(self.written);
-        self.small(Kind::End, &end)?;
+        self.small(Record::End, &end)?;
         let mut file = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync()?;
         Ok(file)
@@ -151,7 +151,7 @@ impl<W: Sink> StayWriter<W> {
         if self.written + record.len() as u64 + (END + OVERHEAD) as u64 > self.limit {
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, "the stay is longer than it may be"));
         }
-        self.sealer.seal(Kind::Chunk, self.chunks, record);
+        self.sealer.seal(Record::Chunk, self.chunks, record);
         self.out.write_all(record)?;
         self.broken = false;
         self.written += record.len() as u64;
@@ -161,7 +161,7 @@ impl<W: Sink> StayWriter<W> {
     }
 
     /// Writes a record of which there is one in the file.
-    fn small(&mut self, kind: Kind, content: &[u8]) -> io::Result<()> {
+    fn small(&mut self, kind: Record, content: &[u8]) -> io::Result<()> {
         let mut record = vec![0; content.len() + OVERHEAD];
         record[RECORD_HEAD..RECORD_HEAD + content.len()].copy_from_slice(content);
         self.sealer.seal(kind, 0, &mut record);

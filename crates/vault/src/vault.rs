@@ -1,0 +1,495 @@
+//! The vault: a directory with the snapshots of one team, and the packs with their pages.
+//!
+//! ```text
+//! begin ──▶ ID.snapshot.draft, ID.pack.draft ──written, synced──▶ commit: the pack gets its name, directory synced,
+//!                                                                         then the snapshot, directory synced
+//! ```
+//! After a crash at any step a snapshot is there whole or not at all, and of a pack that nobody refers to only its room is lost: [`Vault::plan_prune`]
+//! finds it. Snapshots go in any order; a pack goes when the last that refers to it is gone. Whoever writes holds the vault's lock with
+//! others; pruning holds it alone, so that it takes nothing from under a snapshot that is being written.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use godwit_model::{Bytes, SnapshotId};
+use rustix::fs::{AtFlags, Dir, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use uuid::Uuid;
+
+use crate::pack::PackReader;
+use crate::snapshot::{Keys, Known, PackId, SnapshotReader, SnapshotWriter, Space, Totals};
+use crate::stored::FileError;
+use crate::{PackKey, SnapshotKey, TeamKey};
+
+/// The file whose lock is the vault's.
+const LOCK: &str = "lock";
+
+/// Why the vault does not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VaultError {
+    /// The file system refused.
+    #[error("the vault cannot be {action}")]
+    Io {
+        /// What was done.
+        action: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody writes or prunes, and this cannot be done beside it.
+    #[error("the vault is in use")]
+    Busy,
+    /// There is no such snapshot.
+    #[error("the vault has no snapshot {0}")]
+    NotFound(SnapshotId),
+    /// There is a snapshot of this id.
+    #[error("the vault has a snapshot {0} already")]
+    Exists(SnapshotId),
+    /// A file is not what was written.
+    #[error("{name} in the vault cannot be used")]
+    File {
+        /// The file's name.
+        name: String,
+        /// What is wrong with it.
+        #[source]
+        source: FileError,
+    },
+    /// A snapshot refers to a pack that is not there.
+    #[error("snapshot {snapshot} needs a pack that is missing: {pack}")]
+    Missing {
+        /// Whose pack.
+        snapshot: SnapshotId,
+        /// Which pack.
+        pack: PackId,
+    },
+    /// A snapshot is there whose key was not given: what it refers to is not known.
+    #[error("there is a snapshot whose key is missing: {0}")]
+    KeyMissing(SnapshotId),
+    /// The vault is not as it was when the plan was made.
+    #[error("the vault has changed since the plan was made")]
+    Changed,
+}
+
+fn failed(action: &'static str) -> impl Fn(io::Error) -> VaultError {
+    move |source| VaultError::Io { action, source }
+}
+
+fn damaged(name: String) -> impl FnOnce(FileError) -> VaultError {
+    move |source| VaultError::File { name, source }
+}
+
+/// A directory of snapshots. Clones are the same vault.
+#[derive(Clone, Debug)]
+pub struct Vault {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    dir: File,
+    #[cfg(test)]
+    faults: tests::Faults,
+}
+
+/// What changes the directory, or makes a change last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Create,
+    Rename,
+    Remove,
+    SyncDirectory,
+}
+
+/// What a name of ours says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Name {
+    Snapshot(SnapshotId),
+    Pack(PackId),
+    Draft,
+}
+
+fn snapshot_name(id: SnapshotId) -> String {
+    format!("{id}.snapshot")
+}
+
+fn pack_name(id: PackId) -> String {
+    format!("{id}.pack")
+}
+
+fn draft_name(name: &str) -> String {
+    format!("{name}.draft")
+}
+
+/// Whatever else is in the directory is left alone.
+fn parse_name(name: &str) -> Option<Name> {
+    let id = |text: &str| Uuid::parse_str(text).ok().filter(|id| id.hyphenated().to_string() == text);
+    if let Some(whole) = name.strip_suffix(".draft") {
+        return parse_name(whole).filter(|name| *name != Name::Draft).map(|_| Name::Draft);
+    }
+    if let Some(text) = name.strip_suffix(".snapshot") {
+        return id(text).map(|id| Name::Snapshot(SnapshotId::new(id)));
+    }
+    id(name.strip_suffix(".pack")?).map(|id| Name::Pack(PackId::new(id)))
+}
+
+/// What nobody refers to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PrunePlan {
+    /// Packs, with their length.
+    pub packs: Vec<(PackId, Bytes)>,
+    /// Files of writers that are no more, with their length.
+    pub drafts: Vec<(String, Bytes)>,
+}
+
+impl PrunePlan {
+    /// What is free afterwards that is not now.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        Bytes(self.packs.iter().map(|(_, bytes)| bytes.0).chain(self.drafts.iter().map(|(_, bytes)| bytes.0)).sum())
+    }
+}
+
+/// How much a vault takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VaultUsage {
+    /// How many snapshots.
+    pub snapshots: u64,
+    /// How many packs.
+    pub packs: u64,
+    /// Bytes of both.
+    pub bytes: Bytes,
+}
+
+impl Vault {
+    /// Opens, or begins, the vault in `dir`.
+    ///
+    /// # Errors
+    /// [`VaultError::Io`]
+    pub fn open(dir: &Path) -> Result<Self, VaultError> {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed("made"))?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(dir, flags, Mode::empty()).map_err(io::Error::from);
+        let dir = File::from(opened.map_err(failed("opened"))?);
+        rustix::fs::fchmod(&dir, Mode::RWXU).map_err(io::Error::from).map_err(failed("made private"))?;
+        let shared = Shared {
+            dir,
+            #[cfg(test)]
+            faults: tests::Faults::default(),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The snapshots that are whole.
+    ///
+    /// # Errors
+    /// [`VaultError::Io`]
+    pub fn snapshots(&self) -> Result<BTreeSet<SnapshotId>, VaultError> {
+        let names = self.shared.names().map_err(failed("read"))?;
+        Ok(names.into_values().filter_map(|name| if let Name::Snapshot(id) = name { Some(id) } else { None }).collect())
+    }
+
+    /// How much it takes.
+    ///
+    /// # Errors
+    /// [`VaultError::Io`]
+    pub fn usage(&self) -> Result<VaultUsage, VaultError> {
+        let mut usage = VaultUsage::default();
+        for (text, name) in self.shared.names().map_err(failed("read"))? {
+            match name {
+                Name::Snapshot(_) => usage.snapshots += 1,
+                Name::Pack(_) => usage.packs += 1,
+                Name::Draft => {}
+            }
+            usage.bytes.0 += self.shared.length(&text).map_err(failed("read"))?.0;
+        }
+        Ok(usage)
+    }
+
+    /// Begins a snapshot. It is nothing until it is committed.
+    ///
+    /// # Errors
+    /// [`VaultError::Exists`], [`VaultError::Busy`] while somebody prunes, [`VaultError::Io`]
+    pub fn begin(&self, id: SnapshotId) -> Result<Draft, VaultError> {
+        let lock = self.shared.lock(FlockOperation::NonBlockingLockShared)?;
+        if self.shared.length(&snapshot_name(id)).is_ok() {
+            return Err(VaultError::Exists(id));
+        }
+        // Ids are drawn: a pack that has the id of its snapshot is as unique.
+        let pack = PackId::new(id.uuid());
+        // What an earlier try at the same snapshot left is in nobody's hands: a snapshot has one writer.
+        let (snapshot_draft, pack_draft) = (draft_name(&snapshot_name(id)), draft_name(&pack_name(pack)));
+        let create = |name: &str| self.shared.remove(name).and_then(|()| self.shared.create(name)).map_err(failed("written"));
+        let (snapshot_file, pack_file) = (create(&snapshot_draft)?, create(&pack_draft)?);
+        let shared = Arc::clone(&self.shared);
+        Ok(Draft { shared, id, pack, snapshot_file, pack_file, _lock: lock, kept: false })
+    }
+
+    /// Opens a snapshot and all packs that it refers to. They stay readable even if they are deleted meanwhile.
+    ///
+    /// # Errors
+    /// [`VaultError`]
+    pub fn snapshot(&self, id: SnapshotId, key: &SnapshotKey) -> Result<(SnapshotReader<File>, Vec<PackReader<File>>), VaultError> {
+        let name = snapshot_name(id);
+        let file = self.shared.find(&name).map_err(failed("read"))?.ok_or(VaultError::NotFound(id))?;
+        let snapshot = SnapshotReader::open(file, key).map_err(damaged(name))?;
+        let packs = snapshot.packs().iter().map(|(pack, key, pages)| {
+            let missing = VaultError::Missing { snapshot: id, pack: *pack };
+            self.pack(*pack, key)?.filter(|pack| pack.pages() >= *pages).ok_or(missing)
+        });
+        let packs = packs.collect::<Result<_, _>>()?;
+        Ok((snapshot, packs))
+    }
+
+    /// What the packs of these snapshots have, the first snapshots first, at most `most` pages. What cannot be read is left out: a snapshot that is
+    /// written now does not refer to it, and so does not share its damage.
+    ///
+    /// # Errors
+    /// [`VaultError::Io`]
+    pub fn known(&self, snapshots: &[(SnapshotId, SnapshotKey)], most: usize) -> Result<Known, VaultError> {
+        let (mut known, mut seen) = (Known::new(most), BTreeSet::new());
+        for (id, key) in snapshots {
+            let packs = match self.snapshot(*id, key) {
+                Ok((snapshot, packs)) => snapshot.packs().to_vec().into_iter().zip(packs),
+                Err(error @ VaultError::Io { .. }) => return Err(error),
+                Err(_) => continue,
+            };
+            for ((pack, key, _), reader) in packs {
+                if seen.insert(pack) {
+                    // A pack whose digests cannot be read is as good as unknown.
+                    let _ = known.add(pack, &key, &reader);
+                }
+            }
+        }
+        Ok(known)
+    }
+
+    /// Removes a snapshot. Its pages go with [`Self::prune`], those of which no other snapshot has the pack.
+    ///
+    /// # Errors
+    /// [`VaultError::Io`]; it is gone then, or there as before.
+    pub fn delete(&self, id: SnapshotId) -> Result<(), VaultError> {
+        self.shared.remove(&snapshot_name(id)).and_then(|()| self.shared.sync()).map_err(failed("changed"))
+    }
+
+    /// Finds what nobody refers to. The keys of all snapshots are needed.
+    ///
+    /// # Errors
+    /// [`VaultError`]; also if a snapshot cannot be read, since what it refers to is not known then: it must be mended or deleted first.
+    pub fn plan_prune(&self, keys: &BTreeMap<SnapshotId, SnapshotKey>) -> Result<PrunePlan, VaultError> {
+        let (mut referred, mut packs, mut drafts) = (BTreeSet::new(), vec![], vec![]);
+        for (text, name) in self.shared.names().map_err(failed("read"))? {
+            match name {
+                Name::Snapshot(id) => {
+                    let key = keys.get(&id).ok_or(VaultError::KeyMissing(id))?;
+                    let Some(file) = self.shared.find(&text).map_err(failed("read"))? else { continue };
+                    let snapshot = SnapshotReader::open(file, key).map_err(damaged(text))?;
+                    referred.extend(snapshot.packs().iter().map(|(pack, _, _)| *pack));
+                }
+                Name::Pack(id) => packs.push((id, self.shared.length(&text).map_err(failed("read"))?)),
+                Name::Draft => drafts.push((text.clone(), self.shared.length(&text).map_err(failed("read"))?)),
+            }
+        }
+        packs.retain(|(pack, _)| !referred.contains(pack));
+        packs.sort_unstable();
+        drafts.sort_unstable();
+        Ok(PrunePlan { packs, drafts })
+    }
+
+    /// Removes what the plan names.
+    ///
+    /// # Errors
+    /// [`VaultError::Busy`] while a snapshot is written; [`VaultError::Changed`] if the plan would now be another; those of [`Self::plan_prune`]. After
+    /// [`VaultError::Io`] a part of it may be gone.
+    pub fn prune(&self, plan: &PrunePlan, keys: &BTreeMap<SnapshotId, SnapshotKey>) -> Result<(), VaultError> {
+        let _lock = self.shared.lock(FlockOperation::NonBlockingLockExclusive)?;
+        if self.plan_prune(keys)? != *plan {
+            return Err(VaultError::Changed);
+        }
+        let names = plan.packs.iter().map(|(pack, _)| pack_name(*pack)).chain(plan.drafts.iter().map(|(name, _)| name.clone()));
+        let removed = names.into_iter().try_for_each(|name| self.shared.remove(&name));
+        removed.and_then(|()| self.shared.sync()).map_err(failed("changed"))
+    }
+
+    /// Reads everything that these snapshots refer to, and says what is wrong, each file once.
+    ///
+    /// # Errors
+    /// [`VaultError::Io`] if the directory cannot be read.
+    pub fn verify(&self, snapshots: &[(SnapshotId, SnapshotKey)], team: &TeamKey) -> Result<Vec<VaultError>, VaultError> {
+        let (mut wrong, mut seen) = (vec![], BTreeSet::new());
+        for (id, key) in snapshots {
+            let name = snapshot_name(*id);
+            let Some(file) = self.shared.find(&name).map_err(failed("read"))? else {
+                wrong.push(VaultError::NotFound(*id));
+                continue;
+            };
+            let read = SnapshotReader::open(file, key).and_then(|snapshot| {
+                for space in 0..snapshot.spaces().len() as u16 {
+                    snapshot.leaves(space).try_for_each(|page| snapshot.leaf(space, page).map(|_| ()))?;
+                }
+                Ok(snapshot)
+            });
+            let snapshot = match read {
+                Ok(snapshot) => snapshot,
+                Err(source) => {
+                    wrong.push(VaultError::File { name, source });
+                    continue;
+                }
+            };
+            for (pack, key, pages) in snapshot.packs() {
+                if !seen.insert(*pack) {
+                    continue;
+                }
+                match self.pack(*pack, key) {
+                    Ok(Some(reader)) if reader.pages() >= *pages => {
+                        let verified = reader.verify(team);
+                        wrong.extend(verified.err().map(|source| VaultError::File { name: pack_name(*pack), source }));
+                    }
+                    Ok(_) => wrong.push(VaultError::Missing { snapshot: *id, pack: *pack }),
+                    Err(error) => wrong.push(error),
+                }
+            }
+        }
+        Ok(wrong)
+    }
+
+    fn pack(&self, id: PackId, key: &PackKey) -> Result<Option<PackReader<File>>, VaultError> {
+        let name = pack_name(id);
+        let Some(file) = self.shared.find(&name).map_err(failed("read"))? else { return Ok(None) };
+        PackReader::open(file, key).map(Some).map_err(damaged(name))
+    }
+}
+
+impl Shared {
+    /// Everything that changes the directory goes through here, so that tests can fail and crash at each.
+    #[cfg_attr(not(test), expect(unused_variables, reason = "for tests"))]
+    fn act<T>(&self, step: Step, action: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        #[cfg(test)]
+        self.faults.meet(step)?;
+        action()
+    }
+
+    fn lock(&self, how: FlockOperation) -> Result<File, VaultError> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::openat(&self.dir, LOCK, flags, Mode::RUSR | Mode::WUSR).map_err(io::Error::from);
+        let file = File::from(opened.map_err(failed("locked"))?);
+        match rustix::fs::flock(&file, how) {
+            Ok(()) => Ok(file),
+            Err(Errno::WOULDBLOCK) => Err(VaultError::Busy),
+            Err(error) => Err(failed("locked")(error.into())),
+        }
+    }
+
+    fn create(&self, name: &str) -> io::Result<File> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        self.act(Step::Create, || Ok(rustix::fs::openat(&self.dir, name, flags, Mode::RUSR | Mode::WUSR)?.into()))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.act(Step::Rename, || Ok(rustix::fs::renameat(&self.dir, from, &self.dir, to)?))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.act(Step::Remove, || match rustix::fs::unlinkat(&self.dir, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.act(Step::SyncDirectory, || Ok(rustix::fs::fsync(&self.dir)?))
+    }
+
+    /// The file of a name, for reading, if there is one and it is a file.
+    fn find(&self, name: &str) -> io::Result<Option<File>> {
+        // Not blocking: what is under the name may be a pipe.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        match rustix::fs::openat(&self.dir, name, flags, Mode::empty()) {
+            Ok(file) => {
+                let file = File::from(file);
+                Ok(file.metadata()?.is_file().then_some(file))
+            }
+            Err(Errno::NOENT) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn length(&self, name: &str) -> io::Result<Bytes> {
+        let facts = rustix::fs::statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        Ok(Bytes(u64::try_from(facts.st_size).unwrap_or(0)))
+    }
+
+    /// Our names in the directory, in order.
+    fn names(&self) -> io::Result<BTreeMap<String, Name>> {
+        let mut names = BTreeMap::new();
+        for entry in Dir::read_from(&self.dir)? {
+            let entry = entry?;
+            let Ok(text) = entry.file_name().to_str() else { continue };
+            names.extend(parse_name(text).map(|name| (text.to_owned(), name)));
+        }
+        Ok(names)
+    }
+}
+
+/// A snapshot that is being written. Dropped without a commit, it is gone.
+#[derive(Debug)]
+pub struct Draft {
+    shared: Arc<Shared>,
+    id: SnapshotId,
+    pack: PackId,
+    snapshot_file: File,
+    pack_file: File,
+    /// Held as long as this is.
+    _lock: File,
+    kept: bool,
+}
+
+impl Draft {
+    /// A writer into this draft. There is to be one.
+    ///
+    /// # Errors
+    /// Those of [`SnapshotWriter::begin`].
+    pub fn writer(&self, keys: &Keys, spaces: Vec<Space>, known: Known, limit: Bytes) -> io::Result<SnapshotWriter<File, File>> {
+        let files = (self.snapshot_file.try_clone()?, self.pack_file.try_clone()?);
+        SnapshotWriter::begin(files, self.pack, keys, spaces, known, limit)
+    }
+
+    /// Makes what was written a snapshot, durable when this returns. `totals` are those of its writer, which has finished.
+    ///
+    /// # Errors
+    /// [`VaultError::Io`]; the snapshot is whole then, or there is none.
+    pub fn commit(mut self, totals: &Totals) -> Result<(), VaultError> {
+        let shared = Arc::clone(&self.shared);
+        let (snapshot, pack) = (snapshot_name(self.id), pack_name(self.pack));
+        let done = (|| {
+            if totals.pack == Bytes(0) {
+                shared.remove(&draft_name(&pack))?;
+            } else {
+                shared.rename(&draft_name(&pack), &pack)?;
+            }
+            shared.sync()?;
+            shared.rename(&draft_name(&snapshot), &snapshot)?;
+            self.kept = true;
+            shared.sync()
+        })();
+        done.map_err(failed("written"))
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        // What cannot be removed now is removed by pruning.
+        for name in [snapshot_name(self.id), pack_name(self.pack)] {
+            let _ = self.shared.remove(&draft_name(&name));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,220 @@
+//! The directory: whole or not there, whatever fails and wherever it crashes; deletes in any order; damage is named.
+
+use std::cell::Cell;
+use std::fs;
+use std::sync::Mutex;
+
+use super::*;
+use crate::pack::{Page, Unsealed};
+use crate::snapshot::{Parts, SpaceKind};
+
+/// Fails the n-th step from now; a crash fails all that come after, too.
+#[derive(Debug, Default)]
+pub(super) struct Faults {
+    armed: Mutex<Option<(usize, bool)>>,
+    met: Mutex<Vec<Step>>,
+}
+
+impl Faults {
+    pub(super) fn meet(&self, step: Step) -> io::Result<()> {
+        self.met.lock().expect("not poisoned").push(step);
+        let mut armed = self.armed.lock().expect("not poisoned");
+        match *armed {
+            None => return Ok(()),
+            Some((0, true)) => {}
+            Some((0, false)) => *armed = None,
+            Some((left, crash)) => {
+                *armed = Some((left - 1, crash));
+                return Ok(());
+            }
+        }
+        Err(io::ErrorKind::StorageFull.into())
+    }
+
+    fn arm(&self, step: usize, crash: bool) {
+        *self.armed.lock().expect("not poisoned") = Some((step, crash));
+        self.met.lock().expect("not poisoned").clear();
+    }
+
+    fn disarm(&self) -> usize {
+        *self.armed.lock().expect("not poisoned") = None;
+        self.met.lock().expect("not poisoned").len()
+    }
+}
+
+const NO_LIMIT: Bytes = Bytes(u64::MAX);
+
+fn id(number: u8) -> SnapshotId {
+    SnapshotId::new(Uuid::from_bytes([number; 16]))
+}
+
+fn key(number: u8) -> SnapshotKey {
+    SnapshotKey::new([number; 32])
+}
+
+fn team() -> TeamKey {
+    TeamKey::new([0xee; 32])
+}
+
+fn keys(numbers: &[u8]) -> BTreeMap<SnapshotId, SnapshotKey> {
+    numbers.iter().map(|number| (id(*number), key(*number))).collect()
+}
+
+fn listed(numbers: &[u8]) -> Vec<(SnapshotId, SnapshotKey)> {
+    keys(numbers).into_iter().collect()
+}
+
+fn content(seed: u8) -> Page {
+    let mut page = [0; godwit_stream::PAGE_SIZE];
+    blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut page);
+    page
+}
+
+/// Takes a snapshot whose pages are those of `seeds`, with what the snapshots `before` have.
+fn take(vault: &Vault, number: u8, seeds: &[u8], before: &[u8]) -> Result<Totals, VaultError> {
+    let draft = vault.begin(id(number))?;
+    let known = vault.known(&listed(before), 1000)?;
+    let keys = Keys { snapshot: key(number), team: team(), pack: PackKey::new([number; 32]) };
+    let spaces = vec![Space { kind: SpaceKind::Ram, name: "pc.ram".into(), pages: 256 }];
+    let mut writer = draft.writer(&keys, spaces, known, NO_LIMIT).expect("begun");
+    for (page, seed) in (0..).zip(seeds) {
+        writer.page(0, page, &content(*seed)).expect("taken");
+    }
+    let (_, _, totals) = writer.finish(&Parts::default()).expect("finished");
+    draft.commit(&totals)?;
+    Ok(totals)
+}
+
+fn seeds(vault: &Vault, number: u8) -> Result<Vec<u8>, VaultError> {
+    let (snapshot, packs) = vault.snapshot(id(number), &key(number))?;
+    let mut room = Unsealed::new().expect("memory");
+    let leaf = snapshot.leaf(0, 0).expect("a leaf");
+    let page = |(_, at): (u32, crate::Located)| {
+        let (chunk, within) = PackReader::<File>::chunk_of(at.page);
+        packs[usize::from(at.pack)].chunk(chunk, &mut room).expect("a chunk")[within]
+    };
+    let pages: Vec<Page> = leaf.located().map(page).collect();
+    Ok(pages.iter().map(|page| (0..=u8::MAX).find(|seed| content(*seed) == *page).expect("one of ours")).collect())
+}
+
+fn vault() -> (tempfile::TempDir, Vault) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let vault = Vault::open(&dir.path().join("vault")).expect("a vault");
+    (dir, vault)
+}
+
+#[test]
+fn snapshots_share_what_they_have_alike_and_go_in_any_order() {
+    let (_dir, vault) = vault();
+    take(&vault, 1, &[1, 2, 3], &[]).expect("taken");
+    assert_eq!(take(&vault, 2, &[1, 9, 3], &[1]).expect("taken").new, 1);
+    assert_eq!(take(&vault, 3, &[9, 3, 10], &[1, 2]).expect("taken").new, 1);
+    assert_eq!(vault.verify(&listed(&[1, 2, 3]), &team()).expect("read").len(), 0);
+    assert!(matches!(take(&vault, 3, &[1], &[]), Err(VaultError::Exists(_))));
+    // The first goes: its pack stays, since the others refer to it.
+    vault.delete(id(1)).expect("deleted");
+    assert_eq!(vault.plan_prune(&keys(&[2, 3])).expect("a plan"), PrunePlan::default());
+    assert_eq!(seeds(&vault, 2).expect("read"), [1, 9, 3]);
+    assert_eq!(seeds(&vault, 3).expect("read"), [9, 3, 10]);
+    vault.delete(id(3)).expect("deleted");
+    let plan = vault.plan_prune(&keys(&[2])).expect("a plan");
+    assert_eq!(plan.packs.iter().map(|(pack, _)| pack.uuid()).collect::<Vec<_>>(), [id(3).uuid()]);
+    let before = vault.usage().expect("usage");
+    vault.prune(&plan, &keys(&[2])).expect("pruned");
+    let after = vault.usage().expect("usage");
+    assert_eq!((before.bytes.0 - after.bytes.0, before.packs - after.packs), (plan.bytes().0, 1));
+    assert_eq!(seeds(&vault, 2).expect("read"), [1, 9, 3]);
+    assert!(matches!(seeds(&vault, 3), Err(VaultError::NotFound(_))));
+}
+
+#[test]
+fn nothing_is_pruned_on_a_guess() {
+    let (_dir, vault) = vault();
+    take(&vault, 1, &[1], &[]).expect("taken");
+    take(&vault, 2, &[2], &[]).expect("taken");
+    assert!(matches!(vault.plan_prune(&keys(&[1])), Err(VaultError::KeyMissing(missing)) if missing == id(2)));
+    vault.delete(id(1)).expect("deleted");
+    let plan = vault.plan_prune(&keys(&[2])).expect("a plan");
+    // Somebody writes.
+    let draft = vault.begin(id(3)).expect("begun");
+    assert!(matches!(vault.prune(&plan, &keys(&[2])), Err(VaultError::Busy)));
+    drop(draft);
+    take(&vault, 4, &[1], &[2]).expect("taken");
+    vault.delete(id(4)).expect("deleted");
+    assert!(matches!(vault.prune(&plan, &keys(&[2])), Err(VaultError::Changed)));
+    // Nobody begins while somebody prunes.
+    let _lock = vault.shared.lock(FlockOperation::NonBlockingLockExclusive).expect("locked");
+    assert!(matches!(vault.begin(id(5)), Err(VaultError::Busy)));
+}
+
+#[test]
+fn a_snapshot_is_whole_or_not_there_whatever_fails_and_wherever_it_crashes() {
+    let steps = Cell::new(usize::MAX);
+    for crash in [false, true] {
+        for step in 0.. {
+            let (dir, vault) = vault();
+            take(&vault, 1, &[1, 2], &[]).expect("taken");
+            vault.shared.faults.arm(step, crash);
+            let taken = take(&vault, 2, &[2, 3], &[1]);
+            let met = vault.shared.faults.disarm();
+            steps.set(met);
+            // As after a crash: nothing of the process is left but its files.
+            drop(vault);
+            let vault = Vault::open(&dir.path().join("vault")).expect("a vault");
+            assert_eq!(seeds(&vault, 1).expect("the other one is as it was"), [1, 2]);
+            let there = vault.snapshots().expect("read").contains(&id(2));
+            assert!(there || taken.is_err(), "step {step}");
+            let whole: &[u8] = if there { &[1, 2] } else { &[1] };
+            if there {
+                assert_eq!(seeds(&vault, 2).expect("whole"), [2, 3], "step {step}");
+            }
+            let plan = vault.plan_prune(&keys(whole)).expect("a plan");
+            vault.prune(&plan, &keys(whole)).expect("pruned");
+            assert_eq!(vault.verify(&listed(whole), &team()).expect("read").len(), 0, "step {step}");
+            // Lock, snapshots, packs, and nothing else.
+            let left = fs::read_dir(dir.path().join("vault")).expect("read").count();
+            assert_eq!(left, 1 + 2 * whole.len(), "step {step}");
+            if !there {
+                take(&vault, 2, &[2, 3], &[1]).expect("taken at the second try");
+            }
+            if step >= met {
+                break;
+            }
+        }
+        assert!(steps.get() >= 6, "too few steps were met");
+    }
+}
+
+#[test]
+fn damage_is_found_and_named() {
+    let (dir, vault) = vault();
+    take(&vault, 1, &[1, 2, 3], &[]).expect("taken");
+    take(&vault, 2, &[4], &[]).expect("taken");
+    let file = |name: String| dir.path().join("vault").join(name);
+    let pack = file(pack_name(PackId::new(id(1).uuid())));
+    let mut bytes = fs::read(&pack).expect("read");
+    bytes[60] ^= 1;
+    fs::write(&pack, &bytes).expect("written");
+    let wrong = vault.verify(&listed(&[1, 2]), &team()).expect("read");
+    let names: Vec<_> = wrong.iter().map(|error| error.to_string()).collect();
+    assert_eq!(names, [format!("{} in the vault cannot be used", pack_name(PackId::new(id(1).uuid())))]);
+    fs::remove_file(&pack).expect("removed");
+    assert!(matches!(vault.snapshot(id(1), &key(1)), Err(VaultError::Missing { .. })));
+    let wrong = vault.verify(&listed(&[1, 2]), &team()).expect("read");
+    assert!(matches!(wrong[..], [VaultError::Missing { snapshot, .. }] if snapshot == id(1)), "{wrong:?}");
+    // What is missing is not referred to again.
+    assert_eq!(take(&vault, 3, &[1, 4], &[1, 2]).expect("taken").new, 1);
+    assert_eq!(seeds(&vault, 3).expect("read"), [1, 4]);
+}
+
+#[test]
+fn what_is_not_ours_is_left_alone() {
+    let (dir, vault) = vault();
+    let place = dir.path().join("vault");
+    for name in ["notes", "x.pack", "x.draft", "11111111-1111-1111-1111-111111111111.pack.draft.draft"] {
+        fs::write(place.join(name), "mine").expect("written");
+    }
+    assert_eq!(vault.plan_prune(&keys(&[])).expect("a plan"), PrunePlan::default());
+    std::os::unix::fs::symlink("/etc/passwd", place.join(snapshot_name(id(1)))).expect("a link");
+    assert!(vault.snapshot(id(1), &key(1)).is_err(), "a link is not followed");
+}
