@@ -24,6 +24,7 @@ mod peers;
 mod power_off;
 mod seed;
 mod session;
+pub mod snapshot;
 mod storage;
 mod tls;
 mod turns;

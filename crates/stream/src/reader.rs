@@ -5,7 +5,8 @@
 //!                              │                    │  ▲                                                    ▲
 //!                              │                PART ▼  │ EOS                                               │
 //!                              │                    Part                                                    │
-//!                              └── a section that is not known, before any page ────────────────────────────┘
+//!                              ├── a section that is not known, before any page ────────────────────────────┤
+//!                              └── of a snapshot, whose RAM has no end: FULL ───────────────────────────────┘
 //! ```
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -51,6 +52,8 @@ pub struct Reader {
     /// Block of the last record.
     last: Option<BlockIndex>,
     pages_seen: bool,
+    /// RAM has no end: what is not RAM is the tail.
+    endless: bool,
     tunnelled: Option<String>,
     broken: Option<StreamError>,
 }
@@ -60,6 +63,12 @@ impl Reader {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// At the first byte of what QEMU writes with the capability `background-snapshot`: each page once, and no end of RAM; the tail follows its last part.
+    #[must_use]
+    pub fn of_snapshot() -> Self {
+        Self { endless: true, ..Self::default() }
     }
 
     /// The buffer to read the socket into. Pages are views of it: give it room for many at once (256 KiB to 1 MiB) before each read.
@@ -186,6 +195,9 @@ impl Reader {
             early::read(&mut cursor)?;
             let length = cursor.position();
             return Ok(Element::Early(self.buffer.split_to(length).freeze()));
+        }
+        if self.pages_seen && self.endless {
+            return Ok(self.tail());
         }
         if self.pages_seen {
             return Err(StreamError::UnknownSection(harmless(name)).into());

@@ -8,6 +8,7 @@
 //! For snapshots: the [`Vault`] of a team, each content once, encrypted too. It is no hint: what it gives out is what was written, or an error. The format is specified in
 //! `docs/spec/vault.md`; start with [`Vault`], [`SnapshotWriter`] and [`SnapshotReader`]. Examples of both documents are read by the tests.
 
+mod contents;
 mod image_index;
 mod key;
 mod pack;
@@ -19,6 +20,7 @@ mod stay;
 mod stored;
 mod vault;
 
+pub use contents::{Contents, ContentsError};
 pub use image_index::{ImageIndex, ImageIndexError};
 pub use key::{PackKey, SnapshotKey, StayKey, TeamKey};
 pub use pack::{PackReader, PackWriter, Page, PageDigest, Unsealed};

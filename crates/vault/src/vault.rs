@@ -20,6 +20,7 @@ use rustix::fs::{AtFlags, Dir, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use uuid::Uuid;
 
+use crate::contents::Contents;
 use crate::pack::PackReader;
 use crate::snapshot::{Keys, Known, PackId, SnapshotReader, SnapshotWriter, Space, Totals};
 use crate::stored::FileError;
@@ -232,7 +233,7 @@ impl Vault {
     ///
     /// # Errors
     /// [`VaultError`]
-    pub fn snapshot(&self, id: SnapshotId, key: &SnapshotKey) -> Result<(SnapshotReader<File>, Vec<PackReader<File>>), VaultError> {
+    pub fn snapshot(&self, id: SnapshotId, key: &SnapshotKey) -> Result<Contents, VaultError> {
         let name = snapshot_name(id);
         let file = self.shared.find(&name).map_err(failed("read"))?.ok_or(VaultError::NotFound(id))?;
         let snapshot = SnapshotReader::open(file, key).map_err(damaged(name))?;
@@ -241,7 +242,7 @@ impl Vault {
             self.pack(*pack, key)?.filter(|pack| pack.pages() >= *pages).ok_or(missing)
         });
         let packs = packs.collect::<Result<_, _>>()?;
-        Ok((snapshot, packs))
+        Contents::new(snapshot, packs).map_err(failed("read"))
     }
 
     /// What the packs of these snapshots have, the first snapshots first, at most `most` pages. What cannot be read is left out: a snapshot that is
@@ -253,7 +254,7 @@ impl Vault {
         let (mut known, mut seen) = (Known::new(most), BTreeSet::new());
         for (id, key) in snapshots {
             let packs = match self.snapshot(*id, key) {
-                Ok((snapshot, packs)) => snapshot.packs().to_vec().into_iter().zip(packs),
+                Ok(contents) => contents.into_packs(),
                 Err(error @ VaultError::Io { .. }) => return Err(error),
                 Err(_) => continue,
             };

@@ -19,6 +19,7 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 
 use crate::artefacts::{CloudImage, GuestImages, cloud_image, godwit_binary, guest_agent_layer, guest_images};
+use crate::consoles::Consoles;
 use crate::guest::{Guest, GuestSpec};
 use crate::outside::{Outside, Witness};
 use crate::processes::ProcessRole;
@@ -44,6 +45,7 @@ pub struct Cluster {
     client: Client,
     outside: Outside,
     witness: Option<Witness>,
+    consoles: Consoles,
     guests: BTreeMap<String, Guest>,
     images: Option<(Name, Name)>,
     expected: Vec<String>,
@@ -128,6 +130,7 @@ impl ClusterSpec {
         };
         match connected() {
             Ok((client, outside, witness)) => Ok(Cluster {
+                consoles: Consoles::of(lab.name()),
                 lab,
                 runtime,
                 client,
@@ -645,6 +648,11 @@ impl Cluster {
         Ok(logs::all(&status).into_iter().chain(qemus).collect())
     }
 
+    /// What the guests of all VMs said on their consoles last, by the VM's directory.
+    pub(crate) fn consoles(&self) -> BTreeMap<String, String> {
+        self.consoles.said()
+    }
+
     /// For people who look at a failed test.
     fn tell(&self) {
         if let Some(witness) = &self.witness {
@@ -652,8 +660,8 @@ impl Cluster {
                 eprintln!("== {vm} was last heard {} ms ago", silent.as_millis());
             }
         }
-        for (console, said) in logs::consoles(self.lab.name()) {
-            eprintln!("== {}\n{said}", console.display());
+        for (vm, said) in self.consoles.in_short() {
+            eprintln!("== console of {vm}\n{said}");
         }
         let Ok(status) = self.lab.status() else { return };
         let qemus = status.hosts.iter().flat_map(|host| logs::of_qemus(&status, &host.name));

@@ -9,6 +9,7 @@
 
 mod artefacts;
 mod cluster;
+mod consoles;
 mod guest;
 
 mod action;

@@ -1,13 +1,9 @@
 //! What the daemons wrote: warnings and errors that nobody expected fail a test.
 
 use std::fs;
-use std::io::{self, Read};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use godwit_lab::LabStatus;
-use godwit_lab::layout::RUN_ROOT;
 
 /// A line that somebody should have looked at.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,31 +28,6 @@ pub(crate) fn of_qemus(lab: &LabStatus, host: &str) -> Vec<PathBuf> {
     let dir = lab.dir.join(host).join("state/log");
     let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     entries.filter(|path| !path.ends_with("carry.log") && !path.ends_with("carry.old")).collect()
-}
-
-/// What each VM of a lab says on its console in a while, for people: its guest tells how it is once a second.
-pub(crate) fn consoles(lab: &str) -> Vec<(PathBuf, String)> {
-    let dirs = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect::<Vec<_>>();
-    let sockets = dirs(&Path::new(RUN_ROOT).join(lab)).into_iter().flat_map(|host| dirs(&host)).map(|vm| vm.join("console"));
-    sockets
-        .filter(|socket| socket.exists())
-        .map(|socket| (socket.clone(), listen(&socket).unwrap_or_else(|error| error.to_string())))
-        .collect()
-}
-
-fn listen(socket: &Path) -> io::Result<String> {
-    let mut console = UnixStream::connect(socket)?;
-    console.set_read_timeout(Some(Duration::from_secs(1)))?;
-    let (mut said, mut buffer, deadline) = (Vec::new(), [0; 4096], Instant::now() + Duration::from_secs(3));
-    while Instant::now() < deadline {
-        match console.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(length) => said.extend_from_slice(&buffer[..length]),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(String::from_utf8_lossy(&said).into_owned())
 }
 
 /// Unexpected lines in a log; a log that is not there has none.

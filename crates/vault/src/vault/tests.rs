@@ -5,7 +5,7 @@ use std::fs;
 use std::sync::Mutex;
 
 use super::*;
-use crate::pack::{Page, Unsealed};
+use crate::pack::Page;
 use crate::snapshot::{Parts, SpaceKind};
 
 /// Fails the n-th step from now; a crash fails all that come after, too.
@@ -86,14 +86,9 @@ fn take(vault: &Vault, number: u8, seeds: &[u8], before: &[u8]) -> Result<Totals
 }
 
 fn seeds(vault: &Vault, number: u8) -> Result<Vec<u8>, VaultError> {
-    let (snapshot, packs) = vault.snapshot(id(number), &key(number))?;
-    let mut room = Unsealed::new().expect("memory");
-    let leaf = snapshot.leaf(0, 0).expect("a leaf");
-    let page = |(_, at): (u32, crate::Located)| {
-        let (chunk, within) = PackReader::<File>::chunk_of(at.page);
-        packs[usize::from(at.pack)].chunk(chunk, &mut room).expect("a chunk")[within]
-    };
-    let pages: Vec<Page> = leaf.located().map(page).collect();
+    let mut contents = vault.snapshot(id(number), &key(number))?;
+    let pages = (0..256).filter_map(|page| contents.page(0, page).expect("a page").copied());
+    let pages: Vec<Page> = pages.collect();
     Ok(pages.iter().map(|page| (0..=u8::MAX).find(|seed| content(*seed) == *page).expect("one of ours")).collect())
 }
 

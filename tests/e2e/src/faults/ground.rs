@@ -182,6 +182,9 @@ impl Ground {
             let name = log.strip_prefix(&home).unwrap_or(&log).to_string_lossy().replace('/', "-");
             fs::copy(&log, into.join(name)).with_context(|| log.display().to_string())?;
         }
+        for (vm, said) in self.cluster.consoles() {
+            fs::write(into.join(format!("console-{vm}.log")), said).context("a console's log")?;
+        }
         Ok(())
     }
 

@@ -1,0 +1,274 @@
+//! Plays the source of a post-copy migration to a QEMU, out of the vault: the VM runs as soon as its devices are loaded, whatever its size.
+//!
+//! ```text
+//! header, configuration, advise, RAM's start   discard   package { devices }   pages … end
+//!                                                                  ◀── loaded ── asks for pages ──  shut
+//! ```
+//! A page that is asked for goes ahead of all others; those that hold zeros are sent only if they are asked for. No page goes twice: QEMU gives up over it.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use bytes::{Bytes, BytesMut};
+use godwit_carrier::pages::{PageSet, Place};
+use godwit_stream::postcopy::{PagesAfter, put_advise, put_discards, put_end, put_package};
+use godwit_stream::{
+    BlockId, Element, PAGE_SIZE, RamStart, Reader, ReturnError, ReturnMessage, ReturnReader, StreamError, WriteError, Writer,
+};
+use godwit_vault::{Contents, ContentsError};
+use rustix::net::sockopt::set_socket_send_buffer_size;
+
+/// Number of the sign of life that QEMU gives when it has loaded the devices.
+const LOADED: u32 = 3;
+/// QEMU's commands to open the way back, and to ask for a sign of life.
+const OPEN_RETURN_PATH: u16 = 1;
+const PING: u16 = 2;
+/// What may lie in the socket ahead of a page that is asked for.
+const AHEAD: usize = 64 << 10;
+/// Pages that are sent in the background before requests are looked at: those of a chunk.
+const BURST: usize = 16;
+
+/// Why a VM cannot be had out of a snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum PlayError {
+    /// A page cannot be read.
+    #[error(transparent)]
+    Contents(#[from] ContentsError),
+    /// The snapshot has no RAM.
+    #[error("the snapshot has no memory")]
+    NoRam,
+    /// The beginning of the stream that was kept is none.
+    #[error("the beginning of the kept stream is not understood")]
+    Preamble(#[from] StreamError),
+    /// The stream cannot be written.
+    #[error("the stream cannot be written")]
+    Write(#[from] WriteError),
+    /// QEMU's socket.
+    #[error("QEMU's socket cannot be used")]
+    Socket(#[from] io::Error),
+    /// QEMU says what is not known.
+    #[error("what QEMU says is not understood")]
+    Answer(#[from] ReturnError),
+    /// QEMU could not load it, or ended.
+    #[error("QEMU did not take the snapshot")]
+    Refused,
+}
+
+/// What was played.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Played {
+    /// Pages that QEMU asked for and that were sent for it.
+    pub asked: u64,
+    /// Pages that were sent in the background.
+    pub background: u64,
+}
+
+/// What QEMU says, and that it says no more.
+type Said = Option<Result<ReturnMessage, PlayError>>;
+
+/// Plays a snapshot to a QEMU that waits for a post-copy migration on the other end of `socket`; `loaded` is called when it has taken the devices and may run. Returns
+/// when QEMU has all memory.
+///
+/// # Errors
+/// [`PlayError`]. Before `loaded` QEMU has ended, or is to be; after it the VM waits for its memory, and a new player can go on.
+pub fn play(socket: UnixStream, contents: Contents, loaded: impl FnOnce()) -> Result<Played, PlayError> {
+    set_socket_send_buffer_size(&socket, AHEAD).map_err(io::Error::from)?;
+    let (sender, said) = channel();
+    let listening = socket.try_clone()?;
+    std::thread::scope(|scope| {
+        scope.spawn(move || listen(listening, &sender));
+        let played = Player::new(&socket, contents).and_then(|player| player.run(&said, loaded));
+        // Whoever listens ends with it.
+        let _ = socket.shutdown(Shutdown::Both);
+        played
+    })
+}
+
+/// Hears QEMU until the end.
+fn listen(mut socket: UnixStream, to: &Sender<Said>) {
+    let (mut reader, mut piece) = (ReturnReader::new(), vec![0; 4096]);
+    loop {
+        loop {
+            let message = match reader.next_message() {
+                Ok(Some(message)) => Ok(message),
+                Ok(None) => break,
+                Err(error) => Err(error.into()),
+            };
+            let is_wrong = message.is_err();
+            if to.send(Some(message)).is_err() || is_wrong {
+                return;
+            }
+        }
+        match socket.read(&mut piece) {
+            Ok(0) | Err(_) => {
+                let _ = to.send(None);
+                return;
+            }
+            Ok(length) => reader.buffer_mut().extend_from_slice(&piece[..length]),
+        }
+    }
+}
+
+struct Player<'a> {
+    socket: &'a UnixStream,
+    contents: Contents,
+    ids: Vec<BlockId>,
+    section: u32,
+    /// What is to be sent, and zeros that were.
+    left: PageSet,
+    zeros: PageSet,
+    /// The block that QEMU asked for last.
+    asked: Option<u16>,
+    played: Played,
+}
+
+impl<'a> Player<'a> {
+    /// Says everything before the first page.
+    fn new(socket: &'a UnixStream, mut contents: Contents) -> Result<Self, PlayError> {
+        let (before, start) = preamble(&contents.snapshot().parts().preamble)?;
+        let lengths: Vec<u32> = contents.spaces().iter().map(|space| space.pages).collect();
+        let (mut left, zeros) = (PageSet::new(&lengths), PageSet::new(&lengths));
+        let ids: Vec<BlockId> = start.blocks.iter().map(|block| block.id.clone()).collect();
+        for block in 0..ids.len() as u16 {
+            for first in contents.snapshot().leaves(block).collect::<Vec<_>>() {
+                for page in contents.located(block, first)? {
+                    left.insert(Place { block, page });
+                }
+            }
+        }
+        let mut out = BytesMut::new();
+        let mut writer = Writer::new();
+        let ping = |number: u32| Element::Command { number: PING, payload: Bytes::copy_from_slice(&number.to_be_bytes()) };
+        for element in &before {
+            writer.write(element, &mut out)?;
+        }
+        writer.write(&Element::Command { number: OPEN_RETURN_PATH, payload: Bytes::new() }, &mut out)?;
+        writer.write(&ping(1), &mut out)?;
+        put_advise(&mut out);
+        let section = start.section;
+        let first = ids.first().cloned().ok_or(PlayError::NoRam)?;
+        writer.write(&Element::RamStart(start), &mut out)?;
+        // One page at least: without it QEMU takes another way, and stands still for ever.
+        put_discards(&mut out, &first, &[(0, 1)]);
+        writer.write(&ping(2), &mut out)?;
+        put_package(&mut out, &contents.snapshot().parts().devices, LOADED);
+        let mut to = socket;
+        to.write_all(&out)?;
+        Ok(Self { socket, contents, ids, section, left, zeros, asked: None, played: Played::default() })
+    }
+
+    /// Sends what is asked for, and all else, until QEMU has it.
+    fn run(mut self, said: &Receiver<Said>, loaded: impl FnOnce()) -> Result<Played, PlayError> {
+        let (mut loaded, mut at) = (Some(loaded), Place { block: 0, page: 0 });
+        let mut has_ended = false;
+        loop {
+            // While there is something to send, whether something was said; then, what is said.
+            let heard = if self.left.is_empty() && has_ended || loaded.is_some() {
+                Some(said.recv().unwrap_or(None))
+            } else {
+                said.try_recv().ok()
+            };
+            match heard {
+                None => {}
+                Some(None) => return Err(PlayError::Refused),
+                Some(Some(message)) => {
+                    match message? {
+                        ReturnMessage::Shut(0) if has_ended => return Ok(self.played),
+                        ReturnMessage::Shut(_) => return Err(PlayError::Refused),
+                        ReturnMessage::Pong(LOADED) => {
+                            if let Some(loaded) = loaded.take() {
+                                loaded();
+                            }
+                        }
+                        ReturnMessage::ReqPagesId { start, length, block } => {
+                            self.asked = self.ids.iter().position(|id| *id == block).and_then(|block| u16::try_from(block).ok());
+                            at = self.answer(start, length)?.unwrap_or(at);
+                        }
+                        ReturnMessage::ReqPages { start, length } => at = self.answer(start, length)?.unwrap_or(at),
+                        _ => {}
+                    }
+                    continue;
+                }
+            }
+            if self.left.is_empty() {
+                let mut out = BytesMut::new();
+                put_end(&mut out, self.section);
+                self.send(&out)?;
+                has_ended = true;
+            } else {
+                at = self.go_on(at)?;
+            }
+        }
+    }
+
+    /// Sends pages that QEMU waits for, unless it has them; where to go on.
+    fn answer(&mut self, start: u64, length: u32) -> Result<Option<Place>, PlayError> {
+        let Some(block) = self.asked else { return Ok(None) };
+        let size = PAGE_SIZE as u64;
+        let (first, last) = (start / size, start.saturating_add(u64::from(length)).div_ceil(size));
+        let pages = first..last.min(first.saturating_add(u64::from(u32::from(u16::MAX))));
+        let places: Vec<Place> = pages.filter_map(|page| Some(Place { block, page: u32::try_from(page).ok()? })).collect();
+        let wanted: Vec<Place> =
+            places.iter().copied().filter(|place| self.left.remove(*place) || self.is_new_zero(*place)).collect();
+        self.played.asked += wanted.len() as u64;
+        self.pages(&wanted)?;
+        Ok(places.last().map(|last| Place { page: last.page.saturating_add(1), ..*last }))
+    }
+
+    /// Whether a page holds zeros and was not sent as that. One that was in `left` has gone already.
+    fn is_new_zero(&mut self, place: Place) -> bool {
+        let is_zero = self.contents.page(place.block, place.page).is_ok_and(|page| page.is_none());
+        is_zero && self.zeros.insert(place)
+    }
+
+    /// Sends the next pages in the background; where to go on.
+    fn go_on(&mut self, mut at: Place) -> Result<Place, PlayError> {
+        let mut places = Vec::with_capacity(BURST);
+        while places.len() < BURST
+            && let Some(place) = self.left.next(at)
+        {
+            self.left.remove(place);
+            places.push(place);
+            at = Place { page: place.page.saturating_add(1), ..place };
+        }
+        self.played.background += places.len() as u64;
+        self.pages(&places)?;
+        Ok(at)
+    }
+
+    fn pages(&mut self, places: &[Place]) -> Result<(), PlayError> {
+        if places.is_empty() {
+            return Ok(());
+        }
+        let mut out = BytesMut::with_capacity(places.len() * (PAGE_SIZE + 64));
+        let mut pages = PagesAfter::begin(&mut out, self.section);
+        for place in places {
+            let Some(id) = self.ids.get(usize::from(place.block)) else { continue };
+            let content = self.contents.page(place.block, place.page)?;
+            pages.put((place.block, id), place.page, content.unwrap_or(&[0; PAGE_SIZE]));
+        }
+        pages.end();
+        self.send(&out)
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> Result<(), PlayError> {
+        Ok(self.socket.write_all(bytes)?)
+    }
+}
+
+/// What comes before RAM's start, but commands; and that start.
+fn preamble(bytes: &[u8]) -> Result<(Vec<Element>, RamStart), PlayError> {
+    let mut reader = Reader::of_snapshot();
+    reader.buffer_mut().extend_from_slice(bytes);
+    let mut before = Vec::new();
+    while let Some(element) = reader.next_element()? {
+        match element {
+            Element::RamStart(start) => return Ok((before, start)),
+            Element::Command { .. } => {}
+            element => before.push(element),
+        }
+    }
+    Err(PlayError::NoRam)
+}

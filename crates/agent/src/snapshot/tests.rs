@@ -1,0 +1,236 @@
+//! Real QEMUs, of both versions: what one writes of a guest that goes on, another runs at once out of the vault.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use godwit_model::BytesPerSec;
+use godwit_model::{Bytes, SnapshotId};
+use godwit_qemu::Qmp;
+use godwit_qemu::qmp::commands::MigrationParameters;
+use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
+use godwit_vault::{Keys, PackKey, SnapshotKey, TeamKey, Totals, Vault};
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::{Played, play, take};
+
+/// Generous, since the machine may be busy; nothing waits this long when all is well.
+const LIMIT: Duration = Duration::from_secs(90);
+
+/// QEMU's binaries here: the one on PATH first.
+fn qemus() -> Vec<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/local/bin:/usr/bin";
+    let installed = path.split(':').map(|dir| Path::new(dir).join("qemu-system-x86_64")).find(|file| file.exists());
+    let other =
+        Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/qemu-other")).output().expect("scripts/qemu-other runs");
+    let other = other.status.success().then(|| PathBuf::from(String::from_utf8_lossy(&other.stdout).trim()));
+    std::iter::once(installed.expect("QEMU is installed: run scripts/setup")).chain(other).collect()
+}
+
+/// A file of the guest image.
+fn guest_file(name: &str) -> PathBuf {
+    let cache = std::env::var_os("GODWIT_CACHE").map_or_else(|| PathBuf::from("/var/cache/godwit"), PathBuf::from);
+    let path = cache.join(name);
+    assert!(path.exists(), "{path:?} is missing: run scripts/guest-image");
+    path
+}
+
+/// A VM whose guest checks its memory; killed when dropped.
+struct Vm {
+    process: Child,
+    qmp: Qmp,
+    console: PathBuf,
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// What a guest has said last.
+#[derive(Clone, Copy, Debug)]
+struct Said {
+    checked: u64,
+    written: u64,
+    errors: u64,
+    sweeps: u64,
+}
+
+impl Vm {
+    async fn start(dir: &Path, name: &str, binary: &Path, more: &[&str]) -> Self {
+        let (console, socket) = (dir.join(format!("{name}.console")), dir.join(format!("{name}.qmp")));
+        let words = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on guest.touch_total=96M guest.working_set=16M guest.dirty=8M guest.check=max";
+        let process = Command::new(binary)
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-m", "256", "-cpu", "qemu64,-cx16"])
+            .args(["-machine", "pc-q35-7.2,accel=tcg"])
+            .arg("-kernel")
+            .arg(guest_file("vmlinuz"))
+            .arg("-initrd")
+            .arg(guest_file("initramfs.cpio.gz"))
+            .args(["-append", words])
+            .args([
+                "-serial",
+                &format!("file:{}", console.display()),
+                "-qmp",
+                &format!("unix:{},server=on,wait=off", socket.display()),
+            ])
+            .args(more)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("QEMU starts");
+        let connecting = async {
+            loop {
+                match Qmp::connect(&socket, LIMIT).await {
+                    Ok(qmp) => return qmp,
+                    Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+                }
+            }
+        };
+        let qmp = tokio::time::timeout(LIMIT, connecting).await.expect("QEMU answers");
+        Self { process, qmp, console }
+    }
+
+    fn said(&self) -> Option<Said> {
+        let text = fs::read_to_string(&self.console).unwrap_or_default();
+        let line = text
+            .lines()
+            .rev()
+            .find_map(|line| serde_json::from_str::<Value>(line).ok().filter(|line| line["event"] == "status"))?;
+        let number = |key: &str| line[key].as_u64().unwrap_or(0);
+        Some(Said {
+            checked: number("pages_checked"),
+            written: number("pages_written"),
+            errors: number("page_errors"),
+            sweeps: number("sweeps"),
+        })
+    }
+
+    /// Waits until the guest has said something that is `wanted`.
+    async fn hear(&self, what: &str, wanted: impl Fn(&Said) -> bool) -> Said {
+        let hearing = async {
+            loop {
+                match self.said() {
+                    Some(said) if wanted(&said) => return said,
+                    _ => tokio::time::sleep(Duration::from_millis(100)).await,
+                }
+            }
+        };
+        let text = || fs::read_to_string(&self.console).unwrap_or_default();
+        tokio::time::timeout(LIMIT, hearing).await.unwrap_or_else(|_| panic!("the guest never {what}: {}", text()))
+    }
+
+    async fn capabilities(&self, wanted: &[(&str, bool)]) {
+        self.qmp.set_migration_capabilities(wanted).await.expect("capabilities");
+    }
+
+    async fn status(&self) -> MigrationStatus {
+        self.qmp.query_migrate().await.expect("query-migrate").status()
+    }
+
+    async fn wait_status(&self, wanted: &MigrationStatus) {
+        let waiting = async {
+            while self.status().await != *wanted {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, waiting).await.unwrap_or_else(|_| panic!("never {wanted:?}"));
+    }
+}
+
+fn snapshot_key(number: u8) -> SnapshotKey {
+    SnapshotKey::new([number; 32])
+}
+
+fn id(number: u8) -> SnapshotId {
+    SnapshotId::new(Uuid::from_bytes([number; 16]))
+}
+
+/// Takes a snapshot of a VM, with what the earlier ones have; how long the guest stood still is QEMU's affair here.
+async fn snapshot(vault: &Vault, vm: &Vm, number: u8, before: &[u8]) -> Totals {
+    let before: Vec<_> = before.iter().map(|number| (id(*number), snapshot_key(*number))).collect();
+    let known = vault.known(&before, usize::MAX).expect("the vault is read");
+    let draft = vault.begin(id(number)).expect("begun");
+    vm.capabilities(&[("postcopy-ram", false), ("return-path", false), ("background-snapshot", true)]).await;
+    let fast = MigrationParameters { max_bandwidth: Some(BytesPerSec(10 << 30)), ..MigrationParameters::default() };
+    vm.qmp.set_migration_parameters(fast).await.expect("parameters");
+    let (ours, qemus) = UnixStream::pair().expect("sockets");
+    vm.qmp.getfd("snapshot", OwnedFd::from(qemus)).await.expect("getfd");
+    vm.qmp.migrate_fd("snapshot").await.expect("migrate");
+    let keys = Keys { snapshot: snapshot_key(number), team: TeamKey::new([9; 32]), pack: PackKey::draw().expect("random bytes") };
+    let taking = tokio::task::spawn_blocking(move || {
+        let taken = take(ours, |spaces| draft.writer(&keys, spaces, known, Bytes(u64::MAX)), || ()).expect("taken");
+        let (_, _, totals) = taken.writer.finish(&taken.parts).expect("finished");
+        draft.commit(&totals).expect("committed");
+        totals
+    });
+    let totals = taking.await.expect("no panic");
+    vm.wait_status(&MigrationStatus::Completed).await;
+    assert_eq!(vm.qmp.query_status().await.expect("status").status, RunStatus::Running, "it runs on");
+    totals
+}
+
+/// Starts a QEMU that waits, and gives it a snapshot; how long from the first byte until it could run.
+async fn resume(
+    dir: &Path,
+    vault: &Vault,
+    number: u8,
+    name: &str,
+    binary: &Path,
+) -> (Vm, Duration, tokio::task::JoinHandle<Played>) {
+    let vm = Vm::start(dir, name, binary, &["-incoming", "defer", "-S"]).await;
+    vm.capabilities(&[("postcopy-ram", true), ("return-path", true), ("events", true)]).await;
+    let (ours, qemus) = UnixStream::pair().expect("sockets");
+    vm.qmp.getfd("in", OwnedFd::from(qemus)).await.expect("getfd");
+    vm.qmp.migrate_incoming_fd("in").await.expect("migrate-incoming");
+    let contents = vault.snapshot(id(number), &snapshot_key(number)).expect("opened");
+    let (told, loaded) = tokio::sync::oneshot::channel();
+    let began = Instant::now();
+    let playing = tokio::task::spawn_blocking(move || play(ours, contents, || told.send(()).expect("heard")).expect("played"));
+    tokio::time::timeout(LIMIT, loaded).await.expect("in time").expect("loaded");
+    vm.qmp.cont().await.expect("cont");
+    (vm, began.elapsed(), playing)
+}
+
+#[tokio::test]
+async fn a_guest_runs_on_while_it_is_taken_and_runs_again_out_of_the_vault_on_either_version() {
+    let qemus = qemus();
+    for (turn, binary) in (0_u8..).zip(&qemus) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let vault = Vault::open(&dir.path().join("vault")).expect("a vault");
+        let source = Vm::start(dir.path(), "source", binary, &[]).await;
+        source.hear("checked its memory", |said| said.sweeps > 0).await;
+        let first = snapshot(&vault, &source, 1, &[]).await;
+        let before = source.said().expect("it was heard");
+        source.hear("went on", |said| said.written > before.written && said.checked > before.checked).await;
+        let second = snapshot(&vault, &source, 2, &[1]).await;
+        assert_eq!(source.said().expect("it was heard").errors, 0);
+        // What has not changed is kept once.
+        assert!(second.new < first.new / 2, "{first:?} {second:?}");
+        assert!(second.pack.0 < first.pack.0, "{first:?} {second:?}");
+        drop(source);
+        // The one that was taken on this version runs on the other; the older one, too, without the newer.
+        let other = &qemus[(usize::from(turn) + 1) % qemus.len()];
+        for (number, name, binary) in [(2, "same", binary), (1, "other", other)] {
+            let (vm, took, playing) = resume(dir.path(), &vault, number, name, binary).await;
+            let said = vm.hear("went on out of the vault", |said| said.written > before.written).await;
+            let played = playing.await.expect("no panic");
+            vm.wait_status(&MigrationStatus::Completed).await;
+            let later = vm.hear("checked all of its memory", |later| later.sweeps > said.sweeps + 1).await;
+            assert_eq!((said.errors, later.errors), (0, 0), "{}", fs::read_to_string(&vm.console).unwrap_or_default());
+            eprintln!("{}: {took:?} to cont, {played:?}", binary.display());
+            // It is a VM like any other: another snapshot of it can be taken.
+            if number == 2 {
+                let third = snapshot(&vault, &vm, 3, &[1, 2]).await;
+                assert!(third.new < first.new / 2, "{first:?} {third:?}");
+            }
+        }
+        let keys: Vec<_> = [1, 2, 3].iter().map(|number| (id(*number), snapshot_key(*number))).collect();
+        assert_eq!(vault.verify(&keys, &TeamKey::new([9; 32])).expect("read").len(), 0);
+    }
+}
