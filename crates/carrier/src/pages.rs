@@ -25,6 +25,7 @@ pub mod rest;
 pub mod seal;
 mod signature;
 mod wanted;
+mod watched;
 
 pub use apply::{Applied, Applier, ApplyError, GuestMemory};
 pub use batch::{MAX_PAYLOAD, MalformedBatch};

@@ -10,6 +10,7 @@ use super::images::Images;
 use super::rest::{PageSet, Rest};
 use super::signature::Signatures;
 use super::wanted::{Pieces, Wanted};
+use super::watched::Watched;
 use super::{Digest, Digester, PAGE_SIZE, PIECE, PIECES, Page};
 
 /// A page of a block.
@@ -89,13 +90,8 @@ pub struct Encoder {
     held: Vec<Digest>,
     /// The page was sent in this session.
     sent: Vec<u64>,
-    /// It was sent more than once, the last time while the guest ran; and how many such there are.
-    again: Vec<u64>,
-    written_to: usize,
-    /// Where in `again` to go on.
-    taken: usize,
-    /// The guest stands still.
-    stopped: bool,
+    /// Those that were sent more than once.
+    watched: Watched,
     /// A page that holds the content.
     contents: BTreeMap<Digest, u32>,
     most_contents: usize,
@@ -167,10 +163,7 @@ impl Encoder {
             blocks,
             held: vec![ZERO; pages],
             sent: vec![0; pages.div_ceil(64)],
-            again: vec![0; pages.div_ceil(64)],
-            written_to: 0,
-            taken: 0,
-            stopped: false,
+            watched: Watched::new(left.blocks().into(), pages),
             contents: BTreeMap::new(),
             most_contents: usize::try_from(limits.contents / CONTENT_SIZE).unwrap_or(usize::MAX),
             images: None,
@@ -279,7 +272,7 @@ impl Encoder {
     #[must_use = "a page that is none was not sent"]
     pub fn encode(&mut self, place: Place, content: Option<&Page>) -> bool {
         let Some(number) = self.number(place) else { return false };
-        let again = self.mark_sent(number);
+        let again = self.mark_sent(place.block, number);
         self.encode_number(place, number, content, again);
         true
     }
@@ -293,7 +286,7 @@ impl Encoder {
             return true;
         }
         if named {
-            self.mark_sent(number);
+            self.mark_sent(place.block, number);
         }
         // What waited is out of date.
         drop(self.wanted.take(number));
@@ -330,7 +323,7 @@ impl Encoder {
                 if let Some(number) = self.number(place) {
                     self.set_held(number, ZERO);
                     self.signatures.forget(number);
-                    self.forget_written_to(number);
+                    self.watched.forget(number);
                 }
             }
         }
@@ -479,58 +472,30 @@ impl Encoder {
     }
 
     /// Whether it was sent before.
-    fn mark_sent(&mut self, number: u32) -> bool {
-        let (at, bit) = (number as usize / 64, 1 << (number % 64));
-        let (Some(sent), Some(again)) = (self.sent.get_mut(at), self.again.get_mut(at)) else { return false };
+    fn mark_sent(&mut self, block: u16, number: u32) -> bool {
+        let bit = 1 << (number % 64);
+        let Some(sent) = self.sent.get_mut(number as usize / 64) else { return false };
         let before = *sent & bit != 0;
         *sent |= bit;
-        if before {
-            let counted = *again & bit != 0;
-            *again = if self.stopped { *again & !bit } else { *again | bit };
-            self.written_to = self.written_to + usize::from(*again & bit != 0) - usize::from(counted);
-        }
+        self.watched.on_named(block, number, before);
         before
     }
 
-    /// Whatever is in it, nobody looks at it again.
-    fn forget_written_to(&mut self, number: u32) {
-        let bit = 1 << (number % 64);
-        if let Some(again) = self.again.get_mut(number as usize / 64)
-            && *again & bit != 0
-        {
-            *again &= !bit;
-            self.written_to -= 1;
-        }
-    }
-
     /// From here on the guest stands still: what comes is as it stays.
-    pub const fn on_stopped(&mut self) {
-        self.stopped = true;
+    pub fn on_stopped(&mut self) {
+        self.watched.on_stopped();
     }
 
-    /// How many pages came more than once, the last time while the guest ran, and were not taken since: it wrote to them while it was watched.
+    /// How many pages came more than once, the last time while the guest ran, and would have to be compared with what it has if it stood still now; at least.
     #[must_use]
     pub const fn written_to(&self) -> usize {
-        self.written_to
+        self.watched.len()
     }
 
-    /// Takes one of those pages, in turn.
+    /// Takes one of those pages that are worth comparing by now, in turn; once the guest stands still all of them are.
     pub fn take_written_to(&mut self) -> Option<Place> {
-        if self.written_to == 0 {
-            return None;
-        }
-        let words = self.again.len();
-        for _ in 0..=words {
-            if let Some(bits) = self.again.get_mut(self.taken).filter(|bits| **bits != 0) {
-                let bit = bits.trailing_zeros();
-                *bits &= *bits - 1;
-                self.written_to -= 1;
-                let number = u32::try_from(self.taken * 64).ok()? + bit;
-                return self.place(number);
-            }
-            self.taken = if self.taken + 1 < words { self.taken + 1 } else { 0 };
-        }
-        None
+        let number = self.watched.take()?;
+        self.place(number)
     }
 }
 

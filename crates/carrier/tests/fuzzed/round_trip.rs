@@ -228,6 +228,7 @@ impl Move {
         assert_eq!((self.encoder.waiting(), self.encoder.unasked()), (0, 0));
         assert!(self.raw <= self.encoded.values().sum::<u64>() * PAGE_SIZE as u64);
         let again: Vec<_> = self.encoded.iter().filter(|(_, times)| **times > 1).map(|(place, _)| *place).collect();
+        self.encoder.on_stopped();
         let said: Vec<_> = std::iter::from_fn(|| self.encoder.take_written_to()).map(|place| (place.block, place.page)).collect();
         assert_eq!(said, again);
         for (block, page) in self.source.places() {
