@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,11 +13,11 @@ use godwit_model::{Bytes, SnapshotId};
 use godwit_qemu::Qmp;
 use godwit_qemu::qmp::commands::MigrationParameters;
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
-use godwit_vault::{Keys, PackKey, SnapshotKey, TeamKey, Totals, Vault};
-use serde_json::Value;
+use godwit_vault::{Contents, Keys, PackKey, SnapshotKey, Space, SpaceKind, TeamKey, Totals, Vault};
+use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Played, play, take};
+use super::{Played, play, take, take_disk};
 
 /// Generous, since the machine may be busy; nothing waits this long when all is well.
 const LIMIT: Duration = Duration::from_secs(90);
@@ -60,12 +61,21 @@ struct Said {
     written: u64,
     errors: u64,
     sweeps: u64,
+    disk_written: u64,
+    disk_checked: u64,
+    disk_errors: u64,
 }
 
 impl Vm {
     async fn start(dir: &Path, name: &str, binary: &Path, more: &[&str]) -> Self {
         let (console, socket) = (dir.join(format!("{name}.console")), dir.join(format!("{name}.qmp")));
-        let words = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on guest.touch_total=96M guest.working_set=16M guest.dirty=8M guest.check=max";
+        let disk = if more.contains(&"-blockdev") {
+            "guest.touch_total=16M guest.check=8M guest.disk=4M guest.disk_dirty=2M"
+        } else {
+            "guest.touch_total=96M guest.check=max"
+        };
+        let words =
+            format!("console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on guest.working_set=16M guest.dirty=8M {disk}");
         let process = Command::new(binary)
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-m", "256", "-cpu", "qemu64,-cx16"])
             .args(["-machine", "pc-q35-7.2,accel=tcg"])
@@ -73,7 +83,7 @@ impl Vm {
             .arg(guest_file("vmlinuz"))
             .arg("-initrd")
             .arg(guest_file("initramfs.cpio.gz"))
-            .args(["-append", words])
+            .args(["-append", &words])
             .args([
                 "-serial",
                 &format!("file:{}", console.display()),
@@ -108,6 +118,9 @@ impl Vm {
             written: number("pages_written"),
             errors: number("page_errors"),
             sweeps: number("sweeps"),
+            disk_written: number("disk_written"),
+            disk_checked: number("disk_checked"),
+            disk_errors: number("disk_errors"),
         })
     }
 
@@ -182,8 +195,10 @@ async fn resume(
     number: u8,
     name: &str,
     binary: &Path,
+    disk: &[String],
 ) -> (Vm, Duration, tokio::task::JoinHandle<Played>) {
-    let vm = Vm::start(dir, name, binary, &["-incoming", "defer", "-S"]).await;
+    let more: Vec<_> = disk.iter().map(String::as_str).chain(["-incoming", "defer", "-S"]).collect();
+    let vm = Vm::start(dir, name, binary, &more).await;
     vm.capabilities(&[("postcopy-ram", true), ("return-path", true), ("events", true)]).await;
     let (ours, qemus) = UnixStream::pair().expect("sockets");
     vm.qmp.getfd("in", OwnedFd::from(qemus)).await.expect("getfd");
@@ -217,7 +232,7 @@ async fn a_guest_runs_on_while_it_is_taken_and_runs_again_out_of_the_vault_on_ei
         // The one that was taken on this version runs on the other; the older one, too, without the newer.
         let other = &qemus[(usize::from(turn) + 1) % qemus.len()];
         for (number, name, binary) in [(2, "same", binary), (1, "other", other)] {
-            let (vm, took, playing) = resume(dir.path(), &vault, number, name, binary).await;
+            let (vm, took, playing) = resume(dir.path(), &vault, number, name, binary, &[]).await;
             let said = vm.hear("went on out of the vault", |said| said.written > before.written).await;
             let played = playing.await.expect("no panic");
             vm.wait_status(&MigrationStatus::Completed).await;
@@ -232,5 +247,121 @@ async fn a_guest_runs_on_while_it_is_taken_and_runs_again_out_of_the_vault_on_ei
         }
         let keys: Vec<_> = [1, 2, 3].iter().map(|number| (id(*number), snapshot_key(*number))).collect();
         assert_eq!(vault.verify(&keys, &TeamKey::new([9; 32])).expect("read").len(), 0);
+    }
+}
+
+const DISK: u32 = 32 << 20;
+/// Blocks of it that the guest writes to.
+const BLOCKS: u64 = 1024;
+
+/// The arguments of a VM with this disk.
+fn with_disk(path: &Path) -> Vec<String> {
+    let file = json!({"driver": "file", "node-name": "disk0-file", "filename": path, "cache": {"direct": true}});
+    let disk = json!({"driver": "raw", "node-name": "disk0", "file": "disk0-file"});
+    let words = ["-blockdev", &file.to_string(), "-blockdev", &disk.to_string(), "-device", "virtio-blk-pci,drive=disk0"];
+    words.map(str::to_owned).to_vec()
+}
+
+/// Takes memory and disk of one instant; how long the guest stood still.
+async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm) -> Duration {
+    let execute = async |command: &str, arguments: Value| {
+        vm.qmp.execute(command, arguments).await.unwrap_or_else(|error| panic!("{command}: {error}"))
+    };
+    let fleece = dir.join("fleece");
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&fleece)
+        .arg(DISK.to_string())
+        .status()
+        .expect("qemu-img");
+    assert!(made.success());
+    let file = json!({"driver": "file", "filename": fleece});
+    execute("blockdev-add", json!({"driver": "qcow2", "node-name": "fleece0", "file": file, "backing": "disk0"})).await;
+    let served = dir.join("nbd");
+    vm.qmp.serve_disks(UnixListener::bind(&served).expect("a socket").into()).await.expect("nbd-server-start");
+    let draft = vault.begin(id(1)).expect("begun");
+    vm.capabilities(&[("background-snapshot", true)]).await;
+    let (ours, qemus) = UnixStream::pair().expect("sockets");
+    vm.qmp.getfd("snapshot", OwnedFd::from(qemus)).await.expect("getfd");
+    let keys = Keys { snapshot: snapshot_key(1), team: TeamKey::new([9; 32]), pack: PackKey::draw().expect("random bytes") };
+    let (told, started) = tokio::sync::oneshot::channel();
+    let stopped = Instant::now();
+    vm.qmp.stop(LIMIT).await.expect("stop");
+    vm.qmp.migrate_fd("snapshot").await.expect("migrate");
+    let taking = tokio::task::spawn_blocking(move || {
+        let mut blocks = 0;
+        let begin = |mut spaces: Vec<Space>| {
+            blocks = spaces.len();
+            spaces.push(Space { kind: SpaceKind::Disk, name: "disk0".into(), pages: DISK / 4096 });
+            draft.writer(&keys, spaces, godwit_vault::Known::new(usize::MAX), Bytes(u64::MAX))
+        };
+        let taken = take(ours, begin, || told.send(()).expect("heard")).expect("taken");
+        (taken, draft, u16::try_from(blocks).expect("few"))
+    });
+    tokio::time::timeout(LIMIT, started).await.expect("in time").expect("started");
+    let backup = json!({"device": "disk0", "target": "fleece0", "sync": "none", "job-id": "fleece0"});
+    execute("transaction", json!({"actions": [{"type": "blockdev-backup", "data": backup}]})).await;
+    vm.qmp.cont().await.expect("cont");
+    let pause = stopped.elapsed();
+    vm.qmp.export_disk("fleece0", false, None).await.expect("block-export-add");
+    let (mut taken, draft, space) = taking.await.expect("no panic");
+    // What is read while the guest writes over it is what it was.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let reading = tokio::task::spawn_blocking(move || {
+        let socket = UnixStream::connect(&served).expect("connected");
+        take_disk(socket, "fleece0", space, &mut taken.writer).expect("read");
+        let (_, _, totals) = taken.writer.finish(&taken.parts).expect("finished");
+        draft.commit(&totals).expect("committed");
+    });
+    reading.await.expect("no panic");
+    vm.qmp.stop_serving_disks().await.expect("nbd-server-stop");
+    execute("block-job-cancel", json!({"device": "fleece0"})).await;
+    while execute("query-block-jobs", Value::Null).await != json!([]) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    execute("blockdev-del", json!({"node-name": "fleece0"})).await;
+    pause
+}
+
+/// Writes a disk as it was.
+fn restore_disk(contents: &mut Contents, path: &Path) {
+    let file = fs::File::create(path).expect("a file");
+    file.set_len(u64::from(DISK)).expect("its length");
+    let space = contents.spaces().iter().position(|space| space.kind == SpaceKind::Disk).expect("a disk");
+    for page in 0..DISK / 4096 {
+        if let Some(content) = contents.page(space as u16, page).expect("a page") {
+            file.write_all_at(content, u64::from(page) * 4096).expect("written");
+        }
+    }
+}
+
+#[tokio::test]
+async fn memory_and_disk_are_of_one_instant() {
+    for binary in qemus() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let vault = Vault::open(&dir.path().join("vault")).expect("a vault");
+        let (disk, restored) = (dir.path().join("disk"), dir.path().join("restored"));
+        fs::File::create(&disk).and_then(|file| file.set_len(u64::from(DISK))).expect("a disk");
+        let arguments = with_disk(&disk);
+        let source = Vm::start(dir.path(), "source", &binary, &arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
+        // All of what it writes to was written, and again.
+        source.hear("wrote to its disk", |said| said.disk_written > 2 * BLOCKS).await;
+        let pause = snapshot_with_disk(dir.path(), &vault, &source).await;
+        let before = source.said().expect("it was heard");
+        let later = source.hear("wrote on", |said| said.disk_written > before.disk_written + BLOCKS).await;
+        assert_eq!((later.errors, later.disk_errors), (0, 0));
+        drop(source);
+        let mut contents = vault.snapshot(id(1), &snapshot_key(1)).expect("opened");
+        restore_disk(&mut contents, &restored);
+        let (vm, took, playing) = resume(dir.path(), &vault, 1, "restored", &binary, &with_disk(&restored)).await;
+        playing.await.expect("no panic");
+        let said = vm.hear("wrote to its disk again", |said| said.disk_written > 0).await;
+        let later = vm
+            .hear("checked all of both", |later| {
+                later.sweeps > said.sweeps + 1 && later.disk_checked > said.disk_checked + 2 * BLOCKS
+            })
+            .await;
+        assert_eq!((later.errors, later.disk_errors), (0, 0), "{}", fs::read_to_string(&vm.console).unwrap_or_default());
+        eprintln!("{}: stood still for {pause:?}, ran again after {took:?}", binary.display());
     }
 }
