@@ -19,6 +19,8 @@ use uuid::Uuid;
 
 use super::{Played, play, take, take_disk};
 
+mod played;
+
 /// Generous, since the machine may be busy; nothing waits this long when all is well.
 const LIMIT: Duration = Duration::from_secs(90);
 
