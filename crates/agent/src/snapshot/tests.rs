@@ -78,7 +78,10 @@ impl Vm {
         };
         let words =
             format!("console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on guest.working_set=16M guest.dirty=8M {disk}");
-        let process = Command::new(binary)
+        // It ends with the test, however that ends.
+        let process = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL"])
+            .arg(binary)
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-m", "256", "-cpu", "qemu64,-cx16"])
             .args(["-machine", "pc-q35-7.2,accel=tcg"])
             .arg("-kernel")
