@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use godwit_model::BytesPerSec;
 use godwit_model::{Bytes, SnapshotId};
 use godwit_qemu::Qmp;
+use godwit_qemu::fleece::fleece_node;
 use godwit_qemu::qmp::commands::MigrationParameters;
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_vault::{Contents, Keys, PackKey, SnapshotKey, Space, SpaceKind, TeamKey, Totals, Vault};
@@ -269,9 +270,7 @@ fn with_disk(path: &Path) -> Vec<String> {
 
 /// Takes memory and disk of one instant; how long the guest stood still.
 async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm) -> Duration {
-    let execute = async |command: &str, arguments: Value| {
-        vm.qmp.execute(command, arguments).await.unwrap_or_else(|error| panic!("{command}: {error}"))
-    };
+    let disks = ["disk0".to_owned()];
     let fleece = dir.join("fleece");
     let made = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2"])
@@ -280,8 +279,7 @@ async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm) -> Duration {
         .status()
         .expect("qemu-img");
     assert!(made.success());
-    let file = json!({"driver": "file", "filename": fleece});
-    execute("blockdev-add", json!({"driver": "qcow2", "node-name": "fleece0", "file": file, "backing": "disk0"})).await;
+    vm.qmp.add_fleece("disk0", &fleece).await.expect("blockdev-add");
     let served = dir.join("nbd");
     vm.qmp.serve_disks(UnixListener::bind(&served).expect("a socket").into()).await.expect("nbd-server-start");
     let draft = vault.begin(id(1)).expect("begun");
@@ -304,27 +302,23 @@ async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm) -> Duration {
         (taken, draft, u16::try_from(blocks).expect("few"))
     });
     tokio::time::timeout(LIMIT, started).await.expect("in time").expect("started");
-    let backup = json!({"device": "disk0", "target": "fleece0", "sync": "none", "job-id": "fleece0"});
-    execute("transaction", json!({"actions": [{"type": "blockdev-backup", "data": backup}]})).await;
+    vm.qmp.begin_fleeces(&disks).await.expect("transaction");
     vm.qmp.cont().await.expect("cont");
     let pause = stopped.elapsed();
-    vm.qmp.export_disk("fleece0", false, None).await.expect("block-export-add");
+    vm.qmp.export_disk(&fleece_node("disk0"), false, None).await.expect("block-export-add");
     let (mut taken, draft, space) = taking.await.expect("no panic");
     // What is read while the guest writes over it is what it was.
     tokio::time::sleep(Duration::from_secs(1)).await;
     let reading = tokio::task::spawn_blocking(move || {
         let socket = UnixStream::connect(&served).expect("connected");
-        take_disk(socket, "fleece0", space, &mut taken.writer).expect("read");
+        take_disk(socket, &fleece_node("disk0"), space, &mut taken.writer).expect("read");
         let (_, _, totals) = taken.writer.finish(&taken.parts).expect("finished");
         draft.commit(&totals).expect("committed");
     });
     reading.await.expect("no panic");
     vm.qmp.stop_serving_disks().await.expect("nbd-server-stop");
-    execute("block-job-cancel", json!({"device": "fleece0"})).await;
-    while execute("query-block-jobs", Value::Null).await != json!([]) {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    execute("blockdev-del", json!({"node-name": "fleece0"})).await;
+    vm.qmp.end_fleece("disk0").await.expect("ended");
+    vm.qmp.end_fleece("disk0").await.expect("it has ended");
     pause
 }
 
