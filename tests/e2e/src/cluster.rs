@@ -334,6 +334,7 @@ impl Cluster {
         let request = VmCreate { name: Name::new(&spec.name)?, spec: spec.vm_spec(address, &kernel, &initrd) };
         let vm = self.ask(self.client.create_vm(&request))?;
         let guest = Guest { name: vm.name, id: vm.id, address, nics: request.spec.nics.len() };
+        self.consoles.follow(guest.id);
         self.guests.insert(spec.name.clone(), guest.clone());
         Ok(guest)
     }

@@ -1,6 +1,6 @@
 //! What guests say on their consoles, heard all the time: a kernel that panics says why once, and is gone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixStream;
@@ -11,16 +11,19 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use godwit_lab::layout::RUN_ROOT;
+use godwit_model::VmId;
 
 /// So much of what a guest said last is kept.
 const KEPT: usize = 256 << 10;
+/// So many digits of a VM's id name its directory on a host.
+const DIRECTORY: usize = 12;
 /// Between two looks for new consoles. What is said before anybody listens is lost.
 const LOOK: Duration = Duration::from_millis(10);
 /// What a guest says once a second is told of no more often than this.
 const STATUS: &str = "\"event\":\"status\"";
 const STATUSES: usize = 3;
 
-/// Listens to all consoles of a lab until it is dropped.
+/// Listens to the consoles of VMs of a lab until it is dropped. A console has one listener: whoever follows a VM takes it from everybody else.
 pub(crate) struct Consoles {
     shared: Arc<Shared>,
     listener: Option<JoinHandle<()>>,
@@ -29,6 +32,8 @@ pub(crate) struct Consoles {
 struct Shared {
     root: PathBuf,
     stop: AtomicBool,
+    /// Directories of the VMs that are followed.
+    followed: Mutex<BTreeSet<String>>,
     /// By the directory of the VM, which is named alike on every host.
     said: Mutex<BTreeMap<String, Vec<u8>>>,
 }
@@ -36,9 +41,15 @@ struct Shared {
 impl Consoles {
     pub(crate) fn of(lab: &str) -> Self {
         let root = Path::new(RUN_ROOT).join(lab);
-        let shared = Arc::new(Shared { root, stop: AtomicBool::new(false), said: Mutex::default() });
+        let shared = Arc::new(Shared { root, stop: AtomicBool::new(false), followed: Mutex::default(), said: Mutex::default() });
         let listening = Arc::clone(&shared);
         Self { shared, listener: Some(thread::spawn(move || listening.listen())) }
+    }
+
+    /// From here on what this VM says is heard, on whichever host.
+    pub(crate) fn follow(&self, vm: VmId) {
+        let dir: String = vm.uuid().simple().to_string().chars().take(DIRECTORY).collect();
+        self.shared.followed.lock().unwrap_or_else(PoisonError::into_inner).insert(dir);
     }
 
     /// Everything that is kept, by VM.
@@ -80,8 +91,17 @@ impl Shared {
     }
 
     fn consoles(&self) -> impl Iterator<Item = PathBuf> {
+        let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let dirs = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect::<Vec<_>>();
-        dirs(&self.root).into_iter().flat_map(move |host| dirs(&host)).map(|vm| vm.join("console")).filter(|socket| socket.exists())
+        dirs(&self.root)
+            .into_iter()
+            .flat_map(move |host| dirs(&host))
+            .filter(move |vm| {
+                let name = vm.file_name().unwrap_or_default();
+                followed.contains(&*name.to_string_lossy())
+            })
+            .map(|vm| vm.join("console"))
+            .filter(|socket| socket.exists())
     }
 
     /// Takes what there is; whether there may be more later.

@@ -72,7 +72,7 @@ type Said = Option<Result<ReturnMessage, PlayError>>;
 /// when QEMU has all memory.
 ///
 /// # Errors
-/// [`PlayError`]. Before `loaded` QEMU has ended, or is to be; after it the VM waits for its memory, and a new player can go on.
+/// [`PlayError`]. Before `loaded` QEMU has ended, or is to be; after it the VM waits for the memory that it does not have.
 pub fn play(socket: UnixStream, contents: Contents, loaded: impl FnOnce()) -> Result<Played, PlayError> {
     set_socket_send_buffer_size(&socket, AHEAD).map_err(io::Error::from)?;
     let (sender, said) = channel();
@@ -182,6 +182,8 @@ impl<'a> Player<'a> {
                                 loaded();
                             }
                         }
+                        // It has asked for zeros before it heard the end, which gives it all zeros there are, and reads no more.
+                        ReturnMessage::ReqPagesId { .. } | ReturnMessage::ReqPages { .. } if has_ended => {}
                         ReturnMessage::ReqPagesId { start, length, block } => {
                             self.asked = self.ids.iter().position(|id| *id == block).and_then(|block| u16::try_from(block).ok());
                             at = self.answer(start, length)?.unwrap_or(at);
@@ -210,17 +212,21 @@ impl<'a> Player<'a> {
         let (first, last) = (start / size, start.saturating_add(u64::from(length)).div_ceil(size));
         let pages = first..last.min(first.saturating_add(u64::from(u32::from(u16::MAX))));
         let places: Vec<Place> = pages.filter_map(|page| Some(Place { block, page: u32::try_from(page).ok()? })).collect();
-        let wanted: Vec<Place> =
-            places.iter().copied().filter(|place| self.left.remove(*place) || self.is_new_zero(*place)).collect();
+        let mut wanted = Vec::with_capacity(places.len());
+        for place in &places {
+            if self.left.remove(*place) || self.is_new_zero(*place)? {
+                wanted.push(*place);
+            }
+        }
         self.played.asked += wanted.len() as u64;
         self.pages(&wanted)?;
         Ok(places.last().map(|last| Place { page: last.page.saturating_add(1), ..*last }))
     }
 
     /// Whether a page holds zeros and was not sent as that. One that was in `left` has gone already.
-    fn is_new_zero(&mut self, place: Place) -> bool {
-        let is_zero = self.contents.page(place.block, place.page).is_ok_and(|page| page.is_none());
-        is_zero && self.zeros.insert(place)
+    fn is_new_zero(&mut self, place: Place) -> Result<bool, PlayError> {
+        let is_zero = self.contents.page(place.block, place.page)?.is_none();
+        Ok(is_zero && self.zeros.insert(place))
     }
 
     /// Sends the next pages in the background; where to go on.

@@ -1,6 +1,7 @@
 //! QEMU is played: streams that are cut, vaults that are full or damaged, a QEMU that asks for anything, or ends.
 
 use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
@@ -212,6 +213,22 @@ fn every_page_comes_once_what_is_asked_for_first_and_zeros_only_if_they_are_aske
         (told.asked, told.asked + told.background),
         (2, 1 + (0..PAGES).filter(|page| !page.is_multiple_of(3)).count() as u64)
     );
+}
+
+#[test]
+fn what_is_asked_for_after_the_end_is_there_already() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let vault = vault(dir.path());
+    let told = played(&vault, |mut qemu| {
+        qemu.load();
+        qemu.say(&ReturnMessage::Pong(3));
+        qemu.pages();
+        // It asked before it read the end, and reads nothing behind it.
+        qemu.socket.shutdown(Shutdown::Read).expect("shut");
+        qemu.ask(0, 1);
+        qemu.say(&ReturnMessage::Shut(0));
+    });
+    assert_eq!(told.expect("played").asked, 0);
 }
 
 #[test]
