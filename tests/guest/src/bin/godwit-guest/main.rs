@@ -66,6 +66,8 @@ fn run(console: &Console) -> Result<(), Box<dyn std::error::Error>> {
     };
     counters.pages.set(memory.pages() as u64);
 
+    // Whoever is answered may press it.
+    power::start_button(console)?;
     if let Some((address, prefix)) = knobs.ip {
         network::up("lo", Some((Ipv4Addr::LOCALHOST, 8)), None)?;
         network::up("eth0", Some((address, prefix)), knobs.mtu)?;
@@ -87,7 +89,6 @@ fn run(console: &Console) -> Result<(), Box<dyn std::error::Error>> {
             work::start_writer(&knobs, &pool, &counters, Noise::new(boot as u64))?;
         }
     }
-    power::start_button(console)?;
     power::start_agent(console)?;
     console.start(&counters)?;
     Ok(())
