@@ -75,12 +75,10 @@ impl Contents {
         // The leaf was checked against the list, and the list against the packs: neither of the two can be missing.
         let nowhere = || ContentsError::Snapshot(Malformed::Place.into());
         let pack = self.packs.get(usize::from(at.pack)).ok_or_else(nowhere)?;
+        let (id, ..) = self.snapshot.packs().get(usize::from(at.pack)).ok_or_else(nowhere)?;
         let room = &mut self.room;
         let pages = self.chunks.get((at.pack, chunk), || pack.chunk(chunk, room).map(<[Page]>::to_vec));
-        let pages = pages.map_err(|source| {
-            let pack = self.snapshot.packs().get(usize::from(at.pack)).map_or(PackId::new(uuid::Uuid::nil()), |(id, ..)| *id);
-            ContentsError::Pack { pack, source }
-        })?;
+        let pages = pages.map_err(|source| ContentsError::Pack { pack: *id, source })?;
         pages.get(within).map(Some).ok_or_else(nowhere)
     }
 

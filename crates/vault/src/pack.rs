@@ -56,6 +56,12 @@ impl Kind for Record {
 /// The content of a page: [`PAGE_SIZE`] bytes.
 pub type Page = [u8; PAGE_SIZE];
 
+/// Whether a page holds nothing but zeros.
+pub(crate) fn is_zero(page: &Page) -> bool {
+    let (words, _) = page.as_chunks::<64>();
+    words.iter().all(|word| word == &[0; 64])
+}
+
 /// What a content is known by, within one team.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PageDigest([u8; DIGEST]);

@@ -15,6 +15,8 @@ pub(crate) struct RecordWriter<W: Sink> {
     sealer: Sealer,
     written: u64,
     limit: u64,
+    /// Room that is kept for the end.
+    kept: u64,
     /// A record may have been written in part.
     broken: bool,
 }
@@ -24,7 +26,12 @@ impl<W: Sink> RecordWriter<W> {
     pub(crate) fn begin(file: W, form: &Form, key: &[u8; 32], head: Head, limit: Bytes) -> io::Result<Self> {
         let mut out = BufWriter::with_capacity(BUFFER, file);
         out.write_all(head.bytes())?;
-        Ok(Self { out, sealer: Sealer::new(form, key, head), written: HEAD as u64, limit: limit.0, broken: false })
+        Ok(Self { out, sealer: Sealer::new(form, key, head), written: HEAD as u64, limit: limit.0, kept: 0, broken: false })
+    }
+
+    /// From now on the file may become no longer, and `kept` of that are for its last record.
+    pub(crate) fn set_limit(&mut self, limit: Bytes, kept: usize) {
+        (self.limit, self.kept) = (limit.0, kept as u64);
     }
 
     pub(crate) const fn written(&self) -> u64 {
@@ -36,7 +43,7 @@ impl<W: Sink> RecordWriter<W> {
         if std::mem::replace(&mut self.broken, true) {
             return Err(io::Error::other("an earlier part of the file could not be written"));
         }
-        if self.written + record.len() as u64 > self.limit {
+        if self.written.saturating_add(record.len() as u64).saturating_add(self.kept) > self.limit {
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, "the file is longer than it may be"));
         }
         self.sealer.seal(kind, number, record);
@@ -50,6 +57,12 @@ impl<W: Sink> RecordWriter<W> {
         let mut record = vec![0; content.len() + OVERHEAD];
         record[RECORD_HEAD..RECORD_HEAD + content.len()].copy_from_slice(content);
         self.sealed(kind, number, &mut record)
+    }
+
+    /// Writes the last record, for which room was kept.
+    pub(crate) fn end(&mut self, kind: impl Kind, content: &[u8]) -> io::Result<()> {
+        self.kept = 0;
+        self.record(kind, 0, content)
     }
 
     /// Writes a list in pieces of `piece` bytes, numbered from 0.

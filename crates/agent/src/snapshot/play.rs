@@ -9,15 +9,16 @@
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::pages::{PageSet, Place};
 use godwit_stream::postcopy::{PagesAfter, put_advise, put_discards, put_end, put_package};
 use godwit_stream::{
-    BlockId, Element, PAGE_SIZE, RamStart, Reader, ReturnError, ReturnMessage, ReturnReader, StreamError, WriteError, Writer,
+    BlockId, Element, PAGE_SIZE, RamBlock, RamStart, Reader, ReturnError, ReturnMessage, ReturnReader, StreamError, WriteError,
+    Writer,
 };
-use godwit_vault::{Contents, ContentsError};
+use godwit_vault::{Contents, ContentsError, Space};
 use rustix::net::sockopt::set_socket_send_buffer_size;
 
 /// Number of the sign of life that QEMU gives when it has loaded the devices.
@@ -27,6 +28,10 @@ const OPEN_RETURN_PATH: u16 = 1;
 const PING: u16 = 2;
 /// What may lie in the socket ahead of a page that is asked for.
 const AHEAD: usize = 64 << 10;
+/// Messages of QEMU that may wait.
+const UNHEARD: usize = 1024;
+/// Pages that QEMU asks for at once: those of a large page.
+const MOST_ASKED: u64 = 512;
 /// Pages that are sent in the background before requests are looked at: those of a chunk.
 const BURST: usize = 16;
 
@@ -36,8 +41,8 @@ pub enum PlayError {
     /// A page cannot be read.
     #[error(transparent)]
     Contents(#[from] ContentsError),
-    /// The snapshot has no RAM.
-    #[error("the snapshot has no memory")]
+    /// The snapshot has no RAM, or other blocks than its stream.
+    #[error("the snapshot has no memory, or another than its stream says")]
     NoRam,
     /// The beginning of the stream that was kept is none.
     #[error("the beginning of the kept stream is not understood")]
@@ -69,25 +74,26 @@ pub struct Played {
 type Said = Option<Result<ReturnMessage, PlayError>>;
 
 /// Plays a snapshot to a QEMU that waits for a post-copy migration on the other end of `socket`; `loaded` is called when it has taken the devices and may run. Returns
-/// when QEMU has all memory.
+/// when QEMU has all memory. It waits as long as QEMU lives: whoever gives up ends that.
 ///
 /// # Errors
 /// [`PlayError`]. Before `loaded` QEMU has ended, or is to be; after it the VM waits for the memory that it does not have.
 pub fn play(socket: UnixStream, contents: Contents, loaded: impl FnOnce()) -> Result<Played, PlayError> {
     set_socket_send_buffer_size(&socket, AHEAD).map_err(io::Error::from)?;
-    let (sender, said) = channel();
+    let (sender, said) = sync_channel(UNHEARD);
     let listening = socket.try_clone()?;
     std::thread::scope(|scope| {
         scope.spawn(move || listen(listening, &sender));
         let played = Player::new(&socket, contents).and_then(|player| player.run(&said, loaded));
-        // Whoever listens ends with it.
+        // Whoever listens ends with it, also if it waits for being heard.
+        drop(said);
         let _ = socket.shutdown(Shutdown::Both);
         played
     })
 }
 
 /// Hears QEMU until the end.
-fn listen(mut socket: UnixStream, to: &Sender<Said>) {
+fn listen(mut socket: UnixStream, to: &SyncSender<Said>) {
     let (mut reader, mut piece) = (ReturnReader::new(), vec![0; 4096]);
     loop {
         loop {
@@ -129,6 +135,12 @@ impl<'a> Player<'a> {
     fn new(socket: &'a UnixStream, mut contents: Contents) -> Result<Self, PlayError> {
         let (before, start) = preamble(&contents.snapshot().parts().preamble)?;
         let lengths: Vec<u32> = contents.spaces().iter().map(|space| space.pages).collect();
+        let is_same = |(block, space): &(&RamBlock, &Space)| {
+            block.id.as_bytes() == space.name.as_bytes() && block.pages() == u64::from(space.pages)
+        };
+        if start.blocks.iter().zip(contents.spaces()).take_while(is_same).count() != start.blocks.len() {
+            return Err(PlayError::NoRam);
+        }
         let (mut left, zeros) = (PageSet::new(&lengths), PageSet::new(&lengths));
         let ids: Vec<BlockId> = start.blocks.iter().map(|block| block.id.clone()).collect();
         for block in 0..ids.len() as u16 {
@@ -210,7 +222,7 @@ impl<'a> Player<'a> {
         let Some(block) = self.asked else { return Ok(None) };
         let size = PAGE_SIZE as u64;
         let (first, last) = (start / size, start.saturating_add(u64::from(length)).div_ceil(size));
-        let pages = first..last.min(first.saturating_add(u64::from(u32::from(u16::MAX))));
+        let pages = first..last.min(first.saturating_add(MOST_ASKED));
         let places: Vec<Place> = pages.filter_map(|page| Some(Place { block, page: u32::try_from(page).ok()? })).collect();
         let mut wanted = Vec::with_capacity(places.len());
         for place in &places {

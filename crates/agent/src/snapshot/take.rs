@@ -54,7 +54,7 @@ impl<S: Sink, P: Sink> std::fmt::Debug for Taken<S, P> {
 }
 
 /// Reads the stream of a background snapshot to its end. `begin` gets the blocks of RAM when they are known, in QEMU's order; `started` is called when the first pages come: from then on
-/// QEMU watches the guest's writes, and the guest may run.
+/// QEMU watches the guest's writes, and the guest may run. After an error, too, it returns when QEMU has written once more or closed: whoever wants no more cancels.
 ///
 /// # Errors
 /// [`TakeError`]

@@ -38,9 +38,7 @@ impl Unsealed {
         let (record, body) = (vec![0; MAX_CONTENT + OVERHEAD], vec![0; MAX_BODY]);
         Ok(Self { record, body, decompressor: Decompressor::new()? })
     }
-}
 
-impl Unsealed {
     /// The pages of the content of a chunk's record, when it has been opened; `whole` is how many there are to be.
     ///
     /// # Errors

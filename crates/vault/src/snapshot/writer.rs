@@ -9,7 +9,7 @@ use godwit_model::Bytes;
 use super::leaf::Leaf;
 use super::spaces::{InvalidSpaces, Space, SpaceKind};
 use super::{DIRECTORY_PIECE, END, FORM, Located, MAX_PART, PACKS_PIECE, PART_PIECE, PARTS_IN_ORDER, PackId, Record, ZEROS};
-use crate::pack::{PackReader, PackWriter, Page, PageDigest};
+use crate::pack::{PackReader, PackWriter, Page, PageDigest, is_zero};
 use crate::records::RecordWriter;
 use crate::sealed::Head;
 use crate::stored::{FileError, Stored};
@@ -285,10 +285,4 @@ impl<S: Sink, P: Sink> SnapshotWriter<S, P> {
         }
         Ok(())
     }
-}
-
-/// Whether a page holds nothing but zeros.
-fn is_zero(page: &Page) -> bool {
-    let (words, _) = page.as_chunks::<64>();
-    words.iter().all(|word| word == &[0; 64])
 }

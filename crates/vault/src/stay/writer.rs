@@ -1,7 +1,7 @@
 //! Writes a stay, page by page.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 
 use bytes::BufMut;
 use godwit_model::Bytes;
@@ -9,12 +9,12 @@ use godwit_model::Bytes;
 use super::chunk::Packer;
 use super::{FORM, Identity, Page, Record};
 use crate::key::StayKey;
-use crate::sealed::{HEAD, Head, OVERHEAD, RECORD_HEAD, Sealer};
+use crate::pack::is_zero;
+use crate::records::RecordWriter;
+use crate::sealed::{Head, OVERHEAD};
 
 /// Bytes of what an end says: chunks, pages, and bytes before the end.
 pub(super) const END: usize = 3 * 8;
-/// Bytes that are gathered before they are written.
-const BUFFER: usize = 256 << 10;
 
 /// What a stay is written into.
 pub trait Sink: Write {
@@ -39,8 +39,7 @@ impl Sink for Vec<u8> {
 
 /// Writes a stay. What was not finished is torn, and never taken for whole.
 pub struct StayWriter<W: Sink> {
-    out: BufWriter<W>,
-    sealer: Sealer,
+    records: RecordWriter<W>,
     packer: Packer,
     /// Pages of each block.
     blocks: Vec<u32>,
@@ -48,15 +47,11 @@ pub struct StayWriter<W: Sink> {
     next: (u16, u64),
     chunks: u64,
     pages: u64,
-    written: u64,
-    limit: u64,
-    /// A record may have been written in part.
-    broken: bool,
 }
 
 impl<W: Sink> std::fmt::Debug for StayWriter<W> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("StayWriter").field("pages", &self.pages).field("written", &self.written).finish_non_exhaustive()
+        f.debug_struct("StayWriter").field("pages", &self.pages).field("written", &self.records.written()).finish_non_exhaustive()
     }
 }
 
@@ -73,26 +68,22 @@ impl<W: Sink> StayWriter<W> {
     pub(super) fn begin_with(file: W, key: &StayKey, identity: &Identity, head: Head) -> io::Result<Self> {
         let encoded = identity.encode().map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         let mut writer = Self {
-            out: BufWriter::with_capacity(BUFFER, file),
-            sealer: Sealer::new(&FORM, key.expose(), head),
+            records: RecordWriter::begin(file, &FORM, key.expose(), head, Bytes(u64::MAX))?,
             packer: Packer::new()?,
             blocks: identity.blocks.iter().map(|block| block.pages).collect(),
             next: (0, 0),
             chunks: 0,
             pages: 0,
-            written: HEAD as u64,
-            limit: u64::MAX,
-            broken: false,
         };
-        writer.out.write_all(head.bytes())?;
-        writer.small(Record::Identity, &encoded)?;
+        writer.records.record(Record::Identity, 0, &encoded)?;
         Ok(writer)
     }
 
     /// From now on whatever would make the file longer than `limit` is an error, [`io::ErrorKind::FileTooLarge`].
     #[must_use]
-    pub const fn limited(mut self, limit: Bytes) -> Self {
-        self.limit = limit.0;
+    pub fn limited(mut self, limit: Bytes) -> Self {
+        // The end must fit, too.
+        self.records.set_limit(limit, END + OVERHEAD);
         self
     }
 
@@ -129,50 +120,20 @@ impl<W: Sink> StayWriter<W> {
         let mut end = Vec::with_capacity(END);
         end.put_u64(self.chunks);
         end.put_u64(self.pages);
-        end.put_u64(self.written);
-        self.small(Record::End, &end)?;
-        let mut file = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
-        file.sync()?;
-        Ok(file)
+        end.put_u64(self.records.written());
+        self.records.end(Record::End, &end)?;
+        self.records.finish()
     }
 
     /// Writes the chunk that was gathered, if there is one.
     fn chunk(&mut self) -> io::Result<()> {
-        if self.broken {
-            return Err(io::Error::other("an earlier part of the stay could not be written"));
-        }
         if self.packer.is_empty() {
             return Ok(());
         }
         let pages = self.packer.len() as u64;
-        let record = self.packer.take();
-        self.broken = true;
-        // The end must fit, too.
-        if self.written + record.len() as u64 + (END + OVERHEAD) as u64 > self.limit {
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "the stay is longer than it may be"));
-        }
-        self.sealer.seal(Record::Chunk, self.chunks, record);
-        self.out.write_all(record)?;
-        self.broken = false;
-        self.written += record.len() as u64;
+        self.records.sealed(Record::Chunk, self.chunks, self.packer.take())?;
         self.chunks += 1;
         self.pages += pages;
         Ok(())
     }
-
-    /// Writes a record of which there is one in the file.
-    fn small(&mut self, kind: Record, content: &[u8]) -> io::Result<()> {
-        let mut record = vec![0; content.len() + OVERHEAD];
-        record[RECORD_HEAD..RECORD_HEAD + content.len()].copy_from_slice(content);
-        self.sealer.seal(kind, 0, &mut record);
-        self.out.write_all(&record)?;
-        self.written += record.len() as u64;
-        Ok(())
-    }
-}
-
-/// Whether a page holds nothing but zeros.
-fn is_zero(page: &Page) -> bool {
-    let (words, _) = page.as_chunks::<64>();
-    words.iter().all(|word| word == &[0; 64])
 }
