@@ -388,7 +388,13 @@ fn vm_command(
             (convert::vm_id(&set.vm)?, VmCommand::SetPolicy { task: convert::task_id(task)?, policy })
         }
         Action::Settle(settle) => (convert::vm_id(&settle.vm)?, VmCommand::Settle { generation: Generation(settle.generation) }),
-        Action::DeleteVolume(_) | Action::Console(_) | Action::Exec(_) | Action::ExecStatus(_) => {
+        Action::DeleteVolume(_)
+        | Action::Console(_)
+        | Action::Exec(_)
+        | Action::ExecStatus(_)
+        | Action::TakeSnapshot(_)
+        | Action::DeleteSnapshot(_)
+        | Action::LookAtVault(_) => {
             return Err(Malformed::Field { field: "action" }.into());
         }
     })

@@ -19,6 +19,7 @@ pub const fn http_status(code: ErrorCode) -> u16 {
         | E::AlreadyOnHost
         | E::InUse
         | E::GenerationStale
+        | E::DisksUnfinished
         | E::TooLate => 409,
         E::BodyTooLarge => 413,
         E::NoHost
@@ -44,7 +45,9 @@ pub const fn http_status(code: ErrorCode) -> u16 {
         | E::Unsupported
         | E::GuestSilent
         | E::GuestRefused
-        | E::ExecUnfinished => 422,
+        | E::ExecUnfinished
+        | E::SnapshotDamaged
+        | E::SnapshotFailed => 422,
         E::QemuFailed | E::HostFailed | E::Internal => 500,
         E::HostDown => 503,
         E::StoreFull => 507,

@@ -73,6 +73,7 @@ impl Exit {
             | E::NotGranted
             | E::GenerationStale
             | E::TooLate
+            | E::DisksUnfinished
             | E::UserfaultUnavailable
             | E::Unsupported
             | E::GuestRefused => Self::Refused,
@@ -86,6 +87,8 @@ impl Exit {
             | E::QemuFirst
             | E::QemuFailed
             | E::GuestSilent
+            | E::SnapshotDamaged
+            | E::SnapshotFailed
             | E::StoreFull
             | E::FetchFailed
             | E::HostFailed

@@ -126,6 +126,12 @@ codes! {
     GuestRefused = "guest_refused",
     /// The program still runs in the guest; nobody waits for it any longer.
     ExecUnfinished = "exec_unfinished",
+    /// The snapshot, or what it needs of the vault, is not what was written.
+    SnapshotDamaged = "snapshot_damaged",
+    /// The snapshot could not be taken; the VM runs on.
+    SnapshotFailed = "snapshot_failed",
+    /// The VM's disks are half of a snapshot.
+    DisksUnfinished = "disks_unfinished",
     /// The controller's store has no space.
     StoreFull = "store_full",
     /// The operating system refused.

@@ -17,6 +17,7 @@ pub mod name;
 pub mod network;
 pub mod ownership;
 pub mod policy;
+pub mod snapshot;
 pub mod spec;
 pub mod units;
 
@@ -38,6 +39,7 @@ pub use network::{
 };
 pub use ownership::{Epoch, Generation, Grant};
 pub use policy::MigrationSettings;
+pub use snapshot::{RestoreFigures, SnapshotFigures, SnapshotRequest, VaultFile, VaultFindings, VaultPlan, VaultUsage};
 pub use spec::{
     Accelerator, Autostart, Boot, CacheMode, CdromSpec, CloudInit, Dimm, DimmAddress, Discard, DiskBus, DiskFormat, DiskSpec,
     FIXED_SLOTS, Firmware, Growth, HugePages, Hyperv, ImageKind, ImageRef, InvalidSpec, IoLimits, LiveChange, MacAddress, NicModel,

@@ -1,0 +1,101 @@
+//! Snapshots: what is asked for, and what it came to.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Bytes, Millis};
+
+/// How long a guest may take to bring its file systems to rest, if nothing else was said.
+pub const QUIESCE: Millis = Millis(10_000);
+/// How long it may take at most: it stands still for writers meanwhile.
+pub const LONGEST_QUIESCE: Millis = Millis(60_000);
+
+/// What a snapshot is to have, and how it is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRequest {
+    /// Memory and devices, too: the VM goes on from it where it was. Without, it boots from its disks.
+    pub memory: bool,
+    /// The guest's file systems are brought to rest first, which may take this long.
+    #[serde(default)]
+    pub quiesce: Option<Millis>,
+}
+
+/// What a snapshot came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
+pub struct SnapshotFigures {
+    /// Whether it has memory and devices.
+    pub memory: bool,
+    /// How long the guest stood still, in microseconds; none if its vCPUs did not run.
+    pub pause_us: Option<u64>,
+    /// From the request until it was durable, in milliseconds.
+    pub took_ms: u64,
+    /// Pages of 4 KiB that hold zeros, of memory.
+    pub pages_zero: u64,
+    /// Pages that the vault had.
+    pub pages_known: u64,
+    /// Pages that are new.
+    pub pages_new: u64,
+    /// Bytes that were written for it.
+    pub written: Bytes,
+    /// What it could not do as asked, in sentences.
+    pub warnings: Vec<String>,
+}
+
+/// How a VM came out of a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
+pub struct RestoreFigures {
+    /// QEMU's own start, in milliseconds.
+    pub qemu_ms: u64,
+    /// Its disks became what they were, in milliseconds.
+    pub disks_ms: u64,
+    /// Bytes of its disks that were written for that.
+    pub disks_written: Bytes,
+    /// From the first byte of its devices until its vCPUs ran, in milliseconds; 0 if it booted.
+    pub memory_ms: u64,
+}
+
+/// What a vault takes of its pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
+pub struct VaultUsage {
+    /// Snapshots in it.
+    pub snapshots: u64,
+    /// Files with their pages.
+    pub packs: u64,
+    /// Bytes of all.
+    pub bytes: Bytes,
+}
+
+/// What is wrong in a vault.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
+pub struct VaultFindings {
+    /// Each a sentence that names the file.
+    pub damage: Vec<String>,
+}
+
+/// What in a vault nobody refers to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
+pub struct VaultPlan {
+    /// Files that would go, with their length.
+    pub files: Vec<VaultFile>,
+}
+
+/// A file of a vault.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct VaultFile {
+    /// Its name.
+    pub name: String,
+    /// Its length.
+    pub bytes: Bytes,
+}
+
+impl VaultPlan {
+    /// What is free afterwards that is not now.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        Bytes(self.files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes.get())))
+    }
+}
