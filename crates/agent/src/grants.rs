@@ -25,7 +25,7 @@ pub(crate) fn open(material: &Material, grant: Option<Signed>, now: UnixMillis) 
 /// A grant counts only for the host that it names, and only in its time.
 pub(crate) fn check(command: &VmCommand, me: &Name, now: UnixMillis) -> Result<(), Refusal> {
     let (grant, mine): (&Grant, bool) = match command {
-        VmCommand::Start { grant, spec } => (grant, grant.destination == *me && grant.source.is_none() && spec.vm == grant.vm),
+        VmCommand::Start { grant, spec, .. } => (grant, grant.destination == *me && grant.source.is_none() && spec.vm == grant.vm),
         VmCommand::Prepare { grant, spec, .. } => {
             (grant, grant.destination == *me && grant.source.as_ref().is_some_and(|source| source != me) && spec.vm == grant.vm)
         }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use godwit_link::encode;
 use godwit_link::v1::{self, agent_message::Body};
 use godwit_model::{ErrorCode, ExecOutcome, ExecRequest, GuestClock, GuestFacts, Refusal, Retry, VmId};
-use godwit_qemu::qga::Exec;
+use godwit_qemu::qga::{Exec, Frozen};
 use godwit_qemu::{GuestAgent, Notice, Notices, QgaError, Qmp, Sockets};
 use tokio::time::Instant;
 
@@ -207,6 +207,13 @@ pub(crate) async fn exec(host: &SharedHost, vm: VmId, request: &ExecRequest) -> 
         let retry = if error.may_have_acted() { Retry::Unknown } else { Retry::Safe };
         refusal(&error, retry)
     })
+}
+
+/// Brings the guest's file systems to rest, which may take up to `limit`; they are thawed at the latest when they have been at rest for as long again.
+pub(crate) async fn freeze(host: &SharedHost, vm: VmId, limit: Duration) -> Result<Frozen, Refusal> {
+    let agent = host.guests.agent(host, vm);
+    agent.ping(ASK).await.map_err(|error| refusal(&error, Retry::Safe))?;
+    agent.freeze(limit, limit * 2).await.map_err(|error| refusal(&error, Retry::Safe))
 }
 
 /// How a program stands; waits up to `wait` for its end.

@@ -84,6 +84,11 @@ impl Host {
         self.options.uid_base
     }
 
+    /// The uid of every vault worker: the same on all hosts, since they share vaults; the kernel's user for those who are nobody, who owns nothing else.
+    pub(crate) const fn vault_uid(&self) -> u32 {
+        NOBODY
+    }
+
     /// A cgroup for a VM, with its limits as far as this host can set them; none where there is no hierarchy. The host's conditions say so.
     pub(crate) fn make_cgroup(&self, vm: VmId, memory: Bytes, node: Option<&MemoryNode>) -> Option<PathBuf> {
         let parent = cgroup::hierarchy().ok()?.join(&self.options.cgroup);
@@ -254,6 +259,9 @@ struct Promise {
     /// The memory node that it is on.
     node: Option<u32>,
 }
+
+/// The kernel's user for those who are nobody.
+pub(crate) const NOBODY: u32 = 65_534;
 
 /// What QEMU itself needs beside the guest's RAM.
 const OVERHEAD: Bytes = Bytes::mib(64);

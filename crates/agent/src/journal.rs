@@ -48,6 +48,18 @@ pub(crate) struct VmRecord {
     /// Whether it does not run because the host went down, and not because anybody wanted so.
     #[serde(default)]
     pub(crate) ended_with_host: bool,
+    /// A snapshot of it is being taken, or was by an agent that is no more.
+    #[serde(default)]
+    pub(crate) snapshot: Option<SnapshotRecord>,
+}
+
+/// What a snapshot must leave as it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SnapshotRecord {
+    /// Its vCPUs ran.
+    pub(crate) ran: bool,
+    /// Nodes of the disks that it has.
+    pub(crate) disks: Vec<String>,
 }
 
 impl VmRecord {
@@ -64,6 +76,7 @@ impl VmRecord {
             holding,
             end_wanted: false,
             ended_with_host: false,
+            snapshot: None,
         }
     }
 }

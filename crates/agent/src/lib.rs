@@ -28,6 +28,7 @@ pub mod snapshot;
 mod storage;
 mod tls;
 mod turns;
+mod vaults;
 mod vm;
 
 use std::collections::BTreeMap;

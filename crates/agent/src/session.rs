@@ -28,9 +28,10 @@ use crate::dial::{self, DialError};
 use crate::host::{SharedHost, ended_message, unix_now};
 use crate::identity::RenewError;
 use crate::network::{FleetNetwork, FleetNetworks, Kind};
+use crate::snapshot::{FromSnapshot, SnapshotJob};
 use crate::tls::TlsError;
 use crate::vm::{Answer, Registry, VmCommand, stays};
-use crate::{console, grants, guest};
+use crate::{console, grants, guest, vaults};
 
 /// Wait between two attempts to reach the controller, growing from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
@@ -305,6 +306,12 @@ impl Sessions {
             let outcome = guest::exec_status(&self.host, vm, status.pid, wait).await?;
             return Ok(Answer { result: encode(&outcome), ..Answer::default() });
         }
+        if let Action::DeleteSnapshot(delete) = &action {
+            return vaults::delete(&self.host, delete).await;
+        }
+        if let Action::LookAtVault(look) = action {
+            return vaults::look(&self.host, look).await;
+        }
         let (vm, command) =
             vm_command(&command.task, action, |grant| grants::open(&self.host.identity.material(), grant, unix_now()))?;
         grants::check(&command, &self.host.identity.name, unix_now())?;
@@ -332,7 +339,8 @@ fn vm_command(
     Ok(match action {
         Action::Start(start) => {
             let grant = granted(start.grant)?;
-            (grant.vm, VmCommand::Start { spec: decode("spec", &start.spec)?, grant })
+            let from = start.from.as_ref().map(FromSnapshot::read).transpose()?.map(Box::new);
+            (grant.vm, VmCommand::Start { spec: decode("spec", &start.spec)?, grant, from })
         }
         Action::Stop(stop) => {
             let (vm, generation) = owned(&stop.vm, stop.generation)?;
@@ -382,6 +390,11 @@ fn vm_command(
             let (vm, generation) = owned(&forecast.vm, forecast.generation)?;
             (vm, VmCommand::Forecast { generation, request: decode("request", &forecast.request)? })
         }
+        Action::TakeSnapshot(take) => {
+            let (vm, generation) = owned(&take.vm, take.generation)?;
+            let (task, job) = (convert::task_id(task)?, Box::new(SnapshotJob::read(&take)?));
+            (vm, VmCommand::Snapshot { generation, task, job })
+        }
         Action::Cancel(cancel) => (convert::vm_id(&cancel.vm)?, VmCommand::Cancel { task: convert::task_id(task)? }),
         Action::Policy(set) => {
             let policy = decode("policy", &set.policy)?;
@@ -392,7 +405,6 @@ fn vm_command(
         | Action::Console(_)
         | Action::Exec(_)
         | Action::ExecStatus(_)
-        | Action::TakeSnapshot(_)
         | Action::DeleteSnapshot(_)
         | Action::LookAtVault(_) => {
             return Err(Malformed::Field { field: "action" }.into());

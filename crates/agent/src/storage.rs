@@ -197,6 +197,29 @@ impl Pools {
         volume::open(&*self.find(&disk.volume.pool)?.driver.open()?, &disk.volume, disk.cache)
     }
 
+    /// An empty qcow2 image of this size in a pool, opened for reading and writing. It has no name, and is gone with its last descriptor.
+    ///
+    /// # Errors
+    /// As [`Pools::prepare`].
+    pub(crate) async fn scratch(&self, pool: &Name, size: Bytes) -> Result<OwnedFd, Refusal> {
+        let volume = VolumeRef { pool: pool.clone(), volume: Name::new("scratch").expect("a name") };
+        let wanted = ResolvedDisk { create: Some(size), ..ResolvedDisk::new(volume, godwit_model::DiskFormat::Qcow2) };
+        let draft = self.at(pool, move |storage| volume::draft(storage, &wanted, None)).await?;
+        let draft = convert::fill(draft, self.cage.as_deref()).await?;
+        let file = draft.room.file().try_clone();
+        Ok(file.map_err(|error| refusal::system("make room for what is written over", &error))?.into())
+    }
+
+    /// The directory of a team's vault in a pool. It is made if it is missing, and belongs to this uid.
+    ///
+    /// # Errors
+    /// `pool_unavailable`, `host_failed`.
+    pub(crate) async fn vault(&self, pool: &Name, team: &Name, uid: u32) -> Result<OwnedFd, Refusal> {
+        let team = team.clone();
+        let failed = |error| refusal::system("make the team's vault", &error);
+        self.at(pool, move |storage| storage.vault(&team, uid).map(OwnedFd::from).map_err(failed)).await
+    }
+
     /// Removes a volume; one that does not exist is removed already.
     ///
     /// # Errors

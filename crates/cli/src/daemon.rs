@@ -8,6 +8,7 @@ pub(crate) mod join;
 mod kvm_probe;
 mod lab_relay;
 pub(crate) mod serve;
+mod vault_worker;
 
 use std::ffi::OsString;
 use std::io;
@@ -29,6 +30,7 @@ pub(crate) fn run_inner() -> Option<ExitCode> {
         "convert" => convert::run,
         "kvm-probe" => kvm_probe::run,
         "lab-relay" => lab_relay::run,
+        "vault-worker" => vault_worker::run,
         _ => return None,
     };
     Some(run(arguments.collect()))

@@ -9,7 +9,7 @@
 //!    └───────────────────┘ stays as the keeper of the log ◀─────────────┘
 //! ```
 //! Neither process is tied to the agent: no death signal, no descriptor of it; nor is the program tied to the keeper. Start with [`CagePlan`];
-//! [`tool`] is the same for programs that run for a moment, [`relay`] what `carry` renounces beyond it once it has begun.
+//! [`tool`] is the same for programs that run for a moment, [`relay`] and [`worker`] what programs of ours renounce beyond it.
 
 pub mod apparmor;
 mod calls;
@@ -19,6 +19,7 @@ mod launch;
 pub mod relay;
 mod root;
 pub mod tool;
+pub mod worker;
 
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;

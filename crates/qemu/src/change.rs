@@ -82,7 +82,7 @@ impl Qmp {
         let before = before.and_then(|device| device.inserted).and_then(|inserted| inserted.node_name);
         let ready = match medium {
             Some(fd) => {
-                let set = self.add_fd_anew(fd).await?;
+                let set = self.add_fd_anew("medium", fd).await?;
                 let [file, node] = medium_nodes(set);
                 for node in [file, node] {
                     if let Err(error) = self.execute("blockdev-add", arguments(&node)).await {
@@ -116,8 +116,8 @@ impl Qmp {
     }
 
     /// `add-fd` into a set of its own, whose number QEMU chooses.
-    async fn add_fd_anew(&self, fd: OwnedFd) -> Result<usize, QmpError> {
-        let answer = self.execute_with_fd("add-fd", json!({"opaque": "medium"}), fd).await?;
+    pub(crate) async fn add_fd_anew(&self, opaque: &str, fd: OwnedFd) -> Result<usize, QmpError> {
+        let answer = self.execute_with_fd("add-fd", json!({"opaque": opaque}), fd).await?;
         Ok(answer.get("fdset-id").and_then(Value::as_u64).and_then(|set| usize::try_from(set).ok()).unwrap_or(usize::MAX))
     }
 

@@ -7,7 +7,7 @@
 //! Nothing of the disk's own chain changes, so that nothing has to be merged afterwards. QEMU's documentation of dirty bitmaps, and its block test 222, know
 //! it as image fleecing.
 
-use std::path::Path;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -24,14 +24,19 @@ pub fn fleece_node(disk: &str) -> String {
 }
 
 impl Qmp {
-    /// Adds a fleece for a disk: an empty qcow2 image of the disk's size.
+    /// Adds a fleece for a disk: an empty qcow2 image of the disk's size, opened for reading and writing.
     ///
     /// # Errors
     /// See [`QmpError`]; so for all of these.
-    pub async fn add_fleece(&self, disk: &str, file: &Path) -> Result<(), QmpError> {
-        let file = json!({"driver": "file", "filename": file});
-        let add = json!({"driver": "qcow2", "node-name": fleece_node(disk), "file": file, "backing": disk});
-        self.execute("blockdev-add", add).await.map(drop)
+    pub async fn add_fleece(&self, disk: &str, image: OwnedFd) -> Result<(), QmpError> {
+        let node = fleece_node(disk);
+        let set = self.add_fd_anew(&node, image).await?;
+        let file = json!({"driver": "file", "filename": format!("/dev/fdset/{set}")});
+        let add = json!({"driver": "qcow2", "node-name": node, "file": file, "backing": disk});
+        let added = self.execute("blockdev-add", add).await;
+        // Whoever has opened it has a descriptor of its own.
+        let _ = self.execute("remove-fd", json!({"fdset-id": set})).await;
+        added.map(drop)
     }
 
     /// From here on the fleeces of these disks have what the disks have now: all of one instant if the VM stands still, and all or none.

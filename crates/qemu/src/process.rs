@@ -147,15 +147,20 @@ impl QemuProcess {
 
 /// Kills the process when it is dropped, and reaps it.
 #[derive(Debug)]
-pub(crate) struct KillOnDrop(Option<QemuProcess>);
+pub struct KillOnDrop(Option<QemuProcess>);
 
 impl KillOnDrop {
-    pub(crate) const fn new(process: QemuProcess) -> Self {
+    /// Kills it from now on.
+    #[must_use]
+    pub const fn new(process: QemuProcess) -> Self {
         Self(Some(process))
     }
 
     /// Lets it live.
-    pub(crate) fn keep(mut self) -> QemuProcess {
+    ///
+    /// # Panics
+    /// Never: it is there until this is consumed.
+    pub fn keep(mut self) -> QemuProcess {
         self.0.take().expect("taken by what consumes it only")
     }
 

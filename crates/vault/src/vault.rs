@@ -1,7 +1,7 @@
 //! The vault: a directory with the snapshots of one team, and the packs with their pages.
 //!
 //! ```text
-//! begin ──▶ ID.snapshot.draft, ID.pack.draft ──written, synced──▶ commit: the pack gets its name, directory synced,
+//! begin ──▶ ID.snapshot.W.draft, ID.pack.W.draft ──written, synced──▶ commit: the pack gets its name, directory synced,
 //!                                                                         then the snapshot, directory synced
 //! ```
 //! After a crash at any step a snapshot is there whole or not at all, and of a pack that nobody refers to only its room is lost: [`Vault::plan_prune`]
@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 use crate::contents::Contents;
+use crate::key::fill;
 use crate::pack::PackReader;
 use crate::snapshot::{Keys, Known, PackId, SnapshotReader, SnapshotWriter, Space, Totals};
 use crate::stored::FileError;
@@ -67,9 +68,6 @@ pub enum VaultError {
         /// Which pack.
         pack: PackId,
     },
-    /// A snapshot is there whose key was not given: what it refers to is not known.
-    #[error("there is a snapshot whose key is missing: {0}")]
-    KeyMissing(SnapshotId),
     /// The vault is not as it was when the plan was made.
     #[error("the vault has changed since the plan was made")]
     Changed,
@@ -121,15 +119,18 @@ fn pack_name(id: PackId) -> String {
     format!("{id}.pack")
 }
 
-fn draft_name(name: &str) -> String {
-    format!("{name}.draft")
+/// Each writer's drafts have names of their own: one that was given up may still be at it.
+fn draft_name(name: &str, writer: u32) -> String {
+    format!("{name}.{writer:08x}.draft")
 }
 
 /// Whatever else is in the directory is left alone.
 fn parse_name(name: &str) -> Option<Name> {
     let id = |text: &str| Uuid::parse_str(text).ok().filter(|id| id.hyphenated().to_string() == text);
     if let Some(whole) = name.strip_suffix(".draft") {
-        return parse_name(whole).filter(|name| *name != Name::Draft).map(|_| Name::Draft);
+        let (whole, writer) = whole.rsplit_once('.')?;
+        let is_one = writer.len() == 8 && u32::from_str_radix(writer, 16).is_ok();
+        return parse_name(whole).filter(|name| is_one && *name != Name::Draft).map(|_| Name::Draft);
     }
     if let Some(text) = name.strip_suffix(".snapshot") {
         return id(text).map(|id| Name::Snapshot(SnapshotId::new(id)));
@@ -140,6 +141,8 @@ fn parse_name(name: &str) -> Option<Name> {
 /// What nobody refers to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PrunePlan {
+    /// Snapshots whose key nobody has any more, with their length.
+    pub snapshots: Vec<(SnapshotId, Bytes)>,
     /// Packs, with their length.
     pub packs: Vec<(PackId, Bytes)>,
     /// Files of writers that are no more, with their length.
@@ -150,7 +153,9 @@ impl PrunePlan {
     /// What is free afterwards that is not now.
     #[must_use]
     pub fn bytes(&self) -> Bytes {
-        Bytes(self.packs.iter().map(|(_, bytes)| bytes.0).chain(self.drafts.iter().map(|(_, bytes)| bytes.0)).sum())
+        let snapshots = self.snapshots.iter().map(|(_, bytes)| bytes.0);
+        let packs = self.packs.iter().map(|(_, bytes)| bytes.0);
+        Bytes(snapshots.chain(packs).chain(self.drafts.iter().map(|(_, bytes)| bytes.0)).sum())
     }
 }
 
@@ -174,7 +179,14 @@ impl Vault {
         DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed("made"))?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let opened = rustix::fs::open(dir, flags, Mode::empty()).map_err(io::Error::from);
-        let dir = File::from(opened.map_err(failed("opened"))?);
+        Self::at(File::from(opened.map_err(failed("opened"))?))
+    }
+
+    /// Opens, or begins, the vault in a directory that is open.
+    ///
+    /// # Errors
+    /// [`VaultError::Io`]
+    pub fn at(dir: File) -> Result<Self, VaultError> {
         rustix::fs::fchmod(&dir, Mode::RWXU).map_err(io::Error::from).map_err(failed("made private"))?;
         let shared = Shared {
             dir,
@@ -221,12 +233,13 @@ impl Vault {
         }
         // Ids are drawn: a pack that has the id of its snapshot is as unique.
         let pack = PackId::new(id.uuid());
-        // What an earlier try at the same snapshot left is in nobody's hands: a snapshot has one writer.
-        let (snapshot_draft, pack_draft) = (draft_name(&snapshot_name(id)), draft_name(&pack_name(pack)));
-        let create = |name: &str| self.shared.remove(name).and_then(|()| self.shared.create(name)).map_err(failed("written"));
-        let (snapshot_file, pack_file) = (create(&snapshot_draft)?, create(&pack_draft)?);
+        let mut writer = [0; 4];
+        fill(&mut writer).map_err(failed("written"))?;
+        let writer = u32::from_be_bytes(writer);
+        let create = |name: &str| self.shared.create(&draft_name(name, writer)).map_err(failed("written"));
+        let (snapshot_file, pack_file) = (create(&snapshot_name(id))?, create(&pack_name(pack))?);
         let shared = Arc::clone(&self.shared);
-        Ok(Draft { shared, id, pack, snapshot_file, pack_file, _lock: lock, kept: false })
+        Ok(Draft { shared, id, pack, writer, snapshot_file, pack_file, _lock: lock, kept: false })
     }
 
     /// Opens a snapshot and all packs that it refers to. They stay readable even if they are deleted meanwhile.
@@ -276,16 +289,20 @@ impl Vault {
         self.shared.remove(&snapshot_name(id)).and_then(|()| self.shared.sync()).map_err(failed("changed"))
     }
 
-    /// Finds what nobody refers to. The keys of all snapshots are needed.
+    /// Finds what nobody refers to. The keys of all snapshots are needed, of those that are being taken, too: a snapshot whose key is not among them cannot be
+    /// read by anybody, and is nothing.
     ///
     /// # Errors
-    /// [`VaultError`]; also if a snapshot cannot be read, since what it refers to is not known then: it must be mended or deleted first.
+    /// [`VaultError`]; also if one of the others cannot be read, since what it refers to is not known then: it must be mended or deleted first.
     pub fn plan_prune(&self, keys: &BTreeMap<SnapshotId, SnapshotKey>) -> Result<PrunePlan, VaultError> {
-        let (mut referred, mut packs, mut drafts) = (BTreeSet::new(), vec![], vec![]);
+        let (mut referred, mut snapshots, mut packs, mut drafts) = (BTreeSet::new(), vec![], vec![], vec![]);
         for (text, name) in self.shared.names().map_err(failed("read"))? {
             match name {
                 Name::Snapshot(id) => {
-                    let key = keys.get(&id).ok_or(VaultError::KeyMissing(id))?;
+                    let Some(key) = keys.get(&id) else {
+                        snapshots.push((id, self.shared.length(&text).map_err(failed("read"))?));
+                        continue;
+                    };
                     let Some(file) = self.shared.find(&text).map_err(failed("read"))? else { continue };
                     let snapshot = SnapshotReader::open(file, key).map_err(damaged(text))?;
                     referred.extend(snapshot.packs().iter().map(|(pack, _, _)| *pack));
@@ -295,9 +312,10 @@ impl Vault {
             }
         }
         packs.retain(|(pack, _)| !referred.contains(pack));
+        snapshots.sort_unstable();
         packs.sort_unstable();
         drafts.sort_unstable();
-        Ok(PrunePlan { packs, drafts })
+        Ok(PrunePlan { snapshots, packs, drafts })
     }
 
     /// Removes what the plan names.
@@ -310,8 +328,10 @@ impl Vault {
         if self.plan_prune(keys)? != *plan {
             return Err(VaultError::Changed);
         }
-        let names = plan.packs.iter().map(|(pack, _)| pack_name(*pack)).chain(plan.drafts.iter().map(|(name, _)| name.clone()));
-        let removed = names.into_iter().try_for_each(|name| self.shared.remove(&name));
+        let snapshots = plan.snapshots.iter().map(|(id, _)| snapshot_name(*id));
+        let packs = plan.packs.iter().map(|(pack, _)| pack_name(*pack));
+        let mut names = snapshots.chain(packs).chain(plan.drafts.iter().map(|(name, _)| name.clone()));
+        let removed = names.try_for_each(|name| self.shared.remove(&name));
         removed.and_then(|()| self.shared.sync()).map_err(failed("changed"))
     }
 
@@ -441,6 +461,7 @@ pub struct Draft {
     shared: Arc<Shared>,
     id: SnapshotId,
     pack: PackId,
+    writer: u32,
     snapshot_file: File,
     pack_file: File,
     /// Held as long as this is.
@@ -467,12 +488,12 @@ impl Draft {
         let (snapshot, pack) = (snapshot_name(self.id), pack_name(self.pack));
         let done = (|| {
             if totals.pack == Bytes(0) {
-                shared.remove(&draft_name(&pack))?;
+                shared.remove(&draft_name(&pack, self.writer))?;
             } else {
-                shared.rename(&draft_name(&pack), &pack)?;
+                shared.rename(&draft_name(&pack, self.writer), &pack)?;
             }
             shared.sync()?;
-            shared.rename(&draft_name(&snapshot), &snapshot)?;
+            shared.rename(&draft_name(&snapshot, self.writer), &snapshot)?;
             self.kept = true;
             shared.sync()
         })();
@@ -487,7 +508,7 @@ impl Drop for Draft {
         }
         // What cannot be removed now is removed by pruning.
         for name in [snapshot_name(self.id), pack_name(self.pack)] {
-            let _ = self.shared.remove(&draft_name(&name));
+            let _ = self.shared.remove(&draft_name(&name, self.writer));
         }
     }
 }

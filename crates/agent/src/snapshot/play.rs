@@ -37,7 +37,7 @@ const BURST: usize = 16;
 
 /// Why a VM cannot be had out of a snapshot.
 #[derive(Debug, thiserror::Error)]
-pub enum PlayError {
+pub(super) enum PlayError {
     /// A page cannot be read.
     #[error(transparent)]
     Contents(#[from] ContentsError),
@@ -63,7 +63,7 @@ pub enum PlayError {
 
 /// What was played.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Played {
+pub(super) struct Played {
     /// Pages that QEMU asked for and that were sent for it.
     pub asked: u64,
     /// Pages that were sent in the background.
@@ -78,7 +78,7 @@ type Said = Option<Result<ReturnMessage, PlayError>>;
 ///
 /// # Errors
 /// [`PlayError`]. Before `loaded` QEMU has ended, or is to be; after it the VM waits for the memory that it does not have.
-pub fn play(socket: UnixStream, contents: Contents, loaded: impl FnOnce()) -> Result<Played, PlayError> {
+pub(super) fn play(socket: UnixStream, contents: Contents, loaded: impl FnOnce()) -> Result<Played, PlayError> {
     set_socket_send_buffer_size(&socket, AHEAD).map_err(io::Error::from)?;
     let (sender, said) = sync_channel(UNHEARD);
     let listening = socket.try_clone()?;

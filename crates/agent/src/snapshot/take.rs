@@ -15,7 +15,7 @@ const WAITING: usize = 64;
 
 /// Why a snapshot's memory cannot be taken.
 #[derive(Debug, thiserror::Error)]
-pub enum TakeError {
+pub(super) enum TakeError {
     /// QEMU's stream says what is not known.
     #[error("QEMU's stream is not understood")]
     Stream(#[from] StreamError),
@@ -40,7 +40,7 @@ pub enum TakeError {
 }
 
 /// The memory of a snapshot: its writer, which has all pages of RAM, and what is kept beside them.
-pub struct Taken<S: Sink, P: Sink> {
+pub(super) struct Taken<S: Sink, P: Sink> {
     /// To be finished, when the disks are in.
     pub writer: SnapshotWriter<S, P>,
     /// Preamble and devices.
@@ -58,7 +58,7 @@ impl<S: Sink, P: Sink> std::fmt::Debug for Taken<S, P> {
 ///
 /// # Errors
 /// [`TakeError`]
-pub fn take<S: Sink, P: Sink>(
+pub(super) fn take<S: Sink, P: Sink>(
     from: impl Read + Send,
     begin: impl FnOnce(Vec<Space>) -> io::Result<SnapshotWriter<S, P>>,
     started: impl FnOnce(),

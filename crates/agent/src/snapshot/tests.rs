@@ -18,7 +18,9 @@ use godwit_vault::{Contents, Keys, PackKey, SnapshotKey, Space, SpaceKind, TeamK
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Played, play, take, take_disk};
+use super::disk::take_disk;
+use super::play::{Played, play};
+use super::take::take;
 
 mod played;
 
@@ -279,7 +281,8 @@ async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm) -> Duration {
         .status()
         .expect("qemu-img");
     assert!(made.success());
-    vm.qmp.add_fleece("disk0", &fleece).await.expect("blockdev-add");
+    let image = fs::File::options().read(true).write(true).open(&fleece).expect("the image");
+    vm.qmp.add_fleece("disk0", image.into()).await.expect("blockdev-add");
     let served = dir.join("nbd");
     vm.qmp.serve_disks(UnixListener::bind(&served).expect("a socket").into()).await.expect("nbd-server-start");
     let draft = vault.begin(id(1)).expect("begun");

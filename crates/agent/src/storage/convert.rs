@@ -17,9 +17,8 @@ use tokio::process::Command;
 
 use super::volume::Draft;
 use super::{blocking, refusal};
+use crate::host::NOBODY;
 
-/// The kernel's user for those who are nobody.
-const NOBODY: u32 = 65_534;
 /// How much of what `qemu-img` says is kept.
 const MAX_COMPLAINT: usize = 400;
 /// Time for filling one volume. A copy of some TiB takes long.

@@ -6,6 +6,7 @@
 //!  POOL/snapshots/NAME@SNAP   a snapshot of it: a file of its own, which shares its blocks where the file system can
 //!  POOL/arriving/NAME~arriving   a volume that is on its way here
 //!  POOL/spares/NAME~spare     what is left of one that another host has now
+//!  POOL/vaults/TEAM/          a team's vault
 //!  POOL/records/…             what each was made as; advisory, bound to the file by its inode
 //!  POOL/partial/UUID          something that is being made, locked by its maker; or a successor, see [`successor`]
 //! ```
@@ -21,7 +22,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use godwit_model::{Bytes, DiskFormat, ErrorCode, Name, Refusal, Retry};
-use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, RenameFlags, ResolveFlags, SeekFrom};
+use rustix::fs::{AtFlags, CWD, Dir, Gid, Mode, OFlags, RenameFlags, ResolveFlags, SeekFrom, Uid};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -33,6 +34,7 @@ const IDENTITY: &str = ".godwit-pool";
 const VOLUMES: &str = "volumes";
 const SNAPSHOTS: &str = "snapshots";
 const RECORDS: &str = "records";
+const VAULTS: &str = "vaults";
 const PARTIAL: &str = "partial";
 /// Directories of what is no volume any more or not yet, how names in them end, and what they are.
 const LEFT: [(&str, &str, AsItem); 2] = [("spares", "~spare", Item::spare), ("arriving", "~arriving", Item::arriving)];
@@ -273,6 +275,18 @@ impl Storage for Place {
             file.sync_all()?;
         }
         self.write_record(item, record, file, None)
+    }
+
+    fn vault(&self, team: &Name, uid: u32) -> io::Result<File> {
+        let path = format!("{VAULTS}/{team}");
+        self.make(VAULTS)?;
+        self.make(&path)?;
+        let directory = self.open_beneath(&path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        match rustix::fs::fchown(&directory, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid))) {
+            // A file server that takes root for nobody refuses, and has made it nobody's already.
+            Err(Errno::PERM) if directory.metadata()?.uid() == uid => Ok(directory),
+            result => result.map(|()| directory).map_err(io::Error::from),
+        }
     }
 
     fn snapshot(&self, volume: &File, as_item: &Item, record: Record) -> io::Result<bool> {

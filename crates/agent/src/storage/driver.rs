@@ -83,6 +83,9 @@ pub(super) trait Storage: Send + Sync {
     /// Removes something with a name; what is not there is removed already.
     fn remove(&self, item: &Item) -> io::Result<()>;
 
+    /// The directory of a team's vault, made if it is missing. It belongs to `uid`, and nobody else gets in.
+    fn vault(&self, team: &Name, uid: u32) -> io::Result<File>;
+
     /// Removes what makers that died have left.
     fn remove_abandoned(&self);
 }

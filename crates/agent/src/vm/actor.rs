@@ -21,6 +21,7 @@ use super::destination::DestinationMove;
 use super::moving::{answer, vcpus};
 use super::registry::{answer_for_nobody, asks_how_it_ended};
 use super::sampling;
+use super::snapshot::Snapshotting;
 use super::source::SourceMove;
 use super::tpm::TPM_GRACE;
 use crate::carry::CarryNotice;
@@ -28,6 +29,7 @@ use crate::facts::Said;
 use crate::guest;
 use crate::host::{SharedHost, host_failed};
 use crate::journal::{Holding, VmRecord};
+use crate::snapshot::{FromSnapshot, SnapshotJob};
 
 /// All that can happen to a VM here.
 pub(crate) enum VmEvent {
@@ -40,9 +42,17 @@ pub(crate) enum VmEvent {
 /// What the controller can want.
 #[derive(Clone)]
 pub(crate) enum VmCommand {
+    /// Begins the VM, as it was in a snapshot if one is named.
     Start {
         grant: Grant,
         spec: ResolvedSpec,
+        from: Option<Box<FromSnapshot>>,
+    },
+    /// Keeps the VM as it is.
+    Snapshot {
+        generation: Generation,
+        task: TaskId,
+        job: Box<SnapshotJob>,
     },
     Stop {
         generation: Generation,
@@ -150,6 +160,7 @@ pub(super) struct Actor {
     pub(super) qmp: Option<Qmp>,
     pub(super) notices: Option<Notices>,
     pub(super) moving: Option<Moving>,
+    pub(super) snapshot: Option<Snapshotting>,
     /// The VM is about to move, or does.
     pub(super) moves: Arc<AtomicBool>,
     pub(super) carry_notices: (mpsc::Sender<CarryNotice>, mpsc::Receiver<CarryNotice>),
@@ -180,6 +191,7 @@ impl Actor {
             qmp: None,
             notices: None,
             moving: None,
+            snapshot: None,
             moves: Arc::default(),
             carry_notices: mpsc::channel(64),
             wake: Instant::now(),
@@ -196,9 +208,10 @@ impl Actor {
         self.adopt().await;
         loop {
             self.look_at_move().await;
-            self.moves.store(self.moving.is_some(), Ordering::Release);
+            self.clear_up_snapshot().await;
+            self.moves.store(self.moving.is_some() || self.snapshot.is_some(), Ordering::Release);
             self.publish();
-            let Self { events, notices, process, tpm, carry_notices, wake, .. } = &mut self;
+            let Self { events, notices, process, tpm, snapshot, carry_notices, wake, .. } = &mut self;
             let (process, tpm) = (process.clone(), tpm.clone());
             tokio::select! {
                 biased;
@@ -208,11 +221,12 @@ impl Actor {
                 },
                 exit = async { process.expect("guarded").exited().await }, if process.is_some() => self.on_exit(exit).await,
                 exit = async { tpm.expect("guarded").exited().await }, if tpm.is_some() => self.on_tpm_exit(exit).await,
+                ended = async { snapshot.as_mut().expect("guarded").ended().await }, if snapshot.is_some() => self.on_snapshot_ended(ended),
                 notice = async { notices.as_mut().expect("guarded").next().await }, if notices.is_some() => self.on_notice(notice),
                 Some(notice) = carry_notices.1.recv() => self.on_carry(notice),
                 () = tokio::time::sleep_until(*wake) => self.on_wake().await,
             }
-            if self.record.is_none() && self.moving.is_none() && self.events.is_empty() {
+            if self.record.is_none() && self.moving.is_none() && self.snapshot.is_none() && self.events.is_empty() {
                 return;
             }
         }
@@ -406,6 +420,7 @@ impl Actor {
             VmEvent::Command { command, reply } => {
                 let answer = match *command {
                     VmCommand::Forecast { generation, request } => return self.on_forecast(generation, request, reply).await,
+                    VmCommand::Snapshot { generation, task, job } => return self.on_snapshot(generation, task, *job, reply).await,
                     command => self.on_command(command).await,
                 };
                 if let Err(refusal) = &answer {
@@ -459,7 +474,13 @@ impl Actor {
 
     async fn on_command(&mut self, command: VmCommand) -> Result<Answer, Refusal> {
         match command {
-            VmCommand::Start { grant, spec } => self.start(grant, spec).await.map(|()| Answer::default()),
+            VmCommand::Start { grant, spec, from } => {
+                let restored = self.start(grant, spec, from.as_deref()).await?;
+                Ok(Answer {
+                    result: restored.map(|figures| godwit_link::encode(&figures)).unwrap_or_default(),
+                    ..Answer::default()
+                })
+            }
             VmCommand::Prepare { grant, spec, policy, memory_key, disks } => {
                 self.prepare(grant, spec, policy, memory_key, disks).await
             }
@@ -467,6 +488,7 @@ impl Actor {
                 self.migrate(grant, address, policy, memory_key, past, disks).await.map(|()| Answer::default())
             }
             VmCommand::Measure { generation, disks } => self.measure_disks(generation, disks).await,
+            VmCommand::Cancel { task } if self.cancel_snapshot(task) => Ok(Answer::default()),
             VmCommand::Cancel { task } => self.cancel(task).map(|()| Answer::default()),
             VmCommand::SetPolicy { task, policy } => self.set_policy(task, policy).map(|()| Answer::default()),
             VmCommand::Settle { generation } => {
@@ -474,7 +496,9 @@ impl Actor {
                 Ok(Answer::default())
             }
             VmCommand::Forget => self.forget().map(|()| Answer::default()),
-            VmCommand::Forecast { .. } => Err(Refusal::new(ErrorCode::Internal, "a forecast is answered later")),
+            VmCommand::Forecast { .. } | VmCommand::Snapshot { .. } => {
+                Err(Refusal::new(ErrorCode::Internal, "it is answered later"))
+            }
             VmCommand::MayBegin { generation } => {
                 self.owned(generation)?;
                 self.runs_here()?;
@@ -499,6 +523,7 @@ impl Actor {
             }
             VmCommand::Pause { generation } => {
                 self.owned(generation)?;
+                self.undisturbed()?;
                 let qmp = self.monitor()?.clone();
                 qmp.stop(QMP_LIMIT).await.map_err(qemu_failed)?;
                 self.refresh().await;
@@ -506,6 +531,7 @@ impl Actor {
             }
             VmCommand::Unpause { generation } => {
                 self.owned(generation)?;
+                self.undisturbed()?;
                 self.ask(Qmp::cont).await
             }
             VmCommand::Change { generation, spec } => self.change(generation, spec).await.map(|()| Answer::default()),

@@ -23,6 +23,7 @@ impl Actor {
     /// Makes the running VM what `wanted` says.
     pub(super) async fn change(&mut self, generation: Generation, wanted: ResolvedSpec) -> Result<(), Refusal> {
         self.owned(generation)?;
+        self.undisturbed()?;
         self.monitor()?;
         let Some(record) = &self.record else { return Ok(()) };
         let changes = live_changes(&record.spec, &wanted);

@@ -12,13 +12,13 @@ pub(super) mod out;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
-use godwit_model::{Bytes, BytesPerSec, ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, TravellingDisk, VolumeRef};
+use godwit_model::{Bytes, BytesPerSec, ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, TravellingDisk, VmId, VolumeRef};
 use godwit_qemu::disks::{VARIABLES, disk_node};
 use godwit_qemu::qmp::Qmp;
 
 use super::actor::{Actor, Answer, qemu_failed};
 use crate::carry::CarryClient;
-use crate::host::host_failed;
+use crate::host::{Host, host_failed};
 
 /// A disk's carry.
 pub(super) struct Lane {
@@ -100,22 +100,31 @@ impl Actor {
         Ok(Bytes(all))
     }
 
-    /// The socket on which this VM's QEMU serves its disks.
-    fn disk_socket(&self) -> PathBuf {
-        self.host.vm_dir(self.vm).join("disks")
-    }
-
-    /// Has QEMU serve its disks to this process alone.
     async fn serve_disks(&self, qmp: &Qmp) -> Result<(), Refusal> {
-        let path = self.disk_socket();
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path).map_err(|error| host_failed("the VM's disks cannot be served", &error))?;
-        qmp.serve_disks(listener.into()).await.map_err(qemu_failed)
+        serve(&self.host, self.vm, qmp).await
     }
 
     fn connect_to_disks(&self) -> Result<UnixStream, Refusal> {
-        UnixStream::connect(self.disk_socket()).map_err(|error| host_failed("the VM's disks cannot be reached", &error))
+        connect(&self.host, self.vm)
     }
+}
+
+/// The socket on which a VM's QEMU serves its disks.
+fn socket_of(host: &Host, vm: VmId) -> PathBuf {
+    host.vm_dir(vm).join("disks")
+}
+
+/// Has QEMU serve its disks to this process alone.
+pub(super) async fn serve(host: &Host, vm: VmId, qmp: &Qmp) -> Result<(), Refusal> {
+    let path = socket_of(host, vm);
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).map_err(|error| host_failed("the VM's disks cannot be served", &error))?;
+    qmp.serve_disks(listener.into()).await.map_err(qemu_failed)
+}
+
+/// Connects to what QEMU serves.
+pub(super) fn connect(host: &Host, vm: VmId) -> Result<UnixStream, Refusal> {
+    UnixStream::connect(socket_of(host, vm)).map_err(|error| host_failed("the VM's disks cannot be reached", &error))
 }
 
 #[cfg(test)]

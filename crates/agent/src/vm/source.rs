@@ -26,6 +26,7 @@ use super::disks::out::{self, DisksOut};
 use super::forecast::{SAMPLE_LIMIT, of_measured};
 use super::moving::{Told, Watch, carry_view, millis, tell};
 use super::placement::Access;
+use super::snapshot::memory_is_whole;
 use super::start_carry::LaneStart;
 use crate::carry::{CarryClient, CarryNotice, CarryStatus, PlacedBlock, Role};
 use crate::host::{SharedHost, host_failed, unix_now};
@@ -241,6 +242,8 @@ impl Actor {
         }
         let generation = self.record.as_ref().map(|record| record.generation).unwrap_or_default();
         self.owned(generation)?;
+        self.undisturbed()?;
+        memory_is_whole(self.monitor()?).await?;
         self.refresh().await;
         if self.state != RunState::Running {
             return Err(Refusal::new(ErrorCode::VmNotRunning, "the VM does not run on this host").hint("start it first"));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use godwit_link::v1::FetchImageRequest;
 use godwit_migration::Outcome;
-use godwit_model::{Accelerator, ErrorCode, Grant, ImageRef, Numa, Refusal, ResolvedSpec, Retry, RunState, VmId};
+use godwit_model::{Accelerator, ErrorCode, Grant, ImageRef, Numa, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState, VmId};
 use godwit_qemu::cage::{self, CagePlan, DeviceNode, Limit, Network, PassedFds, Profile};
 use godwit_qemu::command::{DiskFds, qemu_arguments};
 use godwit_qemu::{Qmp, Resources, Sockets, Start};
@@ -21,6 +21,7 @@ use crate::host::{SharedHost, host_failed, private_dir};
 use crate::journal::{Holding, VmRecord};
 use crate::nodes::{self, NODES};
 use crate::seed;
+use crate::snapshot::FromSnapshot;
 use crate::storage::CachedImage;
 
 /// Time for a new QEMU to answer its monitor.
@@ -28,7 +29,12 @@ const GREETING: Duration = Duration::from_secs(60);
 
 impl Actor {
     /// Starts the VM on a fresh generation.
-    pub(super) async fn start(&mut self, grant: Grant, spec: ResolvedSpec) -> Result<(), Refusal> {
+    pub(super) async fn start(
+        &mut self,
+        grant: Grant,
+        spec: ResolvedSpec,
+        from: Option<&FromSnapshot>,
+    ) -> Result<Option<RestoreFigures>, Refusal> {
         if self.record.as_ref().is_none_or(|record| record.generation != grant.generation) {
             self.above_floor(grant.generation)?;
         }
@@ -44,7 +50,15 @@ impl Actor {
                 if record.generation != grant.generation {
                     return Err(Refusal::new(ErrorCode::VmRunning, "the VM already runs on this host on an older generation"));
                 }
-                return self.run_on().await;
+                if from.is_none() || self.has_loaded().await {
+                    return self.run_on().await.map(|()| from.map(|_| RestoreFigures::default()));
+                }
+                // An agent that is no more was at it.
+                if let Some(record) = &mut self.record {
+                    record.end_wanted = true;
+                }
+                self.end_process().await;
+                self.forsake_tpm().await;
             }
             self.between_hosts()?;
         }
@@ -52,16 +66,19 @@ impl Actor {
         if self.moving.is_some() && self.end_destination(Outcome::Moved).await.is_some() {
             return Err(Refusal::new(ErrorCode::HostFailed, "the end of the move to here could not be kept").retry(Retry::Safe));
         }
+        if let Some(from) = from {
+            return self.start_from(&grant, spec, from).await.map(Some);
+        }
         self.begin(VmRecord::new(spec, grant.generation, 0, Holding::Owner), Start::Fresh).await?;
         if let Err(refusal) = self.run_on().await {
             self.end_process().await;
             return Err(refusal);
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Lets a QEMU of ours run, unless it does already.
-    async fn run_on(&mut self) -> Result<(), Refusal> {
+    pub(super) async fn run_on(&mut self) -> Result<(), Refusal> {
         self.refresh().await;
         if self.state != RunState::Running {
             self.monitor()?.cont().await.map_err(qemu_failed)?;

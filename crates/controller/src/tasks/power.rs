@@ -45,7 +45,7 @@ impl Tasks {
             Ok(grant) => Some(grant),
             Err(refusal) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
         };
-        let action = Action::Start(v1::StartVm { grant, spec: encode(spec) });
+        let action = Action::Start(v1::StartVm { grant, spec: encode(spec), from: None });
         match self.command(id, host, "start", action).await? {
             Ok(_) => {
                 let now = clock::now();

@@ -38,10 +38,12 @@ pub enum Profile {
     Tool,
     /// `carry`.
     Carry,
+    /// `vault-worker`.
+    Vault,
 }
 
 impl Profile {
-    const ALL: [Self; 4] = [Self::Qemu, Self::Tpm, Self::Tool, Self::Carry];
+    const ALL: [Self; 5] = [Self::Qemu, Self::Tpm, Self::Tool, Self::Carry, Self::Vault];
 
     /// Its name in the text.
     const fn name(self) -> &'static str {
@@ -50,6 +52,7 @@ impl Profile {
             Self::Tpm => "godwit-tpm",
             Self::Tool => "godwit-tool",
             Self::Carry => "godwit-carry",
+            Self::Vault => "godwit-vault",
         }
     }
 }

@@ -14,7 +14,8 @@ use godwit_stream::{
 use godwit_vault::{Keys, Known, PackId, PackKey, SnapshotWriter, Space, TeamKey, Vault};
 use uuid::Uuid;
 
-use super::super::{PlayError, Played, TakeError, play, take};
+use super::super::play::{PlayError, Played, play};
+use super::super::take::{TakeError, take};
 use super::{id, snapshot_key};
 
 const DEVICES: &[u8] = &[4, 1, 2, 3];

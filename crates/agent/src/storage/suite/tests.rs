@@ -131,6 +131,10 @@ impl FaultyStorage {
 }
 
 impl Storage for FaultyStorage {
+    fn vault(&self, team: &Name, uid: u32) -> io::Result<File> {
+        self.inner.vault(team, uid)
+    }
+
     fn identity(&self) -> &str {
         match self.fault {
             Fault::OtherIdentity => self.identity.get_or_init(|| Uuid::new_v4().to_string()),

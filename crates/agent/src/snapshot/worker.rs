@@ -1,0 +1,288 @@
+//! The vault worker: one job on a team's vault, in a cage, with the sockets that it was given.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+
+use godwit_model::{Bytes, ErrorCode, SnapshotId, VaultFile, VaultFindings, VaultPlan};
+use godwit_qemu::cage::worker::confine_to;
+use godwit_stream::PAGE_SIZE;
+use godwit_vault::{
+    ContentsError, FileError, Keys, Known, PackKey, Parts, PrunePlan, SnapshotKey, Space, SpaceKind, TeamKey, Vault, VaultError,
+};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use serde::Serialize;
+
+use super::control::{DiskOf, Job, Kept, Keyed, Said, WorkerConfig};
+use super::disk::{TakeDiskError, take_disk};
+use super::play::{PlayError, play};
+use super::restore::{RestoreError, restore};
+use super::take::{TakeError, take};
+
+/// Pages of earlier snapshots that are known while one is taken: those of 64 GiB.
+const KNOWN: usize = 16 << 20;
+/// How much of a vault's damage is told.
+const MOST_DAMAGE: usize = 1_000;
+
+/// Why a worker did not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The descriptor that should hold the configuration does not.
+    #[error("the configuration cannot be read")]
+    Config(#[source] io::Error),
+    /// It could not renounce all other files.
+    #[error("it cannot be confined")]
+    Confine(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Why a job is not done.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+    #[error(transparent)]
+    Take(#[from] TakeError),
+    #[error(transparent)]
+    Disk(#[from] TakeDiskError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    #[error(transparent)]
+    Play(#[from] PlayError),
+    #[error("{0}")]
+    Write(#[source] io::Error),
+    #[error("the snapshot has more disks, or larger ones, than can be kept")]
+    Disks,
+    #[error("the agent is gone")]
+    Alone(#[source] io::Error),
+}
+
+/// Runs `godwit vault-worker --config-fd N`: called before any thread exists.
+///
+/// # Errors
+/// [`WorkerError`] if it could not begin; what fails later is told to the agent.
+pub fn run(config_fd: RawFd) -> Result<(), WorkerError> {
+    // Keys are in this process: no core, no debugger of the same uid.
+    let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+    let mut text = Vec::new();
+    File::from(own(config_fd)).read_to_end(&mut text).map_err(WorkerError::Config)?;
+    let config: WorkerConfig = serde_json::from_slice(&text).map_err(|error| WorkerError::Config(error.into()))?;
+    text.fill(0);
+    let vault = own(config.vault_fd);
+    confine_to(vault.as_fd()).map_err(|error| WorkerError::Confine(error.into()))?;
+    let agent = Agent { control: Mutex::new(own(config.control_fd).into()), disks: own(config.disks_fd).into() };
+    let said = match Vault::at(vault.into()).map_err(Failure::from).and_then(|vault| work(&vault, config.job, &agent)) {
+        Ok(told) => Said::Done(told),
+        Err(failure) => {
+            let message = told(&failure);
+            tracing::warn!(message, "failed");
+            Said::Failed { code: failure.code(), message }
+        }
+    };
+    // Who does not hear it any more knows that it ended.
+    let _ = agent.say(&said);
+    Ok(())
+}
+
+#[expect(unsafe_code, reason = "descriptors that were inherited are plain numbers")]
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: the agent passed it for this alone, and each is taken once.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn told(failure: &Failure) -> String {
+    crate::host::with_causes(failure)
+}
+
+/// Whoever started this.
+struct Agent {
+    control: Mutex<UnixStream>,
+    disks: UnixStream,
+}
+
+impl Agent {
+    fn say(&self, said: &Said) -> io::Result<()> {
+        let mut line = serde_json::to_vec(said)?;
+        line.push(b'\n');
+        self.control.lock().unwrap_or_else(std::sync::PoisonError::into_inner).write_all(&line)
+    }
+
+    /// Asks for the socket of the next disk.
+    fn next_disk(&self) -> Result<UnixStream, Failure> {
+        self.say(&Said::NextDisk).map_err(Failure::Alone)?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [0];
+        let received = loop {
+            match rustix::net::recvmsg(&self.disks, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Err(rustix::io::Errno::INTR) => {}
+                received => break received,
+            }
+        };
+        received.map_err(|error| Failure::Alone(error.into()))?;
+        let rights = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        rights.map(UnixStream::from).ok_or_else(|| Failure::Alone(io::ErrorKind::UnexpectedEof.into()))
+    }
+}
+
+fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Failure> {
+    let keyed = |snapshots: &[Keyed]| snapshots.iter().map(Keyed::opened).collect::<Vec<(SnapshotId, SnapshotKey)>>();
+    match job {
+        Job::Take { snapshot, team, known, memory_fd, disks, about } => {
+            let memory = memory_fd.map(|fd| UnixStream::from(own(fd)));
+            take_all(vault, agent, &snapshot, TeamKey::new(team), &keyed(&known), memory, &disks, about)
+        }
+        Job::Restore { snapshot, disks } => {
+            let (id, key) = snapshot.opened();
+            let mut contents = vault.snapshot(id, &key)?;
+            agent.say(&Said::Ready).map_err(Failure::Alone)?;
+            let mut written = 0;
+            for disk in disks {
+                written += restore(agent.next_disk()?, &disk.export, &mut contents, &disk.node)?;
+            }
+            Ok(json(&Bytes(written)))
+        }
+        Job::Play { snapshot, qemu_fd } => {
+            let (id, key) = snapshot.opened();
+            let contents = vault.snapshot(id, &key)?;
+            agent.say(&Said::Ready).map_err(Failure::Alone)?;
+            // An agent that is gone is no reason to leave a VM without its memory.
+            let played = play(own(qemu_fd).into(), contents, || drop(agent.say(&Said::Loaded)))?;
+            tracing::info!(%id, asked = played.asked, background = played.background, "played");
+            Ok(serde_json::Value::Null)
+        }
+        Job::Delete { snapshot } => {
+            vault.delete(snapshot)?;
+            Ok(serde_json::Value::Null)
+        }
+        Job::Usage => {
+            let usage = vault.usage()?;
+            Ok(json(&godwit_model::VaultUsage { snapshots: usage.snapshots, packs: usage.packs, bytes: usage.bytes }))
+        }
+        Job::Verify { snapshots, team } => {
+            let wrong = vault.verify(&keyed(&snapshots), &TeamKey::new(team))?;
+            let damage = wrong.iter().take(MOST_DAMAGE).map(|error| crate::host::with_causes(error)).collect();
+            Ok(json(&VaultFindings { damage }))
+        }
+        Job::PlanPrune { snapshots } => Ok(json(&shown(&vault.plan_prune(&keyed(&snapshots).into_iter().collect())?))),
+        Job::Prune { snapshots, plan } => {
+            let keys: BTreeMap<SnapshotId, SnapshotKey> = keyed(&snapshots).into_iter().collect();
+            let now = vault.plan_prune(&keys)?;
+            if shown(&now) != plan {
+                return Err(VaultError::Changed.into());
+            }
+            vault.prune(&now, &keys)?;
+            Ok(json(&plan))
+        }
+    }
+}
+
+fn json<T: Serialize>(value: &T) -> serde_json::Value {
+    serde_json::to_value(value).unwrap_or_default()
+}
+
+fn shown(plan: &PrunePlan) -> VaultPlan {
+    let snapshots = plan.snapshots.iter().map(|(id, bytes)| VaultFile { name: format!("{id}.snapshot"), bytes: *bytes });
+    let packs = plan.packs.iter().map(|(pack, bytes)| VaultFile { name: format!("{pack}.pack"), bytes: *bytes });
+    let drafts = plan.drafts.iter().map(|(name, bytes)| VaultFile { name: name.clone(), bytes: *bytes });
+    VaultPlan { files: snapshots.chain(packs).chain(drafts).collect() }
+}
+
+#[expect(clippy::too_many_arguments, reason = "they are the fields of the job")]
+fn take_all(
+    vault: &Vault,
+    agent: &Agent,
+    snapshot: &Keyed,
+    team: TeamKey,
+    known: &[(SnapshotId, SnapshotKey)],
+    memory: Option<UnixStream>,
+    disks: &[DiskOf],
+    about: Vec<u8>,
+) -> Result<serde_json::Value, Failure> {
+    let (id, key) = snapshot.opened();
+    // Of a try whose end nobody heard.
+    if vault.snapshots()?.contains(&id) {
+        vault.delete(id)?;
+    }
+    let of_disk = |disk: &DiskOf| {
+        let pages = u32::try_from(disk.size.get().div_ceil(PAGE_SIZE as u64)).ok()?;
+        Some(Space { kind: SpaceKind::Disk, name: disk.node.clone(), pages })
+    };
+    let disk_spaces: Vec<Space> = disks.iter().map(of_disk).collect::<Option<_>>().ok_or(Failure::Disks)?;
+    let known: Known = vault.known(known, KNOWN)?;
+    let draft = vault.begin(id)?;
+    let keys = Keys { snapshot: key, team, pack: PackKey::draw().map_err(Failure::Write)? };
+    agent.say(&Said::Ready).map_err(Failure::Alone)?;
+    let mut first_disk = 0;
+    let (mut writer, mut parts) = match memory {
+        Some(memory) => {
+            let begin = |mut spaces: Vec<Space>| {
+                first_disk = spaces.len();
+                spaces.extend(disk_spaces);
+                draft.writer(&keys, spaces, known, Bytes(u64::MAX))
+            };
+            let taken = take(memory, begin, || drop(agent.say(&Said::Began)))?;
+            (taken.writer, taken.parts)
+        }
+        None => (draft.writer(&keys, disk_spaces, known, Bytes(u64::MAX)).map_err(Failure::Write)?, Parts::default()),
+    };
+    for (space, disk) in (first_disk..).zip(disks) {
+        let space = u16::try_from(space).map_err(|_| Failure::Disks)?;
+        take_disk(agent.next_disk()?, &disk.export, space, &mut writer)?;
+    }
+    // Whoever asked for it may be gone, and has asked another.
+    agent.say(&Said::Ready).map_err(Failure::Alone)?;
+    parts.about = about;
+    let (_, _, totals) = writer.finish(&parts).map_err(Failure::Write)?;
+    draft.commit(&totals)?;
+    let written = Bytes(totals.snapshot.get().saturating_add(totals.pack.get()));
+    Ok(json(&Kept { zero: totals.zero, known: totals.known, new: totals.new, written }))
+}
+
+impl Failure {
+    fn code(&self) -> ErrorCode {
+        use ErrorCode as E;
+        match self {
+            Self::Vault(VaultError::Busy) => E::VmBusy,
+            Self::Vault(VaultError::NotFound(_)) => E::NotFound,
+            Self::Vault(VaultError::Changed) => E::RevisionConflict,
+            Self::Vault(VaultError::File { .. } | VaultError::Missing { .. }) => E::SnapshotDamaged,
+            Self::Restore(RestoreError::Contents(error)) | Self::Play(PlayError::Contents(error)) => of_contents(error),
+            Self::Play(PlayError::Preamble(_) | PlayError::NoRam) => E::SnapshotDamaged,
+            Self::Play(PlayError::Refused | PlayError::Answer(_)) => E::QemuFailed,
+            Self::Restore(RestoreError::TooSmall { .. }) => E::VolumeTruncated,
+            Self::Restore(RestoreError::NoDisk(_)) => E::NotFound,
+            Self::Restore(RestoreError::Disk(error)) if error.is_no_space() => E::NotEnoughSpace,
+            failure if failure.is_no_space() => E::NotEnoughSpace,
+            Self::Take(_) | Self::Disk(_) | Self::Disks | Self::Alone(_) => E::SnapshotFailed,
+            Self::Restore(_) | Self::Play(_) => E::QemuFailed,
+            Self::Vault(_) | Self::Write(_) => E::HostFailed,
+        }
+    }
+
+    fn is_no_space(&self) -> bool {
+        let is = |error: &io::Error| {
+            matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+        };
+        match self {
+            Self::Vault(VaultError::Io { source, .. })
+            | Self::Take(TakeError::Write(source))
+            | Self::Disk(TakeDiskError::Write(source))
+            | Self::Write(source) => is(source),
+            _ => false,
+        }
+    }
+}
+
+fn of_contents(error: &ContentsError) -> ErrorCode {
+    match error {
+        ContentsError::Snapshot(FileError::Io(_)) | ContentsError::Pack { source: FileError::Io(_), .. } => ErrorCode::HostFailed,
+        _ => ErrorCode::SnapshotDamaged,
+    }
+}

@@ -1,0 +1,176 @@
+//! A VM that begins as it was in a snapshot: its disks are made what they were, then it runs as soon as its devices are loaded, and its memory follows.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use godwit_model::{Bytes, ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState};
+use godwit_qemu::process::QemuProcess;
+use godwit_qemu::qmp::views::RunStatus;
+use godwit_qemu::{PassedFds, Start};
+
+use super::actor::{Actor, qemu_failed};
+use super::change::{open_disk, open_flash};
+use super::disks;
+use super::snapshot::nodes;
+use crate::host::host_failed;
+use crate::journal::{Holding, VmRecord};
+use crate::snapshot::{DiskOf, FromSnapshot, Job, Said, Worker};
+
+/// How long QEMU may take to load the devices.
+const LOADING: Duration = Duration::from_secs(60);
+
+impl Actor {
+    /// Starts the VM out of a snapshot.
+    pub(super) async fn start_from(
+        &mut self,
+        grant: &Grant,
+        spec: ResolvedSpec,
+        from: &FromSnapshot,
+    ) -> Result<RestoreFigures, Refusal> {
+        // Before anything is changed: a snapshot that is not there, or does not open.
+        let (mut worker, qemus) = self.start_worker_of(from, &spec).await?;
+        for disk in &spec.disks {
+            drop(open_disk(&self.host, disk, Start::Fresh).await?);
+        }
+        open_flash(&self.host, &spec, Start::Fresh, &[], &mut PassedFds::new()).await?;
+        let began = Instant::now();
+        self.begin(VmRecord::new(spec.clone(), grant.generation, 0, Holding::Owner), Start::Incoming).await?;
+        let mut figures = RestoreFigures { qemu_ms: millis(began.elapsed()), ..RestoreFigures::default() };
+        let restored = async {
+            self.restore_disks(&mut worker, from, &mut figures).await?;
+            match qemus {
+                Some((player, qemus)) => self.restore_memory(player, qemus, &mut figures).await,
+                None => self.boot(grant, spec, &mut figures).await,
+            }
+        };
+        if let Err(refusal) = restored.await {
+            if let Some(record) = &mut self.record {
+                record.end_wanted = true;
+            }
+            self.end_process().await;
+            self.forsake_tpm().await;
+            return Err(refusal);
+        }
+        Ok(figures)
+    }
+
+    /// Whether a QEMU of ours has loaded what it is to run with.
+    pub(super) async fn has_loaded(&self) -> bool {
+        let Ok(qmp) = self.monitor() else { return false };
+        qmp.query_status().await.is_ok_and(|status| status.status != RunStatus::InMigrate)
+    }
+
+    /// The workers, when they have opened the snapshot: of its disks, and of its memory with QEMU's end of the connection.
+    async fn start_worker_of(
+        &self,
+        from: &FromSnapshot,
+        spec: &ResolvedSpec,
+    ) -> Result<(Worker, Option<(Worker, UnixStream)>), Refusal> {
+        let host = &self.host;
+        let of_disk = |(node, _)| DiskOf { export: String::clone(&node), node, size: Bytes(0) };
+        let disks = nodes(spec).into_iter().map(of_disk).collect();
+        let directory = async || host.pools.vault(&from.vault.pool, &from.vault.team, host.vault_uid()).await;
+        let job = Job::Restore { snapshot: from.snapshot.clone(), disks };
+        let mut worker = Worker::start(host, directory().await?, job, PassedFds::new()).await?;
+        wait_for(&mut worker, &Said::Ready).await?;
+        if !from.memory {
+            return Ok((worker, None));
+        }
+        let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+        let mut fds = PassedFds::new();
+        let job = Job::Play { snapshot: from.snapshot.clone(), qemu_fd: fds.pass(ours) };
+        let mut player = Worker::start(host, directory().await?, job, fds).await?;
+        wait_for(&mut player, &Said::Ready).await?;
+        Ok((worker, Some((player, qemus))))
+    }
+
+    async fn restore_disks(&self, worker: &mut Worker, from: &FromSnapshot, figures: &mut RestoreFigures) -> Result<(), Refusal> {
+        let (began, qmp) = (Instant::now(), self.monitor()?.clone());
+        let Some(spec) = self.record.as_ref().map(|record| &record.spec) else { return Ok(()) };
+        let mut nodes = nodes(spec).into_iter();
+        if nodes.len() > 0 {
+            disks::serve(&self.host, self.vm, &qmp).await?;
+        }
+        let written = loop {
+            match worker.hear().await? {
+                Said::NextDisk => {
+                    let Some((node, _)) = nodes.next() else { return Err(unexpected()) };
+                    qmp.export_disk(&node, true, None).await.map_err(qemu_failed)?;
+                    worker.pass_disk(&disks::connect(&self.host, self.vm)?)?;
+                }
+                Said::Done(told) => break serde_json::from_value(told).unwrap_or_default(),
+                _ => return Err(unexpected()),
+            }
+        };
+        qmp.stop_serving_disks().await.map_err(qemu_failed)?;
+        (figures.disks_ms, figures.disks_written) = (millis(began.elapsed()), written);
+        tracing::info!(id = %from.snapshot.id, %written, "the disks are as they were");
+        Ok(())
+    }
+
+    async fn restore_memory(&mut self, mut player: Worker, qemus: UnixStream, figures: &mut RestoreFigures) -> Result<(), Refusal> {
+        let (began, qmp) = (Instant::now(), self.monitor()?.clone());
+        qmp.begin_restore(qemus).await.map_err(qemu_failed)?;
+        let late = |_| {
+            let message = format!("QEMU did not load the VM's devices within {LOADING:?}");
+            Err(Refusal::new(ErrorCode::QemuFailed, message).hint("look at the VM's log on its host"))
+        };
+        tokio::time::timeout(LOADING, wait_for(&mut player, &Said::Loaded)).await.unwrap_or_else(late)?;
+        self.publish_tpm().await?;
+        self.announce_by_host();
+        qmp.cont().await.map_err(qemu_failed)?;
+        self.state = RunState::Running;
+        figures.memory_ms = millis(began.elapsed());
+        self.settle_tpm().await;
+        if let Some(process) = self.process.clone() {
+            tokio::spawn(see_to_the_end(process, player));
+        }
+        Ok(())
+    }
+
+    /// Without memory it boots, from the disks that it was given.
+    async fn boot(&mut self, grant: &Grant, spec: ResolvedSpec, figures: &mut RestoreFigures) -> Result<(), Refusal> {
+        if let Some(record) = &mut self.record {
+            record.end_wanted = true;
+        }
+        self.end_process().await;
+        let began = Instant::now();
+        self.begin(VmRecord::new(spec, grant.generation, 0, Holding::Owner), Start::Fresh).await?;
+        figures.qemu_ms = figures.qemu_ms.saturating_add(millis(began.elapsed()));
+        self.run_on().await
+    }
+}
+
+/// A VM whose memory cannot come any more waits for ever where it touches it: it is ended, and can be had out of the snapshot once more.
+async fn see_to_the_end(process: Arc<QemuProcess>, player: Worker) {
+    let mut lines = player.let_go();
+    while let Some(Ok(line)) = lines.next().await {
+        match serde_json::from_str(&line) {
+            Ok(Said::Done(_)) => return tracing::info!("all memory has come out of the snapshot"),
+            Ok(Said::Failed { message, .. }) => {
+                tracing::error!(message, "memory cannot come out of the snapshot: the VM is ended");
+                return process.kill();
+            }
+            _ => {}
+        }
+    }
+    if process.is_alive() {
+        tracing::error!("the vault worker is gone before all memory has come out of the snapshot: the VM is ended");
+        process.kill();
+    }
+}
+
+async fn wait_for(worker: &mut Worker, wanted: &Said) -> Result<(), Refusal> {
+    let said = worker.hear().await?;
+    if std::mem::discriminant(&said) == std::mem::discriminant(wanted) { Ok(()) } else { Err(unexpected()) }
+}
+
+fn unexpected() -> Refusal {
+    Refusal::new(ErrorCode::Internal, "the vault worker said what nobody expects").retry(Retry::Safe)
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}

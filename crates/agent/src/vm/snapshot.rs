@@ -1,0 +1,413 @@
+//! A snapshot of a VM that runs on.
+//!
+//! ```text
+//! worker knows the vault ─▶ QEMU's first step, thrown away ─▶ fleeces ─▶ stop ─▶ fleeces begin, memory begins ─▶ run on
+//!                                              all that is slow │ the guest stands still │
+//! ─▶ memory comes ─▶ each disk is read from its fleece ─▶ durable ─▶ fleeces end
+//! ```
+//! Whatever ends it, QEMU is then as before: the journal says that a snapshot is under way before anything is done, so that an agent that was killed puts it
+//! right in its next life.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use godwit_model::{
+    Bytes, ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, Retry, RunState, SnapshotFigures, TaskId, VmId, VolumeRef,
+};
+use godwit_qemu::PassedFds;
+use godwit_qemu::disks::{VARIABLES, disk_node};
+use godwit_qemu::fleece::fleece_node;
+use godwit_qemu::qga::{Frozen, Thawed};
+use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
+use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::actor::{Actor, Answer, qemu_failed};
+use super::disks;
+use crate::guest;
+use crate::host::{SharedHost, host_failed};
+use crate::journal::SnapshotRecord;
+use crate::snapshot::{DiskOf, Job, Kept, Said, SnapshotJob, Worker};
+
+/// How long the guest may stand still while QEMU begins.
+const BEGINNING: Duration = Duration::from_secs(20);
+const STOPPING: Duration = Duration::from_secs(10);
+
+/// A snapshot that is being taken.
+pub(super) struct Snapshotting {
+    task: TaskId,
+    cancel: CancellationToken,
+    work: JoinHandle<Result<SnapshotFigures, Refusal>>,
+    reply: Option<oneshot::Sender<Result<Answer, Refusal>>>,
+}
+
+impl Snapshotting {
+    /// Waits for its end.
+    pub(super) async fn ended(&mut self) -> Result<SnapshotFigures, Refusal> {
+        let lost = |error| Err(Refusal::new(ErrorCode::Internal, format!("taking a snapshot ended unexpectedly: {error}")));
+        (&mut self.work).await.unwrap_or_else(lost)
+    }
+}
+
+/// The disks of a VM, as QEMU names them. Media and seeds are none: they do not change.
+pub(super) fn nodes(spec: &ResolvedSpec) -> Vec<(String, VolumeRef)> {
+    let variables = match &spec.platform.firmware {
+        Firmware::Uefi { variables, .. } => Some((VARIABLES.to_owned(), variables.clone())),
+        _ => None,
+    };
+    spec.disk_slots().map(|(slot, disk)| (disk_node(slot), disk.volume.clone())).chain(variables).collect()
+}
+
+impl Actor {
+    /// Answers when the snapshot is durable, and holds up nothing meanwhile.
+    pub(super) async fn on_snapshot(
+        &mut self,
+        generation: Generation,
+        task: TaskId,
+        job: SnapshotJob,
+        reply: oneshot::Sender<Result<Answer, Refusal>>,
+    ) {
+        match self.begin_snapshot(generation, job).await {
+            Ok((cancel, work)) => self.snapshot = Some(Snapshotting { task, cancel, work, reply: Some(reply) }),
+            Err(refusal) => {
+                tracing::info!(code = %refusal.code, message = refusal.message, "no snapshot is begun");
+                let _ = reply.send(Err(refusal));
+            }
+        }
+    }
+
+    async fn begin_snapshot(
+        &mut self,
+        generation: Generation,
+        job: SnapshotJob,
+    ) -> Result<(CancellationToken, JoinHandle<Result<SnapshotFigures, Refusal>>), Refusal> {
+        self.owned(generation)?;
+        self.undisturbed()?;
+        let qmp = self.monitor()?.clone();
+        self.refresh().await;
+        memory_is_whole(&qmp).await?;
+        let ran = self.state == RunState::Running;
+        let keeps_paused = self.host.facts.machines.iter().any(|machine| machine == KEEPS_PAUSED);
+        if !ran && job.request.memory && !keeps_paused {
+            let version = &self.host.facts.qemu;
+            return Err(Refusal::new(
+                ErrorCode::Unsupported,
+                format!("QEMU {version} would let a paused VM run while its memory is kept"),
+            )
+            .hint("let it run first (`godwit vm unpause`), or take its disks alone: `--disks-only`"));
+        }
+        let Some(record) = &mut self.record else {
+            return Err(Refusal::new(ErrorCode::NotFound, "this host does not hold the VM"));
+        };
+        let mut disks = Vec::new();
+        for (node, volume) in nodes(&record.spec) {
+            let size = qmp.size_of_disk(&node).await.map_err(qemu_failed)?;
+            let size = size.ok_or_else(|| Refusal::new(ErrorCode::Internal, format!("QEMU has no disk {volume}")))?.size;
+            disks.push(TakenDisk { node, volume, size });
+        }
+        if disks.is_empty() && !job.request.memory {
+            return Err(Refusal::new(
+                ErrorCode::BadRequest,
+                "the VM has no disk, and its memory is not wanted: nothing would be kept",
+            ));
+        }
+        record.snapshot = Some(SnapshotRecord { ran, disks: disks.iter().map(|disk| disk.node.clone()).collect() });
+        self.save()?;
+        let (host, vm, cancel) = (Arc::clone(&self.host), self.vm, CancellationToken::new());
+        let mut taking = Taking { host, vm, qmp, disks, job, ran, figures: SnapshotFigures::default() };
+        let cancelled = cancel.clone();
+        let work = tokio::spawn(async move {
+            let taken = tokio::select! {
+                taken = taking.take() => taken,
+                () = cancelled.cancelled() => Err(Refusal::new(ErrorCode::Cancelled, "cancelled by request")),
+            };
+            let nodes: Vec<String> = taking.disks.iter().map(|disk| disk.node.clone()).collect();
+            let over = put_right(&taking.qmp, &nodes, taking.ran).await;
+            if let Err(error) = over {
+                tracing::warn!(error = &error as &dyn std::error::Error, "QEMU is not as before the snapshot");
+            }
+            taken.map(|()| taking.figures)
+        });
+        Ok((cancel, work))
+    }
+
+    /// Nothing else works on the VM's memory or disks.
+    pub(super) fn undisturbed(&self) -> Result<(), Refusal> {
+        if self.snapshot.is_none() {
+            return Ok(());
+        }
+        Err(Refusal::new(ErrorCode::VmBusy, "a snapshot of the VM is being taken")
+            .hint("wait until it has ended; `godwit task list` shows it")
+            .retry(Retry::Safe))
+    }
+
+    /// Ends a snapshot, if it is this task's.
+    pub(super) fn cancel_snapshot(&self, task: TaskId) -> bool {
+        let found = self.snapshot.as_ref().filter(|snapshot| snapshot.task == task);
+        found.inspect(|snapshot| snapshot.cancel.cancel()).is_some()
+    }
+
+    /// It has ended.
+    pub(super) fn on_snapshot_ended(&mut self, ended: Result<SnapshotFigures, Refusal>) {
+        if let Some(record) = &mut self.record {
+            record.snapshot = None;
+        }
+        self.save_or_log();
+        match &ended {
+            Ok(figures) => tracing::info!(?figures, "a snapshot was taken"),
+            Err(refusal) => tracing::info!(code = %refusal.code, message = refusal.message, "no snapshot was taken"),
+        }
+        let answer = ended.map(|figures| Answer { result: godwit_link::encode(&figures), ..Answer::default() });
+        if let Some(reply) = self.snapshot.take().and_then(|snapshot| snapshot.reply) {
+            let _ = reply.send(answer);
+        }
+    }
+
+    /// An agent that is no more was taking a snapshot.
+    pub(super) async fn clear_up_snapshot(&mut self) {
+        let (Some(qmp), None, None) = (&self.qmp, &self.snapshot, &self.moving) else { return };
+        let Some(SnapshotRecord { ran, disks }) = self.record.as_ref().and_then(|record| record.snapshot.clone()) else { return };
+        tracing::info!("puts an end to a snapshot that nobody takes any more");
+        if let Err(error) = put_right(qmp, &disks, ran).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "QEMU is not as before the snapshot yet");
+            return;
+        }
+        if let Some(record) = &mut self.record {
+            record.snapshot = None;
+        }
+        self.save_or_log();
+        self.refresh().await;
+    }
+}
+
+/// From the QEMU that brought this machine on, a VM that stood still goes on to stand still.
+const KEEPS_PAUSED: &str = "pc-q35-9.0";
+
+/// Refuses while memory of the VM is still coming from a snapshot.
+pub(super) async fn memory_is_whole(qmp: &Qmp) -> Result<(), Refusal> {
+    match qmp.migration().await.map_err(qemu_failed)? {
+        MigrationStatus::PostcopyActive | MigrationStatus::PostcopyPaused => {
+            Err(Refusal::new(ErrorCode::VmBusy, "memory of the VM is still coming out of its snapshot")
+                .hint("try again in a moment")
+                .retry(Retry::Safe))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whatever a snapshot has done to QEMU, nothing of it is left.
+async fn put_right(qmp: &Qmp, disks: &[String], ran: bool) -> Result<(), QmpError> {
+    qmp.end_memory_snapshot().await?;
+    qmp.stop_serving_disks().await?;
+    for disk in disks {
+        qmp.end_fleece(disk).await?;
+    }
+    // Also a VM that stands still because there was no room for what it wrote over: now nothing needs room.
+    if ran && !qmp.query_status().await?.running {
+        qmp.cont().await?;
+    }
+    Ok(())
+}
+
+struct TakenDisk {
+    node: String,
+    volume: VolumeRef,
+    size: Bytes,
+}
+
+/// What it takes.
+struct Taking {
+    host: SharedHost,
+    vm: VmId,
+    qmp: Qmp,
+    disks: Vec<TakenDisk>,
+    job: SnapshotJob,
+    ran: bool,
+    figures: SnapshotFigures,
+}
+
+impl Taking {
+    async fn take(&mut self) -> Result<(), Refusal> {
+        let began = Instant::now();
+        let memory = self.prepare_memory().await?;
+        for TakenDisk { node, volume, size } in &self.disks {
+            let room = self.host.pools.scratch(&volume.pool, *size).await?;
+            self.qmp.add_fleece(node, room).await.map_err(failed)?;
+        }
+        if !self.disks.is_empty() {
+            disks::serve(&self.host, self.vm, &self.qmp).await?;
+        }
+        let (mut worker, stream) = self.start_worker(memory).await?;
+        let frozen = self.freeze().await;
+        let pause = self.begin(&mut worker, stream).await;
+        if let Some(frozen) = frozen
+            && frozen.thaw().await == Thawed::TimeWasOver
+        {
+            let warning = "the guest's file systems were let go before the instant of the snapshot: they are as after a power cut";
+            self.figures.warnings.push(warning.into());
+        }
+        self.figures.pause_us = pause?.map(|pause| u64::try_from(pause.as_micros()).unwrap_or(u64::MAX));
+        let notices = self.qmp.listen();
+        let kept = tokio::select! {
+            kept = self.follow(&mut worker) => kept?,
+            refusal = stopped_for_want_of_room(&self.qmp, notices) => return Err(refusal),
+        };
+        self.figures.memory = memory;
+        self.figures.took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        (self.figures.pages_zero, self.figures.pages_known, self.figures.pages_new) = (kept.zero, kept.known, kept.new);
+        self.figures.written = kept.written;
+        Ok(())
+    }
+
+    /// Whether memory is kept. Where QEMU does not let it, the disks alone are, with a warning; a VM without disks has nothing else to keep.
+    async fn prepare_memory(&mut self) -> Result<bool, Refusal> {
+        if !self.job.request.memory {
+            return Ok(false);
+        }
+        let (unread, theirs) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+        let prepared = self.qmp.prepare_memory_snapshot(theirs).await;
+        drop(unread);
+        match prepared {
+            Ok(()) => Ok(true),
+            Err(error) if error.refused().is_some() && !self.disks.is_empty() => {
+                let warning = format!("memory is not in it, the VM would boot from its disks: {error}");
+                self.figures.warnings.push(warning);
+                Ok(false)
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    async fn start_worker(&self, memory: bool) -> Result<(Worker, Option<UnixStream>), Refusal> {
+        let SnapshotJob { vault, snapshot, known, about, .. } = &self.job;
+        let directory = self.host.pools.vault(&vault.pool, &vault.team, self.host.vault_uid()).await?;
+        let mut fds = PassedFds::new();
+        let (memory_fd, stream) = if memory {
+            let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+            (Some(fds.pass(ours)), Some(qemus))
+        } else {
+            (None, None)
+        };
+        let of_disk =
+            |TakenDisk { node, size, .. }: &TakenDisk| DiskOf { node: node.clone(), export: fleece_node(node), size: *size };
+        let job = Job::Take {
+            snapshot: snapshot.clone(),
+            team: vault.key,
+            known: known.clone(),
+            memory_fd,
+            disks: self.disks.iter().map(of_disk).collect(),
+            about: about.clone(),
+        };
+        let mut worker = Worker::start(&self.host, directory, job, fds).await?;
+        match worker.hear().await? {
+            Said::Ready => Ok((worker, stream)),
+            said => Err(unexpected(&said)),
+        }
+    }
+
+    /// Brings the guest's file systems to rest, if that is wanted. A guest that cannot is no reason not to keep it.
+    async fn freeze(&mut self) -> Option<Frozen> {
+        let limit = Duration::from_millis(self.job.request.quiesce?.get());
+        match guest::freeze(&self.host, self.vm, limit).await {
+            Ok(frozen) => Some(frozen),
+            Err(refusal) => {
+                let warning =
+                    format!("the guest's file systems were not brought to rest, they are as after a power cut: {refusal}");
+                self.figures.warnings.push(warning);
+                None
+            }
+        }
+    }
+
+    /// The instant of the snapshot; how long the guest stood still.
+    async fn begin(&self, worker: &mut Worker, stream: Option<UnixStream>) -> Result<Option<Duration>, Refusal> {
+        let nodes: Vec<String> = self.disks.iter().map(|disk| disk.node.clone()).collect();
+        let began = Instant::now();
+        if stream.is_some() && self.ran {
+            self.qmp.stop(STOPPING).await.map_err(failed)?;
+        }
+        // Before memory begins: an old QEMU lets the guest run when it has, without being told.
+        if !nodes.is_empty() {
+            self.qmp.begin_fleeces(&nodes).await.map_err(failed)?;
+        }
+        if let Some(stream) = stream {
+            self.qmp.begin_memory_snapshot(stream).await.map_err(failed)?;
+            let said = tokio::time::timeout(BEGINNING, worker.hear()).await;
+            let late =
+                |_| Refusal::new(ErrorCode::SnapshotFailed, format!("QEMU did not begin to write memory within {BEGINNING:?}"));
+            match said.map_err(late)? {
+                Ok(Said::Began) => {}
+                Ok(said) => return Err(unexpected(&said)),
+                Err(refusal) => return Err(self.why(refusal).await),
+            }
+            if self.ran {
+                self.qmp.cont().await.map_err(failed)?;
+            }
+        }
+        Ok(self.ran.then(|| began.elapsed()))
+    }
+
+    /// Gives the worker each disk as it asks for it, until it is done.
+    async fn follow(&self, worker: &mut Worker) -> Result<Kept, Refusal> {
+        let mut disks = self.disks.iter();
+        loop {
+            match worker.hear().await {
+                Ok(Said::NextDisk) => {
+                    let Some(TakenDisk { node, .. }) = disks.next() else { return Err(unexpected(&Said::NextDisk)) };
+                    self.qmp.export_disk(&fleece_node(node), false, None).await.map_err(failed)?;
+                    worker.pass_disk(&disks::connect(&self.host, self.vm)?)?;
+                }
+                Ok(Said::Done(told)) => {
+                    return serde_json::from_value(told)
+                        .map_err(|error| host_failed("what the vault worker tells is not understood", &error));
+                }
+                Ok(Said::Ready) => {}
+                Ok(said) => return Err(unexpected(&said)),
+                Err(refusal) => return Err(self.why(refusal).await),
+            }
+        }
+    }
+
+    /// What QEMU says of a stream that ended before its time says more than that it did.
+    async fn why(&self, refusal: Refusal) -> Refusal {
+        match self.qmp.query_migrate().await {
+            Ok(migration) if refusal.code == ErrorCode::SnapshotFailed => match migration.error_desc {
+                Some(said) => Refusal { message: format!("{}: {said}", refusal.message), ..refusal },
+                None => refusal,
+            },
+            _ => refusal,
+        }
+    }
+}
+
+/// Ends when the guest was stopped because what it writes over could not be kept.
+async fn stopped_for_want_of_room(qmp: &Qmp, mut notices: Notices) -> Refusal {
+    loop {
+        match notices.next().await {
+            Notice::Event(event) if event.name == "STOP" => {
+                if qmp.query_status().await.is_ok_and(|status| status.status == RunStatus::IoError) {
+                    let message = "there was no room to keep what the guest writes over while its disks are read";
+                    return Refusal::new(ErrorCode::NotEnoughSpace, message)
+                        .hint("free space in the pools of the VM's disks; the VM runs on")
+                        .retry(Retry::Safe);
+                }
+            }
+            Notice::Event(_) | Notice::Missed(_) => {}
+            // The worker says what became of it.
+            Notice::Ended(_) => std::future::pending().await,
+        }
+    }
+}
+
+fn failed(error: QmpError) -> Refusal {
+    let retry = if error.refused().is_some() { Retry::Safe } else { Retry::Unknown };
+    let message: String = error.to_string().chars().take(500).collect();
+    Refusal::new(ErrorCode::SnapshotFailed, message).hint("look at the VM's log on its host").retry(retry)
+}
+
+fn unexpected(said: &Said) -> Refusal {
+    Refusal::new(ErrorCode::Internal, format!("the vault worker said {said:?} where nobody expects it"))
+}
