@@ -173,6 +173,13 @@ mod tests {
     }
 
     #[test]
+    fn a_team_has_not_any_number_of_snapshots() {
+        assert_eq!(check_room(MOST - 1), Ok(()));
+        let refusal = check_room(MOST).expect_err("one too many");
+        assert!(refusal.code == ErrorCode::BadRequest && refusal.hint.is_some(), "{refusal}");
+    }
+
+    #[test]
     fn the_pool_is_the_wanted_one_or_the_one_that_suits() {
         let pool = |text: &str, shared| PoolFacts { name: name(text), identity: text.into(), shared, capacity: Bytes::GIB };
         let pools = [pool("local", false), pool("nfs", true), pool("fast", false)];

@@ -240,16 +240,18 @@ impl Tasks {
         };
         let presence = self.hub.presence(host);
         let there = presence.as_ref().and_then(|presence| pool_there(&presence.facts.pools, &snapshot.identity));
-        let from = v1::FromSnapshot {
-            vault: Some(self.vault_at(&snapshot.team, there.unwrap_or(&snapshot.pool)).await?),
-            snapshot: Some(self.key_of(&snapshot)?),
-            memory: snapshot.request.memory,
+        let signed = async {
+            let from = v1::FromSnapshot {
+                vault: Some(self.vault_at(&snapshot.team, there.unwrap_or(&snapshot.pool)).await?),
+                snapshot: Some(self.key_of(&snapshot)?),
+                memory: snapshot.request.memory,
+            };
+            Ok(v1::StartVm { grant: Some(self.authority.grant(&grant)?), spec: encode(spec), from: Some(from) })
         };
-        let grant = match self.authority.grant(&grant) {
-            Ok(grant) => Some(grant),
-            Err(refusal) => return failed(refusal).await,
+        let action = match signed.await {
+            Err(Fault::Refused(refusal)) => return failed(refusal).await,
+            start => Action::Start(start?),
         };
-        let action = Action::Start(v1::StartVm { grant, spec: encode(spec), from: Some(from) });
         let answer = match self.command(id, host, "begin", action).await? {
             Ok(answer) => answer,
             Err(refusal) => return failed(refusal).await,

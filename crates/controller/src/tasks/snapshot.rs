@@ -173,30 +173,11 @@ impl Tasks {
             return Ok(Taken::Refused(Refusal::new(ErrorCode::Internal, "the snapshot's row is gone")));
         };
         let snapshot = snapshot.row;
-        self.set_step(id, &format!("takes snapshot {name} on {}", snapshot.host)).await?;
-        let mut known = self.snapshots_of(&snapshot.team).await?;
-        known.retain(|other| other.state == SnapshotState::Ready && other.identity == snapshot.identity);
-        known.sort_by_key(|other| (other.vm != snapshot.vm, Reverse(other.created)));
-        known.truncate(KNOWN);
-        let about = About {
-            schema: 1,
-            name: &snapshot.name,
-            team: &snapshot.team,
-            vm: snapshot.vm,
-            vm_name: &snapshot.vm_name,
-            created: snapshot.created,
-            spec: &snapshot.spec,
-            resolved: &snapshot.resolved,
+        let action = match self.taking(&vm.row, &snapshot).await {
+            Err(Fault::Refused(refusal)) => return Ok(Taken::Refused(refusal)),
+            action => action?,
         };
-        let action = Action::TakeSnapshot(v1::TakeSnapshot {
-            vm: vm.row.id.to_string(),
-            generation: vm.row.generation.0,
-            vault: Some(self.vault_at(&snapshot.team, &snapshot.pool).await?),
-            snapshot: Some(self.key_of(&snapshot)?),
-            known: known.iter().map(|other| self.key_of(other)).collect::<Result<_, _>>()?,
-            request: encode(&snapshot.request),
-            about: encode(&about),
-        });
+        self.set_step(id, &format!("takes snapshot {name} on {}", snapshot.host)).await?;
         Ok(match self.command_until(id, &snapshot.host, tag, action, self.cancelled(id)).await? {
             None => Taken::Unknown(
                 Refusal::new(ErrorCode::Cancelled, format!("cancelled by request, while host {} was away", snapshot.host))
@@ -212,6 +193,33 @@ impl Tasks {
                 ),
             },
         })
+    }
+
+    /// What the VM's host is told.
+    async fn taking(&self, vm: &VmRow, snapshot: &SnapshotRow) -> Result<Action, Fault> {
+        let mut known = self.snapshots_of(&snapshot.team).await?;
+        known.retain(|other| other.state == SnapshotState::Ready && other.identity == snapshot.identity);
+        known.sort_by_key(|other| (other.vm != snapshot.vm, Reverse(other.created)));
+        known.truncate(KNOWN);
+        let about = About {
+            schema: 1,
+            name: &snapshot.name,
+            team: &snapshot.team,
+            vm: snapshot.vm,
+            vm_name: &snapshot.vm_name,
+            created: snapshot.created,
+            spec: &snapshot.spec,
+            resolved: &snapshot.resolved,
+        };
+        Ok(Action::TakeSnapshot(v1::TakeSnapshot {
+            vm: vm.id.to_string(),
+            generation: vm.generation.0,
+            vault: Some(self.vault_at(&snapshot.team, &snapshot.pool).await?),
+            snapshot: Some(self.key_of(snapshot)?),
+            known: known.iter().map(|other| self.key_of(other)).collect::<Result<_, _>>()?,
+            request: encode(&snapshot.request),
+            about: encode(&about),
+        }))
     }
 
     /// Writes down what became of a snapshot and changes the task and its VM, in one transaction.

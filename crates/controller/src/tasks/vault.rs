@@ -146,7 +146,10 @@ impl Tasks {
         };
         let fits = |vault: &Vault| match &wanted {
             Some(identity) => vault.identity == *identity,
-            None => vault.snapshots.iter().any(|snapshot| snapshot.pool == *pool),
+            None => {
+                let called = self.host_seeing(&vault.identity).is_some_and(|(_, called)| called == *pool);
+                called || vault.snapshots.iter().any(|snapshot| snapshot.pool == *pool)
+            }
         };
         let mut found: Vec<Vault> = self.vaults_of(team).await?.into_iter().filter(fits).collect();
         if found.len() > 1 {
@@ -261,20 +264,10 @@ impl Tasks {
             Some(vault) => {
                 let presence = self.hub.presence(host);
                 let there = presence.as_ref().and_then(|presence| pool_there(&presence.facts.pools, identity));
-                let action = self.look(&task.team, &vault, there.unwrap_or(&vault.pool), What::Verify(true)).await?;
-                self.set_step(id, &format!("reads all of it on {host}")).await?;
-                tokio::select! {
-                    answer = self.command(id, host, "verify", action) => match answer? {
-                        Err(refusal) => Outcome::Failed(refusal),
-                        Ok(answer) => match decode::<VaultFindings>("findings", &answer.result) {
-                            Ok(findings) => judge(&findings.damage),
-                            Err(malformed) => Outcome::Failed(malformed.into()),
-                        },
-                    },
-                    cancelled = self.cancelled(id) => {
-                        cancelled?;
-                        Outcome::Cancelled(Refusal::new(ErrorCode::Cancelled, "no longer waits; the host may go on reading"))
-                    }
+                match self.look(&task.team, &vault, there.unwrap_or(&vault.pool), What::Verify(true)).await {
+                    Ok(action) => self.verify(id, host, action).await?,
+                    Err(Fault::Refused(refusal)) => Outcome::Failed(refusal),
+                    Err(fault) => return Err(fault),
                 }
             }
         };
@@ -287,6 +280,25 @@ impl Tasks {
             .await?;
         Self::tell_end(&task);
         Ok(())
+    }
+}
+
+impl Tasks {
+    async fn verify(&self, id: TaskId, host: &Name, action: Action) -> Result<Outcome, Fault> {
+        self.set_step(id, &format!("reads all of it on {host}")).await?;
+        Ok(tokio::select! {
+            answer = self.command(id, host, "verify", action) => match answer? {
+                Err(refusal) => Outcome::Failed(refusal),
+                Ok(answer) => match decode::<VaultFindings>("findings", &answer.result) {
+                    Ok(findings) => judge(&findings.damage),
+                    Err(malformed) => Outcome::Failed(malformed.into()),
+                },
+            },
+            cancelled = self.cancelled(id) => {
+                cancelled?;
+                Outcome::Cancelled(Refusal::new(ErrorCode::Cancelled, "no longer waits; the host may go on reading"))
+            }
+        })
     }
 }
 
