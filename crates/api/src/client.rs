@@ -6,7 +6,7 @@ use bytes::Bytes;
 use eventsource_stream::Eventsource;
 use futures::{Stream, StreamExt};
 use godwit_model::guest::EXEC_TIMEOUT;
-use godwit_model::{BytesPerSec, ErrorCode, ExecOutcome, ImportFormat, Name, Refusal, Retry, TaskId, TokenId, VmSpec};
+use godwit_model::{BytesPerSec, ErrorCode, ExecOutcome, ImportFormat, Name, Refusal, Retry, TaskId, TokenId, VaultPlan, VmSpec};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde::Serialize;
@@ -108,6 +108,10 @@ fn segment(text: &impl ToString) -> String {
     utf8_percent_encode(&text.to_string(), NON_ALPHANUMERIC).to_string()
 }
 
+fn at(host: Option<&Name>) -> String {
+    host.map(|host| format!("?host={}", segment(host))).unwrap_or_default()
+}
+
 impl Client {
     /// A client of `endpoint`. A process-wide rustls provider must be installed.
     ///
@@ -172,8 +176,9 @@ impl Client {
     async fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>> {
         let mut items = Vec::new();
         let mut after: Option<String> = None;
+        let begin = if path.contains('?') { '&' } else { '?' };
         loop {
-            let query = after.as_ref().map(|after| format!("?after={}", segment(after))).unwrap_or_default();
+            let query = after.as_ref().map(|after| format!("{begin}after={}", segment(after))).unwrap_or_default();
             let page: v1::Page<T> = self.get(&format!("{path}{query}")).await?;
             items.extend(page.items);
             match page.next {
@@ -280,6 +285,53 @@ impl Client {
     /// Deletes a policy.
     pub async fn delete_policy(&self, policy: &Name) -> Result<()> {
         self.send(self.request(Method::DELETE, &format!("/policies/{}", segment(policy)))).await.map(|_| ())
+    }
+
+    /// Every snapshot of the team, or those of one VM.
+    pub async fn snapshots(&self, vm: Option<&Name>) -> Result<Vec<v1::Snapshot>> {
+        let query = vm.map(|vm| format!("?vm={}", segment(vm))).unwrap_or_default();
+        self.list(&format!("/snapshots{query}")).await
+    }
+
+    /// One snapshot.
+    pub async fn snapshot(&self, snapshot: &Name) -> Result<v1::Snapshot> {
+        self.get(&format!("/snapshots/{}", segment(snapshot))).await
+    }
+
+    /// Takes a snapshot of a VM.
+    pub async fn create_snapshot(&self, request: &v1::SnapshotCreate) -> Result<v1::Task> {
+        self.post("/snapshots", request).await
+    }
+
+    /// Changes a snapshot.
+    pub async fn set_snapshot(&self, snapshot: &Name, request: &v1::SnapshotSet) -> Result<v1::Snapshot> {
+        self.json(self.request(Method::PATCH, &format!("/snapshots/{}", segment(snapshot))).json(request)).await
+    }
+
+    /// Makes a VM what it was in a snapshot.
+    pub async fn rollback_snapshot(&self, snapshot: &Name, request: &v1::SnapshotRollback) -> Result<v1::Task> {
+        self.post(&format!("/snapshots/{}/rollback", segment(snapshot)), request).await
+    }
+
+    /// Deletes a snapshot.
+    pub async fn delete_snapshot(&self, snapshot: &Name) -> Result<()> {
+        let request = self.request(Method::DELETE, &format!("/snapshots/{}", segment(snapshot)));
+        self.send(request.timeout(PATIENCE)).await.map(|_| ())
+    }
+
+    /// Every vault of the team.
+    pub async fn vaults(&self) -> Result<Vec<v1::Vault>> {
+        self.list("/vaults").await
+    }
+
+    /// Reads all of a vault, and names what is damaged; `host` tells pools of one name apart.
+    pub async fn verify_vault(&self, pool: &Name, host: Option<&Name>) -> Result<v1::Task> {
+        self.post(&format!("/vaults/{}/verify{}", segment(pool), at(host)), &()).await
+    }
+
+    /// Removes what no snapshot refers to from a vault, or says what that would be.
+    pub async fn prune_vault(&self, pool: &Name, host: Option<&Name>, request: &v1::VaultPrune) -> Result<VaultPlan> {
+        self.post(&format!("/vaults/{}/prune{}", segment(pool), at(host)), request).await
     }
 
     /// Every image.

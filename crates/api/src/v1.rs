@@ -6,7 +6,8 @@ use godwit_model::guest::EXEC_TIMEOUT;
 use godwit_model::{
     Accelerator, Activity, Bytes, BytesPerSec, ExecRequest, Generation, GuestFacts, HostFacts, HostLoad, ImageId, ImageKind,
     ImportFormat, InterfaceDrops, MigrationFigures, MigrationForecast, MigrationProgress, MigrationSettings, Millis, Name,
-    NetworkId, NetworkKind, Octets, QuietTime, Refusal, RunState, TaskId, TokenId, UnixMillis, VmId, VmSpec,
+    NetworkId, NetworkKind, Octets, QuietTime, Refusal, RestoreFigures, RunState, SnapshotFigures, SnapshotId, TaskId, TokenId,
+    UnixMillis, VaultPlan, VaultUsage, VmId, VmSpec, VolumeRef,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -479,6 +480,143 @@ pub struct PolicySet {
     pub limits: Option<MigrationSettings>,
 }
 
+/// A VM as it was at one instant. It stays when its VM is deleted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Snapshot {
+    /// Identity.
+    pub id: SnapshotId,
+    /// Name, unique in its team.
+    pub name: Name,
+    /// Owner.
+    pub team: Name,
+    /// Grows with every change; pass as `If-Match` to refuse on what changed meanwhile.
+    pub revision: u64,
+    /// What the VM was called.
+    pub vm: Name,
+    /// When it was asked for.
+    pub created: UnixMillis,
+    /// The pool that holds it.
+    pub pool: Name,
+    /// Where it was taken.
+    pub host: Name,
+    /// RAM that it has; none: its disks only, and the VM boots from them.
+    pub memory: Option<Bytes>,
+    /// Disks that it has.
+    pub disks: Vec<SnapshotDisk>,
+    /// Whether it is kept until somebody says otherwise.
+    pub golden: bool,
+    /// Where it stands.
+    pub state: SnapshotState,
+    /// What it came to, once it is ready.
+    pub figures: Option<SnapshotFigures>,
+    /// Who asked for it.
+    pub principal: String,
+    /// Why, if said.
+    pub reason: Option<String>,
+}
+
+/// A disk of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SnapshotDisk {
+    /// Its volume.
+    pub volume: VolumeRef,
+    /// The size that was asked for, if one was.
+    pub size: Option<Bytes>,
+}
+
+/// Where a snapshot stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotState {
+    /// It is being taken.
+    Taking,
+    /// It can be used.
+    Ready,
+    /// Whether anything was written is not known: it can only be deleted.
+    Failed,
+    /// It is being deleted, or that did not come to its end: it can be deleted again.
+    Deleting,
+}
+
+/// Asks for a snapshot of a VM that runs or is paused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCreate {
+    /// Of which VM.
+    pub vm: Name,
+    /// Its name; by default the VM's with the moment in UTC.
+    #[serde(default)]
+    pub name: Option<Name>,
+    /// With RAM and devices; without, the VM boots from its disks as after a power cut, unless they are brought to rest. True by default.
+    #[serde(default = "with_memory")]
+    pub memory: bool,
+    /// The guest's file systems are brought to rest first, which may take this long, at most a minute. Takes a guest agent.
+    #[serde(default)]
+    pub quiesce: Option<Millis>,
+    /// The pool that is to hold it; by default that of the VM's first disk, else the host's first shared one, else its first.
+    #[serde(default)]
+    pub pool: Option<Name>,
+    /// It is kept until somebody says otherwise.
+    #[serde(default)]
+    pub golden: bool,
+    /// Why; recorded with it.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+const fn with_memory() -> bool {
+    true
+}
+
+/// Asks for a change of a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotSet {
+    /// Whether it is kept until somebody says otherwise; as it is if left out.
+    #[serde(default)]
+    pub golden: Option<bool>,
+}
+
+/// Asks for a VM to become what it was in a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRollback {
+    /// The host; by default the VM's, else the one where the snapshot was taken, else any that has its pool.
+    #[serde(default)]
+    pub host: Option<Name>,
+    /// What the VM is now is lost. Otherwise a snapshot of it is taken first, for which it has to run.
+    #[serde(default)]
+    pub discard_present: bool,
+    /// Why; recorded with the task.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// A team's vault: what holds its snapshots in one pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Vault {
+    /// The pool.
+    pub pool: Name,
+    /// Its identity: pools of one name on several hosts are the same storage if this is the same.
+    pub identity: String,
+    /// A connected host that has it; none if there is none.
+    pub host: Option<Name>,
+    /// What it takes of the pool; none if no host could say.
+    pub usage: Option<VaultUsage>,
+}
+
+/// Asks for what no snapshot refers to to be removed from a vault, or what that would be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VaultPrune {
+    /// Remove what `plan` names; otherwise nothing is changed.
+    #[serde(default)]
+    pub apply: bool,
+    /// The plan that was answered before: it is applied if it would still be the same.
+    #[serde(default)]
+    pub plan: Option<VaultPlan>,
+}
+
 /// Asks for a change of a host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -545,6 +683,15 @@ pub struct Task {
     pub forecast: Option<MigrationForecast>,
     /// What a migration cost.
     pub figures: Option<MigrationFigures>,
+    /// The snapshot that is taken, or that a VM becomes what it was in.
+    #[serde(default)]
+    pub snapshot: Option<Name>,
+    /// The snapshot that a rollback keeps of what the VM was before.
+    #[serde(default)]
+    pub kept: Option<Name>,
+    /// What a rollback cost.
+    #[serde(default)]
+    pub restore: Option<RestoreFigures>,
     /// Why it failed or was cancelled.
     pub error: Option<Refusal>,
     /// What happened, oldest first.
@@ -611,7 +758,7 @@ pub struct TaskNote {
 pub struct Event {
     /// Pass as `after` (or `Last-Event-ID`) to continue behind this event.
     pub cursor: u64,
-    /// Kind of the object: `vm`, `host`, `task`, `image`, `network`, `team`, `token`; or `migratable`, of a VM.
+    /// Kind of the object: `vm`, `host`, `task`, `snapshot`, `image`, `network`, `policy`, `team`, `token`; or `migratable`, of a VM.
     pub kind: String,
     /// Its name (tasks: its id).
     pub name: String,

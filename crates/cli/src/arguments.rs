@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use godwit_model::BytesPerSec;
 
 use crate::commands::{
-    cluster, completions, context, event, host, image, lab, network, policy, pool, selftest, task, team, token, vm,
+    cluster, completions, context, event, host, image, lab, network, policy, pool, selftest, snapshot, task, team, token, vault, vm,
 };
 use crate::daemon::{agent, serve};
 use crate::output::OutputArgs;
@@ -16,6 +16,7 @@ use crate::output::OutputArgs;
 const GROUPS: &str = "\
 Virtual machines:
   vm           Create, start, move and delete VMs, open their consoles
+  snapshot     VMs as they were, to go back to
   image        Kernels, initial ramdisks and disks to boot or copy from
   policy       Limits of the migrations of VMs with certain labels
 
@@ -23,6 +24,7 @@ Where they run:
   cluster      The cluster's own authority, on the controller's machine
   host         Hosts, and how they join
   pool         Where volumes are kept
+  vault        What holds snapshots in a pool
   network      Layer-2 networks of VMs across hosts
   selftest     Moves a VM of its own around two hosts, and reports
 
@@ -61,6 +63,8 @@ pub(crate) struct Godwit {
 pub(crate) enum Command {
     /// Create, start, move and delete VMs, open their consoles
     Vm(Noun<vm::Verb>),
+    /// VMs as they were, to go back to
+    Snapshot(Noun<snapshot::Verb>),
     /// Kernels, initial ramdisks and disks to boot or copy from
     Image(Noun<image::Verb>),
     /// Limits of the migrations of VMs with certain labels
@@ -71,6 +75,8 @@ pub(crate) enum Command {
     Host(host::HostArgs),
     /// Where volumes are kept
     Pool(Noun<pool::Verb>),
+    /// What holds snapshots in a pool
+    Vault(Noun<vault::Verb>),
     /// Layer-2 networks of VMs across hosts
     Network(Noun<network::Verb>),
     /// Moves a VM of its own around two hosts, and reports

@@ -57,6 +57,8 @@ fn run_command(command: Command) -> Result<(), Failure> {
         Command::Policy(noun) => online(noun, commands::policy::run),
         Command::Image(noun) => online(noun, commands::image::run),
         Command::Vm(noun) => online(noun, commands::vm::run),
+        Command::Snapshot(noun) => online(noun, commands::snapshot::run),
+        Command::Vault(noun) => online(noun, commands::vault::run),
         Command::Task(noun) => online(noun, commands::task::run),
         Command::Event(noun) => online(noun, commands::event::run),
         Command::Team(noun) => online(noun, commands::team::run),

@@ -246,6 +246,9 @@ mod tests {
             transfer: None,
             forecast: None,
             figures: None,
+            snapshot: None,
+            kept: None,
+            restore: None,
             error: None,
             trail: vec![],
         }

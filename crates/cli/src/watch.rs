@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use godwit_api::client::{Client, ClientError};
-use godwit_api::v1::{Change, Event, Host, Image, Network, Policy, Task, Vm};
+use godwit_api::v1::{Change, Event, Host, Image, Network, Policy, Snapshot, Task, Vm};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -32,7 +32,7 @@ pub(crate) trait Watched: Serialize + Sized {
 }
 
 macro_rules! watched {
-    ($($object:ty, $kind:literal, $name:ident, $list:ident;)*) => {$(
+    ($($object:ty, $kind:literal, $name:ident, $list:ident $(($all:expr))?;)*) => {$(
         impl Watched for $object {
             const KIND: &'static str = $kind;
 
@@ -45,7 +45,7 @@ macro_rules! watched {
             }
 
             async fn list(client: &Client) -> Result<Vec<Self>, ClientError> {
-                client.$list().await
+                client.$list($($all)?).await
             }
         }
     )*};
@@ -56,6 +56,7 @@ watched! {
     Image, "image", name, images;
     Network, "network", name, networks;
     Policy, "policy", name, policies;
+    Snapshot, "snapshot", name, snapshots(None);
     Task, "task", id, tasks;
 }
 

@@ -16,7 +16,7 @@ use ::aws_lc_rs::digest as aws_lc_rs_digest;
 use godwit_link::certificate::{CONTROLLER, host_dns_name, host_of_dns_name};
 use godwit_link::statement::{self, Purpose};
 use godwit_link::{encode, v1};
-use godwit_model::{ErrorCode, Grant, Name, Refusal, UnixMillis, VmId};
+use godwit_model::{ErrorCode, Grant, Name, Refusal, SnapshotId, UnixMillis, VmId};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PublicKeyData, SanType,
@@ -177,7 +177,19 @@ impl Authority {
         self.secret.memory_key(vm.uuid(), salt).map(Vec::from).map_err(failed)
     }
 
-    /// A salt for [`Authority::memory_key`].
+    /// The key of a snapshot. It is gone with the snapshot's salt.
+    pub(crate) fn snapshot_key(&self, snapshot: SnapshotId, salt: &str) -> Result<Vec<u8>, Refusal> {
+        let failed = |error: SealError| Refusal::new(ErrorCode::Internal, format!("no key for the snapshot: {error}"));
+        self.secret.snapshot_key(snapshot.uuid(), salt).map(Vec::from).map_err(failed)
+    }
+
+    /// The key of a team's vaults.
+    pub(crate) fn team_vault_key(&self, team: &Name, salt: &str) -> Result<Vec<u8>, Refusal> {
+        let failed = |error: SealError| Refusal::new(ErrorCode::Internal, format!("no key for the team's vault: {error}"));
+        self.secret.team_vault_key(team.as_str(), salt).map(Vec::from).map_err(failed)
+    }
+
+    /// A salt for one of these keys.
     pub(crate) fn draw_salt(&self) -> Result<String, Refusal> {
         sealed::draw_salt().map_err(|error| Refusal::new(ErrorCode::Internal, error.to_string()))
     }

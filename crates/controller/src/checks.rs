@@ -199,6 +199,15 @@ pub(crate) fn check_start(spec: &ResolvedSpec, host: Candidate<'_>) -> Result<()
     first(found)
 }
 
+/// Whether `host` can begin a VM as it was. `freed` is what the VM holds of the host's memory until then.
+pub(crate) fn check_restore(spec: &ResolvedSpec, host: Candidate<'_>, freed: Bytes) -> Result<(), Refusal> {
+    let mut found = vec![];
+    look_at_platform(spec, host, &mut found);
+    found.extend(spec.volumes().filter(|volume| pool_of(volume, host).is_none()).map(|volume| pool_missing(volume, host.name)));
+    found.extend(check_memory(Bytes(spec.memory_with_dimms().get().saturating_sub(freed.get())), host).err());
+    first(found)
+}
+
 /// What QEMU itself has against moving the VM, whereto ever.
 pub(crate) fn blocked(reasons: &[String]) -> Option<Refusal> {
     let reason = reasons.first()?;
@@ -225,7 +234,7 @@ fn check_clock(host: Candidate<'_>) -> Result<(), Refusal> {
 }
 
 /// A VM that has all features of its host's CPU moves between equal hosts only.
-fn check_equal(spec: &ResolvedSpec, source: Candidate<'_>, destination: Candidate<'_>) -> Result<(), Refusal> {
+pub(crate) fn check_equal(spec: &ResolvedSpec, source: Candidate<'_>, destination: Candidate<'_>) -> Result<(), Refusal> {
     let (here, there) = (&source.facts.cpu_features, &destination.facts.cpu_features);
     if !matches!(spec.cpu.as_str(), "host" | "max") || here == there {
         return Ok(());

@@ -17,6 +17,13 @@ pub(crate) fn readable(moment: UnixMillis) -> String {
     jiff::Timestamp::from_second(seconds).map_or_else(|_| "an unknown moment".into(), |stamp| stamp.to_string())
 }
 
+/// A moment as a part of a name, UTC to the second.
+pub(crate) fn stamp(moment: UnixMillis) -> String {
+    let seconds = i64::try_from(moment.0 / 1_000).unwrap_or(i64::MAX);
+    let known = jiff::Timestamp::from_second(seconds).ok();
+    known.map_or_else(|| moment.0.to_string(), |stamp| stamp.strftime("%Y%m%d-%H%M%S").to_string())
+}
+
 /// A fresh identity.
 pub(crate) fn fresh() -> Uuid {
     Uuid::new_v4()

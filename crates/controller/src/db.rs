@@ -199,6 +199,13 @@ impl Batch {
         self
     }
 
+    /// With all of another's writes.
+    pub(crate) fn and(mut self, other: Self) -> Self {
+        self.0.expects.extend(other.0.expects);
+        self.0.writes.extend(other.0.writes);
+        self
+    }
+
     /// Frees a claimed key.
     pub(crate) fn free(mut self, key: String) -> Self {
         self.0.writes.push(Write::Delete(key));

@@ -59,7 +59,8 @@ impl Fleet {
         let mut issued = 0_u64;
         for vm in self.db.all::<VmRow>().await? {
             issued = issued.wrapping_add(vm.row.issued.0);
-            let starting = vm.row.activity.is_some_and(|activity| activity.request == VmRequest::Start);
+            let begins = |request| matches!(request, VmRequest::Start | VmRequest::Rollback);
+            let starting = vm.row.activity.is_some_and(|activity| begins(activity.request));
             let address = vm.row.host.as_ref().and_then(|host| hosts.get(host));
             let (Some(address), true) = (address, starting || vm.row.has_process()) else { continue };
             for nic in &vm.row.spec.nics {

@@ -35,8 +35,10 @@ mod guest;
 mod images;
 mod networks;
 mod policies;
+mod snapshots;
 mod tasks;
 mod teams;
+mod vaults;
 mod vms;
 
 /// What the operations work with.
@@ -54,7 +56,7 @@ pub(crate) struct App {
     info(title = "Godwit", description = "Virtual machines that move between hosts without anybody noticing."),
     security(("bearer" = [])),
     tags(
-        (name = "vm"), (name = "host"), (name = "pool"), (name = "network"), (name = "policy"), (name = "image"), (name = "task"), (name = "event"),
+        (name = "vm"), (name = "host"), (name = "pool"), (name = "network"), (name = "policy"), (name = "image"), (name = "snapshot"), (name = "vault"), (name = "task"), (name = "event"),
         (name = "team"), (name = "token"), (name = "controller"),
     )
 )]
@@ -91,6 +93,12 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(vms::vm_set))
         .routes(routes!(console::vm_console))
         .routes(routes!(guest::vm_exec))
+        .routes(routes!(snapshots::snapshot_list, snapshots::snapshot_create))
+        .routes(routes!(snapshots::snapshot_show, snapshots::snapshot_set, snapshots::snapshot_delete))
+        .routes(routes!(snapshots::snapshot_rollback))
+        .routes(routes!(vaults::vault_list))
+        .routes(routes!(vaults::vault_verify))
+        .routes(routes!(vaults::vault_prune))
         .routes(routes!(tasks::task_list))
         .routes(routes!(tasks::task_show))
         .routes(routes!(tasks::task_cancel))

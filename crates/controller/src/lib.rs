@@ -28,6 +28,7 @@ mod resolve;
 mod restore;
 mod rows;
 mod server;
+mod snapshots;
 mod sockets;
 mod specs;
 mod store;

@@ -111,7 +111,8 @@ impl LinkServer {
         let vms = self.db.all::<VmRow>().await?;
         let needed = vms.iter().any(|vm| {
             // One that only stopped there needs nothing of it: its next start is a new grant, perhaps elsewhere.
-            let starting = vm.row.activity.is_some_and(|activity| activity.request == VmRequest::Start);
+            let begins = |request| matches!(request, VmRequest::Start | VmRequest::Rollback);
+            let starting = vm.row.activity.is_some_and(|activity| begins(activity.request));
             let here = vm.row.host.as_ref() == Some(host) && (starting || vm.row.has_process());
             let concerned = here || vm.row.pending.as_ref().is_some_and(|p| p.destination == *host);
             concerned && vm.row.resolved.as_ref().is_some_and(|spec| spec.images().any(|needed| needed.id == image))

@@ -3,10 +3,11 @@
 
 use std::collections::BTreeSet;
 
+use godwit_api::v1::SnapshotState;
 use godwit_model::{ErrorCode, Generation, Name, Refusal, Retry, TaskId};
 
 use crate::db::{Batch, Db, Fault, retry};
-use crate::rows::{GrantedTo, HostRow, RestoreRow, TaskRow, VmRow};
+use crate::rows::{GrantedTo, HostRow, RestoreRow, SnapshotRow, TaskRow, VmRow};
 use crate::tasks::{Outcome, conclude, note};
 
 /// More generations than were issued for one VM since the copy was made.
@@ -39,7 +40,14 @@ pub(crate) async fn sweep(db: &Db) -> Result<(), Fault> {
         vm.row.activity = None;
         vm.row.pending = None;
         vm.row.start_wanted = false;
-        db.commit(Batch::default().update(&vm)).await?;
+        let before = vm.row.claims();
+        vm.row.held.clear();
+        let batch = before.difference(&vm.row.claims()).fold(Batch::default(), |batch, key| batch.free(key.clone()));
+        db.commit(batch.update(&vm)).await?;
+    }
+    for mut snapshot in db.all::<SnapshotRow>().await?.into_iter().filter(|snapshot| snapshot.row.state == SnapshotState::Taking) {
+        snapshot.row.state = SnapshotState::Failed;
+        db.commit(Batch::default().update(&snapshot)).await?;
     }
     for mut task in db.all::<TaskRow>().await?.into_iter().filter(|task| !task.row.state.ended()) {
         let refusal =

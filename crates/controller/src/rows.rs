@@ -7,6 +7,7 @@
 //! | `network/<team>/<network>` | a network | `vni`: the last number given to an overlay |
 //! | `policy/<team>/<policy>` | what is said of migrations of VMs with certain labels | |
 //! | `image/<team>/<image>` | an image; its content is the file `images/<id>` | |
+//! | `snapshot/<team>/<snapshot>` | a snapshot; its content is in a vault, under a key that goes with the row | `vault/<team>`: what the key of the team's vaults is derived with |
 //! | `vm/<id>` | a VM | `vmname/<team>/<vm>`, `mac/<mac>`, `volume/<pool>/<volume>`: which VM has it |
 //! | `history/<id>` | what became of each generation of a VM | |
 //! | `habits/<id>` | how much a VM writes, by time of day | |
@@ -15,11 +16,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use godwit_api::v1::{ReignEnd, Role, TaskNote, TaskState, Transfer};
+use godwit_api::v1::{ReignEnd, Role, SnapshotState, TaskNote, TaskState, Transfer};
 use godwit_model::{
     Activity, Bytes, BytesPerSec, Epoch, Generation, Habits, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
     MigrationForecast, MigrationPolicy, MigrationProgress, MigrationSettings, Millis, Name, NetworkId, NetworkKind, Refusal,
-    ResolvedSpec, RunState, TaskId, TokenId, TravellingDisk, UnixMillis, VmId, VmSpec,
+    ResolvedSpec, RestoreFigures, RunState, SnapshotFigures, SnapshotId, SnapshotRequest, TaskId, TokenId, TravellingDisk,
+    UnixMillis, VmId, VmSpec,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -58,6 +60,8 @@ rows! {
     NetworkRow: "network/" => |row| format!("{}/{}", row.team, row.name);
     PolicyRow: "policy/" => |row| format!("{}/{}", row.team, row.name);
     VniRow: "vni" => |_row| "";
+    SnapshotRow: "snapshot/" => |row| format!("{}/{}", row.team, row.name);
+    VaultRow: "vault/" => |row| row.team;
     ImageRow: "image/" => |row| format!("{}/{}", row.team, row.name);
     VmRow: "vm/" => |row| row.id;
     HistoryRow: "history/" => |row| row.vm;
@@ -170,6 +174,48 @@ pub(crate) struct PolicyRow {
     pub(crate) created: UnixMillis,
 }
 
+/// A snapshot. Deleting the row destroys the key of what is in the vault.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SnapshotRow {
+    pub(crate) id: SnapshotId,
+    pub(crate) name: Name,
+    pub(crate) team: Name,
+    pub(crate) vm: VmId,
+    /// What the VM was called; it may be gone.
+    pub(crate) vm_name: Name,
+    pub(crate) created: UnixMillis,
+    /// The pool with its vault, as the host called it.
+    pub(crate) pool: Name,
+    /// The pool's identity: what tells the same storage from another of the same name.
+    pub(crate) identity: String,
+    /// Where it was taken.
+    pub(crate) host: Name,
+    pub(crate) state: SnapshotState,
+    /// What its key is derived with.
+    pub(crate) salt: String,
+    pub(crate) request: SnapshotRequest,
+    /// What was asked of the VM then.
+    pub(crate) spec: VmSpec,
+    /// What the VM was then.
+    pub(crate) resolved: ResolvedSpec,
+    /// What of `spec` it was not yet.
+    #[serde(default)]
+    pub(crate) waiting: Vec<Waiting>,
+    pub(crate) figures: Option<SnapshotFigures>,
+    /// Kept until somebody says otherwise.
+    pub(crate) golden: bool,
+    pub(crate) principal: String,
+    pub(crate) reason: Option<String>,
+}
+
+/// A team's vaults, in whichever pools.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VaultRow {
+    pub(crate) team: Name,
+    /// What the key of their digests is derived with; drawn at the team's first snapshot.
+    pub(crate) salt: String,
+}
+
 /// The last number given to an overlay; it goes on behind it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct VniRow {
@@ -237,6 +283,12 @@ pub(crate) struct VmRow {
     /// What the key of its memory that hosts keep is derived with; drawn at its first move, and gone with the VM. Empty: not drawn yet.
     #[serde(default)]
     pub(crate) memory_salt: String,
+    /// The snapshot that its disks are half of: a rollback has not ended well.
+    #[serde(default)]
+    pub(crate) unfinished: Option<Name>,
+    /// Keys that a rollback under way will need.
+    #[serde(default)]
+    pub(crate) held: BTreeSet<String>,
 }
 
 /// What became of each generation of a VM.
@@ -323,6 +375,8 @@ impl VmRow {
             leaving: BTreeSet::new(),
             blocked: Vec::new(),
             memory_salt: String::new(),
+            unfinished: None,
+            held: BTreeSet::new(),
         }
     }
 
@@ -346,14 +400,16 @@ impl VmRow {
 
     /// Lets go of the VM if it is `task` that holds it.
     pub(crate) fn release(&mut self, task: TaskId) {
-        self.activity.take_if(|activity| activity.task == task);
+        if self.activity.take_if(|activity| activity.task == task).is_some() {
+            self.held.clear();
+        }
         self.pending.take_if(|pending| pending.task == task);
     }
 
     /// The keys that belong to it.
     pub(crate) fn claims(&self) -> BTreeSet<String> {
         let mut claims = claims(&self.spec);
-        claims.extend(self.leaving.iter().cloned());
+        claims.extend(self.leaving.iter().chain(&self.held).cloned());
         claims
     }
 
@@ -385,6 +441,8 @@ pub(crate) struct TaskRow {
     #[serde(default)]
     pub(crate) forecast: Option<MigrationForecast>,
     pub(crate) figures: Option<MigrationFigures>,
+    #[serde(default)]
+    pub(crate) restore: Option<RestoreFigures>,
     pub(crate) error: Option<Refusal>,
     pub(crate) trail: Vec<TaskNote>,
 }
@@ -413,6 +471,12 @@ pub(crate) enum Work {
     Exec { program: String },
     /// Brings an image in.
     Import { image: ImageId, format: ImportFormat, source: ImportSource },
+    /// Keeps the VM as it is.
+    Snapshot { snapshot: SnapshotId, name: Name },
+    /// Makes the VM what it was in a snapshot.
+    Rollback(Box<RollbackWork>),
+    /// Reads all of a vault, in the pool with this identity.
+    Verify { identity: String, host: Name },
 }
 
 /// Where an image comes from.
@@ -456,8 +520,37 @@ impl Work {
             Self::Change => "vm.set",
             Self::Import { .. } => "image.import",
             Self::Exec { .. } => "vm.exec",
+            Self::Snapshot { .. } => "vm.snapshot",
+            Self::Rollback(_) => "vm.rollback",
+            Self::Verify { .. } => "vault.verify",
         }
     }
+}
+
+/// A rollback and where it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RollbackWork {
+    pub(crate) snapshot: SnapshotId,
+    pub(crate) name: Name,
+    /// Where the VM will run.
+    pub(crate) host: Name,
+    /// On which generation, once that is issued.
+    pub(crate) generation: Generation,
+    /// The snapshot of what it was before.
+    pub(crate) present: Option<Name>,
+    pub(crate) stage: RollbackStage,
+}
+
+/// The step a rollback does next, or is in. Written before the step is begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "at", rename_all = "snake_case")]
+pub(crate) enum RollbackStage {
+    /// What the VM is now is kept.
+    KeepPresent,
+    /// QEMU is ended, if it runs.
+    End,
+    /// The host is told to begin.
+    Begin { granted: UnixMillis },
 }
 
 /// A migration and where it stands.

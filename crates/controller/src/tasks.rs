@@ -40,6 +40,9 @@ mod import;
 mod migrate;
 mod policy;
 mod power;
+mod rollback;
+mod snapshot;
+mod vault;
 
 pub(crate) use admit::{Ask, Asked, host_down};
 pub(crate) use cancel::cancellable;
@@ -187,6 +190,9 @@ impl Tasks {
             Work::Change => self.run_change(id).await,
             Work::Import { .. } => self.run_import(id).await,
             Work::Exec { .. } => self.lose_exec(id).await,
+            Work::Snapshot { name, .. } => self.run_snapshot(id, &name).await,
+            Work::Rollback(_) => self.run_rollback(id).await,
+            Work::Verify { .. } => self.run_verify(id).await,
         }
     }
 
@@ -235,6 +241,9 @@ impl Tasks {
 
     /// Says what a task does right now.
     async fn set_step(&self, id: TaskId, step: &str) -> Result<(), Fault> {
+        if self.task(id).await?.row.vm.is_none() {
+            return self.edit_alone(id, |task| step.clone_into(&mut task.step)).await.map(|_| ());
+        }
         self.edit(id, |task, _| step.clone_into(&mut task.step)).await.map(|_| ())
     }
 
@@ -254,9 +263,13 @@ impl Tasks {
         if ends {
             self.metrics.on_ended(&task);
         }
-        tracing::info!(task = %id, kind = task.work.kind(), subject = %task.subject, state = ?task.state,
-            error = task.error.as_ref().map(tracing::field::display), "ended");
+        Self::tell_end(&task);
         Ok(())
+    }
+
+    fn tell_end(task: &TaskRow) {
+        tracing::info!(task = %task.id, kind = task.work.kind(), subject = %task.subject, state = ?task.state,
+            error = task.error.as_ref().map(tracing::field::display), "ended");
     }
 
     /// Notes progress, at most twice a second, never backwards.

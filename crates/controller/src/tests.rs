@@ -11,6 +11,7 @@ mod migrations;
 mod networks;
 mod power;
 mod restart;
+mod snapshots;
 mod space;
 pub(crate) mod support;
 mod walk;

@@ -12,7 +12,10 @@ use crate::clock;
 use crate::db::Stored;
 use crate::hub::Hub;
 use crate::networks::lacks;
-use crate::rows::{HistoryRow, HostRow, ImageRow, MigratableRow, NetworkRow, PolicyRow, Reign, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::rows::{
+    HistoryRow, HostRow, ImageRow, MigratableRow, NetworkRow, PolicyRow, Reign, SnapshotRow, TaskRow, TeamRow, TokenRow, VmRow,
+    Work,
+};
 use crate::specs::Waiting;
 use crate::tasks::cancellable;
 
@@ -47,6 +50,11 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
     if let Some(refusal) = &row.not_started {
         let message = format!("it was not started again when its host came back: {}", refusal.message);
         conditions.push(condition("not_started_again", message, refusal.hint.as_deref().unwrap_or("start it")));
+    }
+    if let Some(snapshot) = row.unfinished.as_ref().filter(|_| row.activity.is_none()) {
+        let message = format!("its disks may be half of snapshot {snapshot}: a rollback did not end well");
+        let fix = format!("roll back once more (`godwit snapshot rollback {snapshot}`), or to another snapshot of the VM");
+        conditions.push(condition("disks_unfinished", message, &fix));
     }
     let started = row.resolved.as_ref().filter(|_| row.generation.0 > 0).map(|spec| v1::Started {
         machine: spec.machine.clone(),
@@ -208,9 +216,37 @@ pub(crate) fn image(stored: &Stored<ImageRow>) -> v1::Image {
     }
 }
 
+/// A snapshot.
+pub(crate) fn snapshot(stored: &Stored<SnapshotRow>) -> v1::Snapshot {
+    let row = &stored.row;
+    let disks = row.resolved.disks.iter().map(|disk| v1::SnapshotDisk { volume: disk.volume.clone(), size: disk.create });
+    v1::Snapshot {
+        id: row.id,
+        name: row.name.clone(),
+        team: row.team.clone(),
+        revision: stored.revision,
+        vm: row.vm_name.clone(),
+        created: row.created,
+        pool: row.pool.clone(),
+        host: row.host.clone(),
+        memory: row.request.memory.then(|| row.resolved.memory_with_dimms()),
+        disks: disks.collect(),
+        golden: row.golden,
+        state: row.state,
+        figures: row.figures.clone(),
+        principal: row.principal.clone(),
+        reason: row.reason.clone(),
+    }
+}
+
 /// A task.
 pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
     let row = &stored.row;
+    let (snapshot, kept) = match &row.work {
+        Work::Snapshot { name, .. } => (Some(name.clone()), None),
+        Work::Rollback(work) => (Some(work.name.clone()), work.present.clone()),
+        _ => (None, None),
+    };
     v1::Task {
         id: row.id,
         team: row.team.clone(),
@@ -228,6 +264,9 @@ pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
         transfer: row.transfer.filter(|_| !row.state.ended()),
         forecast: row.forecast,
         figures: row.figures,
+        snapshot,
+        kept,
+        restore: row.restore,
         error: row.error.clone().filter(|_| row.state.ended()),
         trail: row.trail.clone(),
     }

@@ -58,6 +58,10 @@ pub enum VmRequest {
     Delete,
     /// Change what it is made of.
     Set,
+    /// Keep it as it is, while it runs on.
+    Snapshot,
+    /// Make it what it was in a snapshot.
+    Rollback,
 }
 
 /// The answer to a [`VmRequest`].
@@ -92,7 +96,8 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
         | (R::Kill | R::Unpause, S::Paused)
         | (R::Migrate, S::Running)
         | (R::Delete, S::Stopped | S::Crashed)
-        | (R::Set, _) => Admission::Accept,
+        | (R::Snapshot, S::Running | S::Paused)
+        | (R::Set | R::Rollback, _) => Admission::Accept,
         (R::Start | R::Unpause, S::Running) | (R::Stop | R::Kill, S::Stopped | S::Crashed) | (R::Pause, S::Paused) => {
             Admission::Ignore
         }
@@ -103,6 +108,10 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
         (R::Start | R::Stop | R::Migrate, S::Paused) => {
             Admission::Deny(Refusal::new(ErrorCode::VmNotRunning, "the VM is paused").hint("run it on first: `godwit vm unpause`"))
         }
+        (R::Snapshot, S::Stopped | S::Crashed) => Admission::Deny(
+            Refusal::new(ErrorCode::VmNotRunning, "a snapshot of a VM that does not run is not possible")
+                .hint("start it first: `godwit vm start`"),
+        ),
         (R::Pause | R::Unpause | R::Migrate, S::Stopped | S::Crashed) => {
             Admission::Deny(Refusal::new(ErrorCode::VmNotRunning, "the VM does not run").hint("start it first: `godwit vm start`"))
         }
@@ -134,7 +143,7 @@ mod tests {
 
     use super::*;
 
-    const REQUESTS: [VmRequest; 8] = [
+    const REQUESTS: [VmRequest; 10] = [
         VmRequest::Start,
         VmRequest::Stop,
         VmRequest::Kill,
@@ -143,15 +152,17 @@ mod tests {
         VmRequest::Migrate,
         VmRequest::Delete,
         VmRequest::Set,
+        VmRequest::Snapshot,
+        VmRequest::Rollback,
     ];
 
     /// What an accepted request makes of a state, for the model walk below.
     fn after(state: RunState, request: VmRequest) -> RunState {
         match request {
-            VmRequest::Start | VmRequest::Unpause => RunState::Running,
+            VmRequest::Start | VmRequest::Unpause | VmRequest::Rollback => RunState::Running,
             VmRequest::Stop | VmRequest::Kill => RunState::Stopped,
             VmRequest::Pause => RunState::Paused,
-            VmRequest::Migrate | VmRequest::Delete | VmRequest::Set => state,
+            VmRequest::Migrate | VmRequest::Delete | VmRequest::Set | VmRequest::Snapshot => state,
         }
     }
 
@@ -163,7 +174,8 @@ mod tests {
                 let request = REQUESTS[step];
                 if decide_admission(state, None, request) == Admission::Accept {
                     let next = after(state, request);
-                    if !matches!(request, VmRequest::Migrate | VmRequest::Delete | VmRequest::Set) {
+                    use VmRequest as R;
+                    if !matches!(request, R::Migrate | R::Delete | R::Set | R::Snapshot | R::Rollback) {
                         prop_assert_eq!(decide_admission(next, None, request), Admission::Ignore);
                     }
                     state = next;

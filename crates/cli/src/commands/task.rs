@@ -193,6 +193,11 @@ fn show(task: &Task) -> String {
             facts.fact("After the switch", figures.left);
         }
     }
+    facts.fact("Snapshot", or_nothing(task.snapshot.as_ref())).fact("Kept as", or_nothing(task.kept.as_ref()));
+    if let Some(figures) = &task.restore {
+        facts.fact("QEMU started in", Millis(figures.qemu_ms)).fact("Disks", Millis(figures.disks_ms));
+        facts.fact("Memory", or_nothing(Some(figures.memory_ms).filter(|&ms| ms > 0).map(Millis)));
+    }
     if let Some(error) = &task.error {
         facts.fact("Error", format!("{} [{}]", error.message, error.code)).fact("  fix", or_nothing(error.hint.as_ref()));
     }

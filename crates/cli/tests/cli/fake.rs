@@ -18,8 +18,8 @@ use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{any, get, post};
 use futures::StreamExt;
 use godwit_api::status::http_status;
-use godwit_api::v1::{Change, Event, Page, Task, TaskState, Vm};
-use godwit_model::{ErrorCode, ExecOutcome, Name, Refusal, TaskId, UnixMillis};
+use godwit_api::v1::{Change, Event, Page, Snapshot, Task, TaskState, Vm};
+use godwit_model::{ErrorCode, ExecOutcome, Name, Refusal, TaskId, UnixMillis, VaultPlan};
 use serde_json::{Value, json};
 
 /// What every request must carry.
@@ -49,6 +49,10 @@ pub(crate) struct Script {
     pub(crate) no_events: bool,
     /// The VMs.
     pub(crate) vms: Vec<Vm>,
+    /// The snapshots.
+    pub(crate) snapshots: Vec<Snapshot>,
+    /// What a vault can do without.
+    pub(crate) plan: VaultPlan,
     /// How a program in a guest ends.
     pub(crate) exec: Option<Result<ExecOutcome, Refusal>>,
     /// Told when the task is asked for: a stream about it does not run ahead of that.
@@ -182,9 +186,22 @@ pub(crate) fn task(kind: &str, state: TaskState, revision: u64) -> Task {
         transfer: None,
         forecast: None,
         figures: None,
+        snapshot: None,
+        kept: None,
+        restore: None,
         error: None,
         trail: vec![],
     }
+}
+
+pub(crate) fn snapshot(text: &str) -> Snapshot {
+    serde_json::from_value(json!({
+        "id": uuid::Uuid::nil(), "name": text, "team": "default", "revision": 7, "vm": "web1", "created": 1_795_804_200_000_u64,
+        "pool": "shared", "host": "h1", "memory": 512 << 20, "disks": [{ "volume": "shared/root", "size": null }],
+        "golden": false, "state": "ready", "principal": "admin", "reason": null,
+        "figures": { "memory": true, "pause_us": 8_200, "took_ms": 2_100, "pages_new": 36_608, "warnings": ["a \u{1b}[2J"] }
+    }))
+    .expect("a snapshot")
 }
 
 pub(crate) fn event(cursor: u64, task: &Task) -> Event {
@@ -204,6 +221,12 @@ fn routes(script: Shared) -> Router {
         .route("/v1/vms/{name}/console", any(console))
         .route("/v1/vms/{name}/exec", post(exec))
         .route("/v1/vms/{name}/{verb}", post(the_task))
+        .route("/v1/snapshots", get(list_snapshots).post(the_task))
+        .route("/v1/snapshots/{name}", get(show_snapshot).patch(set_snapshot).delete(async || StatusCode::NO_CONTENT))
+        .route("/v1/snapshots/{name}/rollback", post(the_task))
+        .route("/v1/vaults", get(list_vaults))
+        .route("/v1/vaults/{pool}/verify", post(the_task))
+        .route("/v1/vaults/{pool}/prune", post(prune))
         .route("/v1/tasks", get(list_tasks))
         .route("/v1/tasks/{id}", get(poll_task))
         .route("/v1/tasks/{id}/cancel", post(the_task))
@@ -260,6 +283,37 @@ async fn show_vm(State(script): State<Shared>, Path(text): Path<String>) -> Resp
         Some(code) => refuse(Refusal::new(*code, format!("\u{1b}[31m{code}\u{9b}")).hint("do this\u{202e}")),
         None => Json(vm(&text)).into_response(),
     }
+}
+
+async fn list_snapshots(State(script): State<Shared>) -> Response {
+    page(script.lock().expect("not poisoned").snapshots.clone())
+}
+
+async fn show_snapshot(Path(text): Path<String>) -> Response {
+    Json(snapshot(&text)).into_response()
+}
+
+async fn set_snapshot(Path(text): Path<String>, Json(request): Json<Value>) -> Response {
+    let golden = request["golden"].as_bool().expect("a change");
+    Json(Snapshot { golden, ..snapshot(&text) }).into_response()
+}
+
+/// One that a host can be asked about, and one of which nothing is known.
+async fn list_vaults() -> Response {
+    let usage = json!({ "snapshots": 2, "packs": 3, "bytes": 150 << 20 });
+    page(vec![
+        json!({ "pool": "shared", "identity": "one", "host": "h1", "usage": usage }),
+        json!({ "pool": "local", "identity": "two", "host": null, "usage": null }),
+    ])
+}
+
+/// The plan, which may be applied if it is sent back as it is.
+async fn prune(State(script): State<Shared>, Json(request): Json<Value>) -> Response {
+    let plan = script.lock().expect("not poisoned").plan.clone();
+    if request["apply"] == true && request["plan"] != serde_json::to_value(&plan).expect("JSON") {
+        return refuse(Refusal::new(ErrorCode::RevisionConflict, "another plan"));
+    }
+    Json(plan).into_response()
 }
 
 /// A connected host with two VMs.

@@ -6,4 +6,5 @@ mod daemons;
 mod exec;
 mod fake;
 mod objects;
+mod snapshots;
 mod tasks;

@@ -118,10 +118,23 @@ impl Secret {
 
     /// The key of what hosts keep of a VM's memory. It can be derived again as long as `salt` is known, and by nobody without the secret.
     pub(super) fn memory_key(&self, vm: uuid::Uuid, salt: &str) -> Result<[u8; 32], SealError> {
+        self.derive(salt, &[b"godwit memory left behind v1", vm.as_bytes()])
+    }
+
+    /// The key of a snapshot, as [`Secret::memory_key`] is of memory.
+    pub(super) fn snapshot_key(&self, snapshot: uuid::Uuid, salt: &str) -> Result<[u8; 32], SealError> {
+        self.derive(salt, &[b"godwit snapshot v1", snapshot.as_bytes()])
+    }
+
+    /// The key of the digests in a team's vaults.
+    pub(super) fn team_vault_key(&self, team: &str, salt: &str) -> Result<[u8; 32], SealError> {
+        self.derive(salt, &[b"godwit vault of a team v1", team.as_bytes()])
+    }
+
+    fn derive(&self, salt: &str, info: &[&[u8]]) -> Result<[u8; 32], SealError> {
         let mut key = [0; 32];
         let prk = hkdf::Salt::new(hkdf::HKDF_SHA256, salt.as_bytes()).extract(&self.0);
-        let info: [&[u8]; 2] = [b"godwit memory left behind v1", vm.as_bytes()];
-        let derived = prk.expand(&info, hkdf::HKDF_SHA256).map_err(|_| SealError::Cipher)?;
+        let derived = prk.expand(info, hkdf::HKDF_SHA256).map_err(|_| SealError::Cipher)?;
         derived.fill(&mut key).map_err(|_| SealError::Cipher)?;
         Ok(key)
     }
@@ -214,6 +227,26 @@ mod tests {
             other.memory_key(vm, &salt),
         ];
         assert!(others.into_iter().all(|other| other.expect("a key") != key));
+    }
+
+    #[test]
+    fn keys_of_snapshots_and_vaults_are_their_own() {
+        let dir = tempfile::tempdir().expect("dir");
+        let secret = Secret::create(&dir.path().join("secret")).expect("made");
+        let (one, salt, other) = (uuid::Uuid::from_u128(1), draw_salt().expect("a salt"), draw_salt().expect("a salt"));
+        let keys = [
+            secret.snapshot_key(one, &salt),
+            secret.snapshot_key(uuid::Uuid::from_u128(2), &salt),
+            secret.snapshot_key(one, &other),
+            secret.memory_key(one, &salt),
+            secret.team_vault_key("red", &salt),
+            secret.team_vault_key("blue", &salt),
+            secret.team_vault_key("red", &other),
+        ]
+        .map(|key| key.expect("a key"));
+        let different: std::collections::BTreeSet<_> = keys.iter().collect();
+        assert_eq!(different.len(), keys.len());
+        assert_eq!(secret.snapshot_key(one, &salt).expect("a key"), keys[0], "it can be derived again");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::extract::Query;
 use super::{Answer, App, Refusals};
 use crate::db::{Fault, Stored, unpack};
 use crate::principals::{Action, Principal, Target, authorize};
-use crate::rows::{HostRow, ImageRow, MigratableRow, NetworkRow, PolicyRow, Row, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::rows::{HostRow, ImageRow, MigratableRow, NetworkRow, PolicyRow, Row, SnapshotRow, TaskRow, TeamRow, TokenRow, VmRow};
 use crate::store::{Change, StoreError};
 use crate::views;
 
@@ -153,6 +153,13 @@ fn told(app: &App, who: &Principal, change: &Change) -> Option<v1::Event> {
             team: Some(image.row.team.clone()),
             administration: false,
             object: views::value(&views::image(image)).ok(),
+        }),
+        "snapshot" => subject::<SnapshotRow>(change, |snapshot| Subject {
+            kind: "snapshot",
+            name: snapshot.row.name.to_string(),
+            team: Some(snapshot.row.team.clone()),
+            administration: false,
+            object: views::value(&views::snapshot(snapshot)).ok(),
         }),
         "network" => subject::<NetworkRow>(change, |network| Subject {
             kind: "network",

@@ -19,7 +19,7 @@ use super::{Answer, App, Refusals};
 use crate::db::{Batch, Fault, Stored, retry};
 use crate::images::{ExportFormat, check_url, read_sha256, shown};
 use crate::principals::{Action, Principal, Target, authorize, not_found};
-use crate::rows::{ImageRow, ImportSource, TeamRow, VmRow};
+use crate::rows::{ImageRow, ImportSource, SnapshotRow, TeamRow, VmRow};
 use crate::tasks::NewImport;
 use crate::{clock, views};
 
@@ -261,6 +261,12 @@ pub(super) async fn image_delete(
         if let Some(vm) = app.db.all::<VmRow>().await?.into_iter().find(|vm| refers(&vm.row, &image.row)) {
             return Err(Refusal::new(ErrorCode::InUse, format!("VM {} refers to image {name}", vm.row.name))
                 .hint(format!("delete the VM first: `godwit vm delete {}`", vm.row.name))
+                .into());
+        }
+        let needs = |snapshot: &SnapshotRow| snapshot.resolved.images().any(|needed| needed.id == image.row.id);
+        if let Some(snapshot) = app.db.all::<SnapshotRow>().await?.into_iter().find(|snapshot| needs(&snapshot.row)) {
+            return Err(Refusal::new(ErrorCode::InUse, format!("snapshot {} needs image {name}", snapshot.row.name))
+                .hint(format!("delete the snapshot first: `godwit snapshot delete {}`", snapshot.row.name))
                 .into());
         }
         app.db.commit(Batch::default().delete(&image)).await?;

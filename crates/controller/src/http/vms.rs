@@ -181,16 +181,17 @@ async fn check_references(app: &App, team: &Name, spec: &VmSpec) -> Result<(), F
     Ok(())
 }
 
-struct Request {
-    who: Principal,
-    team: Option<Name>,
-    vm: Name,
-    revision: Option<u64>,
-    reason: Option<String>,
+/// Who asks for something of which VM, under which condition, and why.
+pub(super) struct Request {
+    pub(super) who: Principal,
+    pub(super) team: Option<Name>,
+    pub(super) vm: Name,
+    pub(super) revision: Option<u64>,
+    pub(super) reason: Option<String>,
 }
 
 /// Authorises, records, starts; answers the task.
-async fn ask(app: &App, request: Request, asked: Asked) -> Answer<(StatusCode, Json<v1::Task>)> {
+pub(super) async fn ask(app: &App, request: Request, asked: Asked) -> Answer<(StatusCode, Json<v1::Task>)> {
     let Request { who, team, vm, revision, reason } = request;
     let team = team_of(&who, team.as_ref()).clone();
     authorize(&who, Action::Change, Target::Team(&team))?;

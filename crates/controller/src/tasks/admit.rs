@@ -51,6 +51,8 @@ pub(crate) enum Asked {
     Delete { volumes: bool },
     Migrate(v1::VmMigrate),
     Set(Box<VmSpec>),
+    Snapshot(v1::SnapshotCreate),
+    Rollback { snapshot: Name, request: v1::SnapshotRollback },
 }
 
 impl Asked {
@@ -64,6 +66,8 @@ impl Asked {
             Self::Delete { .. } => VmRequest::Delete,
             Self::Migrate(_) => VmRequest::Migrate,
             Self::Set(_) => VmRequest::Set,
+            Self::Snapshot(_) => VmRequest::Snapshot,
+            Self::Rollback { .. } => VmRequest::Rollback,
         }
     }
 }
@@ -80,7 +84,7 @@ pub(crate) fn host_down(name: &Name) -> Refusal {
         .retry(Retry::Safe)
 }
 
-fn candidates(present: &[(Name, Presence)]) -> Vec<Candidate<'_>> {
+pub(super) fn candidates(present: &[(Name, Presence)]) -> Vec<Candidate<'_>> {
     present.iter().map(|(name, presence)| Candidate::new(name, presence)).collect()
 }
 
@@ -137,7 +141,7 @@ impl Tasks {
         let now = clock::now();
         let replaced = vm.row.activity.map(|activity| activity.task);
         let before = vm.row.clone();
-        let work = self.work(&mut vm.row, id, asked, ignored, now).await?;
+        let (work, batch) = self.work(&mut vm.row, id, ask, asked, ignored, now).await?;
         let mut task = TaskRow {
             id,
             team: ask.team.clone(),
@@ -155,6 +159,7 @@ impl Tasks {
             transfer: None,
             forecast: None,
             figures: None,
+            restore: None,
             error: None,
             trail: vec![],
         };
@@ -170,7 +175,7 @@ impl Tasks {
             self.db.commit(Batch::default().unchanged(&vm).create(&task)).await?;
             return Ok((task, None));
         }
-        let batch = reclaim(Batch::default(), &before.claims(), &vm.row);
+        let batch = reclaim(batch, &before.claims(), &vm.row);
         let batch = history::note(&self.db, batch, &before, &vm.row, Some(&task)).await?;
         if matches!(asked, Asked::Set(_)) && !self.changes_live(&vm.row).await? {
             note(&mut task, said_of(&vm.row));
@@ -209,18 +214,26 @@ impl Tasks {
             .into())
     }
 
-    /// What there is to do, with the grant already in the row if it takes one.
-    async fn work(&self, vm: &mut VmRow, id: TaskId, asked: &Asked, ignored: bool, now: UnixMillis) -> Result<Work, Fault> {
+    /// What there is to do, with the grant already in the row if it takes one, and what is written beside the VM and the task.
+    async fn work(
+        &self,
+        vm: &mut VmRow,
+        id: TaskId,
+        ask: &Ask,
+        asked: &Asked,
+        ignored: bool,
+        now: UnixMillis,
+    ) -> Result<(Work, Batch), Fault> {
         if !ignored {
             self.reachable(vm).await?;
-            if matches!(asked, Asked::Start(_) | Asked::Migrate(_) | Asked::Delete { .. }) {
+            if matches!(asked, Asked::Start(_) | Asked::Migrate(_) | Asked::Delete { .. } | Asked::Rollback { .. }) {
                 restore::all_heard(&self.db).await?;
             }
             if matches!(asked, Asked::Delete { .. }) {
                 self.no_move_is_open(vm).await?;
             }
         }
-        Ok(match asked {
+        let work = match asked {
             Asked::Start(host) if ignored => {
                 let host = host.clone().or_else(|| vm.host.clone());
                 Work::Start { host: host.ok_or_else(|| not_found("host", "of this VM"))?, generation: vm.generation }
@@ -233,10 +246,13 @@ impl Tasks {
             Asked::Delete { volumes } => Work::Delete { volumes: *volumes },
             Asked::Migrate(request) => self.admit_migrate(vm, id, request, now).await?,
             Asked::Set(spec) => self.admit_change(vm, spec).await?,
-        })
+            Asked::Snapshot(request) => return self.admit_snapshot(vm, ask, request, now).await,
+            Asked::Rollback { snapshot, request } => return self.admit_rollback(vm, ask, snapshot, request, now).await,
+        };
+        Ok((work, Batch::default()))
     }
 
-    async fn known(&self, host: &Name) -> Result<(), Fault> {
+    pub(super) async fn known(&self, host: &Name) -> Result<(), Fault> {
         self.db.find::<HostRow>(host.as_str()).await?.map(|_| ()).ok_or_else(|| not_found("host", host).into())
     }
 
@@ -245,6 +261,12 @@ impl Tasks {
     }
 
     async fn admit_start(&self, vm: &mut VmRow, id: TaskId, wanted: Option<&Name>) -> Result<Work, Fault> {
+        if let Some(snapshot) = &vm.unfinished {
+            let message = format!("a rollback of VM {} to {snapshot} did not end well: its disks may be half of it", vm.name);
+            return Err(Refusal::new(ErrorCode::DisksUnfinished, message)
+                .hint(format!("roll back once more (`godwit snapshot rollback {snapshot}`), or to another snapshot of the VM"))
+                .into());
+        }
         if let Some(host) = wanted {
             self.known(host).await?;
             self.hub.presence(host).ok_or_else(|| host_down(host))?;
@@ -367,6 +389,8 @@ pub(super) fn describe(task: &mut TaskRow) {
     let text = match &task.work {
         Work::Start { host, generation: Generation(number) } => format!("to start on {host}, generation {number}"),
         Work::Exec { program } => format!("to run {program} in the guest"),
+        Work::Snapshot { name, .. } => format!("to be kept as {name}"),
+        Work::Rollback(work) => format!("to become what it was in {}, on {}", work.name, work.host),
         Work::Migrate(work) => format!("to move from {} to {}, generation {}", work.source, work.destination, work.generation),
         _ => return,
     };

@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use godwit_api::v1::TaskState;
 use godwit_link::v1::{self, command::Action};
-use godwit_model::{ErrorCode, Refusal, Retry, TaskId};
+use godwit_model::{ErrorCode, Name, Refusal, Retry, TaskId};
 
-use super::{Tasks, command_id, note};
+use super::{Tasks, note};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
-use crate::rows::{MigrateWork, Stage, TaskRow, Work};
+use crate::hub::Answer;
+use crate::rows::{MigrateWork, RollbackStage, SnapshotRow, Stage, TaskRow, Work};
 
 /// How long the user waits for the source's answer to a cancel.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -17,7 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Whether cancelling would still have an effect, as far as it is known here.
 pub(crate) fn cancellable(task: &TaskRow) -> bool {
     let possible = match &task.work {
-        Work::Stop { .. } | Work::Import { .. } => true,
+        Work::Stop { .. } | Work::Import { .. } | Work::Snapshot { .. } | Work::Verify { .. } => true,
+        Work::Rollback(work) => work.stage == RollbackStage::KeepPresent,
         Work::Migrate(work) => work.source_ended.is_none() && work.stage != Stage::Settle,
         _ => false,
     };
@@ -44,6 +46,14 @@ impl Tasks {
             Ok(task.row)
         })?;
         self.wake(id);
+        let taken = match &flagged.work {
+            Work::Snapshot { name, .. } => Some(name),
+            Work::Rollback(work) => work.present.as_ref(),
+            _ => None,
+        };
+        if let Some(snapshot) = taken.filter(|_| !flagged.state.ended()) {
+            self.cancel_snapshot(&flagged, snapshot).await?;
+        }
         if let Work::Migrate(work) = &flagged.work
             && work.stage == Stage::Moving
             && !flagged.state.ended()
@@ -53,20 +63,36 @@ impl Tasks {
         self.task(id).await
     }
 
+    /// Asks the host that takes a snapshot, and passes its refusal on: then it is too late, and the task goes on.
+    async fn cancel_snapshot(&self, task: &TaskRow, name: &Name) -> Result<(), Fault> {
+        let Some(snapshot) = self.db.find::<SnapshotRow>(&format!("{}/{name}", task.team)).await? else { return Ok(()) };
+        match self.ask_to_cancel(task, "snapshot", &snapshot.row.host).await {
+            Some(Err(refusal)) if refusal.code != ErrorCode::NotFound && !self.task(task.id).await?.row.state.ended() => {
+                retry!({
+                    let mut task = self.task(task.id).await?;
+                    task.row.cancel = false;
+                    note(&mut task.row, format!("not cancelled: {refusal}"));
+                    self.db.commit(Batch::default().update(&task)).await
+                })?;
+                Err(refusal.retry(Retry::Never).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// An answer, if one comes while somebody waits for it.
+    async fn ask_to_cancel(&self, task: &TaskRow, what: &str, host: &Name) -> Option<Result<Answer, Refusal>> {
+        // An id of its own for each request: a refusal of before is not the answer of now.
+        let tag = format!("cancel {what} asked at {}", clock::now().0);
+        let action = Action::Cancel(v1::CancelMigration { vm: task.vm.map(|vm| vm.to_string()).unwrap_or_default() });
+        self.one_command(task.id, host, &tag, action, PATIENCE).await
+    }
+
     /// Asks the source and passes its refusal on. Without an answer the executor goes on asking.
     async fn cancel_at_source(&self, task: &TaskRow, work: &MigrateWork) -> Result<(), Fault> {
         let id = task.id;
-        // An id of its own for each request: a refusal of before is not the answer of now.
-        let tag = format!("cancel {} asked at {}", work.attempt, clock::now().0);
-        let command = v1::Command {
-            id: command_id(id, &tag),
-            epoch: self.db.epoch().0,
-            task: id.to_string(),
-            action: Some(Action::Cancel(v1::CancelMigration { vm: task.vm.map(|vm| vm.to_string()).unwrap_or_default() })),
-        };
-        let Some(answer) = self.hub.command(&work.source, command) else { return Ok(()) };
-        match tokio::time::timeout(PATIENCE, answer).await {
-            Ok(Ok(Err(refusal))) => {
+        match self.ask_to_cancel(task, &work.attempt.to_string(), &work.source).await {
+            Some(Err(refusal)) => {
                 // Ended meanwhile, perhaps by the executor, which asks as well: then its end is the answer.
                 if refusal.code == ErrorCode::NotFound || self.task(id).await?.row.state == TaskState::Cancelled {
                     return Ok(());

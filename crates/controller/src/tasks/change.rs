@@ -128,7 +128,7 @@ pub(super) fn reclaim(mut batch: Batch, before: &BTreeSet<String>, vm: &VmRow) -
     batch
 }
 
-fn in_use(key: &str) -> Refusal {
+pub(super) fn in_use(key: &str) -> Refusal {
     let (what, name) = key.split_once('/').unwrap_or(("object", key));
     let what = if what == "mac" { "address" } else { what };
     Refusal::new(ErrorCode::InUse, format!("another VM has the {what} {name}")).hint("choose another one")

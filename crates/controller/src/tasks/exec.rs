@@ -136,6 +136,7 @@ impl Tasks {
             transfer: None,
             forecast: None,
             figures: None,
+            restore: None,
             error: None,
             trail: vec![],
         };

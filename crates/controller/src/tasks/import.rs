@@ -58,6 +58,7 @@ impl Tasks {
             transfer: None,
             forecast: None,
             figures: None,
+            restore: None,
             error: None,
             trail: vec![],
         };
@@ -139,7 +140,7 @@ impl Tasks {
     }
 
     /// Changes a task that holds no VM.
-    async fn edit_alone(&self, id: TaskId, mut change: impl FnMut(&mut TaskRow)) -> Result<TaskRow, Fault> {
+    pub(super) async fn edit_alone(&self, id: TaskId, mut change: impl FnMut(&mut TaskRow)) -> Result<TaskRow, Fault> {
         patiently!(id, {
             let mut task = self.task(id).await?;
             let before = task.row.clone();

@@ -199,7 +199,7 @@ impl Tasks {
     }
 
     /// Returns when the task was asked to be cancelled.
-    async fn cancelled(&self, id: TaskId) -> Result<(), Fault> {
+    pub(super) async fn cancelled(&self, id: TaskId) -> Result<(), Fault> {
         let waker = self.waker(id);
         while !self.task(id).await?.row.cancel {
             waker.notified().await;

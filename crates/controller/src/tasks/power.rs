@@ -11,7 +11,7 @@ use crate::db::{Batch, Fault};
 use crate::rows::{HabitsRow, HistoryRow, HostRow, TaskRow, VmRow, Work};
 
 /// How long an unconditional grant can wait for its host.
-const START_LIFETIME: u64 = 24 * 3_600_000;
+pub(super) const START_LIFETIME: u64 = 24 * 3_600_000;
 /// How often a kill looks whether the move that it cuts short has ended.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -20,7 +20,7 @@ fn no_host(vm: &VmRow) -> Refusal {
 }
 
 /// Whether the answer means that what was asked for is so.
-fn already(refusal: &Refusal) -> bool {
+pub(super) fn already(refusal: &Refusal) -> bool {
     refusal.code == ErrorCode::VmNotRunning
 }
 

@@ -1,7 +1,7 @@
 //! The description against reality: what is answered fits what is described.
 
 use godwit_api::v1::{self as api, Role};
-use godwit_model::Bytes;
+use godwit_model::{Bytes, RestoreFigures, SnapshotFigures, VaultFindings, VaultPlan, VaultUsage};
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
 
@@ -119,6 +119,47 @@ async fn what_is_answered_fits_what_is_described() {
     let body = json!({"program": "/bin/false", "args": ["-a"], "stdin": "aW4=", "timeout": 10_000});
     let (response, ()) = tokio::join!(send(post.clone(), "/vms/web1/exec", body), run);
     contract.hold("vm_exec", response, 200).await;
+    let keep = json!({"vm": "web1", "name": "one", "quiesce": 1_000, "reason": "x"});
+    let task = contract.hold("snapshot_create", send(post.clone(), "/snapshots", keep.clone()).await, 202).await;
+    contract.hold("snapshot_show", send(get.clone(), "/snapshots/one", null.clone()).await, 200).await;
+    let take = agent.command().await;
+    agent.tell(&take, &SnapshotFigures::default()).await;
+    cluster.ended(task["id"].as_str().expect("id").parse().expect("id")).await;
+    contract.hold("snapshot_create", send(post.clone(), "/snapshots", keep).await, 409).await;
+    contract.hold("snapshot_create", send(post.clone(), "/snapshots", json!({"vm": "web1", "quiesce": 0})).await, 400).await;
+    contract.hold("snapshot_list", send(get.clone(), "/snapshots?vm=web1", null.clone()).await, 200).await;
+    contract.hold("snapshot_show", send(get.clone(), "/snapshots/one", null.clone()).await, 200).await;
+    contract.hold("snapshot_set", send(Method::PATCH, "/snapshots/one", json!({"golden": false})).await, 200).await;
+    let request = json!({"discard_present": true, "host": "h1"});
+    let task = contract.hold("snapshot_rollback", send(post.clone(), "/snapshots/one/rollback", request).await, 202).await;
+    let kill = agent.command().await;
+    agent.done(&kill, 0).await;
+    let begin = agent.command().await;
+    agent.tell(&begin, &RestoreFigures::default()).await;
+    let id = task["id"].as_str().expect("id").to_owned();
+    cluster.ended(id.parse().expect("id")).await;
+    contract.hold("task_show", send(get.clone(), &format!("/tasks/{id}"), null.clone()).await, 200).await;
+    let (response, ()) = tokio::join!(send(get.clone(), "/vaults", null.clone()), async {
+        let look = agent.command().await;
+        agent.tell(&look, &VaultUsage::default()).await;
+    });
+    contract.hold("vault_list", response, 200).await;
+    let task = contract.hold("vault_verify", send(post.clone(), "/vaults/shared/verify", null.clone()).await, 202).await;
+    let look = agent.command().await;
+    agent.tell(&look, &VaultFindings::default()).await;
+    cluster.ended(task["id"].as_str().expect("id").parse().expect("id")).await;
+    let (response, ()) = tokio::join!(send(post.clone(), "/vaults/shared/prune", null.clone()), async {
+        let look = agent.command().await;
+        agent.tell(&look, &VaultPlan::default()).await;
+    });
+    contract.hold("vault_prune", response, 200).await;
+    contract.hold("vault_prune", send(post.clone(), "/vaults/shared/prune", json!({"apply": true})).await, 400).await;
+    let (response, ()) = tokio::join!(send(delete.clone(), "/snapshots/one", null.clone()), async {
+        let remove = agent.command().await;
+        agent.done(&remove, 0).await;
+    });
+    contract.hold("snapshot_delete", response, 204).await;
+    contract.hold("snapshot_delete", send(delete.clone(), "/snapshots/one", null.clone()).await, 404).await;
     for (id, verb) in
         [("vm_pause", "pause"), ("vm_unpause", "unpause"), ("vm_stop", "stop"), ("vm_kill", "kill"), ("vm_start", "start")]
     {

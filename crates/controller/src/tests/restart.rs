@@ -8,7 +8,7 @@ use godwit_model::{Bytes, ErrorCode, Generation, RunState};
 use super::support::*;
 
 /// What a command wants: the next controller signs the same grant with its own certificate.
-fn wanted(command: &v1::Command) -> Option<Action> {
+pub(super) fn wanted(command: &v1::Command) -> Option<Action> {
     let mut action = command.action.clone();
     let grant = match &mut action {
         Some(Action::Start(start)) => &mut start.grant,

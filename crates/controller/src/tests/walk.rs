@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use godwit_api::client::Client;
-use godwit_api::v1::{PolicyCreate, Role, VmDelete};
-use godwit_model::{Bytes, MigrationSettings, Millis, Refusal};
+use godwit_api::v1::{PolicyCreate, Role, SnapshotState, VmDelete};
+use godwit_model::{Bytes, MigrationSettings, Millis, Refusal, SnapshotFigures};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
@@ -54,6 +54,7 @@ fn filled(path: &str, task: &str, token: &str) -> String {
         .replace("{pool}", "shared")
         .replace("{network}", "lan")
         .replace("{policy}", "gold")
+        .replace("{snapshot}", "first")
         .replace("{task}", task)
         .replace("{token}", token)
 }
@@ -89,7 +90,14 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
     let admin = cluster.admin();
     let task = admin.tasks().await.expect("tasks").first().expect("the start").id.to_string();
     let token = admin.tokens().await.expect("tokens").first().expect("admin").id.to_string();
+    let keep = serde_json::from_value(json!({"vm": "web1", "name": "first"})).expect("a request");
+    let taking = admin.create_snapshot(&keep).await.expect("accepted");
+    let command = agent.command().await;
+    agent.tell(&command, &SnapshotFigures::default()).await;
+    cluster.ended(taking.id).await;
     let before = admin.vm(&name("web1")).await.expect("vm");
+    let first = admin.snapshot(&name("first")).await.expect("snapshot");
+    assert_eq!(first.state, SnapshotState::Ready);
     let lan = admin.create_network(&network("lan")).await.expect("network");
     let limits = MigrationSettings { max_blackout: Some(Millis(70)), ..MigrationSettings::default() };
     let gold = admin.create_policy(&PolicyCreate { name: name("gold"), labels: BTreeMap::new(), limits }).await.expect("policy");
@@ -116,6 +124,7 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
                             && !text.contains("linux")
                             && !text.contains("\"lan\"")
                             && !text.contains("\"gold\"")
+                            && !text.contains("\"first\"")
                             && !text.contains(&token),
                         "{what} shows {text}"
                     );
@@ -134,6 +143,7 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
     }
     let after = admin.vm(&name("web1")).await.expect("vm");
     assert_eq!(without_migratable(after), without_migratable(before));
+    assert_eq!(admin.snapshot(&name("first")).await.expect("snapshot"), first);
     assert_eq!(admin.network(&name("lan")).await.expect("network"), lan);
     assert_eq!(admin.policy(&name("gold")).await.expect("policy"), gold);
 }
@@ -144,6 +154,9 @@ fn body_for(operation: &str) -> Value {
         "vm_create" => json!({"name": "stolen", "spec": spec(Bytes::mib(64))}),
         "network_create" => json!({"name": "stolen", "kind": {"type": "bridge", "bridge": "br0"}}),
         "policy_create" => json!({"name": "stolen", "limits": {"max_blackout": 1}}),
+        "snapshot_create" => json!({"vm": "web1", "memory": false}),
+        "snapshot_set" => json!({"golden": true}),
+        "snapshot_rollback" => json!({"discard_present": true}),
         "policy_set" => json!({"limits": {"max_blackout": 1}}),
         "host_set" => json!({"migration_bandwidth": 125_000_000}),
         "network_set" => json!({"mtu": 9000}),

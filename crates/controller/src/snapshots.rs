@@ -1,0 +1,199 @@
+//! Snapshots: what they are called, which pool holds them, which hosts see it, and where a VM can become what it was. Pure: facts in, answer out.
+
+use godwit_model::name::MAX_NAME;
+use godwit_model::{Bytes, ErrorCode, Name, PoolFacts, Refusal, Retry, UnixMillis};
+
+use crate::checks::{Candidate, check_equal, check_restore, has_its_disks};
+use crate::clock;
+use crate::db::Stored;
+use crate::networks::check_networks;
+use crate::rows::{NetworkRow, SnapshotRow, VmRow};
+
+/// Snapshots that a team can have.
+pub(crate) const MOST: usize = 1_000;
+/// Room for what tells snapshots of one second apart.
+const SUFFIX: usize = 4;
+
+/// A name for a snapshot that nobody has named: the VM's, `what` it is for, and the moment.
+pub(crate) fn free_name(vm: &Name, what: &str, now: UnixMillis, taken: impl Fn(&str) -> bool) -> Result<Name, Refusal> {
+    let ending = format!("{what}-{}", clock::stamp(now));
+    let vm: String = vm.as_str().chars().take(MAX_NAME.saturating_sub(ending.len() + SUFFIX)).collect();
+    let stem = format!("{vm}{ending}");
+    let mut names = std::iter::once(stem.clone()).chain((2..=MOST + 1).map(|number| format!("{stem}-{number}")));
+    let name = names.find(|name| !taken(name)).and_then(|name| Name::new(name).ok());
+    name.ok_or_else(|| Refusal::new(ErrorCode::NameTaken, format!("no name like {stem} is free")).hint("name the snapshot"))
+}
+
+/// Whether a team that has `count` snapshots can have another.
+pub(crate) fn check_room(count: usize) -> Result<(), Refusal> {
+    if count < MOST {
+        return Ok(());
+    }
+    Err(Refusal::new(ErrorCode::BadRequest, format!("a team has at most {MOST} snapshots"))
+        .hint("delete some that are not needed: `godwit snapshot list`, `godwit snapshot delete`"))
+}
+
+/// The pool of a VM's host that is to hold its snapshot: the wanted one, else that of its first disk, else the first that is shared, else the first.
+pub(crate) fn choose_pool<'a>(
+    pools: &'a [PoolFacts],
+    host: &Name,
+    wanted: Option<&Name>,
+    of_disk: Option<&Name>,
+) -> Result<&'a PoolFacts, Refusal> {
+    let named = |name: &Name| pools.iter().find(|pool| pool.name == *name);
+    let unavailable = |message: String| Refusal::new(ErrorCode::PoolUnavailable, message);
+    if let Some(wanted) = wanted {
+        return named(wanted).ok_or_else(|| {
+            let names: Vec<&str> = pools.iter().map(|pool| pool.name.as_str()).collect();
+            let others =
+                if names.is_empty() { String::new() } else { format!(", or choose another of its pools: {}", names.join(", ")) };
+            unavailable(format!("host {host}, where the VM runs, has no pool {wanted}"))
+                .hint(format!("start the agent of {host} with `--pool {wanted}=DIRECTORY`{others}"))
+        });
+    }
+    let shared = || pools.iter().find(|pool| pool.shared);
+    of_disk.and_then(named).or_else(shared).or_else(|| pools.first()).ok_or_else(|| {
+        unavailable(format!("host {host}, where the VM runs, has no pool that could hold a snapshot"))
+            .hint(format!("start the agent of {host} with `--pool NAME=DIRECTORY`"))
+    })
+}
+
+/// What a host calls the pool with this identity, if it has it.
+pub(crate) fn pool_there<'a>(pools: &'a [PoolFacts], identity: &str) -> Option<&'a Name> {
+    pools.iter().find(|pool| pool.identity == identity).map(|pool| &pool.name)
+}
+
+/// Everything that a VM becomes by a rollback, as far as it matters where.
+pub(crate) struct Rollback<'a> {
+    pub(crate) vm: &'a VmRow,
+    pub(crate) snapshot: &'a SnapshotRow,
+    pub(crate) networks: &'a [Stored<NetworkRow>],
+    /// The host where the snapshot was taken, as it is or was.
+    pub(crate) origin: Option<Candidate<'a>>,
+}
+
+impl Rollback<'_> {
+    /// The host that the VM begins on: the wanted one, else the first that can of its own, the snapshot's, and all others of `hosts`, the connected ones.
+    pub(crate) fn decide_host(&self, wanted: Option<&Name>, hosts: &[Candidate<'_>]) -> Result<Name, Refusal> {
+        let Self { vm, snapshot, .. } = self;
+        let rank = |host: &Candidate<'_>| match host.name {
+            name if vm.host.as_ref() == Some(name) => 0,
+            name if *name == snapshot.host => 1,
+            _ => 2,
+        };
+        let mut able: Vec<Candidate<'_>> =
+            hosts.iter().filter(|host| wanted.is_none_or(|wanted| wanted == host.name)).copied().collect();
+        able.sort_by_key(rank);
+        let mut first = None;
+        for host in able {
+            match self.check(host, hosts) {
+                Ok(()) => return Ok(host.name.clone()),
+                // A host without the pool says less than one that has it and still cannot.
+                Err(refusal) if pool_there(&host.facts.pools, &snapshot.identity).is_some() => {
+                    first.get_or_insert(refusal);
+                }
+                Err(_) => {}
+            }
+        }
+        Err(first.unwrap_or_else(|| self.out_of_reach(wanted, hosts)))
+    }
+
+    fn out_of_reach(&self, wanted: Option<&Name>, hosts: &[Candidate<'_>]) -> Refusal {
+        let SnapshotRow { name, pool, identity, host, .. } = self.snapshot;
+        let having: Vec<&str> =
+            hosts.iter().filter(|host| pool_there(&host.facts.pools, identity).is_some()).map(|host| host.name.as_str()).collect();
+        let whose = wanted.map_or_else(|| "no connected host has".to_owned(), |wanted| format!("host {wanted} does not have"));
+        let message = format!("{whose} the pool {pool} that holds snapshot {name}");
+        let fix = if having.is_empty() {
+            format!("start the agent of a host that has it; the snapshot was taken on {host}")
+        } else {
+            format!("choose a host that has it: {}", having.join(", "))
+        };
+        Refusal::new(ErrorCode::PoolUnavailable, message).hint(fix)
+    }
+
+    fn check(&self, host: Candidate<'_>, hosts: &[Candidate<'_>]) -> Result<(), Refusal> {
+        let Self { vm, snapshot, networks, origin } = self;
+        if pool_there(&host.facts.pools, &snapshot.identity).is_none() {
+            return Err(self.out_of_reach(Some(host.name), hosts));
+        }
+        let spec = &snapshot.resolved;
+        let here = vm.host.as_ref() == Some(host.name) && vm.has_process();
+        let freed = vm.resolved.as_ref().filter(|_| here).map_or(Bytes(0), |running| running.memory_with_dimms());
+        check_restore(spec, host, freed)?;
+        if snapshot.request.memory && snapshot.host != *host.name {
+            match origin {
+                Some(origin) => check_equal(spec, *origin, host)?,
+                None if matches!(spec.cpu.as_str(), "host" | "max") => {
+                    let message = format!("the VM had the CPU of host {}, of which nothing is known any more", snapshot.host);
+                    return Err(Refusal::new(ErrorCode::HostIncompatible, message).hint("let that host join again"));
+                }
+                None => {}
+            }
+        }
+        check_networks(spec, networks, host)?;
+        let Some(home) = vm.host.as_ref().filter(|_| vm.reported.0 > 0) else { return Ok(()) };
+        has_its_disks(spec, home, hosts.iter().find(|host| host.name == home).copied(), host)
+    }
+}
+
+/// The snapshot is not there for this now.
+pub(crate) fn not_ready(snapshot: &SnapshotRow) -> Refusal {
+    use godwit_api::v1::SnapshotState as S;
+    let name = &snapshot.name;
+    match snapshot.state {
+        S::Taking | S::Ready => Refusal::new(ErrorCode::InUse, format!("snapshot {name} is being taken"))
+            .hint("wait for its task: `godwit task list --running`")
+            .retry(Retry::Safe),
+        S::Failed => Refusal::new(ErrorCode::SnapshotFailed, format!("snapshot {name} was not taken"))
+            .hint(format!("choose another one, and delete this: `godwit snapshot delete {name}`")),
+        S::Deleting => Refusal::new(ErrorCode::InUse, format!("snapshot {name} is being deleted"))
+            .hint("choose another one; `godwit snapshot list` shows what there is"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> Name {
+        Name::new(text).expect("name")
+    }
+
+    #[test]
+    fn a_name_of_its_own_fits_and_is_free() {
+        let (now, long) = (UnixMillis(1_795_804_200_000), name(&"x".repeat(63)));
+        let named = |vm: &Name, what: &str, taken: &[&str]| {
+            free_name(vm, what, now, |name| taken.contains(&name)).expect("a name").to_string()
+        };
+        assert_eq!(named(&name("web1"), "", &[]), "web1-20261127-183000");
+        assert_eq!(named(&name("web1"), "", &["web1-20261127-183000", "web1-20261127-183000-2"]), "web1-20261127-183000-3");
+        assert_eq!(named(&long, "-before-rollback", &[]).len(), MAX_NAME - SUFFIX);
+        assert_eq!(free_name(&long, "", now, |_| true).expect_err("none is free").code, ErrorCode::NameTaken);
+    }
+
+    #[test]
+    fn a_team_has_not_any_number_of_snapshots() {
+        assert_eq!(check_room(MOST - 1), Ok(()));
+        let refusal = check_room(MOST).expect_err("one too many");
+        assert!(refusal.code == ErrorCode::BadRequest && refusal.hint.is_some(), "{refusal}");
+    }
+
+    #[test]
+    fn the_pool_is_the_wanted_one_or_the_one_that_suits() {
+        let pool = |text: &str, shared| PoolFacts { name: name(text), identity: text.into(), shared, capacity: Bytes::GIB };
+        let pools = [pool("local", false), pool("nfs", true), pool("fast", false)];
+        let h1 = name("h1");
+        let chosen = |pools: &[PoolFacts], wanted: Option<&str>, disk: Option<&str>| {
+            let (wanted, disk) = (wanted.map(name), disk.map(name));
+            choose_pool(pools, &h1, wanted.as_ref(), disk.as_ref()).map(|pool| pool.name.to_string())
+        };
+        assert_eq!(chosen(&pools, Some("local"), Some("fast")).as_deref(), Ok("local"));
+        assert_eq!(chosen(&pools, None, Some("fast")).as_deref(), Ok("fast"));
+        assert_eq!(chosen(&pools, None, Some("gone")).as_deref(), Ok("nfs"));
+        assert_eq!(chosen(&pools[..1], None, None).as_deref(), Ok("local"));
+        let refusal = chosen(&pools, Some("gone"), None).expect_err("there is none");
+        assert!(refusal.code == ErrorCode::PoolUnavailable && refusal.hint.is_some_and(|hint| hint.contains("local, nfs, fast")));
+        assert_eq!(chosen(&[], None, None).expect_err("none at all").code, ErrorCode::PoolUnavailable);
+    }
+}
