@@ -60,6 +60,8 @@ pub(crate) struct SnapshotRecord {
     pub(crate) ran: bool,
     /// Nodes of the disks that it has.
     pub(crate) disks: Vec<String>,
+    /// The inode of the socket on which its memory comes, if it has memory: QEMU holds it, and it is read to its end, whatever happens.
+    pub(crate) socket: Option<u64>,
 }
 
 impl VmRecord {

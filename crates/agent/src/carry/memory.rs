@@ -94,6 +94,19 @@ impl ProcessMemory {
     }
 }
 
+impl ProcessMemory {
+    /// Has the kernel map every page, also those that nobody has touched: whoever goes through all memory afterwards does not wait for that.
+    pub(crate) fn map_all(&self) -> io::Result<()> {
+        let (mut absent, mut at) = (self.absent()?, Place { block: 0, page: 0 });
+        while let Some(place) = absent.next(at) {
+            absent.remove(place);
+            read_whole(&self.memory, &mut [0], self.address(place.block, place.page, 1)?)?;
+            at = place;
+        }
+        Ok(())
+    }
+}
+
 impl GuestMemory for ProcessMemory {
     type Error = io::Error;
 

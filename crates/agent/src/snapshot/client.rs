@@ -51,8 +51,6 @@ impl Worker {
             limits: vec![
                 limit(LimitedResource::Core, 0),
                 limit(LimitedResource::LockedMemory, 0),
-                // A snapshot may refer to many packs.
-                limit(LimitedResource::OpenFiles, 65_536),
                 limit(LimitedResource::AddressSpace, SPACE.get()),
             ],
             cpus: vec![],

@@ -54,7 +54,7 @@ impl<S: Sink, P: Sink> std::fmt::Debug for Taken<S, P> {
 }
 
 /// Reads the stream of a background snapshot to its end. `begin` gets the blocks of RAM when they are known, in QEMU's order; `started` is called when the first pages come: from then on
-/// QEMU watches the guest's writes, and the guest may run. After an error, too, it returns when QEMU has written once more or closed: whoever wants no more cancels.
+/// QEMU watches the guest's writes, and the guest may run. After an error, too, it returns when QEMU has written everything.
 ///
 /// # Errors
 /// [`TakeError`]
@@ -72,8 +72,9 @@ pub(super) fn take<S: Sink, P: Sink>(
     })
 }
 
-/// Reads until the end, the first error, or until nobody listens.
+/// Reads until the end, or the first error; also when nobody listens any more, since QEMU must be able to write everything.
 fn read_pieces(mut from: impl Read, to: &SyncSender<io::Result<Bytes>>) {
+    let mut is_heard = true;
     loop {
         let mut piece = vec![0; PIECE];
         let read = from.read(&mut piece);
@@ -82,11 +83,11 @@ fn read_pieces(mut from: impl Read, to: &SyncSender<io::Result<Bytes>>) {
             piece.truncate(length);
             Bytes::from(piece)
         });
-        let told = match read {
+        match read {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            read => to.send(read),
-        };
-        if told.is_err() || is_last {
+            read => is_heard = is_heard && to.send(read).is_ok(),
+        }
+        if is_last {
             return;
         }
     }

@@ -67,6 +67,7 @@ enum Failure {
 pub fn run(config_fd: RawFd) -> Result<(), WorkerError> {
     // Keys are in this process: no core, no debugger of the same uid.
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+    open_as_many_files_as_allowed();
     let mut text = Vec::new();
     File::from(own(config_fd)).read_to_end(&mut text).map_err(WorkerError::Config)?;
     let config: WorkerConfig = serde_json::from_slice(&text).map_err(|error| WorkerError::Config(error.into()))?;
@@ -85,6 +86,14 @@ pub fn run(config_fd: RawFd) -> Result<(), WorkerError> {
     // Who does not hear it any more knows that it ended.
     let _ = agent.say(&said);
     Ok(())
+}
+
+/// A snapshot may refer to many packs.
+fn open_as_many_files_as_allowed() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let limits = getrlimit(Resource::Nofile);
+    // It works with fewer, on fewer packs.
+    let _ = setrlimit(Resource::Nofile, rustix::process::Rlimit { current: limits.maximum, ..limits });
 }
 
 #[expect(unsafe_code, reason = "descriptors that were inherited are plain numbers")]

@@ -1,12 +1,12 @@
 //! A snapshot of a VM that runs on.
 //!
 //! ```text
-//! worker knows the vault ─▶ QEMU's first step, thrown away ─▶ fleeces ─▶ stop ─▶ fleeces begin, memory begins ─▶ run on
-//!                                              all that is slow │ the guest stands still │
+//! worker knows the vault, all memory is mapped, fleeces are made ─▶ stop ─▶ fleeces begin, memory begins ─▶ run on
+//!                                              all that is slow │      the guest stands still      │
 //! ─▶ memory comes ─▶ each disk is read from its fleece ─▶ durable ─▶ fleeces end
 //! ```
 //! Whatever ends it, QEMU is then as before: the journal says that a snapshot is under way before anything is done, so that an agent that was killed puts it
-//! right in its next life.
+//! right in its next life. Memory that QEMU has begun to write is read to the end in any case, by whoever there is: see [`godwit_qemu::snapshot`].
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -21,12 +21,15 @@ use godwit_qemu::fleece::fleece_node;
 use godwit_qemu::qga::{Frozen, Thawed};
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
+use godwit_qemu::snapshot::held_socket;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::actor::{Actor, Answer, qemu_failed};
 use super::disks;
+use super::placement::{self, Access};
+use crate::carry::ProcessMemory;
 use crate::guest;
 use crate::host::{SharedHost, host_failed};
 use crate::journal::SnapshotRecord;
@@ -35,6 +38,7 @@ use crate::snapshot::{DiskOf, Job, Kept, Said, SnapshotJob, Worker};
 /// How long the guest may stand still while QEMU begins.
 const BEGINNING: Duration = Duration::from_secs(20);
 const STOPPING: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(5);
 
 /// A snapshot that is being taken.
 pub(super) struct Snapshotting {
@@ -114,24 +118,37 @@ impl Actor {
                 "the VM has no disk, and its memory is not wanted: nothing would be kept",
             ));
         }
-        record.snapshot = Some(SnapshotRecord { ran, disks: disks.iter().map(|disk| disk.node.clone()).collect() });
+        let stream = if job.request.memory { Some(Stream::new()?) } else { None };
+        let left = SnapshotRecord {
+            ran,
+            disks: disks.iter().map(|disk| disk.node.clone()).collect(),
+            socket: stream.as_ref().map(Stream::inode).transpose()?,
+        };
+        record.snapshot = Some(left.clone());
         self.save()?;
+        let memory = if stream.is_some() { self.memory_to_map(&qmp).await } else { None };
         let (host, vm, cancel) = (Arc::clone(&self.host), self.vm, CancellationToken::new());
+        let held = stream.as_ref().and_then(|stream| stream.read.try_clone().ok());
         let mut taking = Taking { host, vm, qmp, disks, job, ran, figures: SnapshotFigures::default() };
         let cancelled = cancel.clone();
         let work = tokio::spawn(async move {
             let taken = tokio::select! {
-                taken = taking.take() => taken,
+                taken = taking.take(stream, memory) => taken,
                 () = cancelled.cancelled() => Err(Refusal::new(ErrorCode::Cancelled, "cancelled by request")),
             };
-            let nodes: Vec<String> = taking.disks.iter().map(|disk| disk.node.clone()).collect();
-            let over = put_right(&taking.qmp, &nodes, taking.ran).await;
-            if let Err(error) = over {
+            if let Err(error) = put_right(&taking.qmp, &left, held).await {
                 tracing::warn!(error = &error as &dyn std::error::Error, "QEMU is not as before the snapshot");
             }
             taken.map(|()| taking.figures)
         });
         Ok((cancel, work))
+    }
+
+    /// The VM's memory, if it is found: without it the guest stands still for longer.
+    async fn memory_to_map(&self, qmp: &Qmp) -> Option<ProcessMemory> {
+        let blocks = self.memory_blocks(qmp).await?;
+        let (memory, map) = placement::open(self.process.as_ref()?.identity(), Access::Read).ok()?;
+        Some(ProcessMemory::new(memory.into(), map.into(), blocks))
     }
 
     /// Nothing else works on the VM's memory or disks.
@@ -169,9 +186,16 @@ impl Actor {
     /// An agent that is no more was taking a snapshot.
     pub(super) async fn clear_up_snapshot(&mut self) {
         let (Some(qmp), None, None) = (&self.qmp, &self.snapshot, &self.moving) else { return };
-        let Some(SnapshotRecord { ran, disks }) = self.record.as_ref().and_then(|record| record.snapshot.clone()) else { return };
+        let Some(left) = self.record.as_ref().and_then(|record| record.snapshot.clone()) else { return };
         tracing::info!("puts an end to a snapshot that nobody takes any more");
-        if let Err(error) = put_right(qmp, &disks, ran).await {
+        let held = match (left.socket, &self.process) {
+            (Some(inode), Some(process)) => held_socket(process.identity(), inode).unwrap_or_else(|error| {
+                tracing::warn!(%error, "the socket of a snapshot cannot be taken from QEMU");
+                None
+            }),
+            _ => None,
+        };
+        if let Err(error) = put_right(qmp, &left, held).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "QEMU is not as before the snapshot yet");
             return;
         }
@@ -198,18 +222,62 @@ pub(super) async fn memory_is_whole(qmp: &Qmp) -> Result<(), Refusal> {
     }
 }
 
-/// Whatever a snapshot has done to QEMU, nothing of it is left.
-async fn put_right(qmp: &Qmp, disks: &[String], ran: bool) -> Result<(), QmpError> {
-    qmp.end_memory_snapshot().await?;
+/// Whatever a snapshot has done to QEMU, nothing of it is left. `held` is where its memory comes, if it does: nobody else reads that any more.
+async fn put_right(qmp: &Qmp, left: &SnapshotRecord, held: Option<UnixStream>) -> Result<(), QmpError> {
+    if let Some(held) = held {
+        read_to_the_end(qmp, held).await?;
+    }
+    if left.socket.is_some() {
+        qmp.end_memory_snapshot().await?;
+    }
     qmp.stop_serving_disks().await?;
-    for disk in disks {
+    for disk in &left.disks {
         qmp.end_fleece(disk).await?;
     }
     // Also a VM that stands still because there was no room for what it wrote over: now nothing needs room.
-    if ran && !qmp.query_status().await?.running {
+    if left.ran && !qmp.query_status().await?.running {
         qmp.cont().await?;
     }
     Ok(())
+}
+
+/// Throws away what QEMU still writes of a snapshot, until it has written everything. QEMU may answer nothing before that.
+async fn read_to_the_end(qmp: &Qmp, from: UnixStream) -> Result<(), QmpError> {
+    let Ok(mut reading) = from.try_clone() else { return Ok(()) };
+    let thrown_away = tokio::task::spawn_blocking(move || {
+        let mut piece = vec![0; 1 << 20];
+        while matches!(std::io::Read::read(&mut reading, &mut piece), Ok(1..)) {}
+    });
+    let over = loop {
+        match qmp.migration().await {
+            Ok(status) if status.is_final() => break Ok(()),
+            Ok(_) => tokio::time::sleep(LOOK).await,
+            Err(QmpError::TimedOut { .. }) => {}
+            Err(error) => break Err(error),
+        }
+    };
+    // One that never began has no end.
+    let _ = from.shutdown(std::net::Shutdown::Both);
+    let _ = thrown_away.await;
+    over
+}
+
+/// The socket on which memory comes: QEMU's end, and that which is read.
+struct Stream {
+    written: UnixStream,
+    read: UnixStream,
+}
+
+impl Stream {
+    fn new() -> Result<Self, Refusal> {
+        let (read, written) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
+        Ok(Self { written, read })
+    }
+
+    fn inode(&self) -> Result<u64, Refusal> {
+        let known = rustix::fs::fstat(&self.read).map(|known| known.st_ino);
+        known.map_err(|error| host_failed("a socket cannot be looked at", &std::io::Error::from(error)))
+    }
 }
 
 struct TakenDisk {
@@ -230,9 +298,10 @@ struct Taking {
 }
 
 impl Taking {
-    async fn take(&mut self) -> Result<(), Refusal> {
+    async fn take(&mut self, stream: Option<Stream>, mapped: Option<ProcessMemory>) -> Result<(), Refusal> {
         let began = Instant::now();
-        let memory = self.prepare_memory().await?;
+        let stream = self.prepare_memory(stream, mapped).await?;
+        let memory = stream.is_some();
         for TakenDisk { node, volume, size } in &self.disks {
             let room = self.host.pools.scratch(&volume.pool, *size).await?;
             self.qmp.add_fleece(node, room).await.map_err(failed)?;
@@ -240,9 +309,9 @@ impl Taking {
         if !self.disks.is_empty() {
             disks::serve(&self.host, self.vm, &self.qmp).await?;
         }
-        let (mut worker, stream) = self.start_worker(memory).await?;
+        let mut worker = self.start_worker(stream).await?;
         let frozen = self.freeze().await;
-        let pause = self.begin(&mut worker, stream).await;
+        let pause = self.begin(&mut worker, memory).await;
         if let Some(frozen) = frozen
             && frozen.thaw().await == Thawed::TimeWasOver
         {
@@ -263,47 +332,49 @@ impl Taking {
     }
 
     /// Whether memory is kept. Where QEMU does not let it, the disks alone are, with a warning; a VM without disks has nothing else to keep.
-    async fn prepare_memory(&mut self) -> Result<bool, Refusal> {
-        if !self.job.request.memory {
-            return Ok(false);
-        }
-        let (unread, theirs) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
-        let prepared = self.qmp.prepare_memory_snapshot(theirs).await;
-        drop(unread);
-        match prepared {
-            Ok(()) => Ok(true),
+    async fn prepare_memory(
+        &mut self,
+        stream: Option<Stream>,
+        mapped: Option<ProcessMemory>,
+    ) -> Result<Option<UnixStream>, Refusal> {
+        let Some(Stream { written, read }) = stream else { return Ok(None) };
+        match self.qmp.prepare_memory_snapshot().await {
+            Ok(()) => {}
             Err(error) if error.refused().is_some() && !self.disks.is_empty() => {
                 let warning = format!("memory is not in it, the VM would boot from its disks: {error}");
                 self.figures.warnings.push(warning);
-                Ok(false)
+                return Ok(None);
             }
-            Err(error) => Err(failed(error)),
+            Err(error) => return Err(failed(error)),
         }
+        let copied = read.try_clone().map_err(|error| host_failed("a socket cannot be copied", &error))?;
+        self.qmp.hold_snapshot_socket(written.into(), copied.into()).await.map_err(failed)?;
+        if let Some(memory) = mapped {
+            let mapping = tokio::task::spawn_blocking(move || memory.map_all()).await;
+            if let Ok(Err(error)) = mapping {
+                tracing::info!(%error, "not all of the VM's memory is mapped: it stands still for longer");
+            }
+        }
+        Ok(Some(read))
     }
 
-    async fn start_worker(&self, memory: bool) -> Result<(Worker, Option<UnixStream>), Refusal> {
+    async fn start_worker(&self, memory: Option<UnixStream>) -> Result<Worker, Refusal> {
         let SnapshotJob { vault, snapshot, known, about, .. } = &self.job;
         let directory = self.host.pools.vault(&vault.pool, &vault.team, self.host.vault_uid()).await?;
         let mut fds = PassedFds::new();
-        let (memory_fd, stream) = if memory {
-            let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
-            (Some(fds.pass(ours)), Some(qemus))
-        } else {
-            (None, None)
-        };
         let of_disk =
             |TakenDisk { node, size, .. }: &TakenDisk| DiskOf { node: node.clone(), export: fleece_node(node), size: *size };
         let job = Job::Take {
             snapshot: snapshot.clone(),
             team: vault.key,
             known: known.clone(),
-            memory_fd,
+            memory_fd: memory.map(|memory| fds.pass(memory)),
             disks: self.disks.iter().map(of_disk).collect(),
             about: about.clone(),
         };
         let mut worker = Worker::start(&self.host, directory, job, fds).await?;
         match worker.hear().await? {
-            Said::Ready => Ok((worker, stream)),
+            Said::Ready => Ok(worker),
             said => Err(unexpected(&said)),
         }
     }
@@ -323,18 +394,20 @@ impl Taking {
     }
 
     /// The instant of the snapshot; how long the guest stood still.
-    async fn begin(&self, worker: &mut Worker, stream: Option<UnixStream>) -> Result<Option<Duration>, Refusal> {
+    async fn begin(&self, worker: &mut Worker, memory: bool) -> Result<Option<Duration>, Refusal> {
         let nodes: Vec<String> = self.disks.iter().map(|disk| disk.node.clone()).collect();
-        let began = Instant::now();
-        if stream.is_some() && self.ran {
+        let (began, mut notices) = (Instant::now(), self.qmp.listen());
+        // What has no disks is of one instant whenever QEMU takes it, and QEMU stops the guest for less long.
+        let stops = memory && self.ran && !nodes.is_empty();
+        if stops {
             self.qmp.stop(STOPPING).await.map_err(failed)?;
         }
         // Before memory begins: an old QEMU lets the guest run when it has, without being told.
         if !nodes.is_empty() {
             self.qmp.begin_fleeces(&nodes).await.map_err(failed)?;
         }
-        if let Some(stream) = stream {
-            self.qmp.begin_memory_snapshot(stream).await.map_err(failed)?;
+        if memory {
+            self.qmp.begin_memory_snapshot().await.map_err(failed)?;
             let said = tokio::time::timeout(BEGINNING, worker.hear()).await;
             let late =
                 |_| Refusal::new(ErrorCode::SnapshotFailed, format!("QEMU did not begin to write memory within {BEGINNING:?}"));
@@ -343,11 +416,15 @@ impl Taking {
                 Ok(said) => return Err(unexpected(&said)),
                 Err(refusal) => return Err(self.why(refusal).await),
             }
-            if self.ran {
+            if stops {
                 self.qmp.cont().await.map_err(failed)?;
             }
         }
-        Ok(self.ran.then(|| began.elapsed()))
+        if !self.ran {
+            return Ok(None);
+        }
+        let (elapsed, told) = (began.elapsed(), if memory { stood_still(&mut notices).await } else { None });
+        Ok(Some(told.unwrap_or(elapsed)))
     }
 
     /// Gives the worker each disk as it asks for it, until it is done.
@@ -381,6 +458,23 @@ impl Taking {
             _ => refusal,
         }
     }
+}
+
+/// How long the guest stood still, as QEMU says; it is told that it runs by now, or in a moment.
+async fn stood_still(notices: &mut Notices) -> Option<Duration> {
+    const TOLD: Duration = Duration::from_secs(1);
+    let told = async {
+        let mut stopped = None;
+        loop {
+            match notices.next().await {
+                Notice::Event(event) if event.name == "STOP" => stopped = event.micros,
+                Notice::Event(event) if event.name == "RESUME" => return event.micros?.checked_sub(stopped?),
+                Notice::Event(_) => {}
+                Notice::Missed(_) | Notice::Ended(_) => return None,
+            }
+        }
+    };
+    tokio::time::timeout(TOLD, told).await.ok()?.map(Duration::from_micros)
 }
 
 /// Ends when the guest was stopped because what it writes over could not be kept.
