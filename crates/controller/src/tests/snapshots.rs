@@ -240,7 +240,7 @@ async fn a_rollback_keeps_what_is_ends_it_and_begins_as_it_was() {
     assert_eq!(cluster.vm("web1").await.status.state, RunState::Stopped);
     agent.tell(&begin, &RESTORE).await;
     let ended = cluster.ended(task.id).await;
-    assert_eq!((ended.state, ended.restore, ended.kept), (TaskState::Done, Some(RESTORE), Some(kept.clone())), "{ended:?}");
+    assert_eq!((ended.state, ended.restore, ended.kept), (TaskState::Done, Some(RESTORE), Some(kept.clone())));
     let vm = cluster.vm("web1").await;
     assert_eq!((vm.status.state, vm.status.generation, vm.status.activity), (RunState::Running, Generation(2), None));
     assert_eq!((vm.spec.labels.len(), vm.spec.vmgenid, vm.status.conditions.len()), (0, Some(fresh), 0));
@@ -467,7 +467,8 @@ async fn a_snapshot_under_way_can_be_cancelled_and_a_rollback_until_it_ends_qemu
     assert_eq!(admin.snapshot(&name("two")).await.expect("it stays").state, SnapshotState::Failed);
     let mut agent = cluster.connect(&host, vec![report(&vm, 1, RunState::Running, v1::Holding::Owner)]).await;
     assert_eq!(code(admin.rollback_snapshot(&name("two"), &rollback(true)).await), ErrorCode::SnapshotFailed);
-    let (deleted, ()) = tokio::join!(admin.delete_snapshot(&name("two")), async {
+    let two = name("two");
+    let (deleted, ()) = tokio::join!(admin.delete_snapshot(&two), async {
         let command = agent.command().await;
         assert!(matches!(command.action, Some(Action::DeleteSnapshot(_))), "{command:?}");
         agent.done(&command, 0).await;
@@ -572,7 +573,8 @@ async fn vaults_are_looked_at_read_and_pruned_by_a_plan_that_still_holds() {
     let command = other.command().await;
     other.tell(&command, &VaultFindings::default()).await;
     assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
-    let (deleted, ()) = tokio::join!(admin.delete_snapshot(&name("three")), async {
+    let three = name("three");
+    let (deleted, ()) = tokio::join!(admin.delete_snapshot(&three), async {
         let command = other.command().await;
         other.done(&command, 0).await;
     });
