@@ -307,6 +307,34 @@ async fn a_rollback_and_a_snapshot_survive_a_restart_of_the_controller_at_every_
 }
 
 #[tokio::test]
+async fn a_vm_goes_back_on_another_host_that_sees_the_pool_when_its_own_has_ended_it() {
+    let (cluster, host, mut a1) = running().await;
+    let (_, mut a2) = cluster.agent("h2").await;
+    let admin = cluster.admin();
+    let asked = taken(&cluster, &mut a1, "one").await;
+    let vm = cluster.vm("web1").await;
+    let request = api::SnapshotRollback { host: Some(name("h2")), ..rollback(true) };
+    let task = admin.rollback_snapshot(&name("one"), &request).await.expect("accepted");
+    a1.command().await;
+    // While its host is away nobody knows that it has ended: nothing begins elsewhere.
+    drop(a1);
+    cluster.task_when(task.id, |task| task.step.contains("waits for host h1")).await;
+    assert_eq!(cluster.vm("web1").await.status.generation, Generation(1));
+    let mut a1 = cluster.connect(&host, vec![report(&vm, 1, RunState::Running, v1::Holding::Owner)]).await;
+    let kill = a1.command().await;
+    assert!(matches!(kill.action, Some(Action::Kill(_))), "{kill:?}");
+    a1.done(&kill, 0).await;
+    let begin = a2.command().await;
+    assert_eq!((grant(start(&begin)).destination, grant(start(&begin)).generation), (name("h2"), Generation(2)));
+    assert_eq!(start(&begin).from.as_ref().expect("from a snapshot").snapshot, asked.snapshot);
+    a2.fleet_when(|fleet| fleet.locations.iter().any(|location| location.address == "10.0.0.2" && location.generation == 2)).await;
+    a2.tell(&begin, &RESTORE).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    let vm = cluster.vm("web1").await;
+    assert_eq!((vm.status.host, vm.status.state), (Some(name("h2")), RunState::Running));
+}
+
+#[tokio::test]
 async fn a_vm_whose_rollback_broke_off_begins_only_with_another() {
     let (cluster, _, mut agent) = running().await;
     let admin = cluster.admin();
