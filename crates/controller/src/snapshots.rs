@@ -154,10 +154,111 @@ pub(crate) fn not_ready(snapshot: &SnapshotRow) -> Refusal {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use godwit_api::v1::SnapshotState;
+    use godwit_model::{HostFacts, HostLoad, RunState, SnapshotId, SnapshotRequest};
 
-    fn name(text: &str) -> Name {
-        Name::new(text).expect("name")
+    use super::*;
+    use crate::checks::tests::{facts, load, spec};
+    use crate::tests::support::{name, vm_row};
+
+    /// Of a VM that ran on h2 last, taken on h3.
+    fn snapshot() -> (VmRow, SnapshotRow) {
+        let (mut vm, resolved) = (vm_row(), spec());
+        (vm.host, vm.reported, vm.resolved) = (Some(name("h2")), godwit_model::Generation(1), Some(resolved.clone()));
+        let row = SnapshotRow {
+            id: SnapshotId::new(uuid::Uuid::nil()),
+            name: name("one"),
+            team: vm.team.clone(),
+            vm: vm.id,
+            vm_name: vm.name.clone(),
+            created: UnixMillis(0),
+            pool: name("shared"),
+            identity: "one".into(),
+            host: name("h3"),
+            state: SnapshotState::Ready,
+            salt: String::new(),
+            request: SnapshotRequest { memory: true, quiesce: None },
+            spec: vm.spec.clone(),
+            resolved,
+            waiting: vec![],
+            figures: None,
+            golden: false,
+            principal: String::new(),
+            reason: None,
+        };
+        (vm, row)
+    }
+
+    #[test]
+    fn a_vm_begins_again_where_it_is_or_was_or_else_anywhere_that_can() {
+        type Change = fn(&mut VmRow, &mut SnapshotRow, &mut Vec<(&str, HostFacts, HostLoad)>);
+        let decided = |wanted: Option<&str>, change: Change| {
+            let (mut vm, mut row) = snapshot();
+            let mut hosts: Vec<_> = ["h1", "h2", "h3"].map(|host| (host, facts(), load(Bytes::GIB))).to_vec();
+            change(&mut vm, &mut row, &mut hosts);
+            let names: Vec<Name> = hosts.iter().map(|(host, ..)| name(host)).collect();
+            let pairs = hosts.iter().zip(&names);
+            let hosts: Vec<Candidate<'_>> =
+                pairs.map(|((_, facts, load), name)| Candidate { name, facts, load, skew: None }).collect();
+            let origin = hosts.iter().find(|host| *host.name == row.host).copied();
+            let wanted = wanted.map(name);
+            Rollback { vm: &vm, snapshot: &row, networks: &[], origin }
+                .decide_host(wanted.as_ref(), &hosts)
+                .map(|host| host.to_string())
+                .map_err(|refusal| (refusal.code, refusal.hint.unwrap_or_default()))
+        };
+        let code = |wanted, change: Change| decided(wanted, change).map_err(|(code, _)| code);
+        assert_eq!(code(None, |_, _, _| {}).as_deref(), Ok("h2"));
+        assert_eq!(code(Some("h1"), |_, _, _| {}).as_deref(), Ok("h1"));
+        assert_eq!(code(None, |_, _, hosts| hosts.retain(|(host, ..)| *host != "h2")).as_deref(), Ok("h3"));
+        assert_eq!(code(None, |_, _, hosts| hosts.truncate(1)).as_deref(), Ok("h1"));
+        // What it holds of its host's memory it gives back first.
+        assert_eq!(code(None, |_, _, hosts| hosts[1].2.memory_free = Bytes(0)).as_deref(), Ok("h3"));
+        let runs = code(None, |vm, _, hosts| {
+            vm.state = RunState::Running;
+            hosts[1].2.memory_free = Bytes(0);
+        });
+        assert_eq!(runs.as_deref(), Ok("h2"));
+        // The pool with the vault is not everywhere.
+        let vault: Change = |_, row, hosts| {
+            row.identity = "vault".into();
+            for host in [0, 2] {
+                let pool = PoolFacts { name: name("vault"), identity: "vault".into(), shared: true, capacity: Bytes::GIB };
+                hosts[host].1.pools.push(pool);
+            }
+        };
+        assert_eq!(code(None, vault).as_deref(), Ok("h3"));
+        let (lacks, hint) = decided(Some("h2"), vault).expect_err("no pool");
+        assert_eq!((lacks, hint.as_str()), (ErrorCode::PoolUnavailable, "choose a host that has it: h1, h3"));
+        let (none, hint) = decided(None, |_, row, _| row.identity = "gone".into()).expect_err("no host has it");
+        assert!(none == ErrorCode::PoolUnavailable && hint.contains("h3"), "{hint}");
+        // Its disks are where it ran last, if others do not see them.
+        let alone: Change = |_, _, hosts| {
+            for (number, (_, facts, _)) in hosts.iter_mut().enumerate() {
+                let pool = &mut facts.pools[0];
+                (pool.name, pool.shared) = (name("vaults"), true);
+                let disks = PoolFacts { name: name("shared"), identity: number.to_string(), shared: false, capacity: Bytes::GIB };
+                facts.pools.push(disks);
+            }
+        };
+        assert_eq!(code(None, alone).as_deref(), Ok("h2"));
+        assert_eq!(code(Some("h1"), alone), Err(ErrorCode::PoolUnavailable));
+        // Memory of a VM with its host's CPU.
+        let tied: Change = |_, row, hosts| {
+            row.resolved.cpu = "max".into();
+            hosts[0].1.cpu_features.clear();
+        };
+        assert_eq!(code(Some("h1"), tied), Err(ErrorCode::HostIncompatible));
+        let forgotten: Change = |_, row, hosts| {
+            row.resolved.cpu = "max".into();
+            hosts.truncate(1);
+        };
+        assert_eq!(code(None, forgotten), Err(ErrorCode::HostIncompatible));
+        let boots: Change = |_, row, hosts| {
+            (row.resolved.cpu, row.request.memory) = ("max".into(), false);
+            hosts.truncate(1);
+        };
+        assert_eq!(code(None, boots).as_deref(), Ok("h1"));
     }
 
     #[test]

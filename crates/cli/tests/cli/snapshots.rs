@@ -113,7 +113,7 @@ local   -          -      -        -
     assert_eq!(fake.run(&["vault", "status"]).stdout, table);
     assert_eq!(fake.run(&["vault", "verify", "shared", "--host", "h1"]).stdout, "the vault in shared is whole\n");
     assert_eq!(fake.seen("POST", "/vaults/shared/verify?host=h1").len(), 1);
-    let files = "FILE            SIZE\na.pack          3 MiB\nb\\u{1b}.draft  1 MiB\n";
+    let files = "FILE           SIZE\na.pack         3 MiB\nb\\u{1b}.draft  1 MiB\n";
     assert_eq!(fake.run(&["vault", "prune", "shared"]).stdout, format!("{files}2 files would be removed, 4 MiB\n"));
     assert_eq!(body(&fake, "POST", "/vaults/shared/prune"), json!({ "apply": false, "plan": null }));
     let applied = fake.run(&["vault", "prune", "shared", "--apply"]);

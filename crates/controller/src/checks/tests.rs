@@ -45,7 +45,7 @@ fn vm() -> VmSpec {
     VmSpec::new(1, Bytes::mib(512), Boot::Disk)
 }
 
-fn spec() -> ResolvedSpec {
+pub(crate) fn spec() -> ResolvedSpec {
     let (h, load) = (facts(), load(Bytes::GIB));
     let id = VmId::new(uuid::Uuid::nil());
     let candidate = Candidate { name: &name("h1"), facts: &h, load: &load, skew: None };

@@ -229,7 +229,7 @@ impl Tasks {
             if matches!(asked, Asked::Start(_) | Asked::Migrate(_) | Asked::Delete { .. } | Asked::Rollback { .. }) {
                 restore::all_heard(&self.db).await?;
             }
-            if matches!(asked, Asked::Delete { .. }) {
+            if matches!(asked, Asked::Delete { .. } | Asked::Rollback { .. }) {
                 self.no_move_is_open(vm).await?;
             }
         }

@@ -17,7 +17,7 @@ use godwit_model::{
 use super::admit::candidates;
 use super::change::in_use;
 use super::power::{START_LIFETIME, already};
-use super::snapshot::{NewSnapshot, Taken};
+use super::snapshot::NewSnapshot;
 use super::{Ask, Outcome, Tasks, conclude, host_down, note};
 use crate::checks::Candidate;
 use crate::clock;
@@ -143,18 +143,14 @@ impl Tasks {
                 }
                 let late =
                     Refusal::new(ErrorCode::Cancelled, format!("cancelled by request; what the VM is was kept as {present}"));
-                let ending = outcome.clone().or_else(|| task.cancel.then(|| Outcome::Cancelled(late)));
-                match (&taken, ending) {
-                    (_, Some(ending)) => {
-                        note(task, "the VM is what it was");
-                        vm.release(id);
-                        conclude(task, &ending);
-                    }
-                    (Taken::Ready(_), None) => {
-                        note(task, format!("what the VM was before is kept as {present}"));
-                        work_of(task).into_iter().for_each(|work| work.stage = RollbackStage::End);
-                    }
-                    (_, None) => {}
+                let ending = outcome.clone().or_else(|| task.cancel.then_some(Outcome::Cancelled(late)));
+                if let Some(ending) = ending {
+                    note(task, "the VM is what it was");
+                    vm.release(id);
+                    conclude(task, &ending);
+                } else {
+                    note(task, format!("what the VM was before is kept as {present}"));
+                    work_of(task).into_iter().for_each(|work| work.stage = RollbackStage::End);
                 }
             })
             .await?;

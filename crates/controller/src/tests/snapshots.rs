@@ -240,7 +240,7 @@ async fn a_rollback_keeps_what_is_ends_it_and_begins_as_it_was() {
     assert_eq!(cluster.vm("web1").await.status.state, RunState::Stopped);
     agent.tell(&begin, &RESTORE).await;
     let ended = cluster.ended(task.id).await;
-    assert_eq!((ended.state, ended.restore, ended.kept), (TaskState::Done, Some(RESTORE), Some(kept.clone())), "{ended:?}");
+    assert_eq!((ended.state, ended.restore, ended.kept), (TaskState::Done, Some(RESTORE), Some(kept.clone())));
     let vm = cluster.vm("web1").await;
     assert_eq!((vm.status.state, vm.status.generation, vm.status.activity), (RunState::Running, Generation(2), None));
     assert_eq!((vm.spec.labels.len(), vm.spec.vmgenid, vm.status.conditions.len()), (0, Some(fresh), 0));
@@ -304,6 +304,34 @@ async fn a_rollback_and_a_snapshot_survive_a_restart_of_the_controller_at_every_
     let vm = cluster.vm("web1").await;
     assert_eq!((vm.status.state, vm.status.generation), (RunState::Running, Generation(2)));
     assert_eq!(cluster.admin().snapshots(None).await.expect("list").len(), 2);
+}
+
+#[tokio::test]
+async fn a_vm_goes_back_on_another_host_that_sees_the_pool_when_its_own_has_ended_it() {
+    let (cluster, host, mut a1) = running().await;
+    let (_, mut a2) = cluster.agent("h2").await;
+    let admin = cluster.admin();
+    let asked = taken(&cluster, &mut a1, "one").await;
+    let vm = cluster.vm("web1").await;
+    let request = api::SnapshotRollback { host: Some(name("h2")), ..rollback(true) };
+    let task = admin.rollback_snapshot(&name("one"), &request).await.expect("accepted");
+    a1.command().await;
+    // While its host is away nobody knows that it has ended: nothing begins elsewhere.
+    drop(a1);
+    cluster.task_when(task.id, |task| task.step.contains("waits for host h1")).await;
+    assert_eq!(cluster.vm("web1").await.status.generation, Generation(1));
+    let mut a1 = cluster.connect(&host, vec![report(&vm, 1, RunState::Running, v1::Holding::Owner)]).await;
+    let kill = a1.command().await;
+    assert!(matches!(kill.action, Some(Action::Kill(_))), "{kill:?}");
+    a1.done(&kill, 0).await;
+    let begin = a2.command().await;
+    assert_eq!((grant(start(&begin)).destination, grant(start(&begin)).generation), (name("h2"), Generation(2)));
+    assert_eq!(start(&begin).from.as_ref().expect("from a snapshot").snapshot, asked.snapshot);
+    a2.fleet_when(|fleet| fleet.locations.iter().any(|location| location.address == "10.0.0.2" && location.generation == 2)).await;
+    a2.tell(&begin, &RESTORE).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    let vm = cluster.vm("web1").await;
+    assert_eq!((vm.status.host, vm.status.state), (Some(name("h2")), RunState::Running));
 }
 
 #[tokio::test]
@@ -467,7 +495,8 @@ async fn a_snapshot_under_way_can_be_cancelled_and_a_rollback_until_it_ends_qemu
     assert_eq!(admin.snapshot(&name("two")).await.expect("it stays").state, SnapshotState::Failed);
     let mut agent = cluster.connect(&host, vec![report(&vm, 1, RunState::Running, v1::Holding::Owner)]).await;
     assert_eq!(code(admin.rollback_snapshot(&name("two"), &rollback(true)).await), ErrorCode::SnapshotFailed);
-    let (deleted, ()) = tokio::join!(admin.delete_snapshot(&name("two")), async {
+    let two = name("two");
+    let (deleted, ()) = tokio::join!(admin.delete_snapshot(&two), async {
         let command = agent.command().await;
         assert!(matches!(command.action, Some(Action::DeleteSnapshot(_))), "{command:?}");
         agent.done(&command, 0).await;
@@ -572,7 +601,8 @@ async fn vaults_are_looked_at_read_and_pruned_by_a_plan_that_still_holds() {
     let command = other.command().await;
     other.tell(&command, &VaultFindings::default()).await;
     assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
-    let (deleted, ()) = tokio::join!(admin.delete_snapshot(&name("three")), async {
+    let three = name("three");
+    let (deleted, ()) = tokio::join!(admin.delete_snapshot(&three), async {
         let command = other.command().await;
         other.done(&command, 0).await;
     });
