@@ -208,6 +208,13 @@ pub(crate) struct SnapshotRow {
     pub(crate) reason: Option<String>,
 }
 
+impl SnapshotRow {
+    /// Whether it has memory. Until it is there: whether it is to have it, which QEMU may not let it.
+    pub(crate) fn has_memory(&self) -> bool {
+        self.figures.as_ref().map_or(self.request.memory, |figures| figures.memory)
+    }
+}
+
 /// A team's vaults, in whichever pools.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct VaultRow {

@@ -121,7 +121,7 @@ impl Rollback<'_> {
         let here = vm.host.as_ref() == Some(host.name) && vm.has_process();
         let freed = vm.resolved.as_ref().filter(|_| here).map_or(Bytes(0), |running| running.memory_with_dimms());
         check_restore(spec, host, freed)?;
-        if snapshot.request.memory && snapshot.host != *host.name {
+        if snapshot.has_memory() && snapshot.host != *host.name {
             match origin {
                 Some(origin) => check_equal(spec, *origin, host)?,
                 None if matches!(spec.cpu.as_str(), "host" | "max") => {

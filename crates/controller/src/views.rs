@@ -229,7 +229,7 @@ pub(crate) fn snapshot(stored: &Stored<SnapshotRow>) -> v1::Snapshot {
         created: row.created,
         pool: row.pool.clone(),
         host: row.host.clone(),
-        memory: row.request.memory.then(|| row.resolved.memory_with_dimms()),
+        memory: row.has_memory().then(|| row.resolved.memory_with_dimms()),
         disks: disks.collect(),
         golden: row.golden,
         state: row.state,

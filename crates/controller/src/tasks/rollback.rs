@@ -240,7 +240,7 @@ impl Tasks {
             let from = v1::FromSnapshot {
                 vault: Some(self.vault_at(&snapshot.team, there.unwrap_or(&snapshot.pool)).await?),
                 snapshot: Some(self.key_of(&snapshot)?),
-                memory: snapshot.request.memory,
+                memory: snapshot.has_memory(),
             };
             Ok(v1::StartVm { grant: Some(self.authority.grant(&grant)?), spec: encode(spec), from: Some(from) })
         };

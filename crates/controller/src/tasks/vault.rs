@@ -163,7 +163,9 @@ impl Tasks {
     }
 
     async fn look(&self, team: &Name, vault: &Vault, pool: &Name, what: What) -> Result<Action, Fault> {
-        let snapshots = vault.snapshots.iter().map(|snapshot| self.key_of(snapshot)).collect::<Result<_, _>>()?;
+        // Others may not be there, or not be whole, and that is no damage.
+        let wanted = |snapshot: &&SnapshotRow| !matches!(what, What::Verify(_)) || snapshot.state == SnapshotState::Ready;
+        let snapshots = vault.snapshots.iter().filter(wanted).map(|snapshot| self.key_of(snapshot)).collect::<Result<_, _>>()?;
         Ok(Action::LookAtVault(v1::LookAtVault { vault: Some(self.vault_at(team, pool).await?), snapshots, what: Some(what) }))
     }
 
