@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes as Chunk;
 use godwit_api::client::{Client, ClientError};
-use godwit_api::v1::{Task, TaskState, VmCreate, VmExec, VmMigrate, VmStart, VmStop};
+use godwit_api::v1::{Snapshot, SnapshotCreate, SnapshotRollback, Task, TaskState, VmCreate, VmExec, VmMigrate, VmStart, VmStop};
 use godwit_guest::Status;
 use godwit_lab::{HostOverride, Lab, LabSpec, LabStatus, LinkRate};
-use godwit_model::{ImportFormat, MigrationPolicy, MigrationProgress, Name, Refusal, TaskId};
+use godwit_model::{ImportFormat, MigrationPolicy, MigrationProgress, Name, Refusal, RestoreFigures, TaskId};
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
@@ -29,6 +29,8 @@ use crate::{checks, labs, logs, processes};
 const AWAY: Duration = Duration::from_secs(90);
 /// How long a guest may take from its start to its first answer.
 const BOOT: Duration = Duration::from_secs(90);
+/// How long a snapshot or a rollback may take.
+const SNAPSHOT: Duration = Duration::from_secs(120);
 /// Tasks tell of themselves in events; asking is simpler, and this is how often.
 pub(crate) const ASK: Duration = Duration::from_millis(50);
 
@@ -422,6 +424,69 @@ impl Cluster {
         let host = self.host_of(vm)?;
         ensure!(host == to, "{vm} was moved to {to} but is on {host}");
         Ok(done)
+    }
+
+    /// Asks for a snapshot.
+    ///
+    /// # Errors
+    /// The controller's refusal.
+    pub fn begin_snapshot(&self, vm: &str, snapshot: &str) -> Result<TaskId, Refusal> {
+        let wanted = SnapshotCreate {
+            vm: name(vm),
+            name: Some(name(snapshot)),
+            memory: true,
+            quiesce: None,
+            pool: None,
+            golden: false,
+            reason: None,
+        };
+        Ok(self.ask(self.client.create_snapshot(&wanted))?.id)
+    }
+
+    /// Takes a snapshot of a VM that runs, with its memory.
+    ///
+    /// # Errors
+    /// When it is not taken as asked.
+    pub fn take(&self, vm: &str, snapshot: &str) -> Result<Snapshot> {
+        let task = self.begin_snapshot(vm, snapshot).with_context(|| format!("take a snapshot of {vm}"))?;
+        self.done(task, SNAPSHOT)?;
+        let taken = self.ask(self.client.snapshot(&name(snapshot)))?;
+        let figures = taken.figures.as_ref().context("a snapshot without figures")?;
+        eprintln!("{snapshot}: {figures:?}");
+        ensure!(figures.warnings.is_empty(), "{:?}", figures.warnings);
+        Ok(taken)
+    }
+
+    /// Asks for a rollback, to a host if one is named. What the VM is now is not kept.
+    ///
+    /// # Errors
+    /// The controller's refusal.
+    pub fn begin_rollback(&self, snapshot: &str, host: Option<&str>) -> Result<TaskId, Refusal> {
+        let wanted = SnapshotRollback { host: host.map(name), discard_present: true, reason: None };
+        Ok(self.ask(self.client.rollback_snapshot(&name(snapshot), &wanted))?.id)
+    }
+
+    /// Makes a VM what it was in a snapshot, and waits until it answers.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn roll_back(&mut self, vm: &str, snapshot: &str, host: Option<&str>) -> Result<RestoreFigures> {
+        let task = self.begin_rollback(snapshot, host).with_context(|| format!("roll back to {snapshot}"))?;
+        let done = self.done(task, SNAPSHOT)?;
+        self.turned_back(vm)?;
+        let figures = done.restore.context("a rollback without figures")?;
+        eprintln!("{vm} as in {snapshot}: {figures:?}");
+        Ok(figures)
+    }
+
+    /// A VM runs as it was before: what was heard of it until now says nothing any more.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn turned_back(&mut self, vm: &str) -> Result<()> {
+        self.reboots.remove(vm);
+        self.witness().forget(vm);
+        self.status_within(vm, BOOT).map(drop)
     }
 
     /// Has a VM powered off by its guest, and starts it on a host: a machine that was switched off, and is on again.

@@ -191,6 +191,11 @@ impl WitnessLog {
         }
     }
 
+    /// The VM was turned back on purpose: it says once more what it has said, and what was heard of it before is nothing to judge it by.
+    pub fn forget(&mut self, id: &str) {
+        self.vms.remove(id);
+    }
+
     /// What is known about the VM with this id.
     #[must_use]
     pub fn vm(&self, id: &str) -> Option<&VmWitness> {

@@ -1,5 +1,6 @@
 //! The actor: one loop over one closed event type, owner of everything about one VM on this host.
 
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -20,6 +21,7 @@ use tokio::time::Instant;
 use super::destination::DestinationMove;
 use super::moving::{answer, vcpus};
 use super::registry::{answer_for_nobody, asks_how_it_ended};
+use super::restore::EndReason;
 use super::sampling;
 use super::snapshot::Snapshotting;
 use super::source::SourceMove;
@@ -161,6 +163,9 @@ pub(super) struct Actor {
     pub(super) notices: Option<Notices>,
     pub(super) moving: Option<Moving>,
     pub(super) snapshot: Option<Snapshotting>,
+    /// Where memory of a snapshot comes that an agent which is no more has begun.
+    pub(super) held: Option<UnixStream>,
+    pub(super) end_reason: EndReason,
     /// The VM is about to move, or does.
     pub(super) moves: Arc<AtomicBool>,
     pub(super) carry_notices: (mpsc::Sender<CarryNotice>, mpsc::Receiver<CarryNotice>),
@@ -192,6 +197,8 @@ impl Actor {
             notices: None,
             moving: None,
             snapshot: None,
+            held: None,
+            end_reason: EndReason::default(),
             moves: Arc::default(),
             carry_notices: mpsc::channel(64),
             wake: Instant::now(),
@@ -246,6 +253,7 @@ impl Actor {
                         self.process = Some(Arc::new(process));
                         // Until QEMU says otherwise: a living VM must never be taken for a stopped one.
                         self.state = RunState::Running;
+                        self.read_what_is_left_of_a_snapshot(&record, identity);
                         self.connect().await;
                         tracing::info!(pid = identity.pid, "adopted");
                         break;
@@ -708,7 +716,7 @@ impl Actor {
             generation: generation.0,
             state: v1::RunState::from(self.state).into(),
             holding: holding.into(),
-            detail: String::new(),
+            detail: if self.state == RunState::Crashed { self.end_reason.get() } else { String::new() },
             ended_with_host: record.ended_with_host && self.process.is_none(),
             blocked: if self.process.is_some() { self.blocked.clone() } else { Vec::new() },
         };

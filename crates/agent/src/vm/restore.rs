@@ -1,7 +1,7 @@
 //! A VM that begins as it was in a snapshot: its disks are made what they were, then it runs as soon as its devices are loaded, and its memory follows.
 
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -20,6 +20,8 @@ use crate::snapshot::{DiskOf, FromSnapshot, Job, Said, Worker};
 
 /// How long QEMU may take to load the devices.
 const LOADING: Duration = Duration::from_secs(60);
+/// How long a QEMU that closes its connection may take to end.
+const ENDING: Duration = Duration::from_secs(2);
 
 impl Actor {
     /// Starts the VM out of a snapshot.
@@ -125,7 +127,7 @@ impl Actor {
         figures.memory_ms = millis(began.elapsed());
         self.settle_tpm().await;
         if let Some(process) = self.process.clone() {
-            tokio::spawn(see_to_the_end(process, player));
+            tokio::spawn(see_to_the_end(process, player, self.end_reason.clone()));
         }
         Ok(())
     }
@@ -144,21 +146,37 @@ impl Actor {
 }
 
 /// A VM whose memory cannot come any more waits for ever where it touches it: it is ended, and can be had out of the snapshot once more.
-async fn see_to_the_end(process: Arc<QemuProcess>, player: Worker) {
+async fn see_to_the_end(process: Arc<QemuProcess>, player: Worker, reason: EndReason) {
     let mut lines = player.let_go();
+    let mut failed = "the vault worker is gone".to_owned();
     while let Some(Ok(line)) = lines.next().await {
         match serde_json::from_str(&line) {
             Ok(Said::Done(_)) => return tracing::info!("all memory has come out of the snapshot"),
-            Ok(Said::Failed { message, .. }) => {
-                tracing::error!(message, "memory cannot come out of the snapshot: the VM is ended");
-                return process.kill();
-            }
+            Ok(Said::Failed { message, .. }) => failed = message,
             _ => {}
         }
     }
-    if process.is_alive() {
-        tracing::error!("the vault worker is gone before all memory has come out of the snapshot: the VM is ended");
-        process.kill();
+    // One that was ended takes no more.
+    if tokio::time::timeout(ENDING, process.exited()).await.is_ok() {
+        return;
+    }
+    tracing::error!(failed, "memory cannot come out of the snapshot: the VM is ended");
+    reason.set(format!("ended since its memory cannot come out of the snapshot: {failed}"));
+    process.kill();
+}
+
+/// Why this host has ended a VM of its own accord.
+#[derive(Clone, Debug, Default)]
+pub(super) struct EndReason(Arc<Mutex<String>>);
+
+impl EndReason {
+    fn set(&self, reason: String) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+    }
+
+    /// Empty if it has not.
+    pub(super) fn get(&self) -> String {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

@@ -18,6 +18,7 @@ use godwit_model::{
 use godwit_qemu::PassedFds;
 use godwit_qemu::disks::{VARIABLES, disk_node};
 use godwit_qemu::fleece::fleece_node;
+use godwit_qemu::process::ProcessIdentity;
 use godwit_qemu::qga::{Frozen, Thawed};
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
@@ -32,12 +33,14 @@ use super::placement::{self, Access};
 use crate::carry::ProcessMemory;
 use crate::guest;
 use crate::host::{SharedHost, host_failed};
-use crate::journal::SnapshotRecord;
+use crate::journal::{SnapshotRecord, VmRecord};
 use crate::snapshot::{DiskOf, Job, Kept, Said, SnapshotJob, Worker};
 
 /// How long the guest may stand still while QEMU begins.
 const BEGINNING: Duration = Duration::from_secs(20);
 const STOPPING: Duration = Duration::from_secs(10);
+/// How long a snapshot waits for memory that still comes out of another.
+const ARRIVING: Duration = Duration::from_secs(600);
 const LOOK: Duration = Duration::from_millis(5);
 
 /// A snapshot that is being taken.
@@ -92,7 +95,6 @@ impl Actor {
         self.undisturbed()?;
         let qmp = self.monitor()?.clone();
         self.refresh().await;
-        memory_is_whole(&qmp).await?;
         let ran = self.state == RunState::Running;
         let keeps_paused = self.host.facts.machines.iter().any(|machine| machine == KEEPS_PAUSED);
         if !ran && job.request.memory && !keeps_paused {
@@ -183,22 +185,29 @@ impl Actor {
         }
     }
 
+    /// An agent that is no more was taking a snapshot: what QEMU still writes of it is read, since QEMU may not even answer before that.
+    pub(super) fn read_what_is_left_of_a_snapshot(&mut self, record: &VmRecord, qemu: &ProcessIdentity) {
+        let Some(inode) = record.snapshot.as_ref().and_then(|snapshot| snapshot.socket) else { return };
+        match held_socket(qemu, inode) {
+            Ok(held) => self.held = held,
+            Err(error) => tracing::error!(%error, "the socket of a snapshot cannot be taken from QEMU: it may stand still"),
+        }
+        if let Some(held) = self.held.as_ref().and_then(|held| held.try_clone().ok()) {
+            drop(throw_away(held));
+        }
+    }
+
     /// An agent that is no more was taking a snapshot.
     pub(super) async fn clear_up_snapshot(&mut self) {
         let (Some(qmp), None, None) = (&self.qmp, &self.snapshot, &self.moving) else { return };
         let Some(left) = self.record.as_ref().and_then(|record| record.snapshot.clone()) else { return };
         tracing::info!("puts an end to a snapshot that nobody takes any more");
-        let held = match (left.socket, &self.process) {
-            (Some(inode), Some(process)) => held_socket(process.identity(), inode).unwrap_or_else(|error| {
-                tracing::warn!(%error, "the socket of a snapshot cannot be taken from QEMU");
-                None
-            }),
-            _ => None,
-        };
+        let held = self.held.as_ref().and_then(|held| held.try_clone().ok());
         if let Err(error) = put_right(qmp, &left, held).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "QEMU is not as before the snapshot yet");
             return;
         }
+        self.held = None;
         if let Some(record) = &mut self.record {
             record.snapshot = None;
         }
@@ -210,16 +219,18 @@ impl Actor {
 /// From the QEMU that brought this machine on, a VM that stood still goes on to stand still.
 const KEEPS_PAUSED: &str = "pc-q35-9.0";
 
-/// Refuses while memory of the VM is still coming from a snapshot.
-pub(super) async fn memory_is_whole(qmp: &Qmp) -> Result<(), Refusal> {
-    match qmp.migration().await.map_err(qemu_failed)? {
-        MigrationStatus::PostcopyActive | MigrationStatus::PostcopyPaused => {
-            Err(Refusal::new(ErrorCode::VmBusy, "memory of the VM is still coming out of its snapshot")
+/// Waits while memory of the VM is still coming out of a snapshot, for so long.
+pub(super) async fn memory_is_whole(qmp: &Qmp, limit: Duration) -> Result<(), Refusal> {
+    let began = Instant::now();
+    while matches!(qmp.migration().await.map_err(qemu_failed)?, MigrationStatus::PostcopyActive | MigrationStatus::PostcopyPaused) {
+        if began.elapsed() > limit {
+            return Err(Refusal::new(ErrorCode::VmBusy, "memory of the VM is still coming out of its snapshot")
                 .hint("try again in a moment")
-                .retry(Retry::Safe))
+                .retry(Retry::Safe));
         }
-        _ => Ok(()),
+        tokio::time::sleep(LOOK).await;
     }
+    Ok(())
 }
 
 /// Whatever a snapshot has done to QEMU, nothing of it is left. `held` is where its memory comes, if it does: nobody else reads that any more.
@@ -241,13 +252,17 @@ async fn put_right(qmp: &Qmp, left: &SnapshotRecord, held: Option<UnixStream>) -
     Ok(())
 }
 
-/// Throws away what QEMU still writes of a snapshot, until it has written everything. QEMU may answer nothing before that.
-async fn read_to_the_end(qmp: &Qmp, from: UnixStream) -> Result<(), QmpError> {
-    let Ok(mut reading) = from.try_clone() else { return Ok(()) };
-    let thrown_away = tokio::task::spawn_blocking(move || {
+fn throw_away(mut reading: UnixStream) -> JoinHandle<()> {
+    tokio::task::spawn_blocking(move || {
         let mut piece = vec![0; 1 << 20];
         while matches!(std::io::Read::read(&mut reading, &mut piece), Ok(1..)) {}
-    });
+    })
+}
+
+/// Throws away what QEMU still writes of a snapshot, until it has written everything. QEMU may answer nothing before that.
+async fn read_to_the_end(qmp: &Qmp, from: UnixStream) -> Result<(), QmpError> {
+    let Ok(reading) = from.try_clone() else { return Ok(()) };
+    let thrown_away = throw_away(reading);
     let over = loop {
         match qmp.migration().await {
             Ok(status) if status.is_final() => break Ok(()),
@@ -300,6 +315,7 @@ struct Taking {
 impl Taking {
     async fn take(&mut self, stream: Option<Stream>, mapped: Option<ProcessMemory>) -> Result<(), Refusal> {
         let began = Instant::now();
+        memory_is_whole(&self.qmp, ARRIVING).await?;
         let stream = self.prepare_memory(stream, mapped).await?;
         let memory = stream.is_some();
         for TakenDisk { node, volume, size } in &self.disks {
@@ -402,10 +418,13 @@ impl Taking {
         if stops {
             self.qmp.stop(STOPPING).await.map_err(failed)?;
         }
+        let stopped = began.elapsed();
         // Before memory begins: an old QEMU lets the guest run when it has, without being told.
         if !nodes.is_empty() {
             self.qmp.begin_fleeces(&nodes).await.map_err(failed)?;
         }
+        let fleeced = began.elapsed();
+        let mut written = fleeced;
         if memory {
             self.qmp.begin_memory_snapshot().await.map_err(failed)?;
             let said = tokio::time::timeout(BEGINNING, worker.hear()).await;
@@ -416,10 +435,12 @@ impl Taking {
                 Ok(said) => return Err(unexpected(&said)),
                 Err(refusal) => return Err(self.why(refusal).await),
             }
+            written = began.elapsed();
             if stops {
                 self.qmp.cont().await.map_err(failed)?;
             }
         }
+        tracing::debug!(?stopped, ?fleeced, ?written, over = ?began.elapsed(), "the instant of a snapshot");
         if !self.ran {
             return Ok(None);
         }

@@ -35,6 +35,8 @@ use crate::turns::Seat;
 
 /// The name under which QEMU holds the socket to carry.
 const MIGRATION_FD: &str = "godwit-migration";
+/// How long a move waits for memory that still comes out of a snapshot.
+const ARRIVING: Duration = Duration::from_secs(30);
 /// Of QEMU's socket to carry.
 const SEND_BUFFER: usize = 32 << 10;
 /// QEMU must never be what limits the rate: carry does.
@@ -243,7 +245,7 @@ impl Actor {
         let generation = self.record.as_ref().map(|record| record.generation).unwrap_or_default();
         self.owned(generation)?;
         self.undisturbed()?;
-        memory_is_whole(self.monitor()?).await?;
+        memory_is_whole(self.monitor()?, ARRIVING).await?;
         self.refresh().await;
         if self.state != RunState::Running {
             return Err(Refusal::new(ErrorCode::VmNotRunning, "the VM does not run on this host").hint("start it first"));

@@ -253,6 +253,7 @@ impl Tasks {
             Err(refusal) => return failed(refusal).await,
         };
         let figures = decode::<RestoreFigures>("figures", &answer.result).ok();
+        self.forget_elsewhere(id, vm, host).await?;
         let now = clock::now();
         self.finish(id, Outcome::Done, |task, vm| {
             task.restore = figures;
@@ -263,6 +264,20 @@ impl Tasks {
             }
         })
         .await
+    }
+}
+
+impl Tasks {
+    /// Has hosts that had the VM forget it, as far as they are there: what they have of it is of no use.
+    async fn forget_elsewhere(&self, id: TaskId, vm: &VmRow, host: &Name) -> Result<(), Fault> {
+        for other in vm.granted.keys().filter(|other| *other != host) {
+            if self.hub.presence(other).is_some()
+                && let Err(refusal) = self.forget(id, vm, other).await?
+            {
+                tracing::info!(host = %other, vm = %vm.name, message = refusal.message, "a host keeps what it knows of the VM");
+            }
+        }
+        Ok(())
     }
 }
 

@@ -64,6 +64,11 @@ impl Witness {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// See [`WitnessLog::forget`].
+    pub(crate) fn forget(&self, vm: &str) {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).forget(vm);
+    }
+
     /// How long each VM has said nothing.
     pub(crate) fn silent(&self) -> Vec<(String, Duration)> {
         let now = self.began.elapsed();

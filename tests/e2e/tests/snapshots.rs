@@ -1,0 +1,311 @@
+//! Snapshots of VMs that run, and VMs out of them; and what may go wrong with either.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use godwit_api::v1::{SnapshotCreate, TaskState, VaultPrune};
+use godwit_e2e::{Action, Cluster, ClusterSpec, GuestSpec, Party, other_qemu};
+use godwit_lab::Signal;
+use godwit_model::{Bytes, DiskFormat, DiskSpec, ErrorCode, Name, RunState, TaskId};
+use rustix::process::{Pid, kill_process};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A guest that writes to its memory and its disks, and knows what is in them.
+fn busy(name: &str) -> Result<GuestSpec> {
+    let disk = |volume: &str, format| -> Result<DiskSpec> {
+        Ok(DiskSpec { size: Some(Bytes::mib(64)), ..DiskSpec::new(volume.parse()?, format) })
+    };
+    let guest = GuestSpec::small(name).knob("disk=24M").knob("disk_dirty=1M");
+    Ok(guest
+        .disk(disk(&format!("shared/{name}-root"), DiskFormat::Qcow2)?)
+        .disk(disk(&format!("shared/{name}-data"), DiskFormat::Raw)?))
+}
+
+/// Hosts on which QEMU may watch what a guest writes, with the other QEMU on those that are named.
+fn cluster(hosts: u16, other: Option<(&Path, &[&str])>) -> Result<Cluster> {
+    let mut spec = ClusterSpec::new(hosts)?;
+    for host in (1..=hosts).map(|number| format!("h{number}")) {
+        spec = spec.agent(&host, &["--unprivileged-userfaultfd"]);
+        if let Some((qemu, _)) = other.filter(|(_, named)| named.contains(&host.as_str())) {
+            spec = spec.qemu(&host, qemu);
+        }
+    }
+    spec.up()
+}
+
+/// The vault of the lab's only team.
+fn vault(cluster: &Cluster) -> Result<PathBuf> {
+    Ok(cluster.lab().shared_pool()?.join("vaults/default"))
+}
+
+fn name(text: &str) -> Name {
+    Name::new(text).expect("a name")
+}
+
+/// The vault worker that the agent of this host has started.
+fn worker(cluster: &Cluster, host: &str) -> Result<Option<i32>> {
+    let status = cluster.lab_status()?;
+    let agent = status.hosts.iter().find(|known| known.name == host).and_then(|host| host.agent.pid).context("no agent")?;
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let parent = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let parent = parent.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse::<u32>().ok());
+        let is_worker = command.split(|byte| *byte == 0).nth(1) == Some(b"vault-worker");
+        if let (true, Some(parent)) = (is_worker, parent)
+            && parent == agent
+        {
+            return Ok(entry.file_name().to_str().and_then(|pid| pid.parse().ok()));
+        }
+    }
+    Ok(None)
+}
+
+/// Waits until the snapshot that is being taken has come to this step.
+fn wait_for_worker(cluster: &Cluster, host: &str) -> Result<i32> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < deadline {
+        if let Some(pid) = worker(cluster, host)? {
+            return Ok(pid);
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    bail!("no vault worker is started on {host}")
+}
+
+/// The guest goes on: it writes and checks more than it had.
+fn goes_on(cluster: &Cluster, vm: &str) -> Result<()> {
+    let before = cluster.status(vm)?;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let now = cluster.status(vm)?;
+        if now.pages_written > before.pages_written
+            && now.disk_written > before.disk_written
+            && now.pages_checked > before.pages_checked
+        {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{vm} stands still: {before:?}, {now:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn refused(cluster: &Cluster, task: TaskId) -> Result<ErrorCode> {
+    let ended = cluster.ended(task, PATIENCE)?;
+    ensure!(ended.state == TaskState::Failed, "it ended {:?}: {:?}", ended.state, ended.trail);
+    let error = ended.error.context("it says not why")?;
+    eprintln!("{}: {} ({:?})", error.code, error.message, error.hint);
+    Ok(error.code)
+}
+
+/// There and back on hosts of which the named ones have the other QEMU.
+fn there_and_back(other: Option<(&Path, &[&str])>) -> Result<()> {
+    let mut cluster = cluster(2, other)?;
+    cluster.boot(&busy("web")?, "h1")?;
+    goes_on(&cluster, "web")?;
+    let first = cluster.take("web", "first")?.figures.context("figures")?;
+    ensure!(first.memory && first.pause_us.is_some(), "{first:?}");
+    goes_on(&cluster, "web")?;
+    // What has not changed is kept once.
+    let second = cluster.take("web", "second")?.figures.context("figures")?;
+    ensure!(second.written.get() * 2 < first.written.get(), "{} after {}", second.written, first.written);
+    let written = cluster.status("web")?.disk_written;
+    cluster.roll_back("web", "first", None)?;
+    ensure!(cluster.status("web")?.disk_written < written, "it is not what it was");
+    goes_on(&cluster, "web")?;
+    cluster.check()?;
+    // On the other host, and from there it is a VM as any other: it moves, and is kept once more.
+    cluster.roll_back("web", "second", Some("h2"))?;
+    ensure!(cluster.host_of("web")? == "h2");
+    goes_on(&cluster, "web")?;
+    cluster.check()?;
+    cluster.take("web", "third")?;
+    cluster.migrate("web", "h1")?;
+    cluster.check()?;
+    cluster.roll_back("web", "third", None)?;
+    goes_on(&cluster, "web")?;
+    cluster.check()?;
+    // They go in any order, and what nobody needs goes with them.
+    cluster.ask(cluster.client().delete_snapshot(&name("first")))?;
+    cluster.roll_back("web", "second", None)?;
+    for snapshot in ["third", "second"] {
+        cluster.ask(cluster.client().delete_snapshot(&name(snapshot)))?;
+    }
+    cluster.take("web", "last")?;
+    let verify = cluster.ask(cluster.client().verify_vault(&name("shared"), None))?.id;
+    cluster.done(verify, PATIENCE)?;
+    let plan = cluster.ask(cluster.client().prune_vault(&name("shared"), None, &VaultPrune::default()))?;
+    ensure!(!plan.files.is_empty(), "three snapshots are gone");
+    let apply = VaultPrune { apply: true, plan: Some(plan) };
+    cluster.ask(cluster.client().prune_vault(&name("shared"), None, &apply))?;
+    let left = fs::read_dir(vault(&cluster)?)?.flatten().count();
+    ensure!(left == 3, "one snapshot, its pack, and the lock, not {left} files");
+    cluster.roll_back("web", "last", None)?;
+    goes_on(&cluster, "web")?;
+    cluster.finish()
+}
+
+#[test]
+fn a_vm_goes_back_to_what_it_was_on_any_host() -> Result<()> {
+    there_and_back(None)
+}
+
+#[test]
+fn a_vm_goes_back_on_another_version_of_qemu() -> Result<()> {
+    match other_qemu() {
+        Some(other) => there_and_back(Some((&other, &["h2"]))),
+        None => {
+            eprintln!("GODWIT_QEMU_OTHER is not set: nothing is proven here");
+            Ok(())
+        }
+    }
+}
+
+#[test]
+fn whoever_dies_while_a_snapshot_is_taken_the_vm_runs_on() -> Result<()> {
+    let mut cluster = cluster(2, None)?;
+    cluster.boot(&busy("web")?.memory(Bytes::mib(512)).knob("touch_total=300M"), "h1")?;
+    goes_on(&cluster, "web")?;
+    // The worker, early and late.
+    for (number, wait) in [0, 60, 200, 500].into_iter().enumerate() {
+        let task = cluster.begin_snapshot("web", &format!("w{number}"))?;
+        let pid = wait_for_worker(&cluster, "h1")?;
+        thread::sleep(Duration::from_millis(wait));
+        let killed = Pid::from_raw(pid).is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok());
+        let ended = cluster.ended(task, PATIENCE)?;
+        eprintln!("after {wait} ms, killed {killed}: {:?} {:?}", ended.state, ended.error);
+        ensure!(ended.state == TaskState::Failed || !killed || wait > 0, "{:?}", ended.trail);
+        goes_on(&cluster, "web")?;
+        cluster.check()?;
+    }
+    // The agent: its next life takes it anew. And the agent with its worker.
+    for (number, (wait, both)) in [(30, false), (300, false), (150, true), (400, true)].into_iter().enumerate() {
+        let task = cluster.begin_snapshot("web", &format!("a{number}"))?;
+        let pid = wait_for_worker(&cluster, "h1")?;
+        thread::sleep(Duration::from_millis(wait));
+        if both {
+            let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
+        }
+        cluster.kill(Party::Agent("h1"))?;
+        thread::sleep(Duration::from_millis(500));
+        cluster.run(&[Action::Restart(Party::Agent("h1"))])?;
+        cluster.done(task, PATIENCE)?;
+        goes_on(&cluster, "web")?;
+        cluster.check()?;
+    }
+    // What came of it is whole.
+    cluster.roll_back("web", "a3", None)?;
+    goes_on(&cluster, "web")?;
+    // QEMU itself: the VM is lost, the snapshot with it, and an earlier one brings it back.
+    let task = cluster.begin_snapshot("web", "q")?;
+    wait_for_worker(&cluster, "h1")?;
+    thread::sleep(Duration::from_millis(200));
+    cluster.kill(Party::Qemu("web", "h1"))?;
+    ensure!(matches!(refused(&cluster, task)?, ErrorCode::SnapshotFailed | ErrorCode::QemuFailed));
+    ensure!(cluster.ask(cluster.client().vm(&name("web")))?.status.state == RunState::Crashed);
+    cluster.roll_back("web", "a0", None)?;
+    goes_on(&cluster, "web")?;
+    cluster.finish()
+}
+
+#[test]
+fn damage_is_found_and_named_and_nothing_of_it_is_served() -> Result<()> {
+    let mut cluster = cluster(1, None)?;
+    cluster.boot(&busy("web")?, "h1")?;
+    goes_on(&cluster, "web")?;
+    let taken = cluster.take("web", "first")?;
+    cluster.expect_log("memory cannot come out of the snapshot");
+    for kind in ["snapshot", "pack"] {
+        let path = vault(&cluster)?.join(format!("{}.{kind}", taken.id));
+        let file = fs::File::options().read(true).write(true).open(&path)?;
+        let (mut byte, place) = ([0], file.metadata()?.len() / 2);
+        file.read_exact_at(&mut byte, place)?;
+        file.write_all_at(&[byte[0] ^ 1], place)?;
+        let verify = cluster.ask(cluster.client().verify_vault(&name("shared"), None))?.id;
+        let ended = cluster.ended(verify, PATIENCE)?.error.context("it is not found")?;
+        ensure!(ended.code == ErrorCode::SnapshotDamaged && ended.message.contains(&format!("{}.{kind}", taken.id)), "{ended:?}");
+        let task = cluster.begin_rollback("first", None)?;
+        let ended = cluster.ended(task, PATIENCE)?;
+        // Damaged memory may be met when the VM runs already: it is ended, and its host says why.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let status = loop {
+            let status = cluster.ask(cluster.client().vm(&name("web")))?.status;
+            if status.state != RunState::Running {
+                break status;
+            }
+            ensure!(Instant::now() < deadline, "it runs on: {:?}", ended.trail);
+            thread::sleep(Duration::from_millis(50));
+        };
+        let said = ended.error.map_or_else(|| format!("{status:?}"), |error| error.message);
+        eprintln!("{kind}: {said}");
+        ensure!(said.contains(&taken.id.to_string()), "{said}");
+        file.write_all_at(&byte, place)?;
+        cluster.roll_back("web", "first", None)?;
+        goes_on(&cluster, "web")?;
+    }
+    cluster.finish()
+}
+
+#[test]
+fn a_vault_without_room_costs_a_snapshot_and_nothing_else() -> Result<()> {
+    let mut cluster = cluster(1, None)?;
+    cluster.boot(&busy("web")?, "h1")?;
+    goes_on(&cluster, "web")?;
+    let place = vault(&cluster)?;
+    fs::create_dir_all(&place)?;
+    let small = Mounted::tmpfs(&place, "size=8m")?;
+    let task = cluster.begin_snapshot("web", "first")?;
+    ensure!(refused(&cluster, task)? == ErrorCode::NotEnoughSpace);
+    goes_on(&cluster, "web")?;
+    cluster.check()?;
+    let left: Vec<_> = fs::read_dir(&place)?.flatten().map(|entry| entry.file_name()).filter(|name| name != "lock").collect();
+    ensure!(left.is_empty(), "{left:?} is left");
+    drop(small);
+    cluster.take("web", "first")?;
+    cluster.finish()
+}
+
+/// A file system that is there for a test.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn tmpfs(place: &Path, options: &str) -> Result<Self> {
+        let options = std::ffi::CString::new(options)?;
+        rustix::mount::mount("tmpfs", place, "tmpfs", rustix::mount::MountFlags::empty(), Some(options.as_c_str()))?;
+        Ok(Self(place.to_owned()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn disks_alone_are_kept_and_a_vm_boots_from_them() -> Result<()> {
+    let mut cluster = cluster(1, None)?;
+    cluster.boot(&busy("web")?, "h1")?;
+    goes_on(&cluster, "web")?;
+    let wanted = SnapshotCreate {
+        vm: name("web"),
+        name: Some(name("disks")),
+        memory: false,
+        quiesce: None,
+        pool: None,
+        golden: false,
+        reason: None,
+    };
+    let task = cluster.ask(cluster.client().create_snapshot(&wanted))?.id;
+    cluster.done(task, PATIENCE)?;
+    let taken = cluster.ask(cluster.client().snapshot(&name("disks")))?;
+    ensure!(taken.memory.is_none(), "{taken:?}");
+    let figures = cluster.roll_back("web", "disks", None)?;
+    ensure!(figures.memory_ms == 0, "{figures:?}");
+    goes_on(&cluster, "web")?;
+    cluster.finish()
+}
