@@ -138,8 +138,10 @@ impl Actor {
                 taken = taking.take(stream, memory) => taken,
                 () = cancelled.cancelled() => Err(Refusal::new(ErrorCode::Cancelled, "cancelled by request")),
             };
-            if let Err(error) = put_right(&taking.qmp, &left, held).await {
-                tracing::warn!(error = &error as &dyn std::error::Error, "QEMU is not as before the snapshot");
+            match put_right(&taking.qmp, &left, held).await {
+                // One that has ended has nothing left to put right.
+                Ok(()) | Err(QmpError::Ended { .. }) => {}
+                Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "QEMU is not as before the snapshot"),
             }
             taken.map(|()| taking.figures)
         });
