@@ -1,5 +1,5 @@
 //! Builds what `cargo xtask bench` needs, Godwit as it is released, and starts the program that measures:
-//! `tests/e2e/src/bin/bench-migration.rs`, `bench-prediction.rs` or `bench-disks.rs`.
+//! `tests/e2e/src/bin/bench-migration.rs`, `bench-prediction.rs`, `bench-disks.rs` or `bench-snapshot.rs`.
 
 use std::path::Path;
 
@@ -10,9 +10,9 @@ use crate::ci::{images, is_root, runner};
 /// True when everything was measured.
 pub(crate) fn run(root: &Path, arguments: &[String]) -> Result<bool> {
     let Some((kind, rest)) =
-        arguments.split_first().filter(|(kind, _)| matches!(kind.as_str(), "migration" | "prediction" | "disks"))
+        arguments.split_first().filter(|(kind, _)| matches!(kind.as_str(), "migration" | "prediction" | "disks" | "snapshot"))
     else {
-        bail!("there are three kinds of bench: cargo xtask bench migration, prediction, disks");
+        bail!("there are four kinds of bench: cargo xtask bench migration, prediction, disks, snapshot");
     };
     let bench = format!("bench-{kind}");
     if !is_root() {

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, Millis};
+use crate::{Bytes, Millis, UnixMillis};
 
 /// How long a guest may take to bring its file systems to rest, if nothing else was said.
 pub const QUIESCE: Millis = Millis(10_000);
@@ -53,6 +53,8 @@ pub struct RestoreFigures {
     pub disks_written: Bytes,
     /// From the first byte of its devices until its vCPUs ran, in milliseconds; 0 if it booted.
     pub memory_ms: u64,
+    /// When its vCPUs ran, by its host's clock; 0 if nobody looked.
+    pub ran_at: UnixMillis,
 }
 
 /// What a vault takes of its pool.

@@ -22,6 +22,7 @@ pub mod disks;
 mod plot;
 mod rows;
 mod series;
+pub mod snapshot;
 mod table;
 
 pub use rows::{Bench, BenchFile, Row};

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes as Chunk;
@@ -21,7 +21,7 @@ use tokio::runtime::Runtime;
 use crate::artefacts::{CloudImage, GuestImages, cloud_image, godwit_binary, guest_agent_layer, guest_images};
 use crate::consoles::Consoles;
 use crate::guest::{Guest, GuestSpec};
-use crate::outside::{Outside, Witness};
+use crate::outside::{Echo, Outside, Witness};
 use crate::processes::ProcessRole;
 use crate::{checks, labs, logs, processes};
 
@@ -471,12 +471,35 @@ impl Cluster {
     /// # Errors
     /// When it is not.
     pub fn roll_back(&mut self, vm: &str, snapshot: &str, host: Option<&str>) -> Result<RestoreFigures> {
+        self.roll_back_timed(vm, snapshot, host, None).map(|(figures, _)| figures)
+    }
+
+    /// The same; and, seen by `echo`, the time from the first byte of its devices to its first answer.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn roll_back_timed(
+        &mut self,
+        vm: &str,
+        snapshot: &str,
+        host: Option<&str>,
+        echo: Option<&Echo>,
+    ) -> Result<(RestoreFigures, Duration)> {
         let task = self.begin_rollback(snapshot, host).with_context(|| format!("roll back to {snapshot}"))?;
         let done = self.done(task, SNAPSHOT)?;
         self.turned_back(vm)?;
         let figures = done.restore.context("a rollback without figures")?;
         eprintln!("{vm} as in {snapshot}: {figures:?}");
-        Ok(figures)
+        let first_reply = match echo {
+            Some(echo) => {
+                let since = SystemTime::UNIX_EPOCH + Duration::from_millis(figures.ran_at.0.saturating_sub(figures.memory_ms));
+                let began = Instant::now().checked_sub(since.elapsed().context("a clock that goes back")?).context("a moment")?;
+                let answered = echo.first_after(began).context("it has not answered")?;
+                answered.saturating_duration_since(began)
+            }
+            None => Duration::ZERO,
+        };
+        Ok((figures, first_reply))
     }
 
     /// A VM runs as it was before: what was heard of it until now says nothing any more.

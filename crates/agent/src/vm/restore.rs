@@ -14,7 +14,7 @@ use super::actor::{Actor, qemu_failed};
 use super::change::{open_disk, open_flash};
 use super::disks;
 use super::snapshot::nodes;
-use crate::host::host_failed;
+use crate::host::{host_failed, unix_now};
 use crate::journal::{Holding, VmRecord};
 use crate::snapshot::{DiskOf, FromSnapshot, Job, Said, Worker};
 
@@ -124,7 +124,7 @@ impl Actor {
         self.announce_by_host();
         qmp.cont().await.map_err(qemu_failed)?;
         self.state = RunState::Running;
-        figures.memory_ms = millis(began.elapsed());
+        (figures.memory_ms, figures.ran_at) = (millis(began.elapsed()), unix_now());
         self.settle_tpm().await;
         if let Some(process) = self.process.clone() {
             tokio::spawn(see_to_the_end(process, player, self.end_reason.clone()));
@@ -141,7 +141,9 @@ impl Actor {
         let began = Instant::now();
         self.begin(VmRecord::new(spec, grant.generation, 0, Holding::Owner), Start::Fresh).await?;
         figures.qemu_ms = figures.qemu_ms.saturating_add(millis(began.elapsed()));
-        self.run_on().await
+        self.run_on().await?;
+        figures.ran_at = unix_now();
+        Ok(())
     }
 }
 

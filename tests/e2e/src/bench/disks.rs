@@ -187,7 +187,7 @@ pub fn home(gib: u64, told: impl Fn(&HomeRow)) -> Result<Vec<HomeRow>> {
 }
 
 /// A disk that nobody can compress.
-fn fill(path: &Path, gib: u64) -> Result<()> {
+pub(super) fn fill(path: &Path, gib: u64) -> Result<()> {
     fs::create_dir_all(path.parent().context("a pool")?)?;
     let mut random = File::open("/dev/urandom")?;
     let (mut piece, mut file) = (vec![0; 1 << 20], File::create(path)?);

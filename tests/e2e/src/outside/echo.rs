@@ -50,6 +50,13 @@ impl Echo {
         longest_gap(&self.answered.lock().unwrap_or_else(PoisonError::into_inner), from, to)
     }
 
+    /// The first answer from a moment on, if one has come.
+    #[must_use]
+    pub fn first_after(&self, from: Instant) -> Option<Instant> {
+        let answered = self.answered.lock().unwrap_or_else(PoisonError::into_inner);
+        answered.get(answered.partition_point(|at| *at < from)).copied()
+    }
+
     /// How many answers came.
     #[must_use]
     pub fn answers(&self) -> usize {
