@@ -35,7 +35,13 @@ impl Qmp {
     /// # Errors
     /// See [`QmpError`]; so for all of these. A host, a device or a memory backend that does not allow it is refused here.
     pub async fn prepare_memory_snapshot(&self) -> Result<(), QmpError> {
-        self.set_migration_capabilities(&[("postcopy-ram", false), ("return-path", false)]).await?;
+        let known = self.query_migrate_capabilities().await?;
+        // Most of what a move sets excludes it.
+        let set = known.iter().filter(|known| known.state && known.capability != "events");
+        let unset: Vec<(&str, bool)> = set.map(|known| (known.capability.as_str(), false)).collect();
+        if !unset.is_empty() {
+            self.set_migration_capabilities(&unset).await?;
+        }
         self.set_migration_capabilities(&[("background-snapshot", true)]).await?;
         let fast = MigrationParameters { max_bandwidth: Some(UNLIMITED), ..MigrationParameters::default() };
         self.set_migration_parameters(fast).await

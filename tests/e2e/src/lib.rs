@@ -35,4 +35,4 @@ pub use cluster::{Cluster, ClusterSpec};
 pub use guest::{Guest, GuestSpec};
 pub use outside::{Echo, Outside, StreamClient, StreamReport, Witness};
 pub use processes::{HostProcess, ProcessRole};
-pub use report::{GuestReport, MigrationReport, Report, SelftestReport, TcpReport, WayHomeReport, WitnessReport};
+pub use report::{GuestReport, MigrationReport, Report, RollbackReport, SelftestReport, TcpReport, WayHomeReport, WitnessReport};

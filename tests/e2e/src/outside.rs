@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use godwit_guest::{SPOOF_MARK, SPOOF_PORT, STATUS_PORT, Spoof, SpoofRequest, Status, VERIFY};
+use godwit_guest::{PANIC, SPOOF_MARK, SPOOF_PORT, STATUS_PORT, Spoof, SpoofRequest, Status, VERIFY};
 use godwit_lab::in_namespace;
 use godwit_lab::layout::OUTSIDE_GUEST_ADDRESS;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
@@ -77,6 +77,18 @@ impl Outside {
             ensure!(Instant::now() < deadline, "the guest at {address} has not verified its memory within {patience:?}");
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+
+    /// Breaks the guest at `address`: its kernel panics, and stands still.
+    ///
+    /// # Errors
+    /// When it answers on.
+    pub fn panic(&self, address: Ipv4Addr, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        while self.ask(address, PANIC, Duration::from_millis(500)).is_ok() {
+            ensure!(Instant::now() < deadline, "the guest at {address} answers on");
+        }
+        Ok(())
     }
 
     fn ask(&self, address: Ipv4Addr, question: &[u8], patience: Duration) -> Result<Status> {

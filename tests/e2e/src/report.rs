@@ -29,6 +29,21 @@ pub struct Report {
     pub witness: WitnessReport,
     /// What `godwit selftest` found.
     pub selftest: SelftestReport,
+    /// The way back after the guest was broken.
+    pub rollback: RollbackReport,
+}
+
+/// A snapshot, and the way back to it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RollbackReport {
+    /// How long the guest stood still for the snapshot.
+    pub snapshot_pause_us: u64,
+    /// What was written for it.
+    pub snapshot_bytes: u64,
+    /// QEMU's own start.
+    pub qemu_ms: u64,
+    /// From the request to the first reply of the guest as it was, QEMU's start among it.
+    pub to_first_reply_ms: u64,
 }
 
 /// One migration.
@@ -152,6 +167,9 @@ impl Report {
                 "the way home took {home_wire_bytes} bytes, the way out {out_wire_bytes}: the memory left there was of no use"
             ));
         }
+        if self.rollback.to_first_reply_ms == 0 {
+            faults.push("the VM did not come back from its snapshot".into());
+        }
         for MigrationReport { from, to, outage_ms, control_outage_ms, .. } in &self.migrations {
             if *outage_ms >= SHORT_MS && *outage_ms >= NOISE * control_outage_ms {
                 faults.push(format!(
@@ -190,14 +208,15 @@ impl Report {
             // Writing to a string cannot fail.
             let _ = writeln!(text, "{}", cells.join("  ").trim_end());
         }
-        let Self { guest, tcp, witness, way_home, selftest, .. } = self;
+        let Self { guest, tcp, witness, way_home, selftest, rollback, .. } = self;
         let _ = write!(
             text,
             "\nguest    {} pages checked, {} wrong, {} clock jumps\n\
              tcp      {} verified on one connection, {} resets, {} stalls over 1 s\n\
              witness  {} records, {} of a second runner\n\
              home     {} on the wire, {} on the way out\n\
-             selftest {} checks, {} failed\n",
+             selftest {} checks, {} failed\n\
+             snapshot {}.{} ms of pause, {} written; broken, and back: {} ms to the first reply, {} ms of that QEMU's start\n",
             guest.pages_checked,
             guest.page_errors,
             guest.clock_jumps,
@@ -209,7 +228,12 @@ impl Report {
             Bytes(way_home.home_wire_bytes),
             Bytes(way_home.out_wire_bytes),
             selftest.checks,
-            selftest.failed.len()
+            selftest.failed.len(),
+            rollback.snapshot_pause_us / 1000,
+            rollback.snapshot_pause_us % 1000 / 100,
+            Bytes(rollback.snapshot_bytes),
+            rollback.to_first_reply_ms,
+            rollback.qemu_ms,
         );
         text
     }
@@ -229,13 +253,14 @@ mod tests {
             tcp: TcpReport { bytes: 1, ..Default::default() },
             witness: WitnessReport { records: 1, interleaved: 0 },
             selftest: SelftestReport { checks: 9, failed: vec![] },
+            rollback: RollbackReport { to_first_reply_ms: 400, ..Default::default() },
         }
     }
 
     #[test]
     fn each_fault_is_found_and_noise_is_none() {
         assert_eq!(good().faults(), Vec::<String>::new());
-        let spoil: [fn(&mut Report); 11] = [
+        let spoil: [fn(&mut Report); 12] = [
             |report| drop(report.migrations.pop()),
             |report| report.guest.page_errors = 1,
             |report| report.tcp.resets = 1,
@@ -245,6 +270,7 @@ mod tests {
             |report| report.witness.records = 0,
             |report| report.migrations[1].outage_ms = 400,
             |report| report.way_home.home_wire_bytes = 34,
+            |report| report.rollback.to_first_reply_ms = 0,
             |report| report.selftest.checks = 0,
             |report| report.selftest.failed = vec!["a move: it failed".into()],
         ];
@@ -262,7 +288,7 @@ mod tests {
     fn the_file_has_the_documented_shape() {
         let value = serde_json::to_value(good()).unwrap();
         let keys = |value: &serde_json::Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
-        assert_eq!(keys(&value), "guest migrations selftest tcp way_home witness");
+        assert_eq!(keys(&value), "guest migrations rollback selftest tcp way_home witness");
         assert_eq!(keys(&value["way_home"]), "home_wire_bytes out_wire_bytes");
         let migration = "blackout_ms control_outage_ms from outage_ms ram_bytes rounds to total_ms wire_bytes";
         assert_eq!(keys(&value["migrations"][0]), migration);
@@ -270,6 +296,7 @@ mod tests {
         assert_eq!(keys(&value["tcp"]), "bytes resets stalls_over_1s");
         assert_eq!(keys(&value["witness"]), "interleaved records");
         assert_eq!(keys(&value["selftest"]), "checks failed");
+        assert_eq!(keys(&value["rollback"]), "qemu_ms snapshot_bytes snapshot_pause_us to_first_reply_ms");
         let printed = serde_json::json!({"checks": [{"verdict": "passed"}, {"verdict": "failed", "check": "a", "detail": "b"}]});
         assert_eq!(SelftestReport::read(&printed), SelftestReport { checks: 2, failed: vec!["a: b".into()] });
     }

@@ -123,9 +123,10 @@ fn there_and_back(other: Option<(&Path, &[&str])>) -> Result<()> {
     ensure!(cluster.host_of("web")? == "h2");
     goes_on(&cluster, "web")?;
     cluster.check()?;
-    cluster.take("web", "third")?;
     cluster.migrate("web", "h1")?;
     cluster.check()?;
+    cluster.take("web", "third")?;
+    goes_on(&cluster, "web")?;
     cluster.roll_back("web", "third", None)?;
     goes_on(&cluster, "web")?;
     cluster.check()?;

@@ -44,6 +44,8 @@ pub const ECHO_PORT: u16 = 7;
 pub const STATUS_PORT: u16 = 5;
 /// A datagram to [`STATUS_PORT`].
 pub const VERIFY: &[u8] = b"verify";
+/// A datagram to [`STATUS_PORT`]: the guest's kernel panics, and stands still for ever.
+pub const PANIC: &[u8] = b"panic";
 /// UDP: carries out a [`SpoofRequest`] and sends it back when the frames are on their way.
 pub const SPOOF_PORT: u16 = 13;
 /// TCP: sends the endless stream that [`StreamVerifier`] checks.

@@ -9,13 +9,15 @@ use std::{env, fs, thread};
 
 use anyhow::{Context, Result};
 use godwit_e2e::{
-    Cluster, ClusterSpec, GuestReport, GuestSpec, MigrationReport, Report, SelftestReport, TcpReport, WayHomeReport, WitnessReport,
-    other_qemu,
+    Cluster, ClusterSpec, GuestReport, GuestSpec, MigrationReport, Report, RollbackReport, SelftestReport, TcpReport,
+    WayHomeReport, WitnessReport, other_qemu,
 };
 use godwit_model::Bytes;
 
 const HOSTS: [&str; 3] = ["h1", "h2", "h3"];
 const JOURNEY: [(&str, &str); 3] = [("h1", "h2"), ("h2", "h3"), ("h3", "h1")];
+/// How long the guest may take to break.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// The VM is left in peace for this long before and after each move.
 const PEACE: Duration = Duration::from_secs(2);
 
@@ -101,12 +103,36 @@ fn run() -> Result<Report> {
     let heard = cluster.witness().log();
     report.witness = WitnessReport { records: heard.records(), interleaved: heard.interleaved() };
     drop((stream, echo, control));
+    report.rollback = break_and_roll_back(&mut cluster)?;
     say("has `godwit selftest` do what it does on hosts that are not a lab's");
     report.selftest = SelftestReport::read(&cluster.selftest([HOSTS[0], HOSTS[1]])?);
     print!("\n{}\n", report.table());
     write(&report)?;
     end(cluster)?;
     Ok(report)
+}
+
+/// Keeps the VM as it is, breaks its guest, and has it as it was.
+fn break_and_roll_back(cluster: &mut Cluster) -> Result<RollbackReport> {
+    say("takes a snapshot of it while it runs");
+    let taken = cluster.take("wanderer", "before")?.figures.context("the snapshot has no figures")?;
+    thread::sleep(PEACE);
+    say("breaks it: its kernel panics");
+    let address = cluster.guest("wanderer")?.address;
+    cluster.outside().panic(address, PATIENCE)?;
+    say("rolls it back");
+    let echo = cluster.outside().echo(address)?;
+    let began = Instant::now();
+    let figures = cluster.roll_back("wanderer", "before", None)?;
+    let answered = echo.first_after(began).context("it does not answer")?;
+    thread::sleep(PEACE);
+    cluster.check()?;
+    Ok(RollbackReport {
+        snapshot_pause_us: taken.pause_us.unwrap_or_default(),
+        snapshot_bytes: taken.written.get(),
+        qemu_ms: figures.qemu_ms,
+        to_first_reply_ms: millis(answered.duration_since(began)),
+    })
 }
 
 /// The other QEMU at hand, if it is from 9.0 on and the one in PATH is older.

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_guest::{ECHO_PORT, Knobs, Pace, STATUS_PORT, STREAM_PORT, VERIFY, fill_stream};
+use godwit_guest::{ECHO_PORT, Knobs, PANIC, Pace, STATUS_PORT, STREAM_PORT, VERIFY, fill_stream};
 
 use crate::counters::Counters;
 use crate::{now, thread};
@@ -37,6 +37,11 @@ pub(crate) fn start(knobs: &Knobs, counters: &Arc<Counters>) -> std::io::Result<
             let Ok((length, from)) = status.recv_from(&mut datagram) else { continue };
             if datagram.get(..length) == Some(VERIFY) {
                 counted.verify.set(1);
+            }
+            if datagram.get(..length) == Some(PANIC) {
+                // Instead of booting again.
+                let _ = std::fs::write("/proc/sys/kernel/panic", "0");
+                let _ = std::fs::write("/proc/sysrq-trigger", "c");
             }
             let answer = serde_json::to_vec(&counted.status()).unwrap_or_default();
             let _ = status.send_to(&answer, from);
