@@ -1,7 +1,7 @@
 //! Snapshots of memory, and VMs out of them, in QEMU's terms: a background snapshot that is written to a socket, and a post-copy that comes from one.
 //!
 //! **A background snapshot that has begun must come to its end.** While it lasts the guest's memory is protected from writes, and QEMU takes the protection off when it has
-//! written everything. One that is cancelled, or whose socket closes, leaves memory protected (7.2 and 10.0, from its source and by trial): the guest, and then QEMU itself, stand
+//! written everything. One that is cancelled, or whose socket closes, leaves memory protected (seen with 7.2; of newer ones it is assumed): the guest, and then QEMU itself, stand
 //! still for ever. So nobody cancels one: who wants no more of it reads the socket to the end and throws away what comes. And since whoever reads can die, QEMU is given
 //! the other end, too, and holds it open; root can take it from there ([`held_socket`]).
 //!
