@@ -16,7 +16,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use godwit_api::v1::{ReignEnd, Role, SnapshotState, TaskNote, TaskState, Transfer};
+use godwit_api::v1::{ReignEnd, Role, SnapshotCreate, SnapshotState, TaskNote, TaskState, Transfer, VmMigrate};
 use godwit_model::{
     Activity, Bytes, BytesPerSec, Epoch, Generation, Habits, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
     MigrationForecast, MigrationPolicy, MigrationProgress, MigrationSettings, Millis, Name, NetworkId, NetworkKind, Refusal,
@@ -458,6 +458,8 @@ pub(crate) struct TaskRow {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub(crate) enum Work {
+    /// Waits for another task of its VM, and then becomes what was asked for.
+    Wait { asked: Later },
     /// Starts the VM on `host`.
     Start { host: Name, generation: Generation },
     /// Asks the guest to power off.
@@ -484,6 +486,16 @@ pub(crate) enum Work {
     Rollback(Box<RollbackWork>),
     /// Reads all of a vault, in the pool with this identity.
     Verify { identity: String, host: Name },
+}
+
+/// A request that waits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Later {
+    /// For a move.
+    Migrate(Box<VmMigrate>),
+    /// For a snapshot.
+    Snapshot(Box<SnapshotCreate>),
 }
 
 /// Where an image comes from.
@@ -517,6 +529,8 @@ impl Work {
     /// The kind shown to people.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
+            Self::Wait { asked: Later::Migrate(_) } => "vm.migrate",
+            Self::Wait { asked: Later::Snapshot(_) } => "vm.snapshot",
             Self::Start { .. } => "vm.start",
             Self::Stop { .. } => "vm.stop",
             Self::Kill => "vm.kill",

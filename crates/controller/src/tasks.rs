@@ -43,6 +43,7 @@ mod power;
 mod rollback;
 mod snapshot;
 mod vault;
+mod wait;
 
 pub(crate) use admit::{Ask, Asked, host_down};
 pub(crate) use cancel::cancellable;
@@ -86,6 +87,7 @@ pub(crate) struct Tasks {
     wakers: Mutex<HashMap<TaskId, Arc<Notify>>>,
     written: Mutex<HashMap<TaskId, Instant>>,
     execs: Mutex<HashMap<VmId, usize>>,
+    lines: wait::Lines,
     heartbeat: Duration,
     tracker: TaskTracker,
     stop: CancellationToken,
@@ -122,6 +124,7 @@ impl Tasks {
             wakers: Mutex::default(),
             written: Mutex::default(),
             execs: Mutex::default(),
+            lines: wait::Lines::default(),
             heartbeat,
             tracker,
             stop,
@@ -135,7 +138,9 @@ impl Tasks {
 
     /// Goes on with every task that had not ended.
     pub(crate) async fn resume(self: &Arc<Self>) -> Result<(), Fault> {
-        for task in self.db.all::<TaskRow>().await? {
+        let all = self.db.all::<TaskRow>().await?;
+        all.iter().filter(|task| !task.row.state.ended()).for_each(|task| self.lines.join(&task.row));
+        for task in all {
             if !task.row.state.ended() {
                 tracing::info!(task = %task.row.id, kind = task.row.work.kind(), "resumed");
                 self.spawn(task.row.id);
@@ -170,7 +175,7 @@ impl Tasks {
                     tracing::error!(task = %id, error = &fault as &dyn std::error::Error, "the task rests until the next start of the controller");
                 }
             }
-            if let Err(fault) = tasks.start_what_waited(id).await {
+            if let Err(fault) = tasks.go_on_after(id).await {
                 tracing::warn!(task = %id, error = &fault as &dyn std::error::Error, "a VM waits to be started until its host connects again");
             }
             tasks.wakers.lock().expect("no holder panics").remove(&id);
@@ -178,9 +183,20 @@ impl Tasks {
         })
     }
 
+    /// A task has ended: what has waited for its VM goes on.
+    async fn go_on_after(self: &Arc<Self>, id: TaskId) -> Result<(), Fault> {
+        let Some(vm) = self.task(id).await?.row.vm else { return Ok(()) };
+        self.wake_line(vm);
+        self.start_what_waited(vm).await
+    }
+
     async fn run(&self, id: TaskId) -> Result<(), Fault> {
+        if matches!(self.task(id).await?.row.work, Work::Wait { .. }) {
+            self.run_wait(id).await?;
+        }
         let task = self.task(id).await?.row;
         match task.work {
+            Work::Wait { .. } => Ok(()),
             Work::Start { .. } => self.run_start(id).await,
             Work::Stop { timeout } => self.run_stop(id, timeout).await,
             Work::Kill => self.run_kill(id).await,

@@ -13,7 +13,7 @@ use crate::db::Stored;
 use crate::hub::Hub;
 use crate::networks::lacks;
 use crate::rows::{
-    HistoryRow, HostRow, ImageRow, MigratableRow, NetworkRow, PolicyRow, Reign, SnapshotRow, TaskRow, TeamRow, TokenRow, VmRow,
+    HistoryRow, HostRow, ImageRow, Later, MigratableRow, NetworkRow, PolicyRow, Reign, SnapshotRow, TaskRow, TeamRow, TokenRow, VmRow,
     Work,
 };
 use crate::specs::Waiting;
@@ -244,6 +244,7 @@ pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
     let row = &stored.row;
     let (snapshot, kept) = match &row.work {
         Work::Snapshot { name, .. } => (Some(name.clone()), None),
+        Work::Wait { asked: Later::Snapshot(request) } => (request.name.clone(), None),
         Work::Rollback(work) => (Some(work.name.clone()), work.present.clone()),
         _ => (None, None),
     };

@@ -7,8 +7,8 @@
 //!                  pause ▼   │ unpause            migrate: running stays running, only the host changes
 //!                       paused
 //! ```
-//! While a task works on a VM every other changing request gets `vm_busy`; a kill cuts a stop or a move short. The whole table is
-//! `docs/spec/arbitration.md`.
+//! While a task works on a VM every other changing request gets `vm_busy`; a kill cuts a stop or a move short; a snapshot waits for a move and another
+//! snapshot, a move for a snapshot. The whole table is `docs/spec/arbitration.md`.
 
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +71,8 @@ pub enum Admission {
     Accept,
     /// It is so already: answer success, do nothing.
     Ignore,
+    /// Once what works on the VM now has ended: decide again then.
+    Wait(Activity),
     /// No, and why.
     Deny(Refusal),
 }
@@ -81,13 +83,14 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
     use RunState as S;
     use VmRequest as R;
     if let Some(activity) = activity {
-        let cut_short = request == R::Kill && matches!(activity.request, R::Stop | R::Migrate);
-        if !cut_short {
-            return Admission::Deny(
-                Refusal::new(ErrorCode::VmBusy, format!("task {} ({:?}) works on the VM", activity.task, activity.request))
-                    .hint(format!("wait for it (`godwit task wait {0}`) or cancel it (`godwit task cancel {0}`)", activity.task))
-                    .retry(Retry::Safe),
-            );
+        match (request, activity.request) {
+            (R::Kill, R::Stop | R::Migrate) => {}
+            // What could not be done to it without that task either need not wait to be told so.
+            (R::Snapshot, R::Migrate | R::Snapshot) | (R::Migrate, R::Snapshot) => {
+                let without = decide_admission(state, None, request);
+                return if without == Admission::Accept { Admission::Wait(activity) } else { without };
+            }
+            _ => return Admission::Deny(busy(activity)),
         }
     }
     match (request, state) {
@@ -116,6 +119,14 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
             Admission::Deny(Refusal::new(ErrorCode::VmNotRunning, "the VM does not run").hint("start it first: `godwit vm start`"))
         }
     }
+}
+
+/// The refusal of what does not wait for the task that works on the VM.
+#[must_use]
+pub fn busy(activity: Activity) -> Refusal {
+    Refusal::new(ErrorCode::VmBusy, format!("task {} ({:?}) works on the VM", activity.task, activity.request))
+        .hint(format!("wait for it (`godwit task wait {0}`) or cancel it (`godwit task cancel {0}`)", activity.task))
+        .retry(Retry::Safe)
 }
 
 /// Decides whether a program may be begun in the guest of a VM in `state` that `activity` holds. Not while a task works on the VM: what
@@ -190,6 +201,13 @@ mod tests {
             let cut_short =
                 matches!(REQUESTS[holder], VmRequest::Stop | VmRequest::Migrate) && REQUESTS[request] == VmRequest::Kill;
             prop_assert_eq!(answer == Admission::Accept, cut_short);
+            let both = [REQUESTS[holder], REQUESTS[request]];
+            let kept = both.contains(&VmRequest::Snapshot);
+            let waits = kept && both.iter().all(|one| matches!(one, VmRequest::Snapshot | VmRequest::Migrate));
+            prop_assert_eq!(answer == Admission::Wait(activity), waits);
+            // A move needs a VM that runs, whatever is done to it.
+            let paused = decide_admission(RunState::Paused, Some(activity), VmRequest::Migrate);
+            prop_assert!(matches!(paused, Admission::Deny(_)));
         }
     }
 
@@ -220,6 +238,7 @@ mod tests {
                 match decide_admission(state, activity, request) {
                     Admission::Accept => "yes",
                     Admission::Ignore => "done",
+                    Admission::Wait(_) => "waits",
                     Admission::Deny(refusal) if refusal.code == ErrorCode::VmBusy => "busy",
                     Admission::Deny(_) => "no",
                 }

@@ -56,7 +56,7 @@ pub(crate) enum Asked {
 }
 
 impl Asked {
-    fn request(&self) -> VmRequest {
+    pub(super) fn request(&self) -> VmRequest {
         match self {
             Self::Start(_) => VmRequest::Start,
             Self::Stop(_) => VmRequest::Stop,
@@ -82,6 +82,31 @@ pub(crate) fn host_down(name: &Name) -> Refusal {
     Refusal::new(ErrorCode::HostDown, format!("host {name} is not connected"))
         .hint(format!("start the agent on {name} (`godwit agent`) or restore its link, or choose another host"))
         .retry(Retry::Safe)
+}
+
+/// A task of a VM that was just asked for.
+pub(super) fn new_task(vm: &VmRow, ask: &Ask, id: TaskId, work: Work, now: UnixMillis) -> TaskRow {
+    TaskRow {
+        id,
+        team: vm.team.clone(),
+        subject: vm.name.clone(),
+        vm: Some(vm.id),
+        work,
+        state: TaskState::Running,
+        created: now,
+        ended: None,
+        principal: ask.principal.clone(),
+        reason: ask.reason.clone(),
+        step: "accepted".into(),
+        cancel: false,
+        progress: None,
+        transfer: None,
+        forecast: None,
+        figures: None,
+        restore: None,
+        error: None,
+        trail: vec![],
+    }
 }
 
 pub(super) fn candidates(present: &[(Name, Presence)]) -> Vec<Candidate<'_>> {
@@ -134,6 +159,7 @@ impl Tasks {
         vm.still_at(ask.revision, format_args!("VM {}", ask.vm))?;
         let ignored = match decide_admission(vm.row.state, vm.row.activity, asked.request()) {
             Admission::Deny(refusal) => return Err(refusal.into()),
+            Admission::Wait(holder) => return Ok((self.wait_for(&vm, ask, asked, holder).await?, None)),
             Admission::Ignore => true,
             Admission::Accept => false,
         };
@@ -142,27 +168,7 @@ impl Tasks {
         let replaced = vm.row.activity.map(|activity| activity.task);
         let before = vm.row.clone();
         let (work, batch) = self.work(&mut vm.row, id, ask, asked, ignored, now).await?;
-        let mut task = TaskRow {
-            id,
-            team: ask.team.clone(),
-            subject: ask.vm.clone(),
-            vm: Some(vm.row.id),
-            work,
-            state: TaskState::Running,
-            created: now,
-            ended: None,
-            principal: ask.principal.clone(),
-            reason: ask.reason.clone(),
-            step: "accepted".into(),
-            cancel: false,
-            progress: None,
-            transfer: None,
-            forecast: None,
-            figures: None,
-            restore: None,
-            error: None,
-            trail: vec![],
-        };
+        let mut task = new_task(&vm.row, ask, id, work, now);
         describe(&mut task);
         if dry {
             conclude(&mut task, &Outcome::Done);
@@ -215,7 +221,7 @@ impl Tasks {
     }
 
     /// What there is to do, with the grant already in the row if it takes one, and what is written beside the VM and the task.
-    async fn work(
+    pub(super) async fn work(
         &self,
         vm: &mut VmRow,
         id: TaskId,

@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Whether cancelling would still have an effect, as far as it is known here.
 pub(crate) fn cancellable(task: &TaskRow) -> bool {
     let possible = match &task.work {
-        Work::Stop { .. } | Work::Import { .. } | Work::Snapshot { .. } | Work::Verify { .. } => true,
+        Work::Wait { .. } | Work::Stop { .. } | Work::Import { .. } | Work::Snapshot { .. } | Work::Verify { .. } => true,
         Work::Rollback(work) => work.stage == RollbackStage::KeepPresent,
         Work::Migrate(work) => work.source_ended.is_none() && work.stage != Stage::Settle,
         _ => false,

@@ -109,9 +109,8 @@ async fn a_snapshot_is_there_from_the_request_on_and_ready_when_its_task_is_done
     // Meanwhile nothing else happens to the VM, nor to the snapshot.
     let snapshot = admin.snapshot(&first).await.expect("it is there");
     assert_eq!((snapshot.state, snapshot.memory, snapshot.figures), (SnapshotState::Taking, Some(Bytes::mib(512)), None));
-    assert_eq!(code(cluster.migrate("web1", "h2").await), ErrorCode::VmBusy);
+    assert_eq!(code(admin.pause_vm(&name("web1")).await), ErrorCode::VmBusy);
     assert_eq!(code(admin.kill_vm(&name("web1")).await), ErrorCode::VmBusy);
-    assert_eq!(code(admin.create_snapshot(&of_web1(None)).await), ErrorCode::VmBusy);
     assert_eq!(code(admin.delete_snapshot(&first).await), ErrorCode::InUse);
     agent.tell(&command, &SnapshotFigures { warnings: vec!["a word".into()], ..figures() }).await;
     let ended = cluster.ended(task.id).await;
@@ -511,6 +510,101 @@ async fn a_snapshot_under_way_can_be_cancelled_and_a_rollback_until_it_ends_qemu
     cluster.options.restored = true;
     cluster.start().await;
     assert_eq!(cluster.admin().snapshot(&name("two")).await.expect("it stays").state, SnapshotState::Failed);
+}
+
+#[tokio::test]
+async fn a_move_waits_for_a_snapshot_and_a_snapshot_for_a_move_or_another_snapshot() {
+    let (mut cluster, host, mut a1) = running().await;
+    let (h2, mut a2) = cluster.agent("h2").await;
+    let one = cluster.admin().create_snapshot(&of_web1(Some("one"))).await.expect("accepted");
+    let take_one = a1.command().await;
+    // They are tasks from the request on, in the order of the requests.
+    let moves = cluster.migrate("web1", "h2").await.expect("it waits");
+    let two = cluster.admin().create_snapshot(&of_web1(Some("two"))).await.expect("it waits");
+    let never = cluster.admin().create_snapshot(&of_web1(Some("never"))).await.expect("it waits");
+    let behind = format!("waits for task {} (Snapshot) to end", one.id);
+    for (task, kind) in [(&moves, "vm.migrate"), (&two, "vm.snapshot"), (&never, "vm.snapshot")] {
+        assert_eq!((task.kind.as_str(), task.step.as_str(), task.cancellable), (kind, behind.as_str(), true));
+    }
+    assert_eq!(two.snapshot, Some(name("two")));
+    assert_eq!(code(cluster.admin().snapshot(&name("two")).await), ErrorCode::NotFound, "nothing of it is there yet");
+    let foresee =
+        api::VmMigrate { host: name("h2"), policy: godwit_model::MigrationSettings::default(), dry_run: true, reason: None };
+    assert_eq!(code(cluster.admin().migrate_vm(&name("web1"), &foresee).await), ErrorCode::VmBusy, "it could not begin now");
+    cluster.admin().cancel_task(never.id).await.expect("cancelled");
+    assert_eq!(cluster.ended(never.id).await.state, TaskState::Cancelled);
+    assert_eq!(cluster.vm("web1").await.status.activity.map(|activity| activity.task), Some(one.id));
+
+    // A controller that starts again knows who waits, and for whom.
+    let vm = cluster.vm("web1").await;
+    cluster.stop().await;
+    drop((a1, a2));
+    cluster.start().await;
+    a1 = cluster.connect(&host, vec![report(&vm, 1, RunState::Running, v1::Holding::Owner)]).await;
+    a2 = cluster.connect(&h2, vec![]).await;
+    let again = a1.command().await;
+    assert_eq!((take_one.id, wanted(&take_one)), (again.id, wanted(&again)));
+    assert_eq!(cluster.admin().task(moves.id).await.expect("it waits").step, behind);
+    a1.tell(&again, &figures()).await;
+    assert_eq!(cluster.ended(one.id).await.state, TaskState::Done);
+
+    // The move was first.
+    let prepare = a2.command().await;
+    assert!(matches!(prepare.action, Some(Action::Prepare(_))) && prepare.task == moves.id.to_string(), "{prepare:?}");
+    cluster.task_when(two.id, |task| task.step == format!("waits for task {} (Migrate) to end", moves.id)).await;
+    assert_eq!(code(cluster.migrate("web1", "h2").await), ErrorCode::VmBusy, "a move does not wait for a move");
+    a2.done(&prepare, 7).await;
+    let out = a1.command().await;
+    a1.done(&out, 0).await;
+    a1.ended(ended(&moves, &vm, 2, true, None)).await;
+    a2.ended(ended(&moves, &vm, 2, false, None)).await;
+    assert_eq!(cluster.ended(moves.id).await.state, TaskState::Done);
+    let command = a2.command().await;
+    let asked = take(&command);
+    assert_eq!((asked.generation, command.task.as_str()), (2, &*two.id.to_string()), "where the VM is now");
+    a2.tell(&command, &figures()).await;
+    assert_eq!(cluster.ended(two.id).await.state, TaskState::Done);
+    assert_eq!(cluster.admin().snapshot(&name("two")).await.expect("taken").host, name("h2"));
+    assert_eq!(cluster.vm("web1").await.status.activity, None);
+}
+
+#[tokio::test]
+async fn what_has_waited_is_checked_when_its_turn_comes() {
+    let (cluster, _, mut agent) = running().await;
+    let admin = cluster.admin();
+    let one = admin.create_snapshot(&of_web1(Some("one"))).await.expect("accepted");
+    let command = agent.command().await;
+    let same = admin.create_snapshot(&of_web1(Some("one"))).await.expect("it waits");
+    let nowhere = cluster.migrate("web1", "h9").await.expect("it waits");
+    let two = admin.create_snapshot(&of_web1(Some("two"))).await.expect("it waits");
+    let mut line = vec![];
+    for _ in 3..16 {
+        line.push(admin.create_snapshot(&of_web1(None)).await.expect("it waits").id);
+    }
+    let refusal = admin.create_snapshot(&of_web1(None)).await.expect_err("one too many").refusal();
+    assert!(refusal.code == ErrorCode::VmBusy && refusal.message.contains("16 tasks wait"), "{refusal:?}");
+    for id in line {
+        admin.cancel_task(id).await.expect("cancelled");
+        assert_eq!(cluster.ended(id).await.state, TaskState::Cancelled);
+    }
+    agent.tell(&command, &figures()).await;
+    assert_eq!(cluster.ended(one.id).await.state, TaskState::Done);
+    assert_eq!(failed(&cluster, same.id).await, ErrorCode::NameTaken);
+    assert_eq!(failed(&cluster, nowhere.id).await, ErrorCode::NotFound);
+    let command = agent.command().await;
+    assert_eq!(command.task, two.id.to_string());
+    let three = admin.create_snapshot(&of_web1(Some("three"))).await.expect("it waits");
+    agent.refuse(&command, ErrorCode::NotEnoughSpace).await;
+    assert_eq!(failed(&cluster, two.id).await, ErrorCode::NotEnoughSpace);
+    let command = agent.command().await;
+    assert_eq!(command.task, three.id.to_string(), "whichever way the other ended");
+    let four = admin.create_snapshot(&of_web1(Some("four"))).await.expect("it waits");
+    // The guest powers itself off meanwhile.
+    let vm = cluster.vm("web1").await;
+    agent.send(v1::agent_message::Body::Vm(report(&vm, 1, RunState::Stopped, v1::Holding::Owner))).await;
+    cluster.vm_when("web1", |vm| vm.status.state == RunState::Stopped).await;
+    agent.refuse(&command, ErrorCode::SnapshotFailed).await;
+    assert_eq!(failed(&cluster, four.id).await, ErrorCode::VmNotRunning);
 }
 
 #[tokio::test]
