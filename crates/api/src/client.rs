@@ -313,6 +313,11 @@ impl Client {
         self.post(&format!("/snapshots/{}/rollback", segment(snapshot)), request).await
     }
 
+    /// Makes a new VM that begins from a snapshot.
+    pub async fn clone_snapshot(&self, snapshot: &Name, request: &v1::SnapshotClone) -> Result<v1::Task> {
+        self.post(&format!("/snapshots/{}/clone", segment(snapshot)), request).await
+    }
+
     /// Deletes a snapshot.
     pub async fn delete_snapshot(&self, snapshot: &Name) -> Result<()> {
         let request = self.request(Method::DELETE, &format!("/snapshots/{}", segment(snapshot)));

@@ -592,6 +592,30 @@ pub struct SnapshotRollback {
     pub reason: Option<String>,
 }
 
+/// Asks for a new VM that begins from a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotClone {
+    /// Its name.
+    pub name: Name,
+    /// The host; by default the one with most free memory among those that can run it and have the snapshot's pool.
+    #[serde(default)]
+    pub host: Option<Name>,
+    /// Starts it, which makes its volumes. True by default; otherwise its first start does so.
+    #[serde(default = "starts")]
+    pub start: bool,
+    /// It goes on from memory, too, with no interface plugged in: it takes itself for the VM that it was.
+    #[serde(default)]
+    pub memory: bool,
+    /// Why; recorded with the task.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+const fn starts() -> bool {
+    true
+}
+
 /// A team's vault: what holds its snapshots in one pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Vault {

@@ -296,6 +296,29 @@ pub(crate) struct VmRow {
     /// Keys that a rollback under way will need.
     #[serde(default)]
     pub(crate) held: BTreeSet<String>,
+    /// What it begins from at its next start; nothing: it boots from its disks as they are.
+    #[serde(default)]
+    pub(crate) origin: Option<Origin>,
+    /// The VM whose memory it went on with: it takes itself for that one.
+    #[serde(default)]
+    pub(crate) copied: Option<Name>,
+}
+
+/// The snapshot that a VM begins from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Origin {
+    pub(crate) snapshot: Name,
+    /// With its memory, too. Then `resolved` is the machine that the memory knows.
+    pub(crate) memory: bool,
+    pub(crate) kind: OriginKind,
+}
+
+/// Why a VM begins from a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum OriginKind {
+    /// It is another VM than that of the snapshot, and its volumes are made.
+    Clone,
 }
 
 /// What became of each generation of a VM.
@@ -384,6 +407,8 @@ impl VmRow {
             memory_salt: String::new(),
             unfinished: None,
             held: BTreeSet::new(),
+            origin: None,
+            copied: None,
         }
     }
 
@@ -418,6 +443,11 @@ impl VmRow {
         let mut claims = claims(&self.spec);
         claims.extend(self.leaving.iter().chain(&self.held).cloned());
         claims
+    }
+
+    /// Whether its host has seen it run, so that its disks are made.
+    pub(crate) const fn has_run(&self) -> bool {
+        self.reported.0 != 0
     }
 
     /// Whether QEMU is there.
@@ -461,7 +491,15 @@ pub(crate) enum Work {
     /// Waits for another task of its VM, and then becomes what was asked for.
     Wait { asked: Later },
     /// Starts the VM on `host`.
-    Start { host: Name, generation: Generation },
+    Start {
+        host: Name,
+        generation: Generation,
+        /// From a snapshot.
+        #[serde(default)]
+        from: Option<Origin>,
+    },
+    /// Makes the VM, which begins from a snapshot when it is started.
+    Clone { snapshot: Name },
     /// Asks the guest to power off.
     Stop { timeout: Millis },
     /// Ends QEMU.
@@ -531,6 +569,8 @@ impl Work {
         match self {
             Self::Wait { asked: Later::Migrate(_) } => "vm.migrate",
             Self::Wait { asked: Later::Snapshot(_) } => "vm.snapshot",
+            Self::Clone { .. } => "vm.clone",
+            Self::Start { from: Some(Origin { kind: OriginKind::Clone, .. }), .. } => "vm.clone",
             Self::Start { .. } => "vm.start",
             Self::Stop { .. } => "vm.stop",
             Self::Kill => "vm.kill",

@@ -34,6 +34,7 @@ mod admit;
 mod autostart;
 mod cancel;
 mod change;
+mod clone;
 mod exec;
 mod forecast;
 mod import;
@@ -196,7 +197,8 @@ impl Tasks {
         }
         let task = self.task(id).await?.row;
         match task.work {
-            Work::Wait { .. } => Ok(()),
+            // Done as soon as it is recorded.
+            Work::Wait { .. } | Work::Clone { .. } => Ok(()),
             Work::Start { .. } => self.run_start(id).await,
             Work::Stop { timeout } => self.run_stop(id, timeout).await,
             Work::Kill => self.run_kill(id).await,

@@ -190,14 +190,19 @@ pub(super) struct Request {
     pub(super) reason: Option<String>,
 }
 
+pub(super) fn check_reason(reason: Option<&String>) -> Result<(), Refusal> {
+    if reason.is_some_and(|reason| reason.len() > 1_000 || reason.chars().any(char::is_control)) {
+        return Err(Refusal::new(ErrorCode::BadRequest, "a reason has at most 1000 characters and no control characters"));
+    }
+    Ok(())
+}
+
 /// Authorises, records, starts; answers the task.
 pub(super) async fn ask(app: &App, request: Request, asked: Asked) -> Answer<(StatusCode, Json<v1::Task>)> {
     let Request { who, team, vm, revision, reason } = request;
     let team = team_of(&who, team.as_ref()).clone();
     authorize(&who, Action::Change, Target::Team(&team))?;
-    if reason.as_ref().is_some_and(|reason| reason.len() > 1_000 || reason.chars().any(char::is_control)) {
-        return Err(Refusal::new(ErrorCode::BadRequest, "a reason has at most 1000 characters and no control characters").into());
-    }
+    check_reason(reason.as_ref())?;
     let ask = Ask { team, vm, principal: who.name, reason, revision };
     let task = app.tasks.ask(&ask, &asked).await?;
     Ok((StatusCode::ACCEPTED, Json(views::task(&task))))

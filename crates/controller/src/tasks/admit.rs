@@ -6,8 +6,8 @@ use godwit_api::v1::{self, TaskState};
 use godwit_model::lifecycle::decide_admission;
 use godwit_model::policy::{self, Labelled, Settled};
 use godwit_model::{
-    Activity, Admission, ErrorCode, Generation, ImageKind, ImageRef, MigrationSettings, Millis, Name, Refusal, Retry, TaskId,
-    TravellingDisk, UnixMillis, VmRequest, VmSpec,
+    Activity, Admission, ErrorCode, ImageKind, ImageRef, MigrationSettings, Millis, Name, Refusal, Retry, TaskId, TravellingDisk,
+    UnixMillis, VmRequest, VmSpec,
 };
 use tokio::task::JoinHandle;
 
@@ -22,7 +22,8 @@ use crate::networks::check_networks;
 use crate::principals::not_found;
 use crate::resolve::decide_start;
 use crate::restore;
-use crate::rows::{HostRow, ImageRow, MigrateWork, NetworkRow, PendingGrant, PolicyRow, Stage, TaskRow, VmRow, Work};
+use crate::rows::{HostRow, ImageRow, MigrateWork, NetworkRow, Origin, PendingGrant, PolicyRow, Stage, TaskRow, VmRow, Work};
+use crate::specs::leaving;
 
 /// How long a guest may take to power off, if nothing else was said.
 const STOP_TIMEOUT: Millis = Millis(5 * 60_000);
@@ -242,7 +243,7 @@ impl Tasks {
         let work = match asked {
             Asked::Start(host) if ignored => {
                 let host = host.clone().or_else(|| vm.host.clone());
-                Work::Start { host: host.ok_or_else(|| not_found("host", "of this VM"))?, generation: vm.generation }
+                Work::Start { host: host.ok_or_else(|| not_found("host", "of this VM"))?, generation: vm.generation, from: None }
             }
             Asked::Start(host) => self.admit_start(vm, id, host.as_ref()).await?,
             Asked::Stop(timeout) => Work::Stop { timeout: timeout.unwrap_or_else(|| own_deadline(vm)) },
@@ -266,7 +267,7 @@ impl Tasks {
         self.db.page::<NetworkRow>(&format!("{team}/"), None, usize::MAX).await
     }
 
-    async fn admit_start(&self, vm: &mut VmRow, id: TaskId, wanted: Option<&Name>) -> Result<Work, Fault> {
+    pub(super) async fn admit_start(&self, vm: &mut VmRow, id: TaskId, wanted: Option<&Name>) -> Result<Work, Fault> {
         if let Some(snapshot) = &vm.unfinished {
             let message = format!("a rollback of VM {} to {snapshot} did not end well: its disks may be half of it", vm.name);
             return Err(Refusal::new(ErrorCode::DisksUnfinished, message)
@@ -277,24 +278,31 @@ impl Tasks {
             self.known(host).await?;
             self.hub.presence(host).ok_or_else(|| host_down(host))?;
         }
-        let images = self.images_of(&vm.team).await?;
-        let networks = self.networks_of(&vm.team).await?;
-        let present = self.hub.present();
-        let find = |name: &Name| images.find(name);
-        // It has been seen running, so its disks have been made.
-        let home = vm.host.clone().filter(|_| vm.reported != Generation(0));
-        let (host, resolved) =
-            decide_start((vm.id, &vm.name, &vm.spec), home.as_ref(), wanted, &candidates(&present), &find, &networks)?;
+        let from = vm.origin.clone();
+        let (host, resolved) = match &from {
+            Some(origin) => self.decide_origin(vm, origin, wanted).await?,
+            None => {
+                let (images, networks) = (self.images_of(&vm.team).await?, self.networks_of(&vm.team).await?);
+                let present = self.hub.present();
+                let find = |name: &Name| images.find(name);
+                let home = vm.host.clone().filter(|_| vm.has_run());
+                decide_start((vm.id, &vm.name, &vm.spec), home.as_ref(), wanted, &candidates(&present), &find, &networks)?
+            }
+        };
         let generation = vm.issue(&host, id);
         vm.host = Some(host.clone());
         vm.generation = generation;
         vm.released = false;
         vm.start_wanted = false;
         vm.not_started = None;
-        vm.leaving.clear();
+        vm.leaving = leaving(&resolved, &vm.spec);
         vm.resolved = Some(resolved);
-        vm.waiting.clear();
-        Ok(Work::Start { host, generation })
+        // With memory it goes on as the machine that it was.
+        if from.as_ref().is_none_or(|origin| !origin.memory) {
+            vm.waiting.clear();
+            vm.copied = None;
+        }
+        Ok(Work::Start { host, generation, from })
     }
 
     /// The limits of a migration of this VM, of which the request says these.
@@ -393,7 +401,12 @@ fn said_of(vm: &VmRow) -> String {
 /// The first line of a trail.
 pub(super) fn describe(task: &mut TaskRow) {
     let text = match &task.work {
-        Work::Start { host, generation: Generation(number) } => format!("to start on {host}, generation {number}"),
+        Work::Start { host, generation, from: Some(Origin { snapshot, memory, .. }) } => {
+            let what = if *memory { "memory and disks" } else { "the disks" };
+            format!("to begin from {what} of {snapshot} on {host}, generation {generation}")
+        }
+        Work::Start { host, generation, from: None } => format!("to start on {host}, generation {generation}"),
+        Work::Clone { snapshot } => format!("to begin from {snapshot} when it is started"),
         Work::Exec { program } => format!("to run {program} in the guest"),
         Work::Snapshot { name, .. } => format!("to be kept as {name}"),
         Work::Rollback(work) => format!("to become what it was in {}, on {}", work.name, work.host),

@@ -1,8 +1,8 @@
 //! Start, stop, kill, pause, unpause, delete.
 
-use godwit_link::encode;
 use godwit_link::v1::{self, command::Action};
-use godwit_model::{ErrorCode, Generation, Grant, Millis, Name, Refusal, RunState, TaskId, UnixMillis};
+use godwit_link::{decode, encode};
+use godwit_model::{ErrorCode, Generation, Grant, Millis, Name, Refusal, RestoreFigures, RunState, TaskId, UnixMillis};
 use tokio::time::{Duration, Instant};
 
 use super::{Outcome, Tasks, note, patiently};
@@ -27,12 +27,16 @@ pub(super) fn already(refusal: &Refusal) -> bool {
 impl Tasks {
     pub(super) async fn run_start(&self, id: TaskId) -> Result<(), Fault> {
         let (task, vm) = self.both(id).await?;
-        let Work::Start { host, generation } = &task.row.work else { return Ok(()) };
+        let Work::Start { host, generation, from } = &task.row.work else { return Ok(()) };
         let Some(spec) = &vm.row.resolved else {
             let refusal = Refusal::new(ErrorCode::Internal, "the VM has no resolved spec");
             return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
         };
-        self.set_step(id, &format!("starts QEMU on {host}")).await?;
+        let step = match from {
+            Some(from) => format!("begins from {} on {host}", from.snapshot),
+            None => format!("starts QEMU on {host}"),
+        };
+        self.set_step(id, &step).await?;
         let grant = Grant {
             vm: vm.row.id,
             generation: *generation,
@@ -45,11 +49,22 @@ impl Tasks {
             Ok(grant) => Some(grant),
             Err(refusal) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
         };
-        let action = Action::Start(v1::StartVm { grant, spec: encode(spec), from: None });
+        let from = match from {
+            Some(origin) => match self.told_of(&vm.row, origin, host).await {
+                Err(Fault::Refused(refusal)) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+                told => Some(told?),
+            },
+            None => None,
+        };
+        let began = from.is_some();
+        let action = Action::Start(v1::StartVm { grant, spec: encode(spec), from });
         match self.command(id, host, "start", action).await? {
-            Ok(_) => {
+            Ok(answer) => {
+                let figures = if began { decode::<RestoreFigures>("figures", &answer.result).ok() } else { None };
                 let now = clock::now();
-                self.finish(id, Outcome::Done, |_, vm| {
+                self.finish(id, Outcome::Done, |task, vm| {
+                    task.restore = figures;
+                    vm.origin = None;
                     // Where it was seen running, its host has said by now whether it still is.
                     if vm.generation == *generation && vm.reported < *generation {
                         vm.set_state(RunState::Running, now);

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use super::{Outcome, Tasks, conclude, note};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
-use crate::rows::{HostRow, SnapshotRow, TaskRow, VaultRow, Work};
+use crate::rows::{HostRow, SnapshotRow, TaskRow, VaultRow, VmRow, Work};
 use crate::snapshots::pool_there;
 
 /// How long a host may take to say what a vault takes.
@@ -36,6 +36,7 @@ struct Vault {
 fn uses(task: &TaskRow, team: &Name, name: &Name) -> bool {
     let named = match &task.work {
         Work::Snapshot { name: own, .. } => own == name,
+        Work::Start { from: Some(origin), .. } => origin.snapshot == *name,
         Work::Rollback(work) => work.name == *name || work.present.as_ref() == Some(name),
         _ => false,
     };
@@ -98,6 +99,13 @@ impl Tasks {
                 return Err(Refusal::new(ErrorCode::InUse, format!("task {id} ({kind}) uses snapshot {name}"))
                     .hint(format!("wait for it: `godwit task wait {id}`"))
                     .retry(Retry::Safe)
+                    .into());
+            }
+            let begins = |vm: &VmRow| vm.team == *team && vm.origin.as_ref().is_some_and(|origin| origin.snapshot == *name);
+            if let Some(vm) = self.db.all::<VmRow>().await?.into_iter().find(|vm| begins(&vm.row)) {
+                let vm = vm.row.name;
+                return Err(Refusal::new(ErrorCode::InUse, format!("VM {vm} begins from snapshot {name}"))
+                    .hint(format!("start it once (`godwit vm start {vm}`), or delete it"))
                     .into());
             }
             self.reach(&snapshot.row.identity, &snapshot.row.pool, Some(&snapshot.row.host))?;

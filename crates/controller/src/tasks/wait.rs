@@ -89,13 +89,7 @@ fn said_of(holder: Activity) -> String {
 
 impl Tasks {
     /// Records a request that waits for `holder`.
-    pub(super) async fn wait_for(
-        &self,
-        vm: &Stored<VmRow>,
-        ask: &Ask,
-        asked: &Asked,
-        holder: Activity,
-    ) -> Result<TaskRow, Fault> {
+    pub(super) async fn wait_for(&self, vm: &Stored<VmRow>, ask: &Ask, asked: &Asked, holder: Activity) -> Result<TaskRow, Fault> {
         let Some(later) = Later::of(asked) else { return Err(busy(holder).into()) };
         if self.lines.of(vm.row.id).len() >= LINE {
             let refusal = busy(holder);

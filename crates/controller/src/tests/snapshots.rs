@@ -607,6 +607,150 @@ async fn what_has_waited_is_checked_when_its_turn_comes() {
     assert_eq!(failed(&cluster, four.id).await, ErrorCode::VmNotRunning);
 }
 
+fn clone(vm: &str) -> api::SnapshotClone {
+    api::SnapshotClone { name: name(vm), host: None, start: true, memory: false, reason: None }
+}
+
+fn sized() -> SnapshotFigures {
+    let sizes = vec![godwit_model::SnapshotSize { volume: "shared/root".parse().expect("volume"), size: Bytes::mib(64) }];
+    SnapshotFigures { sizes, ..figures() }
+}
+
+/// Takes a snapshot of web1 that says how large its disk is.
+async fn taken_sized(cluster: &Cluster, agent: &mut Agent) -> v1::TakeSnapshot {
+    let task = cluster.admin().create_snapshot(&of_web1(Some("one"))).await.expect("accepted");
+    let command = agent.command().await;
+    agent.tell(&command, &sized()).await;
+    cluster.ended(task.id).await;
+    take(&command).clone()
+}
+
+#[tokio::test]
+async fn a_clone_is_another_vm_that_begins_from_the_disks_of_a_snapshot() {
+    let (cluster, _, mut agent) = running().await;
+    let admin = cluster.admin();
+    let asked = taken_sized(&cluster, &mut agent).await;
+    let web1 = cluster.vm("web1").await;
+    let task = admin.clone_snapshot(&name("one"), &clone("web2")).await.expect("accepted");
+    assert_eq!((task.kind.as_str(), task.subject.as_str(), task.snapshot), ("vm.clone", "web2", Some(name("one"))));
+    let begin = agent.command().await;
+    let web2 = cluster.vm("web2").await;
+    assert!(web2.id != web1.id && web2.spec.nics[0].mac != web1.spec.nics[0].mac && web2.spec.vmgenid != web1.spec.vmgenid);
+    let from = start(&begin).from.clone().expect("from a snapshot");
+    assert_eq!((&from.vault, &from.snapshot, from.memory, from.fresh), (&asked.vault, &asked.snapshot, false, true));
+    let spec: ResolvedSpec = decode("spec", &start(&begin).spec).expect("a spec");
+    assert_eq!((spec.vm, spec.name.as_str(), spec.disks[0].create), (web2.id, "web2", Some(Bytes::mib(64))));
+    assert_eq!((spec.disks[0].volume.to_string().as_str(), spec.nics[0].link_up), ("shared/web2-disk0", true));
+    // Meanwhile the snapshot stays, and the names are taken.
+    assert_eq!(code(admin.delete_snapshot(&name("one")).await), ErrorCode::InUse);
+    assert_eq!(code(admin.clone_snapshot(&name("one"), &clone("web2")).await), ErrorCode::NameTaken);
+    agent.refuse(&begin, ErrorCode::InUse).await;
+    assert_eq!(failed(&cluster, task.id).await, ErrorCode::InUse);
+    let vm = cluster.vm("web2").await;
+    assert!(vm.status.conditions.iter().any(|condition| condition.name == "begins_from_snapshot"), "{:?}", vm.status.conditions);
+    assert_eq!(code(admin.delete_snapshot(&name("one")).await), ErrorCode::InUse, "web2 needs it for its next start");
+
+    // Its start is tried again, and from then on it is a VM like others.
+    let task = admin.start_vm(&name("web2"), &api::VmStart::default()).await.expect("accepted");
+    let begin = agent.command().await;
+    assert_eq!((start(&begin).from.as_ref(), grant(start(&begin)).generation), (Some(&from), Generation(2)));
+    agent.tell(&begin, &RESTORE).await;
+    let ended = cluster.ended(task.id).await;
+    assert_eq!((ended.state, ended.kind.as_str(), ended.restore), (TaskState::Done, "vm.clone", Some(RESTORE)));
+    let vm = cluster.vm("web2").await;
+    assert_eq!((vm.status.state, vm.status.conditions.len()), (RunState::Running, 0));
+    let kill = admin.kill_vm(&name("web2")).await.expect("accepted");
+    let command = agent.command().await;
+    agent.done(&command, 0).await;
+    cluster.ended(kill.id).await;
+    let again = admin.start_vm(&name("web2"), &api::VmStart::default()).await.expect("accepted");
+    let command = agent.command().await;
+    assert_eq!(start(&command).from, None);
+    agent.done(&command, 0).await;
+    assert_eq!(cluster.ended(again.id).await.kind, "vm.start");
+    let one = name("one");
+    let (deleted, ()) = tokio::join!(admin.delete_snapshot(&one), async {
+        let command = agent.command().await;
+        agent.done(&command, 0).await;
+    });
+    deleted.expect("nobody needs it any more");
+}
+
+#[tokio::test]
+async fn a_clone_that_is_not_started_can_change_but_for_its_disks_and_can_be_deleted() {
+    let (cluster, _, mut agent) = running().await;
+    let admin = cluster.admin();
+    taken_sized(&cluster, &mut agent).await;
+    let one = name("one");
+    let task = admin.clone_snapshot(&one, &api::SnapshotClone { start: false, ..clone("web2") }).await.expect("made");
+    assert_eq!((task.state, task.kind.as_str()), (TaskState::Done, "vm.clone"));
+    let mut other = cluster.vm("web2").await.spec;
+    other.vcpus = 4;
+    let set = admin.set_vm(&name("web2"), &other, None).await.expect("accepted");
+    assert_eq!(cluster.ended(set.id).await.state, TaskState::Done);
+    other.disks.clear();
+    assert_eq!(code(admin.set_vm(&name("web2"), &other, None).await), ErrorCode::InUse);
+    let task = admin.start_vm(&name("web2"), &api::VmStart::default()).await.expect("accepted");
+    let begin = agent.command().await;
+    let spec: ResolvedSpec = decode("spec", &start(&begin).spec).expect("a spec");
+    assert!(start(&begin).from.is_some() && spec.vcpus == 4, "{spec:?}");
+    agent.tell(&begin, &RESTORE).await;
+    cluster.ended(task.id).await;
+
+    // Twenty of them at once.
+    let admin = &admin;
+    let asked = (10..30).map(|number| {
+        let request = api::SnapshotClone { start: false, ..clone(&format!("web{number}")) };
+        async move { admin.clone_snapshot(&name("one"), &request).await.expect("made").state }
+    });
+    let made = futures::future::join_all(asked).await;
+    assert!(made.len() == 20 && made.iter().all(|state| *state == TaskState::Done), "{made:?}");
+    assert_eq!(code(admin.delete_snapshot(&one).await), ErrorCode::InUse);
+    for number in 10..30 {
+        let task = admin.delete_vm(&name(&format!("web{number}")), &api::VmDelete { volumes: false }).await.expect("accepted");
+        assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    }
+    let (deleted, ()) = tokio::join!(admin.delete_snapshot(&one), async {
+        let command = agent.command().await;
+        agent.done(&command, 0).await;
+    });
+    deleted.expect("nobody needs it any more");
+    assert_eq!(code(admin.clone_snapshot(&one, &clone("web3")).await), ErrorCode::NotFound);
+}
+
+#[tokio::test]
+async fn a_clone_with_memory_is_the_same_machine_without_a_cable() {
+    let (mut cluster, host, mut agent) = running().await;
+    let asked = taken_sized(&cluster, &mut agent).await;
+    let before: ResolvedSpec = {
+        let about: Value = serde_json::from_slice(&asked.about).expect("JSON");
+        serde_json::from_value(about["resolved"].clone()).expect("a spec")
+    };
+    let request = api::SnapshotClone { memory: true, start: false, ..clone("web2") };
+    cluster.admin().clone_snapshot(&name("one"), &request).await.expect("made");
+    let other = VmSpec { vcpus: 4, ..cluster.vm("web2").await.spec };
+    assert_eq!(code(cluster.admin().set_vm(&name("web2"), &other, None).await), ErrorCode::InUse, "memory knows the machine");
+    let task = cluster.admin().start_vm(&name("web2"), &api::VmStart::default()).await.expect("accepted");
+    let first = agent.command().await;
+    cluster.stop().await;
+    drop(agent);
+    cluster.start().await;
+    let mut agent = cluster.connect(&host, vec![]).await;
+    let begin = agent.command().await;
+    assert_eq!((first.id, wanted(&first)), (begin.id, wanted(&begin)), "the same after a restart");
+    let from = start(&begin).from.clone().expect("from a snapshot");
+    assert_eq!((from.memory, from.fresh), (true, true));
+    let spec: ResolvedSpec = decode("spec", &start(&begin).spec).expect("a spec");
+    assert_eq!((&spec.machine, &spec.cpu, spec.memory, spec.vcpus), (&before.machine, &before.cpu, before.memory, before.vcpus));
+    assert!(spec.nics.len() == 1 && !spec.nics[0].link_up && spec.nics[0].mac != before.nics[0].mac, "{:?}", spec.nics);
+    agent.tell(&begin, &RESTORE).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    let vm = cluster.vm("web2").await;
+    let isolated = vm.status.conditions.iter().find(|condition| condition.name == "isolated").expect("it says so");
+    assert!(isolated.message.contains("of web1") && isolated.fix.contains("--plug"), "{isolated:?}");
+    assert_eq!((vm.spec.nics[0].link_up, vm.status.waiting.len()), (false, 0));
+}
+
 #[tokio::test]
 async fn vaults_are_looked_at_read_and_pruned_by_a_plan_that_still_holds() {
     let (cluster, host, mut agent) = running().await;
