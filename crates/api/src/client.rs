@@ -433,6 +433,16 @@ impl Client {
         self.post(&format!("/vms/{}/unpause", segment(vm)), &()).await
     }
 
+    /// Keeps a VM with its memory, and ends QEMU.
+    pub async fn suspend_vm(&self, vm: &Name) -> Result<v1::Task> {
+        self.post(&format!("/vms/{}/suspend", segment(vm)), &()).await
+    }
+
+    /// Lets a suspended VM go on.
+    pub async fn unsuspend_vm(&self, vm: &Name, request: &v1::VmStart) -> Result<v1::Task> {
+        self.post(&format!("/vms/{}/unsuspend", segment(vm)), request).await
+    }
+
     /// The generations of a VM.
     pub async fn vm_history(&self, vm: &Name) -> Result<v1::VmHistory> {
         self.get(&format!("/vms/{}/history", segment(vm))).await

@@ -89,6 +89,8 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(vms::vm_kill))
         .routes(routes!(vms::vm_pause))
         .routes(routes!(vms::vm_unpause))
+        .routes(routes!(vms::vm_suspend))
+        .routes(routes!(vms::vm_unsuspend))
         .routes(routes!(vms::vm_migrate))
         .routes(routes!(vms::vm_set))
         .routes(routes!(console::vm_console))

@@ -319,6 +319,8 @@ pub(crate) struct Origin {
 pub(crate) enum OriginKind {
     /// It is another VM than that of the snapshot, and its volumes are made.
     Clone,
+    /// It is suspended: it goes on from there, and the snapshot goes then.
+    Suspended,
 }
 
 /// What became of each generation of a VM.
@@ -522,6 +524,8 @@ pub(crate) enum Work {
     Snapshot { snapshot: SnapshotId, name: Name },
     /// Makes the VM what it was in a snapshot.
     Rollback(Box<RollbackWork>),
+    /// Keeps the VM with its memory, and ends QEMU.
+    Suspend(Box<SuspendWork>),
     /// Reads all of a vault, in the pool with this identity.
     Verify { identity: String, host: Name },
 }
@@ -571,6 +575,7 @@ impl Work {
             Self::Wait { asked: Later::Snapshot(_) } => "vm.snapshot",
             Self::Clone { .. } => "vm.clone",
             Self::Start { from: Some(Origin { kind: OriginKind::Clone, .. }), .. } => "vm.clone",
+            Self::Start { from: Some(Origin { kind: OriginKind::Suspended, .. }), .. } => "vm.unsuspend",
             Self::Start { .. } => "vm.start",
             Self::Stop { .. } => "vm.stop",
             Self::Kill => "vm.kill",
@@ -583,9 +588,34 @@ impl Work {
             Self::Exec { .. } => "vm.exec",
             Self::Snapshot { .. } => "vm.snapshot",
             Self::Rollback(_) => "vm.rollback",
+            Self::Suspend(_) => "vm.suspend",
             Self::Verify { .. } => "vault.verify",
         }
     }
+}
+
+/// A suspension and where it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SuspendWork {
+    pub(crate) snapshot: SnapshotId,
+    pub(crate) name: Name,
+    /// Whether its vCPUs ran: then they do again if it comes to nothing.
+    pub(crate) ran: bool,
+    pub(crate) stage: SuspendStage,
+}
+
+/// The step a suspension does next, or is in. Written before the step is begun.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "at", rename_all = "snake_case")]
+pub(crate) enum SuspendStage {
+    /// The VM is to stand still.
+    Pause,
+    /// It is kept.
+    Keep,
+    /// QEMU is ended.
+    End,
+    /// It comes to nothing, for this reason: the VM is what it was.
+    Undo { reason: Refusal },
 }
 
 /// A rollback and where it stands.

@@ -43,6 +43,7 @@ mod policy;
 mod power;
 mod rollback;
 mod snapshot;
+mod suspend;
 mod vault;
 mod wait;
 
@@ -210,6 +211,7 @@ impl Tasks {
             Work::Exec { .. } => self.lose_exec(id).await,
             Work::Snapshot { name, .. } => self.run_snapshot(id, &name).await,
             Work::Rollback(_) => self.run_rollback(id).await,
+            Work::Suspend(_) => self.run_suspend(id).await,
             Work::Verify { .. } => self.run_verify(id).await,
         }
     }

@@ -13,8 +13,8 @@ use crate::db::Stored;
 use crate::hub::Hub;
 use crate::networks::lacks;
 use crate::rows::{
-    HistoryRow, HostRow, ImageRow, Later, MigratableRow, NetworkRow, PolicyRow, Reign, SnapshotRow, TaskRow, TeamRow, TokenRow,
-    VmRow, Work,
+    HistoryRow, HostRow, ImageRow, Later, MigratableRow, NetworkRow, OriginKind, PolicyRow, Reign, SnapshotRow, TaskRow, TeamRow,
+    TokenRow, VmRow, Work,
 };
 use crate::specs::Waiting;
 use crate::tasks::cancellable;
@@ -56,7 +56,12 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
         let fix = format!("roll back once more (`godwit snapshot rollback {snapshot}`), or to another snapshot of the VM");
         conditions.push(condition("disks_unfinished", message, &fix));
     }
-    if let Some(origin) = row.origin.as_ref().filter(|_| row.activity.is_none()) {
+    let origin = row.origin.as_ref().filter(|_| row.activity.is_none());
+    if let Some(origin) = origin.filter(|origin| origin.kind == OriginKind::Suspended) {
+        let message = format!("it is suspended: what it was is kept in snapshot {}", origin.snapshot);
+        conditions.push(condition("suspended", message, &format!("let it go on: `godwit vm unsuspend {}`", row.name)));
+    }
+    if let Some(origin) = origin.filter(|origin| origin.kind == OriginKind::Clone) {
         let what = if origin.memory { "memory and disks" } else { "the disks" };
         let message = format!("it has not run yet: it begins from {what} of snapshot {}", origin.snapshot);
         conditions.push(condition("begins_from_snapshot", message, &format!("start it: `godwit vm start {}`", row.name)));
@@ -66,7 +71,7 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
             "it went on with the memory of {other} and takes itself for that: addresses, host keys and machine id in it are those of {other}; its interfaces are plugged out"
         );
         let fix = format!(
-            "give it an identity of its own at its console (or start it anew), then `godwit vm set {} --plug MAC`",
+            "give it an identity of its own at its console, with the address that the interface has here, then `godwit vm set {} --plug MAC`",
             row.name
         );
         conditions.push(condition("isolated", message, &fix));
@@ -269,6 +274,7 @@ pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
         Work::Snapshot { name, .. } => (Some(name.clone()), None),
         Work::Wait { asked: Later::Snapshot(request) } => (request.name.clone(), None),
         Work::Start { from: Some(origin), .. } => (Some(origin.snapshot.clone()), None),
+        Work::Suspend(work) => (Some(work.name.clone()), None),
         Work::Clone { snapshot } => (Some(snapshot.clone()), None),
         Work::Rollback(work) => (Some(work.name.clone()), work.present.clone()),
         _ => (None, None),

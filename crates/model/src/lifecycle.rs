@@ -62,6 +62,8 @@ pub enum VmRequest {
     Snapshot,
     /// Make it what it was in a snapshot.
     Rollback,
+    /// Keep it with its memory, and end QEMU.
+    Suspend,
 }
 
 /// The answer to a [`VmRequest`].
@@ -99,7 +101,7 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
         | (R::Kill | R::Unpause, S::Paused)
         | (R::Migrate, S::Running)
         | (R::Delete, S::Stopped | S::Crashed)
-        | (R::Snapshot, S::Running | S::Paused)
+        | (R::Snapshot | R::Suspend, S::Running | S::Paused)
         | (R::Set | R::Rollback, _) => Admission::Accept,
         (R::Start | R::Unpause, S::Running) | (R::Stop | R::Kill, S::Stopped | S::Crashed) | (R::Pause, S::Paused) => {
             Admission::Ignore
@@ -115,7 +117,7 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
             Refusal::new(ErrorCode::VmNotRunning, "a snapshot of a VM that does not run is not possible")
                 .hint("start it first: `godwit vm start`"),
         ),
-        (R::Pause | R::Unpause | R::Migrate, S::Stopped | S::Crashed) => {
+        (R::Pause | R::Unpause | R::Migrate | R::Suspend, S::Stopped | S::Crashed) => {
             Admission::Deny(Refusal::new(ErrorCode::VmNotRunning, "the VM does not run").hint("start it first: `godwit vm start`"))
         }
     }
@@ -154,7 +156,7 @@ mod tests {
 
     use super::*;
 
-    const REQUESTS: [VmRequest; 10] = [
+    const REQUESTS: [VmRequest; 11] = [
         VmRequest::Start,
         VmRequest::Stop,
         VmRequest::Kill,
@@ -165,13 +167,14 @@ mod tests {
         VmRequest::Set,
         VmRequest::Snapshot,
         VmRequest::Rollback,
+        VmRequest::Suspend,
     ];
 
     /// What an accepted request makes of a state, for the model walk below.
     fn after(state: RunState, request: VmRequest) -> RunState {
         match request {
             VmRequest::Start | VmRequest::Unpause | VmRequest::Rollback => RunState::Running,
-            VmRequest::Stop | VmRequest::Kill => RunState::Stopped,
+            VmRequest::Stop | VmRequest::Kill | VmRequest::Suspend => RunState::Stopped,
             VmRequest::Pause => RunState::Paused,
             VmRequest::Migrate | VmRequest::Delete | VmRequest::Set | VmRequest::Snapshot => state,
         }
@@ -186,7 +189,7 @@ mod tests {
                 if decide_admission(state, None, request) == Admission::Accept {
                     let next = after(state, request);
                     use VmRequest as R;
-                    if !matches!(request, R::Migrate | R::Delete | R::Set | R::Snapshot | R::Rollback) {
+                    if !matches!(request, R::Migrate | R::Delete | R::Set | R::Snapshot | R::Rollback | R::Suspend) {
                         prop_assert_eq!(decide_admission(next, None, request), Admission::Ignore);
                     }
                     state = next;

@@ -64,7 +64,7 @@ Examples:
     #[command(
         after_help = "The new VM has volumes named after it, in the pools of those that it begins from, and addresses of its own; cloud-init sees another machine. It boots
 from the disks as they were. With --memory it goes on where the other was, and takes itself for that: none of its interfaces is plugged in. Give it an
-identity of its own at its console (`godwit vm console`), or start it anew, then `godwit vm set VM --plug MAC`.
+identity of its own at its console (`godwit vm console`), with the interface's address that `godwit vm show` has, then `godwit vm set VM --plug MAC`.
 
 Examples:
   godwit snapshot clone nightly web2

@@ -173,7 +173,7 @@ pub(super) async fn snapshot_delete(
 ) -> Answer<StatusCode> {
     let team = team_of(&who, query.team.as_ref());
     authorize(&who, Action::Change, Target::Team(team))?;
-    app.tasks.delete_snapshot(team, &name).await?;
+    app.tasks.delete_snapshot(team, &name, None).await?;
     tracing::info!(snapshot = %name, %team, principal = who.name, "snapshot deleted");
     Ok(StatusCode::NO_CONTENT)
 }

@@ -265,6 +265,17 @@ asks! {
     vm_unpause, "unpause", Asked::Unpause
 }
 
+asks! {
+    /// Suspends a VM: keeps it with its memory while it stands still, and ends QEMU
+    ///
+    /// Its next start goes on from there. If that fails, or is cancelled, the VM runs on.
+    vm_suspend, "suspend", Asked::Suspend
+}
+asks! {
+    /// Lets a suspended VM go on; so does a start
+    vm_unsuspend, "unsuspend", VmStart, |body| Asked::Unsuspend(body.host)
+}
+
 /// Moves a running VM
 ///
 /// Everything is checked before the answer. With `dry_run` the task is only described: it is `done` and was never recorded.

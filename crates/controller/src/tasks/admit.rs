@@ -22,7 +22,9 @@ use crate::networks::check_networks;
 use crate::principals::not_found;
 use crate::resolve::decide_start;
 use crate::restore;
-use crate::rows::{HostRow, ImageRow, MigrateWork, NetworkRow, Origin, PendingGrant, PolicyRow, Stage, TaskRow, VmRow, Work};
+use crate::rows::{
+    HostRow, ImageRow, MigrateWork, NetworkRow, Origin, OriginKind, PendingGrant, PolicyRow, Stage, TaskRow, VmRow, Work,
+};
 use crate::specs::leaving;
 
 /// How long a guest may take to power off, if nothing else was said.
@@ -54,12 +56,14 @@ pub(crate) enum Asked {
     Set(Box<VmSpec>),
     Snapshot(v1::SnapshotCreate),
     Rollback { snapshot: Name, request: v1::SnapshotRollback },
+    Suspend,
+    Unsuspend(Option<Name>),
 }
 
 impl Asked {
     pub(super) fn request(&self) -> VmRequest {
         match self {
-            Self::Start(_) => VmRequest::Start,
+            Self::Start(_) | Self::Unsuspend(_) => VmRequest::Start,
             Self::Stop(_) => VmRequest::Stop,
             Self::Kill => VmRequest::Kill,
             Self::Pause => VmRequest::Pause,
@@ -69,6 +73,7 @@ impl Asked {
             Self::Set(_) => VmRequest::Set,
             Self::Snapshot(_) => VmRequest::Snapshot,
             Self::Rollback { .. } => VmRequest::Rollback,
+            Self::Suspend => VmRequest::Suspend,
         }
     }
 }
@@ -233,7 +238,10 @@ impl Tasks {
     ) -> Result<(Work, Batch), Fault> {
         if !ignored {
             self.reachable(vm).await?;
-            if matches!(asked, Asked::Start(_) | Asked::Migrate(_) | Asked::Delete { .. } | Asked::Rollback { .. }) {
+            if matches!(
+                asked,
+                Asked::Start(_) | Asked::Unsuspend(_) | Asked::Migrate(_) | Asked::Delete { .. } | Asked::Rollback { .. }
+            ) {
                 restore::all_heard(&self.db).await?;
             }
             if matches!(asked, Asked::Delete { .. } | Asked::Rollback { .. }) {
@@ -241,11 +249,15 @@ impl Tasks {
             }
         }
         let work = match asked {
-            Asked::Start(host) if ignored => {
+            Asked::Start(host) | Asked::Unsuspend(host) if ignored => {
                 let host = host.clone().or_else(|| vm.host.clone());
                 Work::Start { host: host.ok_or_else(|| not_found("host", "of this VM"))?, generation: vm.generation, from: None }
             }
-            Asked::Start(host) => self.admit_start(vm, id, host.as_ref()).await?,
+            Asked::Unsuspend(_) if !vm.origin.as_ref().is_some_and(|origin| origin.kind == OriginKind::Suspended) => {
+                let refusal = Refusal::new(ErrorCode::VmNotRunning, format!("VM {} is not suspended, it is stopped", vm.name));
+                return Err(refusal.hint(format!("start it: `godwit vm start {}`", vm.name)).into());
+            }
+            Asked::Start(host) | Asked::Unsuspend(host) => self.admit_start(vm, id, host.as_ref()).await?,
             Asked::Stop(timeout) => Work::Stop { timeout: timeout.unwrap_or_else(|| own_deadline(vm)) },
             Asked::Kill => Work::Kill,
             Asked::Pause => Work::Pause,
@@ -254,6 +266,7 @@ impl Tasks {
             Asked::Migrate(request) => self.admit_migrate(vm, id, request, now).await?,
             Asked::Set(spec) => self.admit_change(vm, spec).await?,
             Asked::Snapshot(request) => return self.admit_snapshot(vm, ask, request, now).await,
+            Asked::Suspend => return self.admit_suspend(vm, ask, now).await,
             Asked::Rollback { snapshot, request } => return self.admit_rollback(vm, ask, snapshot, request, now).await,
         };
         Ok((work, Batch::default()))
@@ -409,6 +422,7 @@ pub(super) fn describe(task: &mut TaskRow) {
         Work::Clone { snapshot } => format!("to begin from {snapshot} when it is started"),
         Work::Exec { program } => format!("to run {program} in the guest"),
         Work::Snapshot { name, .. } => format!("to be kept as {name}"),
+        Work::Suspend(work) => format!("to be kept as {}, and ended", work.name),
         Work::Rollback(work) => format!("to become what it was in {}, on {}", work.name, work.host),
         Work::Migrate(work) => format!("to move from {} to {}, generation {}", work.source, work.destination, work.generation),
         _ => return,

@@ -8,7 +8,7 @@ use tokio::time::{Duration, Instant};
 use super::{Outcome, Tasks, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault};
-use crate::rows::{HabitsRow, HistoryRow, HostRow, TaskRow, VmRow, Work};
+use crate::rows::{HabitsRow, HistoryRow, HostRow, Origin, OriginKind, TaskRow, VmRow, Work};
 
 /// How long an unconditional grant can wait for its host.
 pub(super) const START_LIFETIME: u64 = 24 * 3_600_000;
@@ -49,6 +49,7 @@ impl Tasks {
             Ok(grant) => Some(grant),
             Err(refusal) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
         };
+        let suspended = from.clone().filter(|origin| origin.kind == OriginKind::Suspended);
         let from = match from {
             Some(origin) => match self.told_of(&vm.row, origin, host).await {
                 Err(Fault::Refused(refusal)) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
@@ -60,6 +61,9 @@ impl Tasks {
         let action = Action::Start(v1::StartVm { grant, spec: encode(spec), from });
         match self.command(id, host, "start", action).await? {
             Ok(answer) => {
+                if let Some(origin) = suspended {
+                    self.forget_suspended(id, generation, &origin).await?;
+                }
                 let figures = if began { decode::<RestoreFigures>("figures", &answer.result).ok() } else { None };
                 let now = clock::now();
                 self.finish(id, Outcome::Done, |task, vm| {
@@ -73,6 +77,28 @@ impl Tasks {
                 .await
             }
             Err(refusal) => self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+        }
+    }
+
+    /// It goes on: what it was suspended in is not needed any more.
+    async fn forget_suspended(&self, id: TaskId, generation: &Generation, origin: &Origin) -> Result<(), Fault> {
+        let now = clock::now();
+        let (task, vm) = self.both(id).await?;
+        self.edit(id, |task, vm| {
+            if vm.generation == *generation && vm.reported < *generation {
+                vm.set_state(RunState::Running, now);
+            }
+            vm.origin = None;
+            task.step = format!("runs; deletes {}", origin.snapshot);
+        })
+        .await?;
+        match self.delete_snapshot(&vm.row.team, &origin.snapshot, Some(task.row.id)).await {
+            Err(Fault::Refused(refusal)) if refusal.code != ErrorCode::NotFound => {
+                let said = format!("snapshot {} stays: {refusal}", origin.snapshot);
+                self.edit(id, |task, _| note(task, said.clone())).await.map(|_| ())
+            }
+            Err(Fault::Refused(_)) => Ok(()),
+            deleted => deleted,
         }
     }
 
@@ -225,7 +251,12 @@ impl Tasks {
                 return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
             }
         }
-        if volumes {
+        // What it has not made of a snapshot may be somebody else's: then that is why it has not begun.
+        let unmade = vm.origin.as_ref().is_some_and(|origin| origin.kind == OriginKind::Clone);
+        if volumes && unmade {
+            self.edit(id, |task, _| note(task, "its volumes are not deleted: it has not begun, so it has made none")).await?;
+        }
+        if volumes && !unmade {
             for volume in vm.spec.volumes() {
                 let has_pool = |host: &Name| {
                     let present = self.hub.presence(host);

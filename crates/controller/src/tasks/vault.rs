@@ -37,6 +37,7 @@ fn uses(task: &TaskRow, team: &Name, name: &Name) -> bool {
     let named = match &task.work {
         Work::Snapshot { name: own, .. } => own == name,
         Work::Start { from: Some(origin), .. } => origin.snapshot == *name,
+        Work::Suspend(work) => work.name == *name,
         Work::Rollback(work) => work.name == *name || work.present.as_ref() == Some(name),
         _ => false,
     };
@@ -86,15 +87,16 @@ impl Tasks {
         })
     }
 
-    /// Deletes a snapshot: first what is in the vault, then the row with the key.
-    pub(crate) async fn delete_snapshot(&self, team: &Name, name: &Name) -> Result<(), Fault> {
+    /// Deletes a snapshot: first what is in the vault, then the row with the key. A task that deletes it itself does not stand in the way.
+    pub(crate) async fn delete_snapshot(&self, team: &Name, name: &Name, by: Option<TaskId>) -> Result<(), Fault> {
         let snapshot = retry!({
             let mut snapshot = self.snapshot(team, name).await?;
             if snapshot.row.golden {
                 let refusal = Refusal::new(ErrorCode::InUse, format!("snapshot {name} is golden"));
                 return Err(refusal.hint(format!("if it may go: `godwit snapshot set {name} --golden=false`")).into());
             }
-            if let Some(user) = self.db.all::<TaskRow>().await?.into_iter().find(|task| uses(&task.row, team, name)) {
+            let used = |task: &TaskRow| by != Some(task.id) && uses(task, team, name);
+            if let Some(user) = self.db.all::<TaskRow>().await?.into_iter().find(|task| used(&task.row)) {
                 let (id, kind) = (user.row.id, user.row.work.kind());
                 return Err(Refusal::new(ErrorCode::InUse, format!("task {id} ({kind}) uses snapshot {name}"))
                     .hint(format!("wait for it: `godwit task wait {id}`"))

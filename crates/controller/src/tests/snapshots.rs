@@ -751,6 +751,123 @@ async fn a_clone_with_memory_is_the_same_machine_without_a_cable() {
     assert_eq!((vm.spec.nics[0].link_up, vm.status.waiting.len()), (false, 0));
 }
 
+/// A host whose QEMU keeps memory of a VM that stands still, and a VM with a disk that runs on it.
+async fn running_new() -> (Cluster, Host, Agent) {
+    let cluster = Cluster::new().await;
+    let mut host = cluster.host("h1").await;
+    host.facts.machines.push("pc-q35-9.0".into());
+    let mut agent = cluster.connect(&host, vec![]).await;
+    cluster.create_vm("web0", Bytes::mib(64)).await;
+    cluster.admin().create_vm(&api::VmCreate { name: name("web1"), spec: with_a_disk() }).await.expect("created");
+    cluster.start_vm("web1", &mut agent).await;
+    (cluster, host, agent)
+}
+
+#[tokio::test]
+async fn a_vm_is_suspended_while_it_stands_still_and_goes_on_from_there() {
+    let (mut cluster, host, mut agent) = running_new().await;
+    let web1 = name("web1");
+    assert_eq!(code(cluster.admin().suspend_vm(&name("web0")).await), ErrorCode::VmNotRunning);
+    let task = cluster.admin().suspend_vm(&web1).await.expect("accepted");
+    assert_eq!((task.kind.as_str(), task.snapshot, task.cancellable), ("vm.suspend", Some(name("web1-suspended")), true));
+    let pause = agent.command().await;
+    assert!(matches!(&pause.action, Some(Action::Pause(pause)) if pause.generation == 1), "{pause:?}");
+    assert_eq!(code(cluster.admin().create_snapshot(&of_web1(None)).await), ErrorCode::VmBusy);
+    agent.done(&pause, 0).await;
+    let first = agent.command().await;
+    assert!(take(&first).vm == cluster.vm("web1").await.id.to_string());
+    let vm = cluster.vm_when("web1", |vm| vm.status.state == RunState::Paused).await;
+    cluster.stop().await;
+    drop(agent);
+    cluster.start().await;
+    let mut agent = cluster.connect(&host, vec![report(&vm, 1, RunState::Paused, v1::Holding::Owner)]).await;
+    let again = agent.command().await;
+    assert_eq!((first.id, wanted(&first)), (again.id, wanted(&again)));
+    agent.tell(&again, &figures()).await;
+    let kill = agent.command().await;
+    assert!(matches!(kill.action, Some(Action::Kill(_))), "{kill:?}");
+    assert_eq!(code(cluster.admin().cancel_task(task.id).await), ErrorCode::TooLate);
+    agent.done(&kill, 0).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    let vm = cluster.vm("web1").await;
+    assert_eq!((vm.status.state, vm.status.conditions[0].name.as_str()), (RunState::Stopped, "suspended"));
+    let admin = cluster.admin();
+    assert_eq!(code(admin.delete_snapshot(&name("web1-suspended")).await), ErrorCode::InUse);
+    assert_eq!(code(admin.set_vm(&web1, &VmSpec { vcpus: 4, ..vm.spec }, None).await), ErrorCode::InUse);
+
+    // A start is the same.
+    let task = admin.start_vm(&web1, &api::VmStart::default()).await.expect("accepted");
+    assert_eq!((task.kind.as_str(), task.snapshot), ("vm.unsuspend", Some(name("web1-suspended"))));
+    let begin = agent.command().await;
+    let from = start(&begin).from.clone().expect("from a snapshot");
+    assert_eq!((&from.snapshot, from.memory, from.fresh), (&take(&first).snapshot, true, false));
+    assert_eq!(grant(start(&begin)).generation, Generation(2));
+    agent.tell(&begin, &RESTORE).await;
+    let delete = agent.command().await;
+    assert!(matches!(delete.action, Some(Action::DeleteSnapshot(_))), "{delete:?}");
+    agent.done(&delete, 0).await;
+    let ended = cluster.ended(task.id).await;
+    assert_eq!((ended.state, ended.restore), (TaskState::Done, Some(RESTORE)));
+    assert_eq!(admin.snapshots(None).await.expect("list"), []);
+    let vm = cluster.vm("web1").await;
+    assert_eq!((vm.status.state, vm.status.generation, vm.status.conditions.len()), (RunState::Running, Generation(2), 0));
+    let kill = admin.kill_vm(&web1).await.expect("accepted");
+    let command = agent.command().await;
+    agent.done(&command, 0).await;
+    cluster.ended(kill.id).await;
+    assert_eq!(code(admin.unsuspend_vm(&web1, &api::VmStart::default()).await), ErrorCode::VmNotRunning, "it is not suspended");
+}
+
+#[tokio::test]
+async fn a_vm_that_cannot_be_suspended_runs_on() {
+    let (cluster, _, mut old) = running().await;
+    assert_eq!(code(cluster.admin().suspend_vm(&name("web1")).await), ErrorCode::Unsupported, "of an old QEMU");
+    assert_eq!(cluster.admin().snapshots(None).await.expect("list"), []);
+    cluster.start_vm("web0", &mut old).await;
+
+    let (cluster, _, mut agent) = running_new().await;
+    let admin = cluster.admin();
+    let task = admin.suspend_vm(&name("web1")).await.expect("accepted");
+    let pause = agent.command().await;
+    agent.done(&pause, 0).await;
+    let take = agent.command().await;
+    agent.refuse(&take, ErrorCode::NotEnoughSpace).await;
+    let unpause = agent.command().await;
+    assert!(matches!(unpause.action, Some(Action::Unpause(_))), "{unpause:?}");
+    agent.done(&unpause, 0).await;
+    assert_eq!(failed(&cluster, task.id).await, ErrorCode::NotEnoughSpace);
+    let vm = cluster.vm("web1").await;
+    assert_eq!((vm.status.state, vm.status.activity, vm.status.conditions.len()), (RunState::Running, None, 0));
+    assert_eq!(admin.snapshots(None).await.expect("list"), []);
+
+    // Of the disks alone it could not go on.
+    let task = admin.suspend_vm(&name("web1")).await.expect("accepted");
+    let pause = agent.command().await;
+    agent.done(&pause, 0).await;
+    let take = agent.command().await;
+    agent.tell(&take, &SnapshotFigures { memory: false, ..figures() }).await;
+    let unpause = agent.command().await;
+    agent.done(&unpause, 0).await;
+    assert_eq!(failed(&cluster, task.id).await, ErrorCode::Unsupported);
+
+    // Its name is taken by that now; cancelled, it runs on.
+    let task = admin.suspend_vm(&name("web1")).await.expect("accepted");
+    assert!(task.snapshot.as_ref().is_some_and(|name| name.as_str().starts_with("web1-suspended-2")), "{task:?}");
+    let pause = agent.command().await;
+    agent.done(&pause, 0).await;
+    let take = agent.command().await;
+    let (cancelled, ()) = tokio::join!(admin.cancel_task(task.id), async {
+        let cancel = agent.command().await;
+        agent.done(&cancel, 0).await;
+        agent.refuse(&take, ErrorCode::Cancelled).await;
+        let unpause = agent.command().await;
+        agent.done(&unpause, 0).await;
+    });
+    cancelled.expect("cancelled");
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Cancelled);
+    assert_eq!(cluster.vm("web1").await.status.state, RunState::Running);
+}
+
 #[tokio::test]
 async fn vaults_are_looked_at_read_and_pruned_by_a_plan_that_still_holds() {
     let (cluster, host, mut agent) = running().await;
