@@ -231,6 +231,18 @@ pub struct VmCreate {
     pub name: Name,
     /// What it is made of.
     pub spec: VmSpec,
+    /// A golden snapshot `NAME-golden` is taken of it, once, when it has first been started.
+    #[serde(default)]
+    pub golden: Option<GoldenCreate>,
+}
+
+/// When a golden snapshot is taken of a new VM: as soon as its guest's agent answers, or after a while.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GoldenCreate {
+    /// How long the VM has to have run if no agent answers; a minute by default.
+    #[serde(default)]
+    pub after: Option<Millis>,
 }
 
 /// Asks for a start.

@@ -302,6 +302,9 @@ pub(crate) struct VmRow {
     /// The VM whose memory it went on with: it takes itself for that one.
     #[serde(default)]
     pub(crate) copied: Option<Name>,
+    /// A golden snapshot is still to be taken of it: when it has run for so long, or its guest's agent answers.
+    #[serde(default)]
+    pub(crate) golden_after: Option<Millis>,
 }
 
 /// The snapshot that a VM begins from.
@@ -411,6 +414,7 @@ impl VmRow {
             held: BTreeSet::new(),
             origin: None,
             copied: None,
+            golden_after: None,
         }
     }
 

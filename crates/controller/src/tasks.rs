@@ -7,7 +7,7 @@
 //! ```
 //! Nothing of an executor lives in memory only, so it may be dropped at any line.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -37,6 +37,7 @@ mod change;
 mod clone;
 mod exec;
 mod forecast;
+mod golden;
 mod import;
 mod migrate;
 mod policy;
@@ -90,6 +91,8 @@ pub(crate) struct Tasks {
     written: Mutex<HashMap<TaskId, Instant>>,
     execs: Mutex<HashMap<VmId, usize>>,
     lines: wait::Lines,
+    /// VMs that are looked after until a golden snapshot is taken.
+    watched: Mutex<HashSet<VmId>>,
     heartbeat: Duration,
     tracker: TaskTracker,
     stop: CancellationToken,
@@ -127,6 +130,7 @@ impl Tasks {
             written: Mutex::default(),
             execs: Mutex::default(),
             lines: wait::Lines::default(),
+            watched: Mutex::default(),
             heartbeat,
             tracker,
             stop,
@@ -148,7 +152,7 @@ impl Tasks {
                 self.spawn(task.row.id);
             }
         }
-        Ok(())
+        self.watch_golden().await
     }
 
     /// Drops the oldest ended tasks beyond a number.
@@ -189,6 +193,9 @@ impl Tasks {
     async fn go_on_after(self: &Arc<Self>, id: TaskId) -> Result<(), Fault> {
         let Some(vm) = self.task(id).await?.row.vm else { return Ok(()) };
         self.wake_line(vm);
+        if self.db.find::<VmRow>(&vm.to_string()).await?.is_some_and(|vm| vm.row.golden_after.is_some() && vm.row.has_process()) {
+            self.watch_one(vm);
+        }
         self.start_what_waited(vm).await
     }
 

@@ -23,6 +23,9 @@ use crate::qmp::{Qmp, QmpError};
 /// The names under which QEMU gets the two ends of the socket.
 const SOCKET: &str = "godwit-snapshot";
 const HELD: &str = "godwit-snapshot-held";
+/// What a move has set, here or where the VM came from, and a background snapshot does not go with (`check_caps_background_snapshot` in QEMU).
+const EXCLUDING: [&str; 7] =
+    ["postcopy-ram", "return-path", "late-block-activate", "pause-before-switchover", "auto-converge", "multifd", "xbzrle"];
 /// No limit of QEMU's own.
 const UNLIMITED: BytesPerSec = BytesPerSec(1 << 40);
 /// How long a snapshot whose socket was read to the end may take to be over.
@@ -35,7 +38,10 @@ impl Qmp {
     /// # Errors
     /// See [`QmpError`]; so for all of these. A host, a device or a memory backend that does not allow it is refused here.
     pub async fn prepare_memory_snapshot(&self) -> Result<(), QmpError> {
-        self.set_migration_capabilities(&[("postcopy-ram", false), ("return-path", false)]).await?;
+        let known = self.query_migrate_capabilities().await?;
+        let excluding = known.iter().filter(|known| known.state && EXCLUDING.contains(&known.capability.as_str()));
+        let off: Vec<(&str, bool)> = excluding.map(|known| (known.capability.as_str(), false)).collect();
+        self.set_migration_capabilities(&off).await?;
         self.set_migration_capabilities(&[("background-snapshot", true)]).await?;
         let fast = MigrationParameters { max_bandwidth: Some(UNLIMITED), ..MigrationParameters::default() };
         self.set_migration_parameters(fast).await

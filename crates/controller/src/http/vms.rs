@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use godwit_api::v1;
-use godwit_model::{Boot, ErrorCode, ImageKind, Name, Refusal, VmId, VmSpec};
+use godwit_model::{Boot, ErrorCode, ImageKind, Millis, Name, Refusal, VmId, VmSpec};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -117,6 +117,9 @@ pub(super) struct Checking {
     to: Option<Name>,
 }
 
+/// How long a VM runs before a golden snapshot is taken of it, if nothing else was said and its guest's agent does not answer.
+const GOLDEN_AFTER: Millis = Millis(60_000);
+
 /// Creates a VM; it is not started
 #[utoipa::path(post, path = "/v1/vms", tag = "vm", operation_id = "vm_create", params(Team), request_body = v1::VmCreate,
     responses((status = 201, body = v1::Vm), Refusals))]
@@ -128,12 +131,13 @@ pub(super) async fn vm_create(
 ) -> Answer<(StatusCode, Json<v1::Vm>)> {
     let team = team_of(&who, query.team.as_ref());
     authorize(&who, Action::Change, Target::Team(team))?;
-    let v1::VmCreate { name, mut spec } = request;
+    let v1::VmCreate { name, mut spec, golden } = request;
     spec.validate().map_err(Refusal::from)?;
     app.db.find::<TeamRow>(team.as_str()).await?.ok_or_else(|| not_found("team", team))?;
     check_references(&app, team, &spec).await?;
     complete_new(&mut spec)?;
-    let row = VmRow::new(VmId::new(clock::fresh()), name, team.clone(), spec, clock::now());
+    let mut row = VmRow::new(VmId::new(clock::fresh()), name, team.clone(), spec, clock::now());
+    row.golden_after = golden.map(|golden| golden.after.unwrap_or(GOLDEN_AFTER));
     let mut batch = Batch::default().create(&row).claim(format!("vmname/{team}/{}", row.name), &row.id);
     for key in claims(&row.spec) {
         batch = batch.claim(key, &row.id);

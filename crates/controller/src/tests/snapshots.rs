@@ -41,7 +41,7 @@ async fn running() -> (Cluster, Host, Agent) {
     let (host, mut agent) = cluster.agent("h1").await;
     // The first brings the kernel along.
     cluster.create_vm("web0", Bytes::mib(64)).await;
-    cluster.admin().create_vm(&api::VmCreate { name: name("web1"), spec: with_a_disk() }).await.expect("created");
+    cluster.admin().create_vm(&api::VmCreate { name: name("web1"), spec: with_a_disk(), golden: None }).await.expect("created");
     cluster.start_vm("web1", &mut agent).await;
     (cluster, host, agent)
 }
@@ -410,8 +410,8 @@ async fn what_stands_in_the_way_of_a_rollback_is_said_before_anything_is_done() 
     let taker = VmSpec { nics: vec![NicSpec { mac, ..NicSpec::new(name("default")) }], disks: vec![], ..thief.clone() };
     thief.nics.clear();
     // Web1 keeps its address, so that only the disk is free.
-    assert_eq!(code(admin.create_vm(&api::VmCreate { name: name("web3"), spec: taker }).await), ErrorCode::InUse);
-    admin.create_vm(&api::VmCreate { name: name("web2"), spec: thief }).await.expect("created");
+    assert_eq!(code(admin.create_vm(&api::VmCreate { name: name("web3"), spec: taker, golden: None }).await), ErrorCode::InUse);
+    admin.create_vm(&api::VmCreate { name: name("web2"), spec: thief, golden: None }).await.expect("created");
     let refusal = admin.rollback_snapshot(&one, &rollback(true)).await.expect_err("the disk is web2's").refusal();
     assert!(refusal.code == ErrorCode::InUse && refusal.message.contains("shared/root"), "{refusal:?}");
     assert_eq!(cluster.vm("web1").await.status.generation, Generation(1));
@@ -421,7 +421,11 @@ async fn what_stands_in_the_way_of_a_rollback_is_said_before_anything_is_done() 
     // What the rollback needs is the VM's from the request on.
     let task = admin.rollback_snapshot(&one, &rollback(true)).await.expect("accepted");
     assert_eq!(
-        code(admin.create_vm(&api::VmCreate { name: name("web2"), spec: VmSpec { nics: vec![], ..with_a_disk() } }).await),
+        code(
+            admin
+                .create_vm(&api::VmCreate { name: name("web2"), spec: VmSpec { nics: vec![], ..with_a_disk() }, golden: None })
+                .await
+        ),
         ErrorCode::InUse
     );
     let begin = agent.command().await;
@@ -758,7 +762,7 @@ async fn running_new() -> (Cluster, Host, Agent) {
     host.facts.machines.push("pc-q35-9.0".into());
     let mut agent = cluster.connect(&host, vec![]).await;
     cluster.create_vm("web0", Bytes::mib(64)).await;
-    cluster.admin().create_vm(&api::VmCreate { name: name("web1"), spec: with_a_disk() }).await.expect("created");
+    cluster.admin().create_vm(&api::VmCreate { name: name("web1"), spec: with_a_disk(), golden: None }).await.expect("created");
     cluster.start_vm("web1", &mut agent).await;
     (cluster, host, agent)
 }
@@ -866,6 +870,68 @@ async fn a_vm_that_cannot_be_suspended_runs_on() {
     cancelled.expect("cancelled");
     assert_eq!(cluster.ended(task.id).await.state, TaskState::Cancelled);
     assert_eq!(cluster.vm("web1").await.status.state, RunState::Running);
+}
+
+#[tokio::test]
+async fn a_golden_snapshot_is_taken_once_when_a_new_vm_is_up() {
+    let (mut cluster, host, mut agent) = running().await;
+    let create = |vm: &str, after: u64| api::VmCreate {
+        name: name(vm),
+        spec: VmSpec { nics: vec![], ..spec(Bytes::mib(64)) },
+        golden: Some(api::GoldenCreate { after: Some(Millis(after)) }),
+    };
+    // Without an agent in the guest it is the time that counts.
+    cluster.admin().create_vm(&create("web2", 1)).await.expect("created");
+    cluster.start_vm("web2", &mut agent).await;
+    let command = agent.command().await;
+    assert_eq!(take(&command).vm, cluster.vm("web2").await.id.to_string());
+    agent.tell(&command, &figures()).await;
+    let taken = async |cluster: &Cluster, snapshot: &str| {
+        soon(async {
+            loop {
+                match cluster.admin().snapshot(&name(snapshot)).await {
+                    Ok(snapshot) if snapshot.state == SnapshotState::Ready => return snapshot,
+                    _ => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+                }
+            }
+        })
+        .await
+    };
+    assert!(taken(&cluster, "web2-golden").await.golden);
+    let kill = cluster.admin().kill_vm(&name("web2")).await.expect("accepted");
+    let command = agent.command().await;
+    agent.done(&command, 0).await;
+    cluster.ended(kill.id).await;
+    cluster.start_vm("web2", &mut agent).await;
+
+    // With one it is its answer, also after a restart of the controller.
+    cluster.admin().create_vm(&create("web3", 3_600_000)).await.expect("created");
+    cluster.start_vm("web3", &mut agent).await;
+    let runs = ["web1", "web2", "web3"].map(|vm| name(vm));
+    let mut reports = vec![];
+    for vm in &runs {
+        let vm = cluster.vm(vm.as_str()).await;
+        reports.push(report(&vm, vm.status.generation.0, RunState::Running, v1::Holding::Owner));
+    }
+    cluster.stop().await;
+    drop(agent);
+    cluster.start().await;
+    let mut agent = cluster.connect(&host, reports).await;
+    let web3 = cluster.vm("web3").await;
+    let facts = godwit_model::GuestFacts {
+        agent: "7.2".into(),
+        host_name: None,
+        os: None,
+        interfaces: vec![],
+        clock: None,
+        seen: godwit_model::UnixMillis(0),
+    };
+    let said = v1::GuestReport { vm: web3.id.to_string(), facts: godwit_link::encode(&facts) };
+    agent.send(v1::agent_message::Body::Guest(said)).await;
+    let command = agent.command().await;
+    assert_eq!(take(&command).vm, web3.id.to_string(), "and none of web2, which has one");
+    agent.tell(&command, &figures()).await;
+    assert!(taken(&cluster, "web3-golden").await.golden);
 }
 
 #[tokio::test]
