@@ -126,11 +126,11 @@ impl Tasks {
     pub(super) async fn told_of(&self, vm: &VmRow, origin: &Origin, host: &Name) -> Result<v1::FromSnapshot, Fault> {
         let snapshot = self.origin_of(&vm.team, origin).await?;
         let fresh = origin.kind == OriginKind::Clone && !vm.has_run();
-        self.from_snapshot(&snapshot, host, origin.memory, fresh).await
+        self.snapshot_for(&snapshot, host, origin.memory, fresh).await
     }
 
     /// What a host is told of the snapshot that a VM begins from there.
-    pub(super) async fn from_snapshot(
+    pub(super) async fn snapshot_for(
         &self,
         snapshot: &SnapshotRow,
         host: &Name,

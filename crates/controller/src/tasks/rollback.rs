@@ -235,7 +235,7 @@ impl Tasks {
             expires: UnixMillis(granted.0.saturating_add(START_LIFETIME)),
         };
         let signed = async {
-            let from = self.from_snapshot(&snapshot, host, snapshot.has_memory(), false).await?;
+            let from = self.snapshot_for(&snapshot, host, snapshot.has_memory(), false).await?;
             Ok(v1::StartVm { grant: Some(self.authority.grant(&grant)?), spec: encode(spec), from: Some(from) })
         };
         let action = match signed.await {

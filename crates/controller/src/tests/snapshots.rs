@@ -907,7 +907,7 @@ async fn a_golden_snapshot_is_taken_once_when_a_new_vm_is_up() {
     // With one it is its answer, also after a restart of the controller.
     cluster.admin().create_vm(&create("web3", 3_600_000)).await.expect("created");
     cluster.start_vm("web3", &mut agent).await;
-    let runs = ["web1", "web2", "web3"].map(|vm| name(vm));
+    let runs = ["web1", "web2", "web3"].map(name);
     let mut reports = vec![];
     for vm in &runs {
         let vm = cluster.vm(vm.as_str()).await;
