@@ -142,6 +142,15 @@ impl Pools {
         self.at(&disk.volume.pool.clone(), move |storage| volume::check(storage, &disk)).await
     }
 
+    /// Whether anything has the volume's name.
+    ///
+    /// # Errors
+    /// `pool_unavailable`, `host_failed`
+    pub(crate) async fn exists(&self, volume: &VolumeRef) -> Result<bool, Refusal> {
+        let volume = volume.clone();
+        self.at(&volume.pool.clone(), move |storage| volume::exists(storage, &volume)).await
+    }
+
     /// Makes the volume if it is missing and the disk says how; one that exists is left alone, whatever it is. Nothing half made is ever
     /// seen under its name, and of several that make it at once one wins. `image` is the file of the disk's image.
     ///

@@ -313,6 +313,11 @@ impl Client {
         self.post(&format!("/snapshots/{}/rollback", segment(snapshot)), request).await
     }
 
+    /// Makes a new VM that begins from a snapshot.
+    pub async fn clone_snapshot(&self, snapshot: &Name, request: &v1::SnapshotClone) -> Result<v1::Task> {
+        self.post(&format!("/snapshots/{}/clone", segment(snapshot)), request).await
+    }
+
     /// Deletes a snapshot.
     pub async fn delete_snapshot(&self, snapshot: &Name) -> Result<()> {
         let request = self.request(Method::DELETE, &format!("/snapshots/{}", segment(snapshot)));
@@ -426,6 +431,16 @@ impl Client {
     /// Lets a paused VM run on.
     pub async fn unpause_vm(&self, vm: &Name) -> Result<v1::Task> {
         self.post(&format!("/vms/{}/unpause", segment(vm)), &()).await
+    }
+
+    /// Keeps a VM with its memory, and ends QEMU.
+    pub async fn suspend_vm(&self, vm: &Name) -> Result<v1::Task> {
+        self.post(&format!("/vms/{}/suspend", segment(vm)), &()).await
+    }
+
+    /// Lets a suspended VM go on.
+    pub async fn unsuspend_vm(&self, vm: &Name, request: &v1::VmStart) -> Result<v1::Task> {
+        self.post(&format!("/vms/{}/unsuspend", segment(vm)), request).await
     }
 
     /// The generations of a VM.

@@ -231,6 +231,18 @@ pub struct VmCreate {
     pub name: Name,
     /// What it is made of.
     pub spec: VmSpec,
+    /// A golden snapshot `NAME-golden` is taken of it, once, when it has first been started.
+    #[serde(default)]
+    pub golden: Option<GoldenCreate>,
+}
+
+/// When a golden snapshot is taken of a new VM: as soon as its guest's agent answers, or after a while.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GoldenCreate {
+    /// How long the VM has to have run if no agent answers; a minute by default.
+    #[serde(default)]
+    pub after: Option<Millis>,
 }
 
 /// Asks for a start.
@@ -590,6 +602,30 @@ pub struct SnapshotRollback {
     /// Why; recorded with the task.
     #[serde(default)]
     pub reason: Option<String>,
+}
+
+/// Asks for a new VM that begins from a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotClone {
+    /// Its name.
+    pub name: Name,
+    /// The host; by default the one with most free memory among those that can run it and have the snapshot's pool.
+    #[serde(default)]
+    pub host: Option<Name>,
+    /// Starts it, which makes its volumes. True by default; otherwise its first start does so.
+    #[serde(default = "starts")]
+    pub start: bool,
+    /// It goes on from memory, too, with no interface plugged in: it takes itself for the VM that it was.
+    #[serde(default)]
+    pub memory: bool,
+    /// Why; recorded with the task.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+const fn starts() -> bool {
+    true
 }
 
 /// A team's vault: what holds its snapshots in one pool.

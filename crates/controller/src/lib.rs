@@ -10,6 +10,7 @@ mod authority;
 mod ca;
 mod checks;
 mod clock;
+mod clones;
 mod cpu;
 mod db;
 mod fleet;

@@ -210,13 +210,27 @@ pub(crate) fn decide_start(
     images: FindImage<'_>,
     networks: &[Stored<NetworkRow>],
 ) -> Result<(Name, ResolvedSpec), Refusal> {
+    decide_start_where(vm, home, wanted, hosts, images, networks, &|_| Ok(()))
+}
+
+/// As [`decide_start`], on a host for which `also` holds.
+pub(crate) fn decide_start_where(
+    vm: (VmId, &Name, &VmSpec),
+    home: Option<&Name>,
+    wanted: Option<&Name>,
+    hosts: &[Candidate<'_>],
+    images: FindImage<'_>,
+    networks: &[Stored<NetworkRow>],
+    also: &dyn Fn(Candidate<'_>) -> Result<(), Refusal>,
+) -> Result<(Name, ResolvedSpec), Refusal> {
     let mut best: Option<(Candidate<'_>, ResolvedSpec)> = None;
     let mut reasons = Vec::new();
     let there = hosts.iter().find(|host| Some(host.name) == home).copied();
     for host in hosts.iter().filter(|host| wanted.is_none_or(|wanted| wanted == host.name)) {
         let spec = resolve(vm, *host, hosts, images, networks)?;
         let at_home = || home.map_or(Ok(()), |home| has_its_disks(&spec, home, there, *host));
-        match check_start(&spec, *host).and_then(|()| check_networks(&spec, networks, *host)).and_then(|()| at_home()) {
+        let fits = || check_start(&spec, *host).and_then(|()| check_networks(&spec, networks, *host));
+        match also(*host).and_then(|()| fits()).and_then(|()| at_home()) {
             Ok(()) if best.as_ref().is_none_or(|(best, _)| host.load.memory_free > best.load.memory_free) => {
                 best = Some((*host, spec))
             }

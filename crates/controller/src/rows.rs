@@ -16,7 +16,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use godwit_api::v1::{ReignEnd, Role, SnapshotState, TaskNote, TaskState, Transfer};
+use godwit_api::v1::{ReignEnd, Role, SnapshotCreate, SnapshotState, TaskNote, TaskState, Transfer, VmMigrate};
 use godwit_model::{
     Activity, Bytes, BytesPerSec, Epoch, Generation, Habits, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
     MigrationForecast, MigrationPolicy, MigrationProgress, MigrationSettings, Millis, Name, NetworkId, NetworkKind, Refusal,
@@ -296,6 +296,34 @@ pub(crate) struct VmRow {
     /// Keys that a rollback under way will need.
     #[serde(default)]
     pub(crate) held: BTreeSet<String>,
+    /// What it begins from at its next start; nothing: it boots from its disks as they are.
+    #[serde(default)]
+    pub(crate) origin: Option<Origin>,
+    /// The VM whose memory it went on with: it takes itself for that one.
+    #[serde(default)]
+    pub(crate) copied: Option<Name>,
+    /// A golden snapshot is still to be taken of it: when it has run for so long, or its guest's agent answers.
+    #[serde(default)]
+    pub(crate) golden_after: Option<Millis>,
+}
+
+/// The snapshot that a VM begins from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Origin {
+    pub(crate) snapshot: Name,
+    /// With its memory, too. Then `resolved` is the machine that the memory knows.
+    pub(crate) memory: bool,
+    pub(crate) kind: OriginKind,
+}
+
+/// Why a VM begins from a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum OriginKind {
+    /// It is another VM than that of the snapshot, and its volumes are made.
+    Clone,
+    /// It is suspended: it goes on from there, and the snapshot goes then.
+    Suspended,
 }
 
 /// What became of each generation of a VM.
@@ -384,6 +412,9 @@ impl VmRow {
             memory_salt: String::new(),
             unfinished: None,
             held: BTreeSet::new(),
+            origin: None,
+            copied: None,
+            golden_after: None,
         }
     }
 
@@ -418,6 +449,11 @@ impl VmRow {
         let mut claims = claims(&self.spec);
         claims.extend(self.leaving.iter().chain(&self.held).cloned());
         claims
+    }
+
+    /// Whether its host has seen it run, so that its disks are made.
+    pub(crate) const fn has_run(&self) -> bool {
+        self.reported.0 != 0
     }
 
     /// Whether QEMU is there.
@@ -458,8 +494,18 @@ pub(crate) struct TaskRow {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub(crate) enum Work {
+    /// Waits for another task of its VM, and then becomes what was asked for.
+    Wait { asked: Later },
     /// Starts the VM on `host`.
-    Start { host: Name, generation: Generation },
+    Start {
+        host: Name,
+        generation: Generation,
+        /// From a snapshot.
+        #[serde(default)]
+        from: Option<Origin>,
+    },
+    /// Makes the VM, which begins from a snapshot when it is started.
+    Clone { snapshot: Name },
     /// Asks the guest to power off.
     Stop { timeout: Millis },
     /// Ends QEMU.
@@ -482,8 +528,20 @@ pub(crate) enum Work {
     Snapshot { snapshot: SnapshotId, name: Name },
     /// Makes the VM what it was in a snapshot.
     Rollback(Box<RollbackWork>),
+    /// Keeps the VM with its memory, and ends QEMU.
+    Suspend(Box<SuspendWork>),
     /// Reads all of a vault, in the pool with this identity.
     Verify { identity: String, host: Name },
+}
+
+/// A request that waits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Later {
+    /// For a move.
+    Migrate(Box<VmMigrate>),
+    /// For a snapshot.
+    Snapshot(Box<SnapshotCreate>),
 }
 
 /// Where an image comes from.
@@ -517,6 +575,11 @@ impl Work {
     /// The kind shown to people.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
+            Self::Wait { asked: Later::Migrate(_) } => "vm.migrate",
+            Self::Wait { asked: Later::Snapshot(_) } => "vm.snapshot",
+            Self::Clone { .. } => "vm.clone",
+            Self::Start { from: Some(Origin { kind: OriginKind::Clone, .. }), .. } => "vm.clone",
+            Self::Start { from: Some(Origin { kind: OriginKind::Suspended, .. }), .. } => "vm.unsuspend",
             Self::Start { .. } => "vm.start",
             Self::Stop { .. } => "vm.stop",
             Self::Kill => "vm.kill",
@@ -529,9 +592,34 @@ impl Work {
             Self::Exec { .. } => "vm.exec",
             Self::Snapshot { .. } => "vm.snapshot",
             Self::Rollback(_) => "vm.rollback",
+            Self::Suspend(_) => "vm.suspend",
             Self::Verify { .. } => "vault.verify",
         }
     }
+}
+
+/// A suspension and where it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SuspendWork {
+    pub(crate) snapshot: SnapshotId,
+    pub(crate) name: Name,
+    /// Whether its vCPUs ran: then they do again if it comes to nothing.
+    pub(crate) ran: bool,
+    pub(crate) stage: SuspendStage,
+}
+
+/// The step a suspension does next, or is in. Written before the step is begun.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "at", rename_all = "snake_case")]
+pub(crate) enum SuspendStage {
+    /// The VM is to stand still.
+    Pause,
+    /// It is kept.
+    Keep,
+    /// QEMU is ended.
+    End,
+    /// It comes to nothing, for this reason: the VM is what it was.
+    Undo { reason: Refusal },
 }
 
 /// A rollback and where it stands.

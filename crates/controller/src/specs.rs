@@ -13,7 +13,7 @@ use crate::checks::enough_bandwidth;
 use crate::clock;
 
 /// A random address in QEMU's range.
-fn draw_mac() -> MacAddress {
+pub(crate) fn draw_mac() -> MacAddress {
     let [a, b, c, ..] = *clock::fresh().as_bytes();
     MacAddress([0x52, 0x54, 0x00, a, b, c])
 }
@@ -23,6 +23,11 @@ pub(crate) fn complete_new(spec: &mut VmSpec) -> Result<(), Refusal> {
     spec.hotplug_ports.get_or_insert(DEFAULT_HOTPLUG_PORTS);
     spec.free_page_reporting.get_or_insert(true);
     spec.vmgenid.get_or_insert_with(|| Vmgenid::new(clock::fresh()));
+    complete(spec, 0)
+}
+
+/// Completes the spec of a VM that begins from another one's snapshot: it has the devices of that, and no others.
+pub(crate) fn complete_clone(spec: &mut VmSpec) -> Result<(), Refusal> {
     complete(spec, 0)
 }
 

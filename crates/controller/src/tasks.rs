@@ -7,7 +7,7 @@
 //! ```
 //! Nothing of an executor lives in memory only, so it may be dropped at any line.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,15 +34,19 @@ mod admit;
 mod autostart;
 mod cancel;
 mod change;
+mod clone;
 mod exec;
 mod forecast;
+mod golden;
 mod import;
 mod migrate;
 mod policy;
 mod power;
 mod rollback;
 mod snapshot;
+mod suspend;
 mod vault;
+mod wait;
 
 pub(crate) use admit::{Ask, Asked, host_down};
 pub(crate) use cancel::cancellable;
@@ -86,6 +90,9 @@ pub(crate) struct Tasks {
     wakers: Mutex<HashMap<TaskId, Arc<Notify>>>,
     written: Mutex<HashMap<TaskId, Instant>>,
     execs: Mutex<HashMap<VmId, usize>>,
+    lines: wait::Lines,
+    /// VMs that are looked after until a golden snapshot is taken.
+    watched: Mutex<HashSet<VmId>>,
     heartbeat: Duration,
     tracker: TaskTracker,
     stop: CancellationToken,
@@ -122,6 +129,8 @@ impl Tasks {
             wakers: Mutex::default(),
             written: Mutex::default(),
             execs: Mutex::default(),
+            lines: wait::Lines::default(),
+            watched: Mutex::default(),
             heartbeat,
             tracker,
             stop,
@@ -135,13 +144,15 @@ impl Tasks {
 
     /// Goes on with every task that had not ended.
     pub(crate) async fn resume(self: &Arc<Self>) -> Result<(), Fault> {
-        for task in self.db.all::<TaskRow>().await? {
+        let all = self.db.all::<TaskRow>().await?;
+        all.iter().filter(|task| !task.row.state.ended()).for_each(|task| self.lines.join(&task.row));
+        for task in all {
             if !task.row.state.ended() {
                 tracing::info!(task = %task.row.id, kind = task.row.work.kind(), "resumed");
                 self.spawn(task.row.id);
             }
         }
-        Ok(())
+        self.watch_golden().await
     }
 
     /// Drops the oldest ended tasks beyond a number.
@@ -170,7 +181,7 @@ impl Tasks {
                     tracing::error!(task = %id, error = &fault as &dyn std::error::Error, "the task rests until the next start of the controller");
                 }
             }
-            if let Err(fault) = tasks.start_what_waited(id).await {
+            if let Err(fault) = tasks.go_on_after(id).await {
                 tracing::warn!(task = %id, error = &fault as &dyn std::error::Error, "a VM waits to be started until its host connects again");
             }
             tasks.wakers.lock().expect("no holder panics").remove(&id);
@@ -178,9 +189,24 @@ impl Tasks {
         })
     }
 
+    /// A task has ended: what has waited for its VM goes on.
+    async fn go_on_after(self: &Arc<Self>, id: TaskId) -> Result<(), Fault> {
+        let Some(vm) = self.task(id).await?.row.vm else { return Ok(()) };
+        self.wake_line(vm);
+        if self.db.find::<VmRow>(&vm.to_string()).await?.is_some_and(|vm| vm.row.golden_after.is_some() && vm.row.has_process()) {
+            self.watch_one(vm);
+        }
+        self.start_what_waited(vm).await
+    }
+
     async fn run(&self, id: TaskId) -> Result<(), Fault> {
+        if matches!(self.task(id).await?.row.work, Work::Wait { .. }) {
+            self.run_wait(id).await?;
+        }
         let task = self.task(id).await?.row;
         match task.work {
+            // Done as soon as it is recorded.
+            Work::Wait { .. } | Work::Clone { .. } => Ok(()),
             Work::Start { .. } => self.run_start(id).await,
             Work::Stop { timeout } => self.run_stop(id, timeout).await,
             Work::Kill => self.run_kill(id).await,
@@ -192,6 +218,7 @@ impl Tasks {
             Work::Exec { .. } => self.lose_exec(id).await,
             Work::Snapshot { name, .. } => self.run_snapshot(id, &name).await,
             Work::Rollback(_) => self.run_rollback(id).await,
+            Work::Suspend(_) => self.run_suspend(id).await,
             Work::Verify { .. } => self.run_verify(id).await,
         }
     }

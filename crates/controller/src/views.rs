@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use godwit_api::v1;
 use godwit_model::{
-    Bytes, CloudInit, ErrorCode, HostCondition, HostFacts, InterfaceDrops, Name, PoolFacts, Refusal, RunState, VmSpec,
+    Bytes, CloudInit, ErrorCode, HostCondition, HostFacts, InterfaceDrops, Name, PoolFacts, Refusal, ResolvedDisk, RunState, VmSpec,
 };
 use serde::Serialize;
 
@@ -13,8 +13,8 @@ use crate::db::Stored;
 use crate::hub::Hub;
 use crate::networks::lacks;
 use crate::rows::{
-    HistoryRow, HostRow, ImageRow, MigratableRow, NetworkRow, PolicyRow, Reign, SnapshotRow, TaskRow, TeamRow, TokenRow, VmRow,
-    Work,
+    HistoryRow, HostRow, ImageRow, Later, MigratableRow, NetworkRow, OriginKind, PolicyRow, Reign, SnapshotRow, TaskRow, TeamRow,
+    TokenRow, VmRow, Work,
 };
 use crate::specs::Waiting;
 use crate::tasks::cancellable;
@@ -55,6 +55,26 @@ pub(crate) fn vm(stored: &Stored<VmRow>, hub: &Hub) -> v1::Vm {
         let message = format!("its disks may be half of snapshot {snapshot}: a rollback did not end well");
         let fix = format!("roll back once more (`godwit snapshot rollback {snapshot}`), or to another snapshot of the VM");
         conditions.push(condition("disks_unfinished", message, &fix));
+    }
+    let origin = row.origin.as_ref().filter(|_| row.activity.is_none());
+    if let Some(origin) = origin.filter(|origin| origin.kind == OriginKind::Suspended) {
+        let message = format!("it is suspended: what it was is kept in snapshot {}", origin.snapshot);
+        conditions.push(condition("suspended", message, &format!("let it go on: `godwit vm unsuspend {}`", row.name)));
+    }
+    if let Some(origin) = origin.filter(|origin| origin.kind == OriginKind::Clone) {
+        let what = if origin.memory { "memory and disks" } else { "the disks" };
+        let message = format!("it has not run yet: it begins from {what} of snapshot {}", origin.snapshot);
+        conditions.push(condition("begins_from_snapshot", message, &format!("start it: `godwit vm start {}`", row.name)));
+    }
+    if let Some(other) = row.copied.as_ref().filter(|_| row.has_process() && row.spec.nics.iter().any(|nic| !nic.link_up)) {
+        let message = format!(
+            "it went on with the memory of {other} and takes itself for that: addresses, host keys and machine id in it are those of {other}; its interfaces are plugged out"
+        );
+        let fix = format!(
+            "give it an identity of its own at its console, with the address that the interface has here, then `godwit vm set {} --plug MAC`",
+            row.name
+        );
+        conditions.push(condition("isolated", message, &fix));
     }
     let started = row.resolved.as_ref().filter(|_| row.generation.0 > 0).map(|spec| v1::Started {
         machine: spec.machine.clone(),
@@ -219,7 +239,15 @@ pub(crate) fn image(stored: &Stored<ImageRow>) -> v1::Image {
 /// A snapshot.
 pub(crate) fn snapshot(stored: &Stored<SnapshotRow>) -> v1::Snapshot {
     let row = &stored.row;
-    let disks = row.resolved.disks.iter().map(|disk| v1::SnapshotDisk { volume: disk.volume.clone(), size: disk.create });
+    let measured = |disk: &ResolvedDisk| {
+        let size = row.figures.iter().flat_map(|figures| &figures.sizes).find(|size| size.volume == disk.volume);
+        size.map(|size| size.size)
+    };
+    let disks = row
+        .resolved
+        .disks
+        .iter()
+        .map(|disk| v1::SnapshotDisk { volume: disk.volume.clone(), size: measured(disk).or(disk.create) });
     v1::Snapshot {
         id: row.id,
         name: row.name.clone(),
@@ -244,6 +272,10 @@ pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
     let row = &stored.row;
     let (snapshot, kept) = match &row.work {
         Work::Snapshot { name, .. } => (Some(name.clone()), None),
+        Work::Wait { asked: Later::Snapshot(request) } => (request.name.clone(), None),
+        Work::Start { from: Some(origin), .. } => (Some(origin.snapshot.clone()), None),
+        Work::Suspend(work) => (Some(work.name.clone()), None),
+        Work::Clone { snapshot } => (Some(snapshot.clone()), None),
         Work::Rollback(work) => (Some(work.name.clone()), work.present.clone()),
         _ => (None, None),
     };

@@ -7,8 +7,8 @@
 //!                  pause ▼   │ unpause            migrate: running stays running, only the host changes
 //!                       paused
 //! ```
-//! While a task works on a VM every other changing request gets `vm_busy`; a kill cuts a stop or a move short. The whole table is
-//! `docs/spec/arbitration.md`.
+//! While a task works on a VM every other changing request gets `vm_busy`; a kill cuts a stop or a move short; a snapshot waits for a move and another
+//! snapshot, a move for a snapshot. The whole table is `docs/spec/arbitration.md`.
 
 use serde::{Deserialize, Serialize};
 
@@ -62,6 +62,8 @@ pub enum VmRequest {
     Snapshot,
     /// Make it what it was in a snapshot.
     Rollback,
+    /// Keep it with its memory, and end QEMU.
+    Suspend,
 }
 
 /// The answer to a [`VmRequest`].
@@ -71,6 +73,8 @@ pub enum Admission {
     Accept,
     /// It is so already: answer success, do nothing.
     Ignore,
+    /// Once what works on the VM now has ended: decide again then.
+    Wait(Activity),
     /// No, and why.
     Deny(Refusal),
 }
@@ -81,13 +85,14 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
     use RunState as S;
     use VmRequest as R;
     if let Some(activity) = activity {
-        let cut_short = request == R::Kill && matches!(activity.request, R::Stop | R::Migrate);
-        if !cut_short {
-            return Admission::Deny(
-                Refusal::new(ErrorCode::VmBusy, format!("task {} ({:?}) works on the VM", activity.task, activity.request))
-                    .hint(format!("wait for it (`godwit task wait {0}`) or cancel it (`godwit task cancel {0}`)", activity.task))
-                    .retry(Retry::Safe),
-            );
+        match (request, activity.request) {
+            (R::Kill, R::Stop | R::Migrate) => {}
+            // What could not be done to it without that task either need not wait to be told so.
+            (R::Snapshot, R::Migrate | R::Snapshot) | (R::Migrate, R::Snapshot) => {
+                let without = decide_admission(state, None, request);
+                return if without == Admission::Accept { Admission::Wait(activity) } else { without };
+            }
+            _ => return Admission::Deny(busy(activity)),
         }
     }
     match (request, state) {
@@ -96,7 +101,7 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
         | (R::Kill | R::Unpause, S::Paused)
         | (R::Migrate, S::Running)
         | (R::Delete, S::Stopped | S::Crashed)
-        | (R::Snapshot, S::Running | S::Paused)
+        | (R::Snapshot | R::Suspend, S::Running | S::Paused)
         | (R::Set | R::Rollback, _) => Admission::Accept,
         (R::Start | R::Unpause, S::Running) | (R::Stop | R::Kill, S::Stopped | S::Crashed) | (R::Pause, S::Paused) => {
             Admission::Ignore
@@ -112,10 +117,18 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
             Refusal::new(ErrorCode::VmNotRunning, "a snapshot of a VM that does not run is not possible")
                 .hint("start it first: `godwit vm start`"),
         ),
-        (R::Pause | R::Unpause | R::Migrate, S::Stopped | S::Crashed) => {
+        (R::Pause | R::Unpause | R::Migrate | R::Suspend, S::Stopped | S::Crashed) => {
             Admission::Deny(Refusal::new(ErrorCode::VmNotRunning, "the VM does not run").hint("start it first: `godwit vm start`"))
         }
     }
+}
+
+/// The refusal of what does not wait for the task that works on the VM.
+#[must_use]
+pub fn busy(activity: Activity) -> Refusal {
+    Refusal::new(ErrorCode::VmBusy, format!("task {} ({:?}) works on the VM", activity.task, activity.request))
+        .hint(format!("wait for it (`godwit task wait {0}`) or cancel it (`godwit task cancel {0}`)", activity.task))
+        .retry(Retry::Safe)
 }
 
 /// Decides whether a program may be begun in the guest of a VM in `state` that `activity` holds. Not while a task works on the VM: what
@@ -143,7 +156,7 @@ mod tests {
 
     use super::*;
 
-    const REQUESTS: [VmRequest; 10] = [
+    const REQUESTS: [VmRequest; 11] = [
         VmRequest::Start,
         VmRequest::Stop,
         VmRequest::Kill,
@@ -154,13 +167,14 @@ mod tests {
         VmRequest::Set,
         VmRequest::Snapshot,
         VmRequest::Rollback,
+        VmRequest::Suspend,
     ];
 
     /// What an accepted request makes of a state, for the model walk below.
     fn after(state: RunState, request: VmRequest) -> RunState {
         match request {
             VmRequest::Start | VmRequest::Unpause | VmRequest::Rollback => RunState::Running,
-            VmRequest::Stop | VmRequest::Kill => RunState::Stopped,
+            VmRequest::Stop | VmRequest::Kill | VmRequest::Suspend => RunState::Stopped,
             VmRequest::Pause => RunState::Paused,
             VmRequest::Migrate | VmRequest::Delete | VmRequest::Set | VmRequest::Snapshot => state,
         }
@@ -175,7 +189,7 @@ mod tests {
                 if decide_admission(state, None, request) == Admission::Accept {
                     let next = after(state, request);
                     use VmRequest as R;
-                    if !matches!(request, R::Migrate | R::Delete | R::Set | R::Snapshot | R::Rollback) {
+                    if !matches!(request, R::Migrate | R::Delete | R::Set | R::Snapshot | R::Rollback | R::Suspend) {
                         prop_assert_eq!(decide_admission(next, None, request), Admission::Ignore);
                     }
                     state = next;
@@ -190,6 +204,13 @@ mod tests {
             let cut_short =
                 matches!(REQUESTS[holder], VmRequest::Stop | VmRequest::Migrate) && REQUESTS[request] == VmRequest::Kill;
             prop_assert_eq!(answer == Admission::Accept, cut_short);
+            let both = [REQUESTS[holder], REQUESTS[request]];
+            let kept = both.contains(&VmRequest::Snapshot);
+            let waits = kept && both.iter().all(|one| matches!(one, VmRequest::Snapshot | VmRequest::Migrate));
+            prop_assert_eq!(answer == Admission::Wait(activity), waits);
+            // A move needs a VM that runs, whatever is done to it.
+            let paused = decide_admission(RunState::Paused, Some(activity), VmRequest::Migrate);
+            prop_assert!(matches!(paused, Admission::Deny(_)));
         }
     }
 
@@ -220,6 +241,7 @@ mod tests {
                 match decide_admission(state, activity, request) {
                     Admission::Accept => "yes",
                     Admission::Ignore => "done",
+                    Admission::Wait(_) => "waits",
                     Admission::Deny(refusal) if refusal.code == ErrorCode::VmBusy => "busy",
                     Admission::Deny(_) => "no",
                 }

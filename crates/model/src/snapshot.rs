@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, Millis, UnixMillis};
+use crate::{Bytes, Millis, UnixMillis, VolumeRef};
 
 /// How long a guest may take to bring its file systems to rest, if nothing else was said.
 pub const QUIESCE: Millis = Millis(10_000);
@@ -37,8 +37,19 @@ pub struct SnapshotFigures {
     pub pages_new: u64,
     /// Bytes that were written for it.
     pub written: Bytes,
+    /// How large its disks were.
+    pub sizes: Vec<SnapshotSize>,
     /// What it could not do as asked, in sentences.
     pub warnings: Vec<String>,
+}
+
+/// How large a disk was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct SnapshotSize {
+    /// Its volume.
+    pub volume: VolumeRef,
+    /// Bytes.
+    pub size: Bytes,
 }
 
 /// How a VM came out of a snapshot.

@@ -333,7 +333,7 @@ impl Cluster {
         let (kernel, initrd) = self.import_guest()?;
         let number = u8::try_from(self.guests.len()).context("few guests")?;
         let address = Ipv4Addr::new(10, 99, 0, 10 + number);
-        let request = VmCreate { name: Name::new(&spec.name)?, spec: spec.vm_spec(address, &kernel, &initrd) };
+        let request = VmCreate { name: Name::new(&spec.name)?, spec: spec.vm_spec(address, &kernel, &initrd), golden: None };
         let vm = self.ask(self.client.create_vm(&request))?;
         let guest = Guest { name: vm.name, id: vm.id, address, nics: request.spec.nics.len() };
         self.consoles.follow(guest.id);

@@ -19,7 +19,7 @@ fn start(cluster: &mut Cluster, words: &str, shape: impl FnOnce(VmSpec) -> VmSpe
     let boot = Boot::Kernel { kernel, initrd: Some(initrd), cmdline };
     let disk = DiskSpec { image: Some(image), ..DiskSpec::new("shared/debian".parse()?, DiskFormat::Qcow2) };
     let spec = shape(VmSpec { disks: vec![disk], ..VmSpec::new(1, Bytes::mib(320), boot) });
-    cluster.ask(cluster.client().create_vm(&VmCreate { name: Name::new("debian")?, spec }))?;
+    cluster.ask(cluster.client().create_vm(&VmCreate { name: Name::new("debian")?, spec, golden: None }))?;
     let started = cluster.begin_start("debian", "h1")?;
     cluster.done(started, Duration::from_secs(60)).map(drop)
 }

@@ -30,6 +30,8 @@ pub(crate) struct FromSnapshot {
     pub(crate) vault: VaultAt,
     pub(crate) snapshot: Keyed,
     pub(crate) memory: bool,
+    /// Its volumes are made for it.
+    pub(crate) fresh: bool,
 }
 
 fn key(field: &'static str, bytes: &[u8]) -> Result<[u8; 32], Malformed> {
@@ -78,6 +80,7 @@ impl SnapshotJob {
 impl FromSnapshot {
     /// Reads it.
     pub(crate) fn read(from: &v1::FromSnapshot) -> Result<Self, Malformed> {
-        Ok(Self { vault: VaultAt::read(from.vault.as_ref())?, snapshot: one(from.snapshot.as_ref())?, memory: from.memory })
+        let v1::FromSnapshot { vault, snapshot, memory, fresh } = from;
+        Ok(Self { vault: VaultAt::read(vault.as_ref())?, snapshot: one(snapshot.as_ref())?, memory: *memory, fresh: *fresh })
     }
 }

@@ -143,6 +143,12 @@ impl Actor {
                 qmp.resize_disk(slot, size).await.map_err(qemu_failed)?;
             }
         }
+        self.plug_out().await
+    }
+
+    /// Plugs out the cables that are not to be in.
+    pub(super) async fn plug_out(&self) -> Result<(), Refusal> {
+        let (qmp, Some(record)) = (self.monitor()?, &self.record) else { return Ok(()) };
         for (slot, nic) in record.spec.nic_slots() {
             if !nic.link_up {
                 qmp.set_link(slot, false).await.map_err(qemu_failed)?;

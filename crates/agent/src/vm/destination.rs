@@ -634,7 +634,8 @@ impl Actor {
     pub(super) fn announce_by_host(&mut self) {
         self.announcements.retain(|announcement| !announcement.is_finished());
         if let Some(record) = self.record.as_ref().filter(|_| self.announcements.is_empty()) {
-            self.announcements.extend(record.spec.nics.iter().map(|nic| self.host.network.announce(nic)));
+            let plugged = record.spec.nics.iter().filter(|nic| nic.link_up);
+            self.announcements.extend(plugged.map(|nic| self.host.network.announce(nic)));
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use godwit_model::{Bytes, ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState};
+use godwit_model::{Bytes, ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState, VolumeRef};
 use godwit_qemu::process::QemuProcess;
 use godwit_qemu::qmp::views::RunStatus;
 use godwit_qemu::{PassedFds, Start};
@@ -31,6 +31,25 @@ impl Actor {
         spec: ResolvedSpec,
         from: &FromSnapshot,
     ) -> Result<RestoreFigures, Refusal> {
+        let made: Vec<VolumeRef> = if from.fresh && self.record.is_none() { spec.volumes().cloned().collect() } else { vec![] };
+        for volume in &made {
+            if self.host.pools.exists(volume).await? {
+                return Err(Refusal::new(ErrorCode::InUse, format!("there is a volume {volume} already"))
+                    .hint("delete it if nobody needs it, or choose another name for the VM"));
+            }
+        }
+        let begun = self.begin_from(grant, spec, from).await;
+        if begun.is_err() {
+            for volume in &made {
+                if let Err(refusal) = self.host.pools.delete(volume).await {
+                    tracing::warn!(%volume, message = refusal.message, "what was made of the VM's disks stays");
+                }
+            }
+        }
+        begun
+    }
+
+    async fn begin_from(&mut self, grant: &Grant, spec: ResolvedSpec, from: &FromSnapshot) -> Result<RestoreFigures, Refusal> {
         // Before anything is changed: a snapshot that is not there, or does not open.
         let (mut worker, qemus) = self.start_worker_of(from, &spec).await?;
         for disk in &spec.disks {
@@ -120,6 +139,8 @@ impl Actor {
             Err(Refusal::new(ErrorCode::QemuFailed, message).hint("look at the VM's log on its host"))
         };
         tokio::time::timeout(LOADING, wait_for(&mut player, &Said::Loaded)).await.unwrap_or_else(late)?;
+        // What was plugged in then is so again with the devices; what must not be is not when the guest runs.
+        self.plug_out().await?;
         self.publish_tpm().await?;
         self.announce_by_host();
         qmp.cont().await.map_err(qemu_failed)?;
@@ -138,6 +159,7 @@ impl Actor {
             record.end_wanted = true;
         }
         self.end_process().await;
+        self.forsake_tpm().await;
         let began = Instant::now();
         self.begin(VmRecord::new(spec, grant.generation, 0, Holding::Owner), Start::Fresh).await?;
         figures.qemu_ms = figures.qemu_ms.saturating_add(millis(began.elapsed()));

@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use godwit_model::{
-    Bytes, ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, Retry, RunState, SnapshotFigures, TaskId, VmId, VolumeRef,
+    Bytes, ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, Retry, RunState, SnapshotFigures, SnapshotSize, TaskId, VmId,
+    VolumeRef,
 };
 use godwit_qemu::PassedFds;
 use godwit_qemu::disks::{VARIABLES, disk_node};
@@ -343,6 +344,8 @@ impl Taking {
             refusal = stopped_for_want_of_room(&self.qmp, notices) => return Err(refusal),
         };
         self.figures.memory = memory;
+        let size_of = |disk: &TakenDisk| SnapshotSize { volume: disk.volume.clone(), size: disk.size };
+        self.figures.sizes = self.disks.iter().map(size_of).collect();
         self.figures.took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         (self.figures.pages_zero, self.figures.pages_known, self.figures.pages_new) = (kept.zero, kept.known, kept.new);
         self.figures.written = kept.written;

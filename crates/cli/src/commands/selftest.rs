@@ -192,7 +192,7 @@ impl Selftest {
         self.import("initrd", ImportFormat::Initrd, &args.initrd).await?;
         let cmdline = format!("console=ttyS0 quiet panic=-1 random.trust_cpu=on {KNOBS}");
         let boot = Boot::Kernel { kernel: self.image("kernel"), initrd: Some(self.image("initrd")), cmdline };
-        let request = VmCreate { name: self.name.clone(), spec: VmSpec::new(2, MEMORY, boot) };
+        let request = VmCreate { name: self.name.clone(), spec: VmSpec::new(2, MEMORY, boot), golden: None };
         self.client.create_vm(&request).await.map_err(|error| told(&error))?;
         self.made.borrow_mut().vm = true;
         let start = VmStart { host: Some(self.hosts[0].clone()) };

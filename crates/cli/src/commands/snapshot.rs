@@ -1,7 +1,7 @@
 //! `godwit snapshot`: VMs as they were, to go back to.
 
 use clap::{ArgAction, Args, Subcommand};
-use godwit_api::v1::{Snapshot, SnapshotCreate, SnapshotRollback, SnapshotSet, Task};
+use godwit_api::v1::{Snapshot, SnapshotClone, SnapshotCreate, SnapshotRollback, SnapshotSet, Task, TaskState};
 use godwit_model::{Bytes, Millis, Name, SnapshotFigures};
 
 use crate::confirm::{ConfirmArgs, each};
@@ -60,6 +60,17 @@ Examples:
   godwit snapshot rollback nightly --host h2 --discard-present --yes"
     )]
     Rollback(RollbackArgs),
+    /// Make a new VM that begins from a snapshot
+    #[command(
+        after_help = "The new VM has volumes named after it, in the pools of those that it begins from, and addresses of its own; cloud-init sees another machine. It boots
+from the disks as they were. With --memory it goes on where the other was, and takes itself for that: none of its interfaces is plugged in. Give it an
+identity of its own at its console (`godwit vm console`), with the interface's address that `godwit vm show` has, then `godwit vm set VM --plug MAC`.
+
+Examples:
+  godwit snapshot clone nightly web2
+  godwit snapshot clone web1-golden web3 --host h2 --start=false"
+    )]
+    Clone(CloneArgs),
     /// Delete snapshots
     Delete {
         /// Their names
@@ -118,6 +129,30 @@ pub(crate) struct RollbackArgs {
     wait: WaitArgs,
 }
 
+/// From which snapshot, and what becomes of it.
+#[derive(Args)]
+pub(crate) struct CloneArgs {
+    /// The snapshot
+    name: Name,
+    /// Name of the new VM
+    #[arg(value_name = "NEWVM")]
+    vm: Name,
+    /// The host [default: the one with most free memory that has the snapshot's pool]
+    #[arg(long)]
+    host: Option<Name>,
+    /// Whether it is started, which makes its volumes; otherwise its first start does so
+    #[arg(long, action = ArgAction::Set, value_name = "true|false", default_value_t = true)]
+    start: bool,
+    /// Go on from memory, with no interface plugged in
+    #[arg(long)]
+    memory: bool,
+    /// Why; recorded with the task
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
 pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
     match verb {
         Verb::List { watch: true, .. } => watch::<Snapshot>(&session.client).await,
@@ -133,6 +168,7 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
             print_data(session.format, &snapshot, || format!("snapshot {name} {is}"))
         }
         Verb::Rollback(args) => rollback(&session, args).await,
+        Verb::Clone(args) => clone(&session, args).await,
         Verb::Delete { names, confirm } => delete(&session, &names, &confirm).await,
     }
 }
@@ -233,6 +269,28 @@ async fn rollback(session: &Session, args: RollbackArgs) -> Result<(), Failure> 
     let task = session.client.rollback_snapshot(&name, &SnapshotRollback { host, discard_present, reason }).await?;
     session
         .conclude(task, &wait, None, async |task| {
+            let host = session.client.vm(&task.subject).await.ok().and_then(|vm| vm.status.host);
+            restored(task, &name, host.as_ref())
+        })
+        .await
+}
+
+async fn clone(session: &Session, args: CloneArgs) -> Result<(), Failure> {
+    let CloneArgs { name, vm, host, start, memory, reason, wait } = args;
+    let request = SnapshotClone { name: vm, host, start, memory, reason };
+    let task = session.client.clone_snapshot(&name, &request).await?;
+    session
+        .conclude(task, &wait, None, async |task| {
+            if !start {
+                return format!("{} begins from {name} when it is started: `godwit vm start {0}`", task.subject);
+            }
+            if memory && task.state == TaskState::Done {
+                note(&format!(
+                    "{0} takes itself for the VM that it was, so none of its interfaces is plugged in: give it an identity of its own at its console, then \
+                     `godwit vm set {0} --plug MAC`",
+                    task.subject
+                ));
+            }
             let host = session.client.vm(&task.subject).await.ok().and_then(|vm| vm.status.host);
             restored(task, &name, host.as_ref())
         })

@@ -53,6 +53,16 @@ pub(crate) enum Verb {
     Pause(power::PowerArgs),
     /// Let paused VMs run on
     Unpause(power::PowerArgs),
+    /// Keep VMs with their memory, and end QEMU
+    #[command(
+        after_help = "A VM stands still while it is kept, in a snapshot NAME-suspended, and is stopped then. `godwit vm unsuspend` lets it go on where it was, and so does `godwit
+vm start`. It takes QEMU 9.0 or newer; where a VM cannot be suspended it runs on.
+
+Example:\n  godwit vm suspend web1 && godwit vm unsuspend web1 --host h2"
+    )]
+    Suspend(power::PowerArgs),
+    /// Let suspended VMs go on; so does `start`
+    Unsuspend(power::StartArgs),
     /// Delete VMs
     Delete(delete::DeleteArgs),
     /// Say whether a running VM could move, and what is in the way
@@ -85,6 +95,8 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
         Verb::Kill(args) => power::kill(&session, args).await,
         Verb::Pause(args) => power::pause(&session, args).await,
         Verb::Unpause(args) => power::unpause(&session, args).await,
+        Verb::Suspend(args) => power::suspend(&session, args).await,
+        Verb::Unsuspend(args) => power::unsuspend(&session, args).await,
         Verb::Delete(args) => delete::run(&session, args).await,
         Verb::Check(args) => check::run(&session, args).await,
         Verb::History { name } => history::run(&session, &name).await,

@@ -12,12 +12,12 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::extract::{Body, Condition, Listing, MaybeBody, Named, Query, Team, page, team_of};
-use super::vms::{Request, ask};
+use super::vms::{Request, ask, check_reason};
 use super::{Answer, App, Refusals};
 use crate::db::{Batch, retry};
 use crate::principals::{Action, Principal, Target, authorize};
 use crate::rows::{SnapshotRow, VmRow};
-use crate::tasks::Asked;
+use crate::tasks::{Ask, Asked};
 use crate::views;
 
 /// Which team's snapshots, and which of them.
@@ -112,6 +112,27 @@ pub(super) async fn snapshot_rollback(
     ask(&app, request_of, Asked::Rollback { snapshot, request }).await
 }
 
+/// Makes a new VM that begins from a snapshot
+///
+/// It has volumes and addresses of its own. It boots from the disks as they were; with `memory` it goes on where the other was and takes itself for that one: then
+/// none of its interfaces is plugged in. Without `start` its volumes are made when it is first started, and the task is done at once.
+#[utoipa::path(post, path = "/v1/snapshots/{snapshot}/clone", tag = "snapshot", operation_id = "snapshot_clone",
+    params(("snapshot" = Name, Path), Team), request_body = v1::SnapshotClone, responses((status = 202, body = v1::Task), Refusals))]
+pub(super) async fn snapshot_clone(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(snapshot): Named,
+    Query(query): Query<Team>,
+    Body(request): Body<v1::SnapshotClone>,
+) -> Answer<(StatusCode, Json<v1::Task>)> {
+    let team = team_of(&who, query.team.as_ref()).clone();
+    authorize(&who, Action::Change, Target::Team(&team))?;
+    check_reason(request.reason.as_ref())?;
+    let ask = Ask { team, vm: request.name.clone(), principal: who.name, reason: request.reason.clone(), revision: None };
+    let task = app.tasks.clone_snapshot(&ask, &snapshot, &request).await?;
+    Ok((StatusCode::ACCEPTED, Json(views::task(&task))))
+}
+
 /// Changes a snapshot
 #[utoipa::path(patch, path = "/v1/snapshots/{snapshot}", tag = "snapshot", operation_id = "snapshot_set",
     params(("snapshot" = Name, Path), Team, ("If-Match" = Option<String>, Header, description = "Revision that the snapshot must still have.")),
@@ -152,7 +173,7 @@ pub(super) async fn snapshot_delete(
 ) -> Answer<StatusCode> {
     let team = team_of(&who, query.team.as_ref());
     authorize(&who, Action::Change, Target::Team(team))?;
-    app.tasks.delete_snapshot(team, &name).await?;
+    app.tasks.delete_snapshot(team, &name, None).await?;
     tracing::info!(snapshot = %name, %team, principal = who.name, "snapshot deleted");
     Ok(StatusCode::NO_CONTENT)
 }

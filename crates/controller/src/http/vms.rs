@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use godwit_api::v1;
-use godwit_model::{Boot, ErrorCode, ImageKind, Name, Refusal, VmId, VmSpec};
+use godwit_model::{Boot, ErrorCode, ImageKind, Millis, Name, Refusal, VmId, VmSpec};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -117,6 +117,9 @@ pub(super) struct Checking {
     to: Option<Name>,
 }
 
+/// How long a VM runs before a golden snapshot is taken of it, if nothing else was said and its guest's agent does not answer.
+const GOLDEN_AFTER: Millis = Millis(60_000);
+
 /// Creates a VM; it is not started
 #[utoipa::path(post, path = "/v1/vms", tag = "vm", operation_id = "vm_create", params(Team), request_body = v1::VmCreate,
     responses((status = 201, body = v1::Vm), Refusals))]
@@ -128,12 +131,13 @@ pub(super) async fn vm_create(
 ) -> Answer<(StatusCode, Json<v1::Vm>)> {
     let team = team_of(&who, query.team.as_ref());
     authorize(&who, Action::Change, Target::Team(team))?;
-    let v1::VmCreate { name, mut spec } = request;
+    let v1::VmCreate { name, mut spec, golden } = request;
     spec.validate().map_err(Refusal::from)?;
     app.db.find::<TeamRow>(team.as_str()).await?.ok_or_else(|| not_found("team", team))?;
     check_references(&app, team, &spec).await?;
     complete_new(&mut spec)?;
-    let row = VmRow::new(VmId::new(clock::fresh()), name, team.clone(), spec, clock::now());
+    let mut row = VmRow::new(VmId::new(clock::fresh()), name, team.clone(), spec, clock::now());
+    row.golden_after = golden.map(|golden| golden.after.unwrap_or(GOLDEN_AFTER));
     let mut batch = Batch::default().create(&row).claim(format!("vmname/{team}/{}", row.name), &row.id);
     for key in claims(&row.spec) {
         batch = batch.claim(key, &row.id);
@@ -190,14 +194,19 @@ pub(super) struct Request {
     pub(super) reason: Option<String>,
 }
 
+pub(super) fn check_reason(reason: Option<&String>) -> Result<(), Refusal> {
+    if reason.is_some_and(|reason| reason.len() > 1_000 || reason.chars().any(char::is_control)) {
+        return Err(Refusal::new(ErrorCode::BadRequest, "a reason has at most 1000 characters and no control characters"));
+    }
+    Ok(())
+}
+
 /// Authorises, records, starts; answers the task.
 pub(super) async fn ask(app: &App, request: Request, asked: Asked) -> Answer<(StatusCode, Json<v1::Task>)> {
     let Request { who, team, vm, revision, reason } = request;
     let team = team_of(&who, team.as_ref()).clone();
     authorize(&who, Action::Change, Target::Team(&team))?;
-    if reason.as_ref().is_some_and(|reason| reason.len() > 1_000 || reason.chars().any(char::is_control)) {
-        return Err(Refusal::new(ErrorCode::BadRequest, "a reason has at most 1000 characters and no control characters").into());
-    }
+    check_reason(reason.as_ref())?;
     let ask = Ask { team, vm, principal: who.name, reason, revision };
     let task = app.tasks.ask(&ask, &asked).await?;
     Ok((StatusCode::ACCEPTED, Json(views::task(&task))))
@@ -258,6 +267,17 @@ asks! {
 asks! {
     /// Lets a paused VM run on
     vm_unpause, "unpause", Asked::Unpause
+}
+
+asks! {
+    /// Suspends a VM: keeps it with its memory while it stands still, and ends QEMU
+    ///
+    /// Its next start goes on from there. If that fails, or is cancelled, the VM runs on.
+    vm_suspend, "suspend", Asked::Suspend
+}
+asks! {
+    /// Lets a suspended VM go on; so does a start
+    vm_unsuspend, "unsuspend", VmStart, |body| Asked::Unsuspend(body.host)
 }
 
 /// Moves a running VM

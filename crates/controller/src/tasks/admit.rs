@@ -6,8 +6,8 @@ use godwit_api::v1::{self, TaskState};
 use godwit_model::lifecycle::decide_admission;
 use godwit_model::policy::{self, Labelled, Settled};
 use godwit_model::{
-    Activity, Admission, ErrorCode, Generation, ImageKind, ImageRef, MigrationSettings, Millis, Name, Refusal, Retry, TaskId,
-    TravellingDisk, UnixMillis, VmRequest, VmSpec,
+    Activity, Admission, ErrorCode, ImageKind, ImageRef, MigrationSettings, Millis, Name, Refusal, Retry, TaskId, TravellingDisk,
+    UnixMillis, VmRequest, VmSpec,
 };
 use tokio::task::JoinHandle;
 
@@ -22,7 +22,10 @@ use crate::networks::check_networks;
 use crate::principals::not_found;
 use crate::resolve::decide_start;
 use crate::restore;
-use crate::rows::{HostRow, ImageRow, MigrateWork, NetworkRow, PendingGrant, PolicyRow, Stage, TaskRow, VmRow, Work};
+use crate::rows::{
+    HostRow, ImageRow, MigrateWork, NetworkRow, Origin, OriginKind, PendingGrant, PolicyRow, Stage, TaskRow, VmRow, Work,
+};
+use crate::specs::leaving;
 
 /// How long a guest may take to power off, if nothing else was said.
 const STOP_TIMEOUT: Millis = Millis(5 * 60_000);
@@ -53,12 +56,14 @@ pub(crate) enum Asked {
     Set(Box<VmSpec>),
     Snapshot(v1::SnapshotCreate),
     Rollback { snapshot: Name, request: v1::SnapshotRollback },
+    Suspend,
+    Unsuspend(Option<Name>),
 }
 
 impl Asked {
-    fn request(&self) -> VmRequest {
+    pub(super) fn request(&self) -> VmRequest {
         match self {
-            Self::Start(_) => VmRequest::Start,
+            Self::Start(_) | Self::Unsuspend(_) => VmRequest::Start,
             Self::Stop(_) => VmRequest::Stop,
             Self::Kill => VmRequest::Kill,
             Self::Pause => VmRequest::Pause,
@@ -68,6 +73,7 @@ impl Asked {
             Self::Set(_) => VmRequest::Set,
             Self::Snapshot(_) => VmRequest::Snapshot,
             Self::Rollback { .. } => VmRequest::Rollback,
+            Self::Suspend => VmRequest::Suspend,
         }
     }
 }
@@ -82,6 +88,31 @@ pub(crate) fn host_down(name: &Name) -> Refusal {
     Refusal::new(ErrorCode::HostDown, format!("host {name} is not connected"))
         .hint(format!("start the agent on {name} (`godwit agent`) or restore its link, or choose another host"))
         .retry(Retry::Safe)
+}
+
+/// A task of a VM that was just asked for.
+pub(super) fn new_task(vm: &VmRow, ask: &Ask, id: TaskId, work: Work, now: UnixMillis) -> TaskRow {
+    TaskRow {
+        id,
+        team: vm.team.clone(),
+        subject: vm.name.clone(),
+        vm: Some(vm.id),
+        work,
+        state: TaskState::Running,
+        created: now,
+        ended: None,
+        principal: ask.principal.clone(),
+        reason: ask.reason.clone(),
+        step: "accepted".into(),
+        cancel: false,
+        progress: None,
+        transfer: None,
+        forecast: None,
+        figures: None,
+        restore: None,
+        error: None,
+        trail: vec![],
+    }
 }
 
 pub(super) fn candidates(present: &[(Name, Presence)]) -> Vec<Candidate<'_>> {
@@ -134,6 +165,7 @@ impl Tasks {
         vm.still_at(ask.revision, format_args!("VM {}", ask.vm))?;
         let ignored = match decide_admission(vm.row.state, vm.row.activity, asked.request()) {
             Admission::Deny(refusal) => return Err(refusal.into()),
+            Admission::Wait(holder) => return Ok((self.wait_for(&vm, ask, asked, holder).await?, None)),
             Admission::Ignore => true,
             Admission::Accept => false,
         };
@@ -142,27 +174,7 @@ impl Tasks {
         let replaced = vm.row.activity.map(|activity| activity.task);
         let before = vm.row.clone();
         let (work, batch) = self.work(&mut vm.row, id, ask, asked, ignored, now).await?;
-        let mut task = TaskRow {
-            id,
-            team: ask.team.clone(),
-            subject: ask.vm.clone(),
-            vm: Some(vm.row.id),
-            work,
-            state: TaskState::Running,
-            created: now,
-            ended: None,
-            principal: ask.principal.clone(),
-            reason: ask.reason.clone(),
-            step: "accepted".into(),
-            cancel: false,
-            progress: None,
-            transfer: None,
-            forecast: None,
-            figures: None,
-            restore: None,
-            error: None,
-            trail: vec![],
-        };
+        let mut task = new_task(&vm.row, ask, id, work, now);
         describe(&mut task);
         if dry {
             conclude(&mut task, &Outcome::Done);
@@ -215,7 +227,7 @@ impl Tasks {
     }
 
     /// What there is to do, with the grant already in the row if it takes one, and what is written beside the VM and the task.
-    async fn work(
+    pub(super) async fn work(
         &self,
         vm: &mut VmRow,
         id: TaskId,
@@ -226,7 +238,10 @@ impl Tasks {
     ) -> Result<(Work, Batch), Fault> {
         if !ignored {
             self.reachable(vm).await?;
-            if matches!(asked, Asked::Start(_) | Asked::Migrate(_) | Asked::Delete { .. } | Asked::Rollback { .. }) {
+            if matches!(
+                asked,
+                Asked::Start(_) | Asked::Unsuspend(_) | Asked::Migrate(_) | Asked::Delete { .. } | Asked::Rollback { .. }
+            ) {
                 restore::all_heard(&self.db).await?;
             }
             if matches!(asked, Asked::Delete { .. } | Asked::Rollback { .. }) {
@@ -234,11 +249,15 @@ impl Tasks {
             }
         }
         let work = match asked {
-            Asked::Start(host) if ignored => {
+            Asked::Start(host) | Asked::Unsuspend(host) if ignored => {
                 let host = host.clone().or_else(|| vm.host.clone());
-                Work::Start { host: host.ok_or_else(|| not_found("host", "of this VM"))?, generation: vm.generation }
+                Work::Start { host: host.ok_or_else(|| not_found("host", "of this VM"))?, generation: vm.generation, from: None }
             }
-            Asked::Start(host) => self.admit_start(vm, id, host.as_ref()).await?,
+            Asked::Unsuspend(_) if !vm.origin.as_ref().is_some_and(|origin| origin.kind == OriginKind::Suspended) => {
+                let refusal = Refusal::new(ErrorCode::VmNotRunning, format!("VM {} is not suspended, it is stopped", vm.name));
+                return Err(refusal.hint(format!("start it: `godwit vm start {}`", vm.name)).into());
+            }
+            Asked::Start(host) | Asked::Unsuspend(host) => self.admit_start(vm, id, host.as_ref()).await?,
             Asked::Stop(timeout) => Work::Stop { timeout: timeout.unwrap_or_else(|| own_deadline(vm)) },
             Asked::Kill => Work::Kill,
             Asked::Pause => Work::Pause,
@@ -247,6 +266,7 @@ impl Tasks {
             Asked::Migrate(request) => self.admit_migrate(vm, id, request, now).await?,
             Asked::Set(spec) => self.admit_change(vm, spec).await?,
             Asked::Snapshot(request) => return self.admit_snapshot(vm, ask, request, now).await,
+            Asked::Suspend => return self.admit_suspend(vm, ask, now).await,
             Asked::Rollback { snapshot, request } => return self.admit_rollback(vm, ask, snapshot, request, now).await,
         };
         Ok((work, Batch::default()))
@@ -260,7 +280,7 @@ impl Tasks {
         self.db.page::<NetworkRow>(&format!("{team}/"), None, usize::MAX).await
     }
 
-    async fn admit_start(&self, vm: &mut VmRow, id: TaskId, wanted: Option<&Name>) -> Result<Work, Fault> {
+    pub(super) async fn admit_start(&self, vm: &mut VmRow, id: TaskId, wanted: Option<&Name>) -> Result<Work, Fault> {
         if let Some(snapshot) = &vm.unfinished {
             let message = format!("a rollback of VM {} to {snapshot} did not end well: its disks may be half of it", vm.name);
             return Err(Refusal::new(ErrorCode::DisksUnfinished, message)
@@ -271,24 +291,31 @@ impl Tasks {
             self.known(host).await?;
             self.hub.presence(host).ok_or_else(|| host_down(host))?;
         }
-        let images = self.images_of(&vm.team).await?;
-        let networks = self.networks_of(&vm.team).await?;
-        let present = self.hub.present();
-        let find = |name: &Name| images.find(name);
-        // It has been seen running, so its disks have been made.
-        let home = vm.host.clone().filter(|_| vm.reported != Generation(0));
-        let (host, resolved) =
-            decide_start((vm.id, &vm.name, &vm.spec), home.as_ref(), wanted, &candidates(&present), &find, &networks)?;
+        let from = vm.origin.clone();
+        let (host, resolved) = match &from {
+            Some(origin) => self.decide_origin(vm, origin, wanted).await?,
+            None => {
+                let (images, networks) = (self.images_of(&vm.team).await?, self.networks_of(&vm.team).await?);
+                let present = self.hub.present();
+                let find = |name: &Name| images.find(name);
+                let home = vm.host.clone().filter(|_| vm.has_run());
+                decide_start((vm.id, &vm.name, &vm.spec), home.as_ref(), wanted, &candidates(&present), &find, &networks)?
+            }
+        };
         let generation = vm.issue(&host, id);
         vm.host = Some(host.clone());
         vm.generation = generation;
         vm.released = false;
         vm.start_wanted = false;
         vm.not_started = None;
-        vm.leaving.clear();
+        vm.leaving = leaving(&resolved, &vm.spec);
         vm.resolved = Some(resolved);
-        vm.waiting.clear();
-        Ok(Work::Start { host, generation })
+        // With memory it goes on as the machine that it was.
+        if from.as_ref().is_none_or(|origin| !origin.memory) {
+            vm.waiting.clear();
+            vm.copied = None;
+        }
+        Ok(Work::Start { host, generation, from })
     }
 
     /// The limits of a migration of this VM, of which the request says these.
@@ -387,9 +414,15 @@ fn said_of(vm: &VmRow) -> String {
 /// The first line of a trail.
 pub(super) fn describe(task: &mut TaskRow) {
     let text = match &task.work {
-        Work::Start { host, generation: Generation(number) } => format!("to start on {host}, generation {number}"),
+        Work::Start { host, generation, from: Some(Origin { snapshot, memory, .. }) } => {
+            let what = if *memory { "memory and disks" } else { "the disks" };
+            format!("to begin from {what} of {snapshot} on {host}, generation {generation}")
+        }
+        Work::Start { host, generation, from: None } => format!("to start on {host}, generation {generation}"),
+        Work::Clone { snapshot } => format!("to begin from {snapshot} when it is started"),
         Work::Exec { program } => format!("to run {program} in the guest"),
         Work::Snapshot { name, .. } => format!("to be kept as {name}"),
+        Work::Suspend(work) => format!("to be kept as {}, and ended", work.name),
         Work::Rollback(work) => format!("to become what it was in {}, on {}", work.name, work.host),
         Work::Migrate(work) => format!("to move from {} to {}, generation {}", work.source, work.destination, work.generation),
         _ => return,

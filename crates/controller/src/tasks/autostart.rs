@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use godwit_model::{ErrorCode, Name, TaskId};
+use godwit_model::{ErrorCode, Name, VmId};
 
 use super::{Ask, Asked, Tasks};
 use crate::db::{Batch, Fault, retry};
@@ -28,9 +28,8 @@ impl Tasks {
         });
     }
 
-    /// A task has ended: what its VM's start has waited for, perhaps.
-    pub(super) async fn start_what_waited(self: &Arc<Self>, id: TaskId) -> Result<(), Fault> {
-        let Some(vm) = self.task(id).await?.row.vm else { return Ok(()) };
+    /// A task of the VM has ended: what its start has waited for, perhaps.
+    pub(super) async fn start_what_waited(self: &Arc<Self>, vm: VmId) -> Result<(), Fault> {
         let vm = self.db.find::<VmRow>(&vm.to_string()).await?.map(|vm| vm.row);
         let waited = vm.filter(|vm| vm.start_wanted && vm.not_started.is_some());
         if let Some(host) = waited.and_then(|vm| vm.host).filter(|host| self.hub.presence(host).is_some()) {

@@ -10,7 +10,7 @@ use super::{Tasks, note};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
 use crate::hub::Answer;
-use crate::rows::{MigrateWork, RollbackStage, SnapshotRow, Stage, TaskRow, Work};
+use crate::rows::{MigrateWork, RollbackStage, SnapshotRow, Stage, SuspendStage, TaskRow, Work};
 
 /// How long the user waits for the source's answer to a cancel.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -18,8 +18,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Whether cancelling would still have an effect, as far as it is known here.
 pub(crate) fn cancellable(task: &TaskRow) -> bool {
     let possible = match &task.work {
-        Work::Stop { .. } | Work::Import { .. } | Work::Snapshot { .. } | Work::Verify { .. } => true,
+        Work::Wait { .. } | Work::Stop { .. } | Work::Import { .. } | Work::Snapshot { .. } | Work::Verify { .. } => true,
         Work::Rollback(work) => work.stage == RollbackStage::KeepPresent,
+        Work::Suspend(work) => matches!(work.stage, SuspendStage::Pause | SuspendStage::Keep),
         Work::Migrate(work) => work.source_ended.is_none() && work.stage != Stage::Settle,
         _ => false,
     };
@@ -49,6 +50,7 @@ impl Tasks {
         let taken = match &flagged.work {
             Work::Snapshot { name, .. } => Some(name),
             Work::Rollback(work) => work.present.as_ref(),
+            Work::Suspend(work) if work.stage == SuspendStage::Keep => Some(&work.name),
             _ => None,
         };
         if let Some(snapshot) = taken.filter(|_| !flagged.state.ended()) {

@@ -28,12 +28,25 @@ fn keep_seed(before: &VmSpec, wanted: &mut VmSpec) {
     }
 }
 
+/// A VM that begins from a snapshot begins with the disks of it, and one that has memory there as the machine which that knows.
+fn can_change_before(vm: &VmRow, wanted: &VmSpec) -> Result<(), Refusal> {
+    let Some(origin) = &vm.origin else { return Ok(()) };
+    let disks = |spec: &VmSpec| spec.disks.iter().map(|disk| (disk.volume.clone(), disk.size, disk.slot)).collect::<Vec<_>>();
+    if !origin.memory && disks(&vm.spec) == disks(wanted) {
+        return Ok(());
+    }
+    let what = if origin.memory { "it cannot become another machine" } else { "its disks cannot change" };
+    let message = format!("VM {} begins from snapshot {}, and {what} before that", vm.name, origin.snapshot);
+    Err(Refusal::new(ErrorCode::InUse, message).hint(format!("start it first: `godwit vm start {}`", vm.name)))
+}
+
 impl Tasks {
     /// Makes `wanted` the VM's spec, in its row.
     pub(super) async fn admit_change(&self, vm: &mut VmRow, wanted: &VmSpec) -> Result<Work, Fault> {
         let mut wanted = wanted.clone();
         keep_seed(&vm.spec, &mut wanted);
         complete_change(&vm.spec, &mut wanted, vm.has_process())?;
+        can_change_before(vm, &wanted)?;
         let mine = vm.claims();
         for key in claims(&wanted).difference(&mine) {
             if self.db.claimed(key).await?.is_some_and(|owner| owner != vm.id.to_string()) {

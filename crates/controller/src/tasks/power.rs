@@ -1,14 +1,14 @@
 //! Start, stop, kill, pause, unpause, delete.
 
-use godwit_link::encode;
 use godwit_link::v1::{self, command::Action};
-use godwit_model::{ErrorCode, Generation, Grant, Millis, Name, Refusal, RunState, TaskId, UnixMillis};
+use godwit_link::{decode, encode};
+use godwit_model::{ErrorCode, Generation, Grant, Millis, Name, Refusal, RestoreFigures, RunState, TaskId, UnixMillis};
 use tokio::time::{Duration, Instant};
 
 use super::{Outcome, Tasks, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault};
-use crate::rows::{HabitsRow, HistoryRow, HostRow, TaskRow, VmRow, Work};
+use crate::rows::{HabitsRow, HistoryRow, HostRow, Origin, OriginKind, TaskRow, VmRow, Work};
 
 /// How long an unconditional grant can wait for its host.
 pub(super) const START_LIFETIME: u64 = 24 * 3_600_000;
@@ -27,12 +27,16 @@ pub(super) fn already(refusal: &Refusal) -> bool {
 impl Tasks {
     pub(super) async fn run_start(&self, id: TaskId) -> Result<(), Fault> {
         let (task, vm) = self.both(id).await?;
-        let Work::Start { host, generation } = &task.row.work else { return Ok(()) };
+        let Work::Start { host, generation, from } = &task.row.work else { return Ok(()) };
         let Some(spec) = &vm.row.resolved else {
             let refusal = Refusal::new(ErrorCode::Internal, "the VM has no resolved spec");
             return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
         };
-        self.set_step(id, &format!("starts QEMU on {host}")).await?;
+        let step = match from {
+            Some(from) => format!("begins from {} on {host}", from.snapshot),
+            None => format!("starts QEMU on {host}"),
+        };
+        self.set_step(id, &step).await?;
         let grant = Grant {
             vm: vm.row.id,
             generation: *generation,
@@ -45,11 +49,26 @@ impl Tasks {
             Ok(grant) => Some(grant),
             Err(refusal) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
         };
-        let action = Action::Start(v1::StartVm { grant, spec: encode(spec), from: None });
+        let suspended = from.clone().filter(|origin| origin.kind == OriginKind::Suspended);
+        let from = match from {
+            Some(origin) => match self.told_of(&vm.row, origin, host).await {
+                Err(Fault::Refused(refusal)) => return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+                told => Some(told?),
+            },
+            None => None,
+        };
+        let began = from.is_some();
+        let action = Action::Start(v1::StartVm { grant, spec: encode(spec), from });
         match self.command(id, host, "start", action).await? {
-            Ok(_) => {
+            Ok(answer) => {
+                if let Some(origin) = suspended {
+                    self.forget_suspended(id, generation, &origin).await?;
+                }
+                let figures = if began { decode::<RestoreFigures>("figures", &answer.result).ok() } else { None };
                 let now = clock::now();
-                self.finish(id, Outcome::Done, |_, vm| {
+                self.finish(id, Outcome::Done, |task, vm| {
+                    task.restore = figures;
+                    vm.origin = None;
                     // Where it was seen running, its host has said by now whether it still is.
                     if vm.generation == *generation && vm.reported < *generation {
                         vm.set_state(RunState::Running, now);
@@ -58,6 +77,28 @@ impl Tasks {
                 .await
             }
             Err(refusal) => self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
+        }
+    }
+
+    /// It goes on: what it was suspended in is not needed any more.
+    async fn forget_suspended(&self, id: TaskId, generation: &Generation, origin: &Origin) -> Result<(), Fault> {
+        let now = clock::now();
+        let (task, vm) = self.both(id).await?;
+        self.edit(id, |task, vm| {
+            if vm.generation == *generation && vm.reported < *generation {
+                vm.set_state(RunState::Running, now);
+            }
+            vm.origin = None;
+            task.step = format!("runs; deletes {}", origin.snapshot);
+        })
+        .await?;
+        match self.delete_snapshot(&vm.row.team, &origin.snapshot, Some(task.row.id)).await {
+            Err(Fault::Refused(refusal)) if refusal.code != ErrorCode::NotFound => {
+                let said = format!("snapshot {} stays: {refusal}", origin.snapshot);
+                self.edit(id, |task, _| note(task, said.clone())).await.map(|_| ())
+            }
+            Err(Fault::Refused(_)) => Ok(()),
+            deleted => deleted,
         }
     }
 
@@ -210,7 +251,12 @@ impl Tasks {
                 return self.finish(id, Outcome::Failed(refusal), |_, _| {}).await;
             }
         }
-        if volumes {
+        // What it has not made of a snapshot may be somebody else's: then that is why it has not begun.
+        let unmade = vm.origin.as_ref().is_some_and(|origin| origin.kind == OriginKind::Clone);
+        if volumes && unmade {
+            self.edit(id, |task, _| note(task, "its volumes are not deleted: it has not begun, so it has made none")).await?;
+        }
+        if volumes && !unmade {
             for volume in vm.spec.volumes() {
                 let has_pool = |host: &Name| {
                     let present = self.hub.presence(host);

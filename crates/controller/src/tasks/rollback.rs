@@ -23,7 +23,7 @@ use crate::checks::Candidate;
 use crate::clock;
 use crate::db::{Batch, Fault};
 use crate::rows::{HostRow, RollbackStage, RollbackWork, SnapshotRow, TaskRow, VmRow, Work};
-use crate::snapshots::{Rollback, not_ready, pool_there};
+use crate::snapshots::{Rollback, not_ready};
 use crate::specs::{claims, leaving};
 
 fn work_of(task: &mut TaskRow) -> Option<&mut RollbackWork> {
@@ -95,7 +95,7 @@ impl Tasks {
         Ok((Work::Rollback(Box::new(work)), batch))
     }
 
-    async fn rollback_host(&self, vm: &VmRow, snapshot: &SnapshotRow, wanted: Option<&Name>) -> Result<Name, Fault> {
+    pub(super) async fn rollback_host(&self, vm: &VmRow, snapshot: &SnapshotRow, wanted: Option<&Name>) -> Result<Name, Fault> {
         if let Some(host) = wanted {
             self.known(host).await?;
             self.hub.presence(host).ok_or_else(|| host_down(host))?;
@@ -234,14 +234,8 @@ impl Tasks {
             task: id,
             expires: UnixMillis(granted.0.saturating_add(START_LIFETIME)),
         };
-        let presence = self.hub.presence(host);
-        let there = presence.as_ref().and_then(|presence| pool_there(&presence.facts.pools, &snapshot.identity));
         let signed = async {
-            let from = v1::FromSnapshot {
-                vault: Some(self.vault_at(&snapshot.team, there.unwrap_or(&snapshot.pool)).await?),
-                snapshot: Some(self.key_of(&snapshot)?),
-                memory: snapshot.has_memory(),
-            };
+            let from = self.snapshot_for(&snapshot, host, snapshot.has_memory(), false).await?;
             Ok(v1::StartVm { grant: Some(self.authority.grant(&grant)?), spec: encode(spec), from: Some(from) })
         };
         let action = match signed.await {
@@ -296,4 +290,5 @@ fn become_again(vm: &mut VmRow, snapshot: &SnapshotRow, fresh: Vmgenid) {
     vm.start_wanted = false;
     vm.not_started = None;
     vm.held.clear();
+    vm.origin = None;
 }

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use super::{Outcome, Tasks, conclude, note};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
-use crate::rows::{HostRow, SnapshotRow, TaskRow, VaultRow, Work};
+use crate::rows::{HostRow, SnapshotRow, TaskRow, VaultRow, VmRow, Work};
 use crate::snapshots::pool_there;
 
 /// How long a host may take to say what a vault takes.
@@ -36,6 +36,8 @@ struct Vault {
 fn uses(task: &TaskRow, team: &Name, name: &Name) -> bool {
     let named = match &task.work {
         Work::Snapshot { name: own, .. } => own == name,
+        Work::Start { from: Some(origin), .. } => origin.snapshot == *name,
+        Work::Suspend(work) => work.name == *name,
         Work::Rollback(work) => work.name == *name || work.present.as_ref() == Some(name),
         _ => false,
     };
@@ -85,19 +87,27 @@ impl Tasks {
         })
     }
 
-    /// Deletes a snapshot: first what is in the vault, then the row with the key.
-    pub(crate) async fn delete_snapshot(&self, team: &Name, name: &Name) -> Result<(), Fault> {
+    /// Deletes a snapshot: first what is in the vault, then the row with the key. A task that deletes it itself does not stand in the way.
+    pub(crate) async fn delete_snapshot(&self, team: &Name, name: &Name, by: Option<TaskId>) -> Result<(), Fault> {
         let snapshot = retry!({
             let mut snapshot = self.snapshot(team, name).await?;
             if snapshot.row.golden {
                 let refusal = Refusal::new(ErrorCode::InUse, format!("snapshot {name} is golden"));
                 return Err(refusal.hint(format!("if it may go: `godwit snapshot set {name} --golden=false`")).into());
             }
-            if let Some(user) = self.db.all::<TaskRow>().await?.into_iter().find(|task| uses(&task.row, team, name)) {
+            let used = |task: &TaskRow| by != Some(task.id) && uses(task, team, name);
+            if let Some(user) = self.db.all::<TaskRow>().await?.into_iter().find(|task| used(&task.row)) {
                 let (id, kind) = (user.row.id, user.row.work.kind());
                 return Err(Refusal::new(ErrorCode::InUse, format!("task {id} ({kind}) uses snapshot {name}"))
                     .hint(format!("wait for it: `godwit task wait {id}`"))
                     .retry(Retry::Safe)
+                    .into());
+            }
+            let begins = |vm: &VmRow| vm.team == *team && vm.origin.as_ref().is_some_and(|origin| origin.snapshot == *name);
+            if let Some(vm) = self.db.all::<VmRow>().await?.into_iter().find(|vm| begins(&vm.row)) {
+                let vm = vm.row.name;
+                return Err(Refusal::new(ErrorCode::InUse, format!("VM {vm} begins from snapshot {name}"))
+                    .hint(format!("start it once (`godwit vm start {vm}`), or delete it"))
                     .into());
             }
             self.reach(&snapshot.row.identity, &snapshot.row.pool, Some(&snapshot.row.host))?;

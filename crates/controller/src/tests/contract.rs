@@ -139,6 +139,13 @@ async fn what_is_answered_fits_what_is_described() {
     let id = task["id"].as_str().expect("id").to_owned();
     cluster.ended(id.parse().expect("id")).await;
     contract.hold("task_show", send(get.clone(), &format!("/tasks/{id}"), null.clone()).await, 200).await;
+    contract.hold("vm_suspend", send(post.clone(), "/vms/web1/suspend", null.clone()).await, 422).await;
+    contract.hold("vm_unsuspend", send(post.clone(), "/vms/web1/unsuspend", null.clone()).await, 202).await;
+    let request = json!({"name": "web9", "start": false, "reason": "x"});
+    contract.hold("snapshot_clone", send(post.clone(), "/snapshots/one/clone", request.clone()).await, 202).await;
+    contract.hold("snapshot_clone", send(post.clone(), "/snapshots/one/clone", request).await, 409).await;
+    let task = contract.hold("vm_delete", send(delete.clone(), "/vms/web9", null.clone()).await, 202).await;
+    cluster.ended(task["id"].as_str().expect("id").parse().expect("id")).await;
     let (response, ()) = tokio::join!(send(get.clone(), "/vaults", null.clone()), async {
         let look = agent.command().await;
         agent.tell(&look, &VaultUsage::default()).await;

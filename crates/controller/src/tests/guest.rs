@@ -225,7 +225,7 @@ async fn what_cloud_init_tells_a_guest_is_told_to_its_host_and_shown_to_nobody()
         host_name: Some(name("inside")),
     };
     spec.cloud_init = Some(seed.clone());
-    let created = admin.create_vm(&api::VmCreate { name: name("web1"), spec }).await.expect("created");
+    let created = admin.create_vm(&api::VmCreate { name: name("web1"), spec, golden: None }).await.expect("created");
     let shown = created.status.cloud_init.clone().expect("it has a seed");
     assert_eq!(shown.user_data, Some(Bytes(secret.len() as u64)));
     assert_eq!(created.spec.cloud_init.as_ref().and_then(|seed| seed.host_name.clone()), Some(name("inside")));

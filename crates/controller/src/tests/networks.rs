@@ -15,7 +15,7 @@ async fn create_on(cluster: &Cluster, vm: &str, network: &str) {
     cluster.create_vm("before", Bytes::mib(64)).await;
     let mut spec = spec(Bytes::mib(64));
     spec.nics = vec![NicSpec::new(name(network))];
-    cluster.admin().create_vm(&api::VmCreate { name: name(vm), spec }).await.expect("created");
+    cluster.admin().create_vm(&api::VmCreate { name: name(vm), spec, golden: None }).await.expect("created");
 }
 
 #[tokio::test]
@@ -92,7 +92,7 @@ async fn a_vm_is_told_the_mtu_of_its_network_and_needs_hosts_that_have_it() {
 
     let mut addressed = super::support::spec(Bytes::mib(64));
     addressed.nics[0].addresses = vec!["10.99.0.7".parse().expect("address")];
-    cluster.admin().create_vm(&api::VmCreate { name: name("web2"), spec: addressed }).await.expect("created");
+    cluster.admin().create_vm(&api::VmCreate { name: name("web2"), spec: addressed, golden: None }).await.expect("created");
     let refused = cluster.admin().start_vm(&name("web2"), &start).await.expect_err("it cannot be protected").refusal();
     assert_eq!(refused.code, ErrorCode::HostIncompatible);
     assert!(refused.hint.is_some_and(|hint| hint.contains("guest_filter")), "{}", refused.message);

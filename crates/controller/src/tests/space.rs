@@ -14,7 +14,7 @@ async fn a_full_store_refuses_and_changes_nothing() {
     // A smaller transaction may still fit where a larger one did not: what counts is that the refused one left nothing.
     let refused = loop {
         let vm = format!("vm{}", created.len());
-        let request = api::VmCreate { name: name(&vm), spec: spec(Bytes::mib(64)) };
+        let request = api::VmCreate { name: name(&vm), spec: spec(Bytes::mib(64)), golden: None };
         let response = admin.request(reqwest::Method::POST, "/vms").json(&request).send().await.expect("answer");
         match response.status().as_u16() {
             201 => created.push(vm),
@@ -39,7 +39,7 @@ async fn a_full_disk_refuses_and_works_again_once_there_is_space() {
     cluster.create_vm("first", Bytes::mib(64)).await;
     let ballast = mount.0.path().join("ballast");
     fill(&ballast);
-    let request = |vm: &str| api::VmCreate { name: name(vm), spec: spec(Bytes::mib(64)) };
+    let request = |vm: &str| api::VmCreate { name: name(vm), spec: spec(Bytes::mib(64)), golden: None };
     let refused = cluster.admin().create_vm(&request("second")).await;
     assert_eq!(code(refused), ErrorCode::StoreFull);
     assert_eq!(code(cluster.admin().vm(&name("second")).await), ErrorCode::NotFound);

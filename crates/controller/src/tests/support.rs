@@ -192,7 +192,7 @@ impl Cluster {
             let kernel = futures::stream::iter([Ok(kernel().into())]);
             admin.import_image(&name("linux"), ImportFormat::Kernel, kernel).await.expect("imported");
         }
-        admin.create_vm(&api::VmCreate { name: name(vm), spec: spec(memory) }).await.expect("created");
+        admin.create_vm(&api::VmCreate { name: name(vm), spec: spec(memory), golden: None }).await.expect("created");
     }
 
     /// A VM that runs on the agent's host.

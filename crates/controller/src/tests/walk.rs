@@ -156,6 +156,7 @@ fn body_for(operation: &str) -> Value {
         "policy_create" => json!({"name": "stolen", "limits": {"max_blackout": 1}}),
         "snapshot_create" => json!({"vm": "web1", "memory": false}),
         "snapshot_set" => json!({"golden": true}),
+        "snapshot_clone" => json!({"name": "stolen"}),
         "snapshot_rollback" => json!({"discard_present": true}),
         "policy_set" => json!({"limits": {"max_blackout": 1}}),
         "host_set" => json!({"migration_bandwidth": 125_000_000}),

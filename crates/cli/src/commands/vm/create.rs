@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
-use godwit_api::v1::{VmCreate, VmStart};
+use godwit_api::v1::{GoldenCreate, VmCreate, VmStart};
 use godwit_model::spec::{MAX_NETWORK_CONFIG, MAX_USER_DATA};
 use godwit_model::{
-    Boot, Bytes, BytesPerSec, CacheMode, DiskFormat, DiskSpec, MacAddress, Name, NicSpec, Refusal, VmSpec, VolumeRef,
+    Boot, Bytes, BytesPerSec, CacheMode, DiskFormat, DiskSpec, MacAddress, Millis, Name, NicSpec, Refusal, VmSpec, VolumeRef,
 };
 use serde_json::Value;
 
@@ -72,6 +72,12 @@ pub(crate) struct CreateArgs {
     cpu: Option<String>,
     #[command(flatten)]
     seed: SeedArgs,
+    /// Take a golden snapshot NAME-golden, once, when it is first started and its guest's agent answers
+    #[arg(long)]
+    golden: bool,
+    /// Take it after so long at the latest, such as 5min [default: 60s]
+    #[arg(long, value_name = "TIME", requires = "golden")]
+    golden_after: Option<Millis>,
     /// Start it
     #[arg(long)]
     start: bool,
@@ -138,6 +144,7 @@ fn read_text(path: &Path, longest: usize) -> Result<String, Failure> {
 
 pub(super) async fn run(session: &Session, args: CreateArgs) -> Result<(), Failure> {
     let (name, start, host) = (args.name.clone(), args.start, args.host.clone());
+    let golden = args.golden.then_some(GoldenCreate { after: args.golden_after });
     let mut args = args;
     let seed = std::mem::take(&mut args.seed);
     let mut spec = match &args.file {
@@ -146,7 +153,7 @@ pub(super) async fn run(session: &Session, args: CreateArgs) -> Result<(), Failu
     };
     seed.add_to(&mut spec)?;
     spec.validate().map_err(|error| Failure::Refused(Refusal::from(error)))?;
-    let mut vm = session.client.create_vm(&VmCreate { name: name.clone(), spec }).await?;
+    let mut vm = session.client.create_vm(&VmCreate { name: name.clone(), spec, golden }).await?;
     if start {
         let started = async {
             let task = session.client.start_vm(&name, &VmStart { host }).await?;

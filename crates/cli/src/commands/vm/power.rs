@@ -1,4 +1,4 @@
-//! `godwit vm start|stop|kill|pause|unpause`.
+//! `godwit vm start|stop|kill|pause|unpause|suspend|unsuspend`.
 
 use clap::Args;
 use godwit_api::client::ClientError;
@@ -68,6 +68,20 @@ pub(super) async fn pause(session: &Session, args: PowerArgs) -> Result<(), Fail
 
 pub(super) async fn unpause(session: &Session, args: PowerArgs) -> Result<(), Failure> {
     change(session, &args, async |name| session.client.unpause_vm(name).await, said("runs")).await
+}
+
+pub(super) async fn suspend(session: &Session, args: PowerArgs) -> Result<(), Failure> {
+    change(session, &args, async |name| session.client.suspend_vm(name).await, said("is suspended")).await
+}
+
+pub(super) async fn unsuspend(session: &Session, args: StartArgs) -> Result<(), Failure> {
+    let request = VmStart { host: args.host };
+    let begin = async |name: &Name| session.client.unsuspend_vm(name, &request).await;
+    change(session, &args.power, begin, async |name: &Name| {
+        let host = session.client.vm(name).await.ok().and_then(|vm| vm.status.host);
+        host.map_or("goes on".to_owned(), |host| format!("goes on, on {host}"))
+    })
+    .await
 }
 
 fn said(what: &str) -> impl AsyncFn(&Name) -> String {
