@@ -35,6 +35,7 @@ mod autostart;
 mod cancel;
 mod change;
 mod exec;
+mod files;
 mod forecast;
 mod import;
 mod migrate;
@@ -46,6 +47,7 @@ mod vault;
 
 pub(crate) use admit::{Ask, Asked, host_down};
 pub(crate) use cancel::cancellable;
+pub(crate) use files::Asker;
 pub(crate) use import::NewImport;
 
 /// Lines of a trail that are kept.
@@ -193,6 +195,8 @@ impl Tasks {
             Work::Snapshot { name, .. } => self.run_snapshot(id, &name).await,
             Work::Rollback(_) => self.run_rollback(id).await,
             Work::Verify { .. } => self.run_verify(id).await,
+            Work::SnapshotExport { .. } => self.run_snapshot_export(id).await,
+            Work::SnapshotImport { .. } => self.run_snapshot_import(id).await,
         }
     }
 

@@ -39,7 +39,9 @@ pub use network::{
 };
 pub use ownership::{Epoch, Generation, Grant};
 pub use policy::MigrationSettings;
-pub use snapshot::{RestoreFigures, SnapshotFigures, SnapshotRequest, VaultFile, VaultFindings, VaultPlan, VaultUsage};
+pub use snapshot::{
+    RestoreFigures, SnapshotExport, SnapshotFigures, SnapshotRequest, VaultFile, VaultFindings, VaultPlan, VaultUsage,
+};
 pub use spec::{
     Accelerator, Autostart, Boot, CacheMode, CdromSpec, CloudInit, Dimm, DimmAddress, Discard, DiskBus, DiskFormat, DiskSpec,
     FIXED_SLOTS, Firmware, Growth, HugePages, Hyperv, ImageKind, ImageRef, InvalidSpec, IoLimits, LiveChange, MacAddress, NicModel,
