@@ -70,7 +70,9 @@ pub(super) fn read_me(name: &Name, spec: &ResolvedSpec, files: &PlainFiles, qemu
          vm.json        what the VM was: its spec, and what was made of it\n",
         spec.name
     );
-    let mut file = |name: &str, what: &str| drop(writeln!(text, "{name:<15}{what}"));
+    let mut file = |name: &str, what: &str| {
+        let _ = writeln!(text, "{name:<15}{what}");
+    };
     for (disk, (slot, of)) in files.disks.iter().zip(spec.disk_slots()) {
         file(in_export(disk), &format!("the disk in slot {slot}, which was volume {}; qcow2", of.volume));
     }

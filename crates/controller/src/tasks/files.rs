@@ -5,7 +5,7 @@ use std::sync::Arc;
 use godwit_api::v1::{SnapshotExportRequest, SnapshotImport, SnapshotState, TaskState};
 use godwit_link::v1::{self, command::Action};
 use godwit_link::{decode, encode};
-use godwit_model::{ErrorCode, Name, Refusal, SnapshotExport, SnapshotFigures, SnapshotId, SnapshotRequest, TaskId, UnixMillis};
+use godwit_model::{ErrorCode, Name, Refusal, SnapshotExport, SnapshotId, SnapshotRequest, TaskId};
 
 use super::snapshot::Taken;
 use super::{Outcome, Tasks, conclude, note, patiently};
