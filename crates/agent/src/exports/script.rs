@@ -47,6 +47,9 @@ pub(super) fn start(name: &Name, spec: &ResolvedSpec, files: &PlainFiles, argume
             "mkdir {RUN}/tpm\nswtpm socket --tpm2 --tpmstate dir={RUN}/tpm --ctrl type=unixio,path={socket} --daemon --terminate"
         );
     }
+    if files.memory.is_some() {
+        text.push_str("echo 'The VM stands still where it was taken: ctrl-a c, then cont, lets it go on.' >&2\n");
+    }
     text.push_str("exec \"${QEMU:-qemu-system-x86_64}\"");
     for argument in arguments {
         // An option on a line, with its value.
@@ -65,6 +68,7 @@ pub(super) fn read_me(name: &Name, spec: &ResolvedSpec, files: &PlainFiles, qemu
          sh start.sh -display gtk        the same with its screen; any other options of QEMU, too\n\
          QEMU=/path/to/qemu sh start.sh  with another QEMU than that in PATH; this was written with {qemu}\n\
          b3sum --check BLAKE3SUMS        whether the files are whole\n\n\
+         With its memory it stands still at first, where it was taken: cont in QEMU's monitor lets it go on.\n\n\
          The serial console is on the terminal; ctrl-a c changes to QEMU's monitor, ctrl-a x ends the VM. It is on a network of QEMU's own: it gets out, and nobody\n\
          gets in. Two machines that are started from one export are one and the same to whoever they talk to.\n\n\
          vm.json        what the VM was: its spec, and what was made of it\n",

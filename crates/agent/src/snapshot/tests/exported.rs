@@ -61,12 +61,14 @@ async fn by_hand(dir: &Path, name: &str, binary: &Path, disk: &[String]) -> Vm {
     let memory = format!("exec:cat {}", dir.join("memory.qemu").display());
     let more: Vec<&str> = disk.iter().map(String::as_str).chain(["-incoming", &memory]).collect();
     let vm = Vm::start(dir, name, binary, &more).await;
-    let running = async {
-        while vm.qmp.query_status().await.expect("status").status != RunStatus::Running {
+    let loading = async {
+        while vm.qmp.query_status().await.expect("status").status == RunStatus::InMigrate {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(LIMIT, running).await.expect("it runs by itself");
+    tokio::time::timeout(LIMIT, loading).await.expect("it is loaded");
+    // One that stood still when it was taken waits to be told.
+    vm.qmp.cont().await.expect("cont");
     vm
 }
 
