@@ -68,12 +68,21 @@ pub(super) fn read_me(name: &Name, spec: &ResolvedSpec, files: &PlainFiles, qemu
          sh start.sh -display gtk        the same with its screen; any other options of QEMU, too\n\
          QEMU=/path/to/qemu sh start.sh  with another QEMU than that in PATH; this was written with {qemu}\n\
          b3sum --check BLAKE3SUMS        whether the files are whole\n\n\
-         With its memory it stands still at first, where it was taken: cont in QEMU's monitor lets it go on.\n\n\
-         The serial console is on the terminal; ctrl-a c changes to QEMU's monitor, ctrl-a x ends the VM. It is on a network of QEMU's own: it gets out, and nobody\n\
-         gets in. Two machines that are started from one export are one and the same to whoever they talk to.\n\n\
-         vm.json        what the VM was: its spec, and what was made of it\n",
+         The serial console is on the terminal; ctrl-a c changes to QEMU's monitor, ctrl-a x ends the VM.\n\n",
         spec.name
     );
+    if files.memory.is_some() {
+        text.push_str("It stands still at first, where it was taken: cont in QEMU's monitor lets it go on.\n\n");
+    }
+    text.push_str(match (spec.nics.is_empty(), &files.memory) {
+        (true, _) => "",
+        (false, None) => "It is on a network of QEMU's own: it gets out, and nobody gets in.\n\n",
+        (false, Some(_)) => {
+            "Its interfaces are taps (tap0 and so on), which takes root; nobody hears them before they are put somewhere, such as by\n\
+             ip link set tap0 master BRIDGE up. Two machines that go on from one snapshot are one and the same to whoever hears both.\n\n"
+        }
+    });
+    text.push_str("vm.json        what the VM was: its spec, and what was made of it\n");
     let mut file = |name: &str, what: &str| {
         let _ = writeln!(text, "{name:<15}{what}");
     };

@@ -1,5 +1,5 @@
 //! The same machine for a QEMU that is started by hand, from files beside each other. What the guest sees is that of [`super::qemu_arguments`], since it is made there; only what is
-//! behind it is another: files instead of descriptors, QEMU's own network instead of taps, a terminal instead of sockets.
+//! behind it is another: files instead of descriptors, a network of its own instead of the host's, a terminal instead of sockets.
 
 use std::collections::BTreeMap;
 
@@ -87,7 +87,7 @@ pub fn plain_arguments(spec: &ResolvedSpec, files: &PlainFiles) -> Result<Vec<St
                 None => continue,
             },
             ("-blockdev", Some(value)) => Some(node(&value, &paths)),
-            ("-netdev", Some(value)) => Some(json!({"type": "user", "id": object(&value).get("id")}).to_string()),
+            ("-netdev", Some(value)) => Some(network(&value, files)),
             ("-kernel", _) => files.kernel.clone(),
             ("-initrd", _) => files.initrd.clone(),
             (_, value) => value,
@@ -112,6 +112,16 @@ fn channel(value: &str, files: &PlainFiles) -> Option<String> {
         return files.tpm.as_ref().map(|path| format!("socket,id=tpm-control,path={}", path.replace(',', ",,")));
     }
     is("guest-agent").then(|| "null,id=guest-agent".to_owned())
+}
+
+/// What an interface is connected to. One that has run on a tap goes on with nothing else: what it says of its frames' checksums is understood by no other.
+fn network(value: &str, files: &PlainFiles) -> String {
+    let value = object(value);
+    let id = value.get("id");
+    match files.memory {
+        Some(_) => json!({"type": "tap", "id": id, "script": "no", "downscript": "no", "vhost": false}).to_string(),
+        None => json!({"type": "user", "id": id}).to_string(),
+    }
 }
 
 fn object(value: &str) -> Map<String, Value> {
