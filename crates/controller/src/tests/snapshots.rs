@@ -668,6 +668,25 @@ async fn a_snapshot_is_written_as_files_by_a_host_that_sees_it_and_stays_meanwhi
 }
 
 #[tokio::test]
+async fn a_host_that_writes_an_export_gets_what_the_vm_boots_from_as_long_as_it_does() {
+    let (cluster, _, mut agent) = running().await;
+    let (_, mut other) = cluster.agent("h2").await;
+    let admin = cluster.admin();
+    taken(&cluster, &mut agent, "one").await;
+    let request = api::SnapshotExportRequest { host: Some(name("h2")), reason: None };
+    let task = admin.export_snapshot(&name("one"), &request).await.expect("accepted");
+    let command = other.command().await;
+    let Some(Action::ExportSnapshot(write)) = &command.action else { panic!("{command:?}") };
+    let spec: ResolvedSpec = decode("spec", &write.spec).expect("a spec");
+    let image = spec.kernel.expect("a kernel").id.to_string();
+    other.client.fetch_image(v1::FetchImageRequest { image: image.clone() }).await.expect("while it writes");
+    other.refuse(&command, ErrorCode::NotEnoughSpace).await;
+    assert_eq!(failed(&cluster, task.id).await, ErrorCode::NotEnoughSpace);
+    let refused = other.client.fetch_image(v1::FetchImageRequest { image }).await.expect_err("not any more");
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+}
+
+#[tokio::test]
 async fn files_become_a_snapshot_of_the_vm_as_it_is_and_with_memory_by_an_administrator_only() {
     let (cluster, _, mut agent) = running().await;
     let admin = cluster.admin();
