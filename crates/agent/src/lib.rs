@@ -10,6 +10,7 @@ pub mod carry;
 pub mod check;
 mod console;
 mod dial;
+mod exports;
 mod facts;
 mod firmware;
 mod grants;

@@ -31,7 +31,7 @@ use crate::network::{FleetNetwork, FleetNetworks, Kind};
 use crate::snapshot::{FromSnapshot, SnapshotJob};
 use crate::tls::TlsError;
 use crate::vm::{Answer, Registry, VmCommand, stays};
-use crate::{console, grants, guest, vaults};
+use crate::{console, exports, grants, guest, vaults};
 
 /// Wait between two attempts to reach the controller, growing from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
@@ -312,6 +312,12 @@ impl Sessions {
         if let Action::LookAtVault(look) = action {
             return vaults::look(&self.host, look).await;
         }
+        if let Action::ExportSnapshot(export) = action {
+            return exports::export(&self.host, export).await;
+        }
+        if let Action::ImportSnapshot(import) = action {
+            return exports::import(&self.host, import).await;
+        }
         let (vm, command) =
             vm_command(&command.task, action, |grant| grants::open(&self.host.identity.material(), grant, unix_now()))?;
         grants::check(&command, &self.host.identity.name, unix_now())?;
@@ -406,7 +412,9 @@ fn vm_command(
         | Action::Exec(_)
         | Action::ExecStatus(_)
         | Action::DeleteSnapshot(_)
-        | Action::LookAtVault(_) => {
+        | Action::LookAtVault(_)
+        | Action::ExportSnapshot(_)
+        | Action::ImportSnapshot(_) => {
             return Err(Malformed::Field { field: "action" }.into());
         }
     })

@@ -1,11 +1,14 @@
 //! Snapshots: what QEMU writes of the memory of a VM that runs on, into the vault ([`take`]), its disks as they were at that instant ([`disk`]), its disks made what
-//! they were ([`restore`]), and a VM that runs at once out of it ([`play`]).
+//! they were ([`restore`]), and a VM that runs at once out of it ([`play`]); and both as
+//! files, out of the vault ([`unload`]) and into it ([`load`]).
 //!
 //! ```text
 //! take      QEMU (background-snapshot) ──stream──▶ pages, device state ──▶ vault
 //!           QEMU (export of a disk, whose old content it saves from being written over) ──NBD──▶ pages ──▶ vault
 //! restore   vault ──what differs──NBD──▶ QEMU (a disk, before its VM runs)
 //! play      vault ──stream of post-copy: device state first, pages as they are missed, the rest in order──▶ QEMU (incoming)
+//! unload    vault ──▶ file (the stream of a migration), file (raw)
+//! load      file (such a stream), file (raw) ──▶ vault
 //! ```
 //! All of it is done by a process of its own, the *vault worker* ([`worker`]): it reads what QEMU and the vault say in a cage, and sees of the host the vault's directory alone.
 //! The agent starts it and hears how it goes ([`client`]), in the words of [`control`].
@@ -14,14 +17,16 @@ mod client;
 mod control;
 mod disk;
 mod export;
+mod load;
 mod play;
 mod request;
 mod restore;
 mod take;
+mod unload;
 mod worker;
 
 pub(crate) use client::Worker;
-pub(crate) use control::{DiskOf, Job, Kept, Keyed, Said};
+pub(crate) use control::{DiskFile, DiskOf, Job, Kept, Keyed, MemoryFile, Said};
 pub(crate) use request::{FromSnapshot, SnapshotJob, VaultAt, id_of, key_of};
 pub use worker::{WorkerError, run};
 

@@ -11,6 +11,7 @@ mod arrival;
 mod convert;
 mod directory;
 mod driver;
+mod exports;
 mod image;
 mod locks;
 mod qcow2;
@@ -32,6 +33,7 @@ use godwit_qemu::Launcher;
 
 pub(crate) use arrival::{Arrived, Begun};
 pub(crate) use driver::Successor;
+pub(crate) use exports::Export;
 pub(crate) use image::{CachedImage, ImageCache, IndexedImage};
 pub(crate) use locks::locks_hold;
 

@@ -28,4 +28,4 @@ mod tpm;
 
 pub(crate) use actor::{Answer, VmCommand};
 pub(crate) use registry::Registry;
-pub(crate) use start::Uids;
+pub(crate) use start::{Uids, fetch_image};

@@ -318,6 +318,16 @@ impl Client {
         self.post(&format!("/snapshots/{}/clone", segment(snapshot)), request).await
     }
 
+    /// Writes a snapshot as files.
+    pub async fn export_snapshot(&self, snapshot: &Name, request: &v1::SnapshotExportRequest) -> Result<v1::Task> {
+        self.post(&format!("/snapshots/{}/export", segment(snapshot)), request).await
+    }
+
+    /// Makes files a snapshot.
+    pub async fn import_snapshot(&self, snapshot: &Name, request: &v1::SnapshotImport) -> Result<v1::Task> {
+        self.post(&format!("/snapshots/{}/import", segment(snapshot)), request).await
+    }
+
     /// Deletes a snapshot.
     pub async fn delete_snapshot(&self, snapshot: &Name) -> Result<()> {
         let request = self.request(Method::DELETE, &format!("/snapshots/{}", segment(snapshot)));

@@ -47,7 +47,8 @@ pub const fn http_status(code: ErrorCode) -> u16 {
         | E::GuestRefused
         | E::ExecUnfinished
         | E::SnapshotDamaged
-        | E::SnapshotFailed => 422,
+        | E::SnapshotFailed
+        | E::SnapshotInvalid => 422,
         E::QemuFailed | E::HostFailed | E::Internal => 500,
         E::HostDown => 503,
         E::StoreFull => 507,

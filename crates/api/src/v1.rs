@@ -6,8 +6,8 @@ use godwit_model::guest::EXEC_TIMEOUT;
 use godwit_model::{
     Accelerator, Activity, Bytes, BytesPerSec, ExecRequest, Generation, GuestFacts, HostFacts, HostLoad, ImageId, ImageKind,
     ImportFormat, InterfaceDrops, MigrationFigures, MigrationForecast, MigrationProgress, MigrationSettings, Millis, Name,
-    NetworkId, NetworkKind, Octets, QuietTime, Refusal, RestoreFigures, RunState, SnapshotFigures, SnapshotId, TaskId, TokenId,
-    UnixMillis, VaultPlan, VaultUsage, VmId, VmSpec, VolumeRef,
+    NetworkId, NetworkKind, Octets, QuietTime, Refusal, RestoreFigures, RunState, SnapshotExport, SnapshotFigures, SnapshotId,
+    TaskId, TokenId, UnixMillis, VaultPlan, VaultUsage, VmId, VmSpec, VolumeRef,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -624,8 +624,42 @@ pub struct SnapshotClone {
     pub reason: Option<String>,
 }
 
+/// Asks for a snapshot to be written as files.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotExportRequest {
+    /// The host that writes it; by default the one where it was taken, else any that has its pool.
+    #[serde(default)]
+    pub host: Option<Name>,
+    /// Why; recorded with the task.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
 const fn starts() -> bool {
     true
+}
+
+/// Asks for files to become a snapshot of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotImport {
+    /// Of which VM. It has run, and has disks of the same sizes.
+    pub vm: Name,
+    /// Where the files are: `POOL/NAME` is the directory `imports/TEAM/NAME` in the pool or, if there is none, `exports/TEAM/NAME`. The pool's vault holds the snapshot.
+    pub from: VolumeRef,
+    /// With memory and devices, which QEMU will read: takes the role admin. False by default.
+    #[serde(default)]
+    pub memory: bool,
+    /// The host that reads them; by default the VM's, else any that has the pool.
+    #[serde(default)]
+    pub host: Option<Name>,
+    /// It is kept until somebody says otherwise.
+    #[serde(default)]
+    pub golden: bool,
+    /// Why; recorded with it.
+    #[serde(default)]
+    pub reason: Option<String>,
 }
 
 /// A team's vault: what holds its snapshots in one pool.
@@ -719,7 +753,7 @@ pub struct Task {
     pub forecast: Option<MigrationForecast>,
     /// What a migration cost.
     pub figures: Option<MigrationFigures>,
-    /// The snapshot that is taken, or that a VM becomes what it was in.
+    /// The snapshot that is taken, written or read as files, or that a VM becomes what it was in.
     #[serde(default)]
     pub snapshot: Option<Name>,
     /// The snapshot that a rollback keeps of what the VM was before.
@@ -728,6 +762,9 @@ pub struct Task {
     /// What a rollback cost.
     #[serde(default)]
     pub restore: Option<RestoreFigures>,
+    /// Where a snapshot was exported to.
+    #[serde(default)]
+    pub export: Option<SnapshotExport>,
     /// Why it failed or was cancelled.
     pub error: Option<Refusal>,
     /// What happened, oldest first.

@@ -89,6 +89,7 @@ impl Exit {
             | E::GuestSilent
             | E::SnapshotDamaged
             | E::SnapshotFailed
+            | E::SnapshotInvalid
             | E::StoreFull
             | E::FetchFailed
             | E::HostFailed

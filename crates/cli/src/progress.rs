@@ -249,6 +249,7 @@ mod tests {
             snapshot: None,
             kept: None,
             restore: None,
+            export: None,
             error: None,
             trail: vec![],
         }

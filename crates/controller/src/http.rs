@@ -99,6 +99,8 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(snapshots::snapshot_show, snapshots::snapshot_set, snapshots::snapshot_delete))
         .routes(routes!(snapshots::snapshot_rollback))
         .routes(routes!(snapshots::snapshot_clone))
+        .routes(routes!(snapshots::snapshot_export))
+        .routes(routes!(snapshots::snapshot_import))
         .routes(routes!(vaults::vault_list))
         .routes(routes!(vaults::vault_verify))
         .routes(routes!(vaults::vault_prune))

@@ -24,7 +24,7 @@ use crate::fleet::Fleet;
 use crate::hub::{ConsoleStream, Hub};
 use crate::images::Images;
 use crate::reports::Reports;
-use crate::rows::{HostRow, ImageRow, VmRow};
+use crate::rows::{HostRow, ImageRow, SnapshotRow, TaskRow, VmRow, Work};
 
 mod attend;
 mod join;
@@ -126,6 +126,17 @@ impl LinkServer {
             for name in vm.row.spec.cdroms.iter().filter_map(|cdrom| cdrom.image.as_ref()) {
                 let found = self.db.find::<ImageRow>(&format!("{}/{name}", vm.row.team)).await?;
                 if found.is_some_and(|found| found.row.id == image) {
+                    return Ok(true);
+                }
+            }
+        }
+        // What a snapshot's VM boots from goes along when it is exported.
+        for task in self.db.all::<TaskRow>().await?.into_iter().filter(|task| !task.row.state.ended()) {
+            if let Work::SnapshotExport { name, host: there, .. } = &task.row.work
+                && there == host
+            {
+                let found = self.db.find::<SnapshotRow>(&format!("{}/{name}", task.row.team)).await?;
+                if found.is_some_and(|found| found.row.resolved.images().any(|needed| needed.id == image)) {
                     return Ok(true);
                 }
             }

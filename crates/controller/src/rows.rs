@@ -20,8 +20,8 @@ use godwit_api::v1::{ReignEnd, Role, SnapshotCreate, SnapshotState, TaskNote, Ta
 use godwit_model::{
     Activity, Bytes, BytesPerSec, Epoch, Generation, Habits, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
     MigrationForecast, MigrationPolicy, MigrationProgress, MigrationSettings, Millis, Name, NetworkId, NetworkKind, Refusal,
-    ResolvedSpec, RestoreFigures, RunState, SnapshotFigures, SnapshotId, SnapshotRequest, TaskId, TokenId, TravellingDisk,
-    UnixMillis, VmId, VmSpec,
+    ResolvedSpec, RestoreFigures, RunState, SnapshotExport, SnapshotFigures, SnapshotId, SnapshotRequest, TaskId, TokenId,
+    TravellingDisk, UnixMillis, VmId, VmSpec,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -532,6 +532,10 @@ pub(crate) enum Work {
     Suspend(Box<SuspendWork>),
     /// Reads all of a vault, in the pool with this identity.
     Verify { identity: String, host: Name },
+    /// Writes a snapshot as files on `host`.
+    SnapshotExport { snapshot: SnapshotId, name: Name, host: Name, written: Option<SnapshotExport> },
+    /// Makes the files in a directory of the pool of `host` a snapshot.
+    SnapshotImport { snapshot: SnapshotId, name: Name, from: Name, host: Name },
 }
 
 /// A request that waits.
@@ -594,6 +598,8 @@ impl Work {
             Self::Rollback(_) => "vm.rollback",
             Self::Suspend(_) => "vm.suspend",
             Self::Verify { .. } => "vault.verify",
+            Self::SnapshotExport { .. } => "snapshot.export",
+            Self::SnapshotImport { .. } => "snapshot.import",
         }
     }
 }

@@ -36,6 +36,7 @@ mod cancel;
 mod change;
 mod clone;
 mod exec;
+mod files;
 mod forecast;
 mod golden;
 mod import;
@@ -50,6 +51,7 @@ mod wait;
 
 pub(crate) use admit::{Ask, Asked, host_down};
 pub(crate) use cancel::cancellable;
+pub(crate) use files::Asker;
 pub(crate) use import::NewImport;
 
 /// Lines of a trail that are kept.
@@ -220,6 +222,8 @@ impl Tasks {
             Work::Rollback(_) => self.run_rollback(id).await,
             Work::Suspend(_) => self.run_suspend(id).await,
             Work::Verify { .. } => self.run_verify(id).await,
+            Work::SnapshotExport { .. } => self.run_snapshot_export(id).await,
+            Work::SnapshotImport { .. } => self.run_snapshot_import(id).await,
         }
     }
 

@@ -271,7 +271,9 @@ pub(crate) fn snapshot(stored: &Stored<SnapshotRow>) -> v1::Snapshot {
 pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
     let row = &stored.row;
     let (snapshot, kept) = match &row.work {
-        Work::Snapshot { name, .. } => (Some(name.clone()), None),
+        Work::Snapshot { name, .. } | Work::SnapshotExport { name, .. } | Work::SnapshotImport { name, .. } => {
+            (Some(name.clone()), None)
+        }
         Work::Wait { asked: Later::Snapshot(request) } => (request.name.clone(), None),
         Work::Start { from: Some(origin), .. } => (Some(origin.snapshot.clone()), None),
         Work::Suspend(work) => (Some(work.name.clone()), None),
@@ -299,6 +301,10 @@ pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
         snapshot,
         kept,
         restore: row.restore,
+        export: match &row.work {
+            Work::SnapshotExport { written, .. } => written.clone(),
+            _ => None,
+        },
         error: row.error.clone().filter(|_| row.state.ended()),
         trail: row.trail.clone(),
     }

@@ -130,6 +130,8 @@ codes! {
     SnapshotDamaged = "snapshot_damaged",
     /// The snapshot could not be taken; the VM runs on.
     SnapshotFailed = "snapshot_failed",
+    /// A file that is to become a snapshot is not what it must be.
+    SnapshotInvalid = "snapshot_invalid",
     /// The VM's disks are half of a snapshot.
     DisksUnfinished = "disks_unfinished",
     /// The controller's store has no space.

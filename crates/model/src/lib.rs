@@ -40,7 +40,7 @@ pub use network::{
 pub use ownership::{Epoch, Generation, Grant};
 pub use policy::MigrationSettings;
 pub use snapshot::{
-    RestoreFigures, SnapshotFigures, SnapshotRequest, SnapshotSize, VaultFile, VaultFindings, VaultPlan, VaultUsage,
+    RestoreFigures, SnapshotExport, SnapshotFigures, SnapshotRequest, SnapshotSize, VaultFile, VaultFindings, VaultPlan, VaultUsage,
 };
 pub use spec::{
     Accelerator, Autostart, Boot, CacheMode, CdromSpec, CloudInit, Dimm, DimmAddress, Discard, DiskBus, DiskFormat, DiskSpec,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, Millis, UnixMillis, VolumeRef};
+use crate::{Bytes, Millis, Name, UnixMillis, VolumeRef};
 
 /// How long a guest may take to bring its file systems to rest, if nothing else was said.
 pub const QUIESCE: Millis = Millis(10_000);
@@ -50,6 +50,17 @@ pub struct SnapshotSize {
     pub volume: VolumeRef,
     /// Bytes.
     pub size: Bytes,
+}
+
+/// Where a snapshot was exported to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct SnapshotExport {
+    /// The host that wrote it.
+    pub host: Name,
+    /// The directory there.
+    pub path: String,
+    /// Bytes of its files.
+    pub bytes: Bytes,
 }
 
 /// How a VM came out of a snapshot.

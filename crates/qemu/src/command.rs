@@ -8,6 +8,7 @@
 pub(crate) mod devices;
 pub(crate) mod memory;
 mod options;
+mod plain;
 mod platform;
 mod seed;
 mod tpm;
@@ -22,6 +23,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::cage::PassedFds;
 use options::{Object, Pairs};
+pub use plain::{PlainFiles, plain_arguments};
 
 /// What a VM is given on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]

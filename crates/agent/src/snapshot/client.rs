@@ -114,6 +114,9 @@ fn refused(code: ErrorCode, message: String) -> Refusal {
             refusal.hint("free space in the pool: `godwit vault prune` shows what nobody refers to").retry(Retry::Safe)
         }
         ErrorCode::SnapshotDamaged => refusal.hint("`godwit vault verify` says what else is damaged; use another snapshot"),
+        ErrorCode::SnapshotInvalid => {
+            refusal.hint("bring the files of an export as they were written; docs/spec/export.md says what each must be")
+        }
         ErrorCode::RevisionConflict => refusal.hint("look at the plan as it is now"),
         ErrorCode::VmBusy => refusal.hint("try again in a moment").retry(Retry::Safe),
         _ => refusal,

@@ -43,6 +43,22 @@ pub(crate) struct DiskOf {
     pub(crate) size: Bytes,
 }
 
+/// A stream that becomes a snapshot's memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MemoryFile {
+    pub(crate) fd: RawFd,
+    /// The machine that it must be of.
+    pub(crate) machine: String,
+}
+
+/// A raw image that becomes a disk of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskFile {
+    pub(crate) node: String,
+    pub(crate) fd: RawFd,
+    pub(crate) size: Bytes,
+}
+
 /// What a worker does.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "job", rename_all = "snake_case")]
@@ -51,6 +67,10 @@ pub(crate) enum Job {
     Take { snapshot: Keyed, team: [u8; 32], known: Vec<Keyed>, memory_fd: Option<RawFd>, disks: Vec<DiskOf>, about: Vec<u8> },
     /// Makes disks what they were.
     Restore { snapshot: Keyed, disks: Vec<DiskOf> },
+    /// Writes its memory, or a disk of it, to a file.
+    Unload { snapshot: Keyed, disk: Option<String>, to_fd: RawFd },
+    /// Makes files a snapshot: the stream of a VM of this machine, if there is one, and raw images.
+    Load { snapshot: Keyed, team: [u8; 32], known: Vec<Keyed>, memory: Option<MemoryFile>, disks: Vec<DiskFile>, about: Vec<u8> },
     /// Plays a VM to the QEMU that waits.
     Play { snapshot: Keyed, qemu_fd: RawFd },
     /// Removes a snapshot.

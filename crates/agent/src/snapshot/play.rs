@@ -277,7 +277,7 @@ impl<'a> Player<'a> {
 }
 
 /// What comes before RAM's start, but commands; and that start.
-fn preamble(bytes: &[u8]) -> Result<(Vec<Element>, RamStart), PlayError> {
+pub(super) fn preamble(bytes: &[u8]) -> Result<(Vec<Element>, RamStart), PlayError> {
     let mut reader = Reader::of_snapshot();
     reader.buffer_mut().extend_from_slice(bytes);
     let mut before = Vec::new();

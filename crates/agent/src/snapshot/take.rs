@@ -160,7 +160,7 @@ impl Taking {
     }
 }
 
-fn space(block: &RamBlock) -> Result<Space, TakeError> {
+pub(super) fn space(block: &RamBlock) -> Result<Space, TakeError> {
     let name = String::from_utf8_lossy(block.id.as_bytes()).into_owned();
     let pages = u32::try_from(block.pages()).ok().filter(|_| name.as_bytes() == block.id.as_bytes());
     pages.map(|pages| Space { kind: SpaceKind::Ram, name: name.clone(), pages }).ok_or(TakeError::Block(name))

@@ -22,6 +22,7 @@ use super::disk::take_disk;
 use super::play::{Played, play};
 use super::take::take;
 
+mod exported;
 mod played;
 
 /// Generous, since the machine may be busy; nothing waits this long when all is well.

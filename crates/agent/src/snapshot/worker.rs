@@ -17,11 +17,13 @@ use godwit_vault::{
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde::Serialize;
 
-use super::control::{DiskOf, Job, Kept, Keyed, Said, WorkerConfig};
+use super::control::{DiskFile, DiskOf, Job, Kept, Keyed, MemoryFile, Said, WorkerConfig};
 use super::disk::{TakeDiskError, take_disk};
+use super::load::{LoadError, load_disk, load_memory};
 use super::play::{PlayError, play};
 use super::restore::{RestoreError, restore};
 use super::take::{TakeError, take};
+use super::unload::{UnloadError, unload_disk, unload_memory};
 
 /// Pages of earlier snapshots that are known while one is taken: those of 64 GiB.
 const KNOWN: usize = 16 << 20;
@@ -52,6 +54,10 @@ enum Failure {
     Restore(#[from] RestoreError),
     #[error(transparent)]
     Play(#[from] PlayError),
+    #[error(transparent)]
+    Unload(#[from] UnloadError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
     #[error("{0}")]
     Write(#[source] io::Error),
     #[error("the snapshot has more disks, or larger ones, than can be kept")]
@@ -157,6 +163,20 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
             }
             Ok(json(&Bytes(written)))
         }
+        Job::Unload { snapshot, disk, to_fd } => {
+            let (id, key) = snapshot.opened();
+            let mut contents = vault.snapshot(id, &key)?;
+            let to = File::from(own(to_fd));
+            let length = match disk {
+                Some(disk) => unload_disk(&mut contents, &disk, &to)?,
+                None => unload_memory(&mut contents, &to)?,
+            };
+            to.sync_all().map_err(UnloadError::Write)?;
+            Ok(json(&Bytes(length)))
+        }
+        Job::Load { snapshot, team, known, memory, disks, about } => {
+            load_all(vault, &snapshot, TeamKey::new(team), &keyed(&known), memory, &disks, about)
+        }
         Job::Play { snapshot, qemu_fd } => {
             let (id, key) = snapshot.opened();
             let contents = vault.snapshot(id, &key)?;
@@ -219,11 +239,7 @@ fn take_all(
     if vault.snapshots()?.contains(&id) {
         vault.delete(id)?;
     }
-    let of_disk = |disk: &DiskOf| {
-        let pages = u32::try_from(disk.size.get().div_ceil(PAGE_SIZE as u64)).ok()?;
-        Some(Space { kind: SpaceKind::Disk, name: disk.node.clone(), pages })
-    };
-    let disk_spaces: Vec<Space> = disks.iter().map(of_disk).collect::<Option<_>>().ok_or(Failure::Disks)?;
+    let disk_spaces: Vec<Space> = disks.iter().map(|disk| disk_space(&disk.node, disk.size)).collect::<Result<_, _>>()?;
     let known: Known = vault.known(known, KNOWN)?;
     let draft = vault.begin(id)?;
     let keys = Keys { snapshot: key, team, pack: PackKey::draw().map_err(Failure::Write)? };
@@ -254,6 +270,48 @@ fn take_all(
     Ok(json(&Kept { zero: totals.zero, known: totals.known, new: totals.new, written }))
 }
 
+fn disk_space(node: &str, size: Bytes) -> Result<Space, Failure> {
+    let pages = u32::try_from(size.get().div_ceil(PAGE_SIZE as u64)).map_err(|_| Failure::Disks)?;
+    Ok(Space { kind: SpaceKind::Disk, name: node.to_owned(), pages })
+}
+
+fn load_all(
+    vault: &Vault,
+    snapshot: &Keyed,
+    team: TeamKey,
+    known: &[(SnapshotId, SnapshotKey)],
+    memory: Option<MemoryFile>,
+    disks: &[DiskFile],
+    about: Vec<u8>,
+) -> Result<serde_json::Value, Failure> {
+    let (id, key) = snapshot.opened();
+    // Of a try whose end nobody heard.
+    if vault.snapshots()?.contains(&id) {
+        vault.delete(id)?;
+    }
+    let disk_spaces: Vec<Space> = disks.iter().map(|disk| disk_space(&disk.node, disk.size)).collect::<Result<_, _>>()?;
+    let known: Known = vault.known(known, KNOWN)?;
+    let draft = vault.begin(id)?;
+    let keys = Keys { snapshot: key, team, pack: PackKey::draw().map_err(Failure::Write)? };
+    let mut first_disk = 0;
+    let (mut writer, mut parts) = match memory {
+        Some(MemoryFile { fd, machine }) => load_memory(File::from(own(fd)), &machine, |mut spaces| {
+            first_disk = spaces.len();
+            spaces.extend(disk_spaces);
+            draft.writer(&keys, spaces, known, Bytes(u64::MAX))
+        })?,
+        None => (draft.writer(&keys, disk_spaces, known, Bytes(u64::MAX)).map_err(Failure::Write)?, Parts::default()),
+    };
+    for (space, disk) in (first_disk..).zip(disks) {
+        load_disk(&File::from(own(disk.fd)), u16::try_from(space).map_err(|_| Failure::Disks)?, &mut writer)?;
+    }
+    parts.about = about;
+    let (_, _, totals) = writer.finish(&parts).map_err(Failure::Write)?;
+    draft.commit(&totals)?;
+    let written = Bytes(totals.snapshot.get().saturating_add(totals.pack.get()));
+    Ok(json(&Kept { zero: totals.zero, known: totals.known, new: totals.new, written }))
+}
+
 impl Failure {
     fn code(&self) -> ErrorCode {
         use ErrorCode as E;
@@ -263,14 +321,17 @@ impl Failure {
             Self::Vault(VaultError::Changed) => E::RevisionConflict,
             Self::Vault(VaultError::File { .. } | VaultError::Missing { .. }) => E::SnapshotDamaged,
             Self::Restore(RestoreError::Contents(error)) | Self::Play(PlayError::Contents(error)) => of_contents(error),
-            Self::Play(PlayError::Preamble(_) | PlayError::NoRam) => E::SnapshotDamaged,
+            Self::Unload(UnloadError::Contents(error)) => of_contents(error),
+            Self::Play(PlayError::Preamble(_) | PlayError::NoRam) | Self::Unload(UnloadError::Preamble(_)) => E::SnapshotDamaged,
             Self::Play(PlayError::Refused | PlayError::Answer(_)) => E::QemuFailed,
             Self::Restore(RestoreError::TooSmall { .. }) => E::VolumeTruncated,
-            Self::Restore(RestoreError::NoDisk(_)) => E::NotFound,
+            Self::Restore(RestoreError::NoDisk(_)) | Self::Unload(UnloadError::NoDisk(_)) => E::NotFound,
             Self::Restore(RestoreError::Disk(error)) if error.is_no_space() => E::NotEnoughSpace,
             failure if failure.is_no_space() => E::NotEnoughSpace,
             Self::Take(_) | Self::Disk(_) | Self::Disks | Self::Alone(_) => E::SnapshotFailed,
             Self::Restore(_) | Self::Play(_) => E::QemuFailed,
+            Self::Load(LoadError::Read(_) | LoadError::Write(_)) | Self::Unload(_) => E::HostFailed,
+            Self::Load(_) => E::SnapshotInvalid,
             Self::Vault(_) | Self::Write(_) => E::HostFailed,
         }
     }
@@ -283,6 +344,8 @@ impl Failure {
             Self::Vault(VaultError::Io { source, .. })
             | Self::Take(TakeError::Write(source))
             | Self::Disk(TakeDiskError::Write(source))
+            | Self::Unload(UnloadError::Write(source))
+            | Self::Load(LoadError::Write(source))
             | Self::Write(source) => is(source),
             _ => false,
         }

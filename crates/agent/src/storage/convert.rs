@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use std::time::Duration;
 
-use godwit_model::{DiskFormat, ErrorCode, Refusal, Retry, hostile};
+use godwit_model::{Bytes, DiskFormat, ErrorCode, Refusal, Retry, hostile};
 use godwit_qemu::cage::tool::{self, Tool, ToolError};
 use godwit_qemu::{Launcher, PassedFds};
 use rustix::fs::{CWD, Mode, OFlags};
@@ -34,49 +34,90 @@ pub(super) async fn fill(draft: Draft, cage: Option<&Launcher>) -> Result<Draft,
         Ok(draft)
     })
     .await?;
-    let drop_rights = rustix::process::geteuid().is_root();
-    // The rights to a file are those of its owner when it is opened anew.
-    let give = |uid: Uid, gid: Gid| {
-        let file = draft.room.file();
-        // A file server that takes root for nobody refuses, and has made the file nobody's already.
-        let is_nobodys = || rustix::fs::fstat(file).is_ok_and(|data| data.st_uid == NOBODY);
-        match rustix::fs::fchown(file, Some(uid), Some(gid)) {
-            Err(rustix::io::Errno::PERM) if is_nobodys() => Ok(()),
-            result => result.map_err(|error| refusal::system(&format!("create volume {}", draft.volume), &error.into())),
-        }
-    };
-    if drop_rights {
-        give(Uid::from_raw(NOBODY), Gid::from_raw(NOBODY))?;
-    }
+    let doing = format!("create volume {}", draft.volume);
+    let file = draft.room.file();
+    lend(file, &doing)?;
     if draft.format == DiskFormat::Qcow2 {
-        run(&draft, None, cage, |_, volume| {
-            ["create", "-q", "-f", "qcow2", volume, &draft.size.get().to_string()].map(str::to_owned).to_vec()
-        })
-        .await?;
+        create(file, draft.size, cage, &doing).await?;
     }
     if let Some((image, format)) = &draft.image {
-        run(&draft, Some(image), cage, |image, volume| {
-            let to = draft.format.driver();
-            ["convert", "-q", "-n", "--target-is-zero", "-f", format.driver(), "-O", to, image, volume].map(str::to_owned).to_vec()
-        })
-        .await?;
+        copy((image, *format), (file, draft.format), cage, &doing).await?;
     }
-    if drop_rights {
-        give(Uid::ROOT, Gid::ROOT)?;
-    }
+    take_back(file, &doing)?;
     Ok(draft)
+}
+
+/// Makes a file of ours, which `qemu-img` may read, a disk of `size` in another one; both are empty or whole then.
+///
+/// # Errors
+/// `not_enough_space`, `host_failed`; `image_invalid` for what `qemu-img` does not read.
+pub(super) async fn convert(
+    from: (&File, DiskFormat),
+    to: (&File, DiskFormat),
+    size: Bytes,
+    cage: Option<&Launcher>,
+    doing: &str,
+) -> Result<(), Refusal> {
+    lend(from.0, doing)?;
+    lend(to.0, doing)?;
+    if to.1 == DiskFormat::Qcow2 {
+        create(to.0, size, cage, doing).await?;
+    } else {
+        to.0.set_len(size.get()).map_err(|error| refusal::system(doing, &error))?;
+    }
+    copy(from, to, cage, doing).await?;
+    take_back(to.0, doing)?;
+    take_back(from.0, doing)
+}
+
+async fn create(to: &File, size: Bytes, cage: Option<&Launcher>, doing: &str) -> Result<(), Refusal> {
+    let arguments = |_: &str, to: &str| ["create", "-q", "-f", "qcow2", to, &size.get().to_string()].map(str::to_owned).to_vec();
+    run((to, None), cage, doing, arguments).await
+}
+
+async fn copy(
+    (from, read): (&File, DiskFormat),
+    (to, written): (&File, DiskFormat),
+    cage: Option<&Launcher>,
+    doing: &str,
+) -> Result<(), Refusal> {
+    let (read, written) = (read.driver(), written.driver());
+    run((to, Some(from)), cage, doing, |from, to| {
+        ["convert", "-q", "-n", "--target-is-zero", "-f", read, "-O", written, from, to].map(str::to_owned).to_vec()
+    })
+    .await
+}
+
+/// The rights to a file are those of its owner when it is opened anew.
+fn give(file: &File, uid: Uid, gid: Gid, doing: &str) -> Result<(), Refusal> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    // A file server that takes root for nobody refuses, and has made the file nobody's already.
+    let is_nobodys = || rustix::fs::fstat(file).is_ok_and(|data| data.st_uid == NOBODY);
+    match rustix::fs::fchown(file, Some(uid), Some(gid)) {
+        Err(rustix::io::Errno::PERM) if is_nobodys() => Ok(()),
+        result => result.map_err(|error| refusal::system(doing, &error.into())),
+    }
+}
+
+fn lend(file: &File, doing: &str) -> Result<(), Refusal> {
+    give(file, Uid::from_raw(NOBODY), Gid::from_raw(NOBODY), doing)
+}
+
+fn take_back(file: &File, doing: &str) -> Result<(), Refusal> {
+    give(file, Uid::ROOT, Gid::ROOT, doing)
 }
 
 /// Runs `qemu-img` with the arguments for the places of image and volume.
 async fn run(
-    draft: &Draft,
-    image: Option<&File>,
+    (volume, image): (&File, Option<&File>),
     cage: Option<&Launcher>,
+    doing: &str,
     arguments: impl Fn(&str, &str) -> Vec<String>,
 ) -> Result<(), Refusal> {
-    let doing = format!("create volume {}", draft.volume);
-    let system = |error: std::io::Error| refusal::system(&doing, &error);
-    let volume_place = place_of(draft.room.file()).map_err(system)?;
+    let system = |error: std::io::Error| refusal::system(doing, &error);
+    let volume_place = place_of(volume).map_err(system)?;
     let image_place = image.map(place_of).transpose().map_err(system)?;
     let not_started = |error: String| {
         Refusal::new(ErrorCode::HostFailed, format!("could not {doing}: qemu-img did not start: {error}"))
@@ -118,7 +159,7 @@ async fn run(
     };
     let complaint = hostile::bounded(&complaint, MAX_COMPLAINT);
     if complaint.contains("No space left") {
-        return Err(refusal::no_space(&doing, &complaint));
+        return Err(refusal::no_space(doing, &complaint));
     }
     let facts = format!("could not {doing}: qemu-img ended with {status}: {complaint}");
     Err(match image {

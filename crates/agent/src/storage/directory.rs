@@ -7,17 +7,21 @@
 //!  POOL/arriving/NAME~arriving   a volume that is on its way here
 //!  POOL/spares/NAME~spare     what is left of one that another host has now
 //!  POOL/vaults/TEAM/          a team's vault
+//!  POOL/exports/TEAM/NAME/    a snapshot as files, see [`exports`]
+//!  POOL/imports/TEAM/NAME/    what people have brought: made by them, read here
 //!  POOL/records/…             what each was made as; advisory, bound to the file by its inode
 //!  POOL/partial/UUID          something that is being made, locked by its maker; or a successor, see [`successor`]
 //! ```
 //! Its identity is checked whenever it is opened, and nothing below is reached through a link.
 
+mod exports;
 mod successor;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -27,7 +31,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::driver::{Access, Driver, Hold, Item, Left, OpenError, Record, Room, Space, Storage, Successor};
+use super::driver::{Access, Driver, ExportRoom, Hold, Item, Left, OpenError, Record, Room, Space, Storage, Successor};
 use super::{PoolConfig, locks};
 
 const IDENTITY: &str = ".godwit-pool";
@@ -54,6 +58,8 @@ pub(super) struct Directory {
 /// The directory, opened.
 struct Place {
     root: OwnedFd,
+    /// Where the pool was declared to be.
+    path: PathBuf,
     identity: String,
 }
 
@@ -105,7 +111,7 @@ impl Driver for Directory {
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::openat(CWD, &config.path, flags, Mode::empty()).map_err(|error| cannot(&error.into()))?;
-        let mut place = Place { root, identity: String::new() };
+        let mut place = Place { root, path: config.path.clone(), identity: String::new() };
         let found = match place.read_identity() {
             Ok(found) => found,
             Err(error) if error.kind() == io::ErrorKind::NotFound && known.get().is_none() => {
@@ -127,7 +133,7 @@ impl Driver for Directory {
 
 impl Place {
     fn again(&self) -> io::Result<Self> {
-        Ok(Self { root: self.root.try_clone()?, identity: self.identity.clone() })
+        Ok(Self { root: self.root.try_clone()?, path: self.path.clone(), identity: self.identity.clone() })
     }
 
     fn read_identity(&self) -> io::Result<String> {
@@ -181,6 +187,20 @@ impl Place {
                 other => return other.map(File::from),
             }
         }
+    }
+
+    fn open_file(&self, path: &str, how: OFlags) -> Result<File, OpenError> {
+        // Not blocking: what is under the name may be a pipe. For a file it changes nothing, and it is taken off again.
+        let file = self.open_beneath(path, how | OFlags::NONBLOCK).map_err(|error| match error {
+            Errno::NOENT => OpenError::Missing,
+            Errno::LOOP | Errno::XDEV => OpenError::Link,
+            Errno::NXIO | Errno::ISDIR => OpenError::NotAVolume,
+            Errno::INVAL if how.contains(OFlags::DIRECT) => OpenError::NoDirect,
+            error => OpenError::System(error.into()),
+        })?;
+        let flags = rustix::fs::fcntl_getfl(&file).map_err(io::Error::from)?;
+        rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(io::Error::from)?;
+        if file.metadata()?.is_file() { Ok(file) } else { Err(OpenError::NotAVolume) }
     }
 
     fn read_small(&self, path: &str) -> io::Result<Vec<u8>> {
@@ -244,17 +264,7 @@ impl Storage for Place {
     fn open(&self, item: &Item, access: Access) -> Result<File, OpenError> {
         let how = if access.write { OFlags::RDWR } else { OFlags::RDONLY };
         let direct = if access.direct { OFlags::DIRECT } else { OFlags::empty() };
-        // Not blocking: what is under the name may be a pipe. For a file it changes nothing, and it is taken off again.
-        let file = self.open_beneath(&path_of(item), how | direct | OFlags::NONBLOCK).map_err(|error| match error {
-            Errno::NOENT => OpenError::Missing,
-            Errno::LOOP | Errno::XDEV => OpenError::Link,
-            Errno::NXIO | Errno::ISDIR => OpenError::NotAVolume,
-            Errno::INVAL if access.direct => OpenError::NoDirect,
-            error => OpenError::System(error.into()),
-        })?;
-        let flags = rustix::fs::fcntl_getfl(&file).map_err(io::Error::from)?;
-        rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(io::Error::from)?;
-        if file.metadata()?.is_file() { Ok(file) } else { Err(OpenError::NotAVolume) }
+        self.open_file(&path_of(item), how | direct)
     }
 
     fn record(&self, item: &Item, file: &File) -> io::Result<Option<Record>> {
@@ -287,6 +297,14 @@ impl Storage for Place {
             Err(Errno::PERM) if directory.metadata()?.uid() == uid => Ok(directory),
             result => result.map(|()| directory).map_err(io::Error::from),
         }
+    }
+
+    fn begin_export(&self, team: &Name, name: &Name) -> io::Result<Box<dyn ExportRoom>> {
+        Self::begin_export(self, team, name)
+    }
+
+    fn open_brought(&self, team: &Name, name: &Name, file: &str) -> Result<File, OpenError> {
+        Self::open_brought(self, team, name, file)
     }
 
     fn snapshot(&self, volume: &File, as_item: &Item, record: Record) -> io::Result<bool> {
@@ -402,6 +420,7 @@ impl Storage for Place {
     }
 
     fn remove_abandoned(&self) {
+        self.remove_abandoned_exports();
         let Ok(directory) = self.open_beneath(PARTIAL, OFlags::RDONLY | OFlags::DIRECTORY) else { return };
         let Ok(entries) = Dir::read_from(&directory) else { return };
         for entry in entries.filter_map(Result::ok) {

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 
 use godwit_model::{Bytes, DiskFormat, Generation, Name, Refusal, VmId};
 use serde::{Deserialize, Serialize};
@@ -86,6 +87,12 @@ pub(super) trait Storage: Send + Sync {
     /// The directory of a team's vault, made if it is missing. It belongs to `uid`, and nobody else gets in.
     fn vault(&self, team: &Name, uid: u32) -> io::Result<File>;
 
+    /// Room for a directory of files that people take away, which nobody sees until it is published as an export of the team, under this name.
+    fn begin_export(&self, team: &Name, name: &Name) -> io::Result<Box<dyn ExportRoom>>;
+
+    /// Opens a file of a directory that people brought for the team, or else of an export of the team.
+    fn open_brought(&self, team: &Name, name: &Name, file: &str) -> Result<File, OpenError>;
+
     /// Removes what makers that died have left.
     fn remove_abandoned(&self);
 }
@@ -97,6 +104,15 @@ pub(super) trait Room: Send + Sync {
 
     /// Gives it a name, durably. `false`: something has that name, and stays.
     fn publish(self: Box<Self>, item: &Item, record: Record) -> io::Result<bool>;
+}
+
+/// Room for an export to be. Given back, with all that is in it, when it is dropped. Nobody but root gets in.
+pub(super) trait ExportRoom: Send + Sync {
+    /// A new file in it, open for reading and writing.
+    fn create(&self, name: &str) -> io::Result<File>;
+
+    /// Gives it its name, durably, in the place of whatever export had it; where it is then.
+    fn publish(self: Box<Self>) -> io::Result<PathBuf>;
 }
 
 /// What is to take a volume's name from what has it, as a journal keeps it.

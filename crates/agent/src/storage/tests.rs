@@ -18,6 +18,8 @@ use uuid::Uuid;
 
 use super::{Arrived, Begun, ImageCache, PoolConfig, Pools, StorageError, locks};
 
+mod exports;
+
 const MIB: u64 = 1 << 20;
 
 struct Fixture {

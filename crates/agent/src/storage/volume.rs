@@ -110,7 +110,7 @@ fn short_of(volume: &VolumeRef, size: Bytes, promised: Option<Bytes>) -> Result<
     }
 }
 
-fn unusable_volume(volume: &VolumeRef, unusable: Unusable) -> Refusal {
+pub(super) fn unusable_volume(volume: &VolumeRef, unusable: Unusable) -> Refusal {
     match unusable {
         Unusable::Short => refusal::truncated(volume, "it ends within its qcow2 header"),
         Unusable::Magic => refusal::format(volume, "is declared qcow2, but does not begin as a qcow2 file", REPLACE),
@@ -122,7 +122,7 @@ fn unusable_volume(volume: &VolumeRef, unusable: Unusable) -> Refusal {
 }
 
 /// The qcow2 header at the beginning of `file`, if it is one.
-fn header(file: &File) -> std::io::Result<Result<Header, Unusable>> {
+pub(super) fn header(file: &File) -> std::io::Result<Result<Header, Unusable>> {
     let mut beginning = Vec::new();
     file.take(MAX_HEADER as u64).read_to_end(&mut beginning)?;
     Ok(Header::parse(&beginning))

@@ -253,7 +253,7 @@ impl Actor {
 }
 
 /// An image from the host's cache, fetched from the controller if need be.
-pub(super) async fn fetch_image(host: &SharedHost, image: &ImageRef) -> Result<CachedImage, Refusal> {
+pub(crate) async fn fetch_image(host: &SharedHost, image: &ImageRef) -> Result<CachedImage, Refusal> {
     let (host, id) = (Arc::clone(host), image.id.to_string());
     let cache = Arc::clone(&host);
     let fetch = move || {

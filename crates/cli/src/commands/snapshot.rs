@@ -1,8 +1,10 @@
 //! `godwit snapshot`: VMs as they were, to go back to.
 
 use clap::{ArgAction, Args, Subcommand};
-use godwit_api::v1::{Snapshot, SnapshotClone, SnapshotCreate, SnapshotRollback, SnapshotSet, Task, TaskState};
-use godwit_model::{Bytes, Millis, Name, SnapshotFigures};
+use godwit_api::v1::{
+    Snapshot, SnapshotClone, SnapshotCreate, SnapshotExportRequest, SnapshotImport, SnapshotRollback, SnapshotSet, Task, TaskState,
+};
+use godwit_model::{Bytes, Millis, Name, SnapshotExport, SnapshotFigures, VolumeRef};
 
 use crate::confirm::{ConfirmArgs, each};
 use crate::error::Failure;
@@ -71,6 +73,26 @@ Examples:
   godwit snapshot clone web1-golden web3 --host h2 --start=false"
     )]
     Clone(CloneArgs),
+    /// Write a snapshot as files that QEMU takes by itself
+    #[command(
+        after_help = "A host that has the snapshot's pool writes them into the pool's directory exports, where root alone gets in: they are not encrypted. README.txt
+among them says how to start the VM without Godwit.
+
+Examples:
+  godwit snapshot export web1-20261127-183000
+  godwit snapshot export nightly --host h2"
+    )]
+    Export(ExportArgs),
+    /// Make files a snapshot of a VM
+    #[command(
+        after_help = "POOL/NAME is the directory imports/TEAM/NAME in the pool of a host, or else exports/TEAM/NAME there. It has a file diskN.qcow2 for each disk of the VM, of
+its size, and memory.qemu if --memory is given, which takes the role admin. `godwit snapshot rollback` makes the VM that.
+
+Examples:
+  godwit snapshot import from-elsewhere --vm web1 --from shared/web1
+  godwit snapshot import back --vm web1 --from shared/nightly --memory --host h2"
+    )]
+    Import(ImportArgs),
     /// Delete snapshots
     Delete {
         /// Their names
@@ -153,6 +175,48 @@ pub(crate) struct CloneArgs {
     wait: WaitArgs,
 }
 
+/// Which snapshot, and where.
+#[derive(Args)]
+pub(crate) struct ExportArgs {
+    /// The snapshot
+    name: Name,
+    /// The host that writes it [default: the one where it was taken, else any that has its pool]
+    #[arg(long)]
+    host: Option<Name>,
+    /// Why; recorded with the task
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
+/// Of which VM, and from where.
+#[derive(Args)]
+pub(crate) struct ImportArgs {
+    /// Name of the snapshot
+    name: Name,
+    /// The VM
+    #[arg(long)]
+    vm: Name,
+    /// The directory of the files
+    #[arg(long, value_name = "POOL/NAME")]
+    from: VolumeRef,
+    /// With memory, too: only from a source that is trusted
+    #[arg(long)]
+    memory: bool,
+    /// The host that reads them [default: the VM's, else any that has the pool]
+    #[arg(long)]
+    host: Option<Name>,
+    /// Keep it until somebody says otherwise
+    #[arg(long)]
+    golden: bool,
+    /// Why; recorded with it
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
 pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
     match verb {
         Verb::List { watch: true, .. } => watch::<Snapshot>(&session.client).await,
@@ -169,6 +233,8 @@ pub(crate) async fn run(session: Session, verb: Verb) -> Result<(), Failure> {
         }
         Verb::Rollback(args) => rollback(&session, args).await,
         Verb::Clone(args) => clone(&session, args).await,
+        Verb::Export(args) => export(&session, args).await,
+        Verb::Import(args) => import(&session, args).await,
         Verb::Delete { names, confirm } => delete(&session, &names, &confirm).await,
     }
 }
@@ -295,6 +361,28 @@ async fn clone(session: &Session, args: CloneArgs) -> Result<(), Failure> {
             restored(task, &name, host.as_ref())
         })
         .await
+}
+
+async fn export(session: &Session, args: ExportArgs) -> Result<(), Failure> {
+    let ExportArgs { name, host, reason, wait } = args;
+    let task = session.client.export_snapshot(&name, &SnapshotExportRequest { host, reason }).await?;
+    session
+        .conclude(task, &wait, None, async |task| match &task.export {
+            Some(SnapshotExport { host, path, bytes }) => format!("{name} is in {} on {host}, {bytes}", visible(path)),
+            None => format!("{name} was exported"),
+        })
+        .await
+}
+
+async fn import(session: &Session, args: ImportArgs) -> Result<(), Failure> {
+    let ImportArgs { name, vm, from, memory, host, golden, reason, wait } = args;
+    let request = SnapshotImport { vm, from, memory, host, golden, reason };
+    let task = session.client.import_snapshot(&name, &request).await?;
+    let told_of = async |_: &Task| {
+        let snapshot = session.client.snapshot(&name).await.ok();
+        snapshot.map_or_else(|| format!("{name} is there"), |snapshot| told(&snapshot))
+    };
+    session.conclude(task, &wait, None, told_of).await
 }
 
 /// How a VM came out of a snapshot, in one line.

@@ -189,6 +189,7 @@ pub(crate) fn task(kind: &str, state: TaskState, revision: u64) -> Task {
         snapshot: None,
         kept: None,
         restore: None,
+        export: None,
         error: None,
         trail: vec![],
     }
@@ -224,6 +225,8 @@ fn routes(script: Shared) -> Router {
         .route("/v1/snapshots", get(list_snapshots).post(the_task))
         .route("/v1/snapshots/{name}", get(show_snapshot).patch(set_snapshot).delete(async || StatusCode::NO_CONTENT))
         .route("/v1/snapshots/{name}/rollback", post(the_task))
+        .route("/v1/snapshots/{name}/export", post(the_task))
+        .route("/v1/snapshots/{name}/import", post(the_task))
         .route("/v1/vaults", get(list_vaults))
         .route("/v1/vaults/{pool}/verify", post(the_task))
         .route("/v1/vaults/{pool}/prune", post(prune))

@@ -1,7 +1,7 @@
 //! Snapshots and vaults.
 
 use godwit_api::v1::{Snapshot, SnapshotState, Task, TaskState};
-use godwit_model::{Bytes, RestoreFigures, VaultFile, VaultPlan};
+use godwit_model::{Bytes, RestoreFigures, SnapshotExport, VaultFile, VaultPlan};
 use serde_json::{Value, json};
 
 use crate::fake::{Fake, Script, name, snapshot, task};
@@ -64,7 +64,7 @@ nightly  web1  2026-11-27 18:30:00Z  taking  -        -        shared  yes     d
 
 #[test]
 fn a_rollback_is_asked_about_and_says_how_the_vm_came_out() {
-    let restore = RestoreFigures { qemu_ms: 180, disks_ms: 0, disks_written: Bytes(0), memory_ms: 9 };
+    let restore = RestoreFigures { qemu_ms: 180, memory_ms: 9, ..RestoreFigures::default() };
     let kept = name("web1-before-rollback-20261127-190000");
     let done = Task { kept: Some(kept), restore: Some(restore), ..task("vm.rollback", TaskState::Done, 1) };
     let fake = Fake::start(Script { task: Some(done), ..Script::default() });
@@ -86,6 +86,28 @@ fn a_rollback_is_asked_about_and_says_how_the_vm_came_out() {
     let ended = fake.run(&["snapshot", "rollback", "one", "--yes", "--discard-present"]);
     assert_eq!(ended.stdout, "web1 is as in one on h1: QEMU started in 180 ms, disks 0 ms, it boots\n");
     assert_eq!(fake.run(&["snapshot", "rollback", "bad", "--yes"]).code, Some(8));
+}
+
+#[test]
+fn an_export_says_where_it_is_and_an_import_what_it_came_to() {
+    let written = SnapshotExport { host: name("h1"), path: "/pool/exports/default/one\u{1b}".into(), bytes: Bytes::mib(600) };
+    let done = Task { export: Some(written), ..task("snapshot.export", TaskState::Done, 1) };
+    let fake = Fake::start(Script { task: Some(done), ..Script::default() });
+    let ended = fake.run(&["snapshot", "export", "one", "--host", "h1"]);
+    let line = "one is in /pool/exports/default/one\\u{1b} on h1, 600 MiB\n";
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(0), line), "{}", ended.stderr);
+    assert_eq!(body(&fake, "POST", "/snapshots/one/export"), json!({ "host": "h1", "reason": null }));
+    fake.script().task = Some(task("snapshot.import", TaskState::Done, 1));
+    let words = ["snapshot", "import", "one", "--vm", "web1", "--from", "shared/brought", "--memory", "--reason", "r"];
+    let ended = fake.run(&words);
+    let line = "one of web1: 512 MiB memory, pause 8.2 ms, 143 MiB new, 2.1 s\n";
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(0), line), "{}", ended.stderr);
+    let asked = json!({ "vm": "web1", "from": "shared/brought", "memory": true, "host": null, "golden": false, "reason": "r" });
+    assert_eq!(body(&fake, "POST", "/snapshots/one/import"), asked);
+    for bad in [["--from", "/etc"], ["--from", "shared/../x"], ["--from", "shared"]] {
+        assert_eq!(fake.run(&[&["snapshot", "import", "one", "--vm", "web1"], bad.as_slice()].concat()).code, Some(2), "{bad:?}");
+    }
+    assert_eq!(fake.run(&["snapshot", "import", "one", "--from", "shared/brought"]).code, Some(2));
 }
 
 #[test]

@@ -17,7 +17,7 @@ use super::{Answer, App, Refusals};
 use crate::db::{Batch, retry};
 use crate::principals::{Action, Principal, Target, authorize};
 use crate::rows::{SnapshotRow, VmRow};
-use crate::tasks::{Ask, Asked};
+use crate::tasks::{Ask, Asked, Asker};
 use crate::views;
 
 /// Which team's snapshots, and which of them.
@@ -130,6 +130,50 @@ pub(super) async fn snapshot_clone(
     check_reason(request.reason.as_ref())?;
     let ask = Ask { team, vm: request.name.clone(), principal: who.name, reason: request.reason.clone(), revision: None };
     let task = app.tasks.clone_snapshot(&ask, &snapshot, &request).await?;
+    Ok((StatusCode::ACCEPTED, Json(views::task(&task))))
+}
+
+/// Writes a snapshot as files that QEMU takes by itself
+///
+/// A host that has its pool writes them into the pool's directory `exports`, in the clear. When the task is done it says where; an export of before is replaced then.
+#[utoipa::path(post, path = "/v1/snapshots/{snapshot}/export", tag = "snapshot", operation_id = "snapshot_export",
+    params(("snapshot" = Name, Path), Team), request_body = Option<v1::SnapshotExportRequest>,
+    responses((status = 202, body = v1::Task), Refusals))]
+pub(super) async fn snapshot_export(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(snapshot): Named,
+    Query(query): Query<Team>,
+    MaybeBody(request): MaybeBody<v1::SnapshotExportRequest>,
+) -> Answer<(StatusCode, Json<v1::Task>)> {
+    let team = team_of(&who, query.team.as_ref()).clone();
+    authorize(&who, Action::Change, Target::Team(&team))?;
+    let asker = Asker { team, principal: who.name };
+    let task = app.tasks.begin_snapshot_export(&asker, &snapshot, &request).await?;
+    Ok((StatusCode::ACCEPTED, Json(views::task(&task))))
+}
+
+/// Makes files a snapshot of a VM
+///
+/// As if it had been taken of the VM as it is: its spec is the VM's. The snapshot is there, `taking`, from the answer on. With memory it takes the role admin.
+#[utoipa::path(post, path = "/v1/snapshots/{snapshot}/import", tag = "snapshot", operation_id = "snapshot_import",
+    params(("snapshot" = Name, Path), Team), request_body = v1::SnapshotImport,
+    responses((status = 202, body = v1::Task), Refusals))]
+pub(super) async fn snapshot_import(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(snapshot): Named,
+    Query(query): Query<Team>,
+    Body(request): Body<v1::SnapshotImport>,
+) -> Answer<(StatusCode, Json<v1::Task>)> {
+    let team = team_of(&who, query.team.as_ref()).clone();
+    authorize(&who, Action::Change, Target::Team(&team))?;
+    // The state of devices is read by QEMU, which trusts it.
+    if request.memory {
+        authorize(&who, Action::Change, Target::Administration)?;
+    }
+    let asker = Asker { team, principal: who.name };
+    let task = app.tasks.begin_snapshot_import(&asker, &snapshot, &request).await?;
     Ok((StatusCode::ACCEPTED, Json(views::task(&task))))
 }
 

@@ -19,6 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) fn cancellable(task: &TaskRow) -> bool {
     let possible = match &task.work {
         Work::Wait { .. } | Work::Stop { .. } | Work::Import { .. } | Work::Snapshot { .. } | Work::Verify { .. } => true,
+        Work::SnapshotExport { .. } | Work::SnapshotImport { .. } => true,
         Work::Rollback(work) => work.stage == RollbackStage::KeepPresent,
         Work::Suspend(work) => matches!(work.stage, SuspendStage::Pause | SuspendStage::Keep),
         Work::Migrate(work) => work.source_ended.is_none() && work.stage != Stage::Settle,

@@ -14,6 +14,7 @@ use super::{Ask, Outcome, Tasks, conclude, host_down, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored};
 use crate::history;
+use crate::hub::Answer;
 use crate::principals::not_found;
 use crate::rows::{SnapshotRow, TaskRow, VaultRow, VmRow, Work};
 use crate::snapshots::{check_room, choose_pool, free_name};
@@ -32,6 +33,20 @@ struct About<'a> {
     created: UnixMillis,
     spec: &'a VmSpec,
     resolved: &'a godwit_model::ResolvedSpec,
+}
+
+/// What goes with a snapshot, for whoever finds it.
+pub(super) fn about(snapshot: &SnapshotRow) -> Vec<u8> {
+    encode(&About {
+        schema: 1,
+        name: &snapshot.name,
+        team: &snapshot.team,
+        vm: snapshot.vm,
+        vm_name: &snapshot.vm_name,
+        created: snapshot.created,
+        spec: &snapshot.spec,
+        resolved: &snapshot.resolved,
+    })
 }
 
 /// A snapshot to be.
@@ -56,6 +71,40 @@ pub(super) enum Taken {
 }
 
 impl Taken {
+    /// What an answer says of a snapshot; none: nobody waits for it any more, since the host is away.
+    pub(super) fn of(answer: Option<Result<Answer, Refusal>>, name: &Name, host: &Name) -> Self {
+        match answer {
+            None => Self::Unknown(
+                Refusal::new(ErrorCode::Cancelled, format!("cancelled by request, while host {host} was away"))
+                    .hint(format!("what it may have left in the vault goes with `godwit snapshot delete {name}`")),
+            ),
+            Some(Err(refusal)) => Self::Refused(refusal),
+            Some(Ok(answer)) => match decode::<SnapshotFigures>("figures", &answer.result) {
+                Ok(figures) => Self::Ready(figures),
+                Err(malformed) => Self::Unknown(
+                    Refusal::new(ErrorCode::Internal, format!("the answer of {host} means nothing: {malformed}"))
+                        .hint(format!("agent and controller must be of compatible versions; `godwit snapshot delete {name}`"))
+                        .retry(Retry::Unknown),
+                ),
+            },
+        }
+    }
+
+    /// Writes it into the snapshot's row, which goes if nothing is left.
+    pub(super) fn note(&self, batch: Batch, mut snapshot: Stored<SnapshotRow>) -> Batch {
+        match self {
+            Self::Refused(_) => batch.delete(&snapshot),
+            Self::Ready(figures) => {
+                (snapshot.row.state, snapshot.row.figures) = (SnapshotState::Ready, Some(figures.clone()));
+                batch.update(&snapshot)
+            }
+            Self::Unknown(_) => {
+                snapshot.row.state = SnapshotState::Failed;
+                batch.update(&snapshot)
+            }
+        }
+    }
+
     pub(super) fn outcome(&self) -> Outcome {
         match self {
             Self::Ready(_) => Outcome::Done,
@@ -178,48 +227,30 @@ impl Tasks {
             action => action?,
         };
         self.set_step(id, &format!("takes snapshot {name} on {}", snapshot.host)).await?;
-        Ok(match self.command_until(id, &snapshot.host, tag, action, self.cancelled(id)).await? {
-            None => Taken::Unknown(
-                Refusal::new(ErrorCode::Cancelled, format!("cancelled by request, while host {} was away", snapshot.host))
-                    .hint(format!("what it may have left in the vault goes with `godwit snapshot delete {name}`")),
-            ),
-            Some(Err(refusal)) => Taken::Refused(refusal),
-            Some(Ok(answer)) => match decode::<SnapshotFigures>("figures", &answer.result) {
-                Ok(figures) => Taken::Ready(figures),
-                Err(malformed) => Taken::Unknown(
-                    Refusal::new(ErrorCode::Internal, format!("the answer of {} means nothing: {malformed}", snapshot.host))
-                        .hint(format!("agent and controller must be of compatible versions; `godwit snapshot delete {name}`"))
-                        .retry(Retry::Unknown),
-                ),
-            },
-        })
+        let answer = self.command_until(id, &snapshot.host, tag, action, self.cancelled(id)).await?;
+        Ok(Taken::of(answer, name, &snapshot.host))
     }
 
     /// What the VM's host is told.
     async fn taking(&self, vm: &VmRow, snapshot: &SnapshotRow) -> Result<Action, Fault> {
-        let mut known = self.snapshots_of(&snapshot.team).await?;
-        known.retain(|other| other.state == SnapshotState::Ready && other.identity == snapshot.identity);
-        known.sort_by_key(|other| (other.vm != snapshot.vm, Reverse(other.created)));
-        known.truncate(KNOWN);
-        let about = About {
-            schema: 1,
-            name: &snapshot.name,
-            team: &snapshot.team,
-            vm: snapshot.vm,
-            vm_name: &snapshot.vm_name,
-            created: snapshot.created,
-            spec: &snapshot.spec,
-            resolved: &snapshot.resolved,
-        };
         Ok(Action::TakeSnapshot(v1::TakeSnapshot {
             vm: vm.id.to_string(),
             generation: vm.generation.0,
             vault: Some(self.vault_at(&snapshot.team, &snapshot.pool).await?),
             snapshot: Some(self.key_of(snapshot)?),
-            known: known.iter().map(|other| self.key_of(other)).collect::<Result<_, _>>()?,
+            known: self.known_to(snapshot).await?,
             request: encode(&snapshot.request),
-            about: encode(&about),
+            about: about(snapshot),
         }))
+    }
+
+    /// Snapshots whose pages need not be kept once more for this one.
+    pub(super) async fn known_to(&self, snapshot: &SnapshotRow) -> Result<Vec<v1::SnapshotKey>, Fault> {
+        let mut known = self.snapshots_of(&snapshot.team).await?;
+        known.retain(|other| other.state == SnapshotState::Ready && other.identity == snapshot.identity);
+        known.sort_by_key(|other| (other.vm != snapshot.vm, Reverse(other.created)));
+        known.truncate(KNOWN);
+        Ok(known.iter().map(|other| self.key_of(other)).collect::<Result<_, _>>()?)
     }
 
     /// Writes down what became of a snapshot and changes the task and its VM, in one transaction.
@@ -240,18 +271,8 @@ impl Tasks {
             change(&mut task.row, &mut vm.row);
             let batch = reclaim(Batch::default().update(&task).update(&vm), &before.claims(), &vm.row);
             let mut batch = history::note(&self.db, batch, &before, &vm.row, Some(&task.row)).await?;
-            if let Some(mut snapshot) = self.db.find::<SnapshotRow>(&format!("{}/{name}", vm.row.team)).await? {
-                batch = match taken {
-                    Taken::Refused(_) => batch.delete(&snapshot),
-                    Taken::Ready(figures) => {
-                        (snapshot.row.state, snapshot.row.figures) = (SnapshotState::Ready, Some(figures.clone()));
-                        batch.update(&snapshot)
-                    }
-                    Taken::Unknown(_) => {
-                        snapshot.row.state = SnapshotState::Failed;
-                        batch.update(&snapshot)
-                    }
-                };
+            if let Some(snapshot) = self.db.find::<SnapshotRow>(&format!("{}/{name}", vm.row.team)).await? {
+                batch = taken.note(batch, snapshot);
             }
             self.db.commit(batch).await?;
             Ok(task.row)

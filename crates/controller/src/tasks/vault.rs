@@ -38,6 +38,7 @@ fn uses(task: &TaskRow, team: &Name, name: &Name) -> bool {
         Work::Snapshot { name: own, .. } => own == name,
         Work::Start { from: Some(origin), .. } => origin.snapshot == *name,
         Work::Suspend(work) => work.name == *name,
+        Work::SnapshotExport { name: own, .. } | Work::SnapshotImport { name: own, .. } => own == name,
         Work::Rollback(work) => work.name == *name || work.present.as_ref() == Some(name),
         _ => false,
     };
@@ -78,7 +79,7 @@ impl Tasks {
         self.hub.present().into_iter().find_map(seen)
     }
 
-    fn reach(&self, identity: &str, pool: &Name, last: Option<&Name>) -> Result<(Name, Name), Refusal> {
+    pub(super) fn reach(&self, identity: &str, pool: &Name, last: Option<&Name>) -> Result<(Name, Name), Refusal> {
         self.host_seeing(identity).ok_or_else(|| {
             let on = last.map_or_else(|| "a host that has it".to_owned(), |host| format!("a host that has it, such as {host}"));
             Refusal::new(ErrorCode::HostDown, format!("no connected host has the pool {pool} with these snapshots"))

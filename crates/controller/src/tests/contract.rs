@@ -139,6 +139,25 @@ async fn what_is_answered_fits_what_is_described() {
     let id = task["id"].as_str().expect("id").to_owned();
     cluster.ended(id.parse().expect("id")).await;
     contract.hold("task_show", send(get.clone(), &format!("/tasks/{id}"), null.clone()).await, 200).await;
+    let task =
+        contract.hold("snapshot_export", send(post.clone(), "/snapshots/one/export", json!({"host": "h1"})).await, 202).await;
+    let write = agent.command().await;
+    agent.tell(&write, &json!({"host": "h1", "path": "/pool/exports/default/one", "bytes": 1})).await;
+    let id = task["id"].as_str().expect("id").to_owned();
+    cluster.ended(id.parse().expect("id")).await;
+    contract.hold("task_show", send(get.clone(), &format!("/tasks/{id}"), null.clone()).await, 200).await;
+    contract.hold("snapshot_export", send(post.clone(), "/snapshots/none/export", null.clone()).await, 404).await;
+    let request = json!({"vm": "web1", "from": "shared/one", "memory": true});
+    let task = contract.hold("snapshot_import", send(post.clone(), "/snapshots/back/import", request.clone()).await, 202).await;
+    let read = agent.command().await;
+    agent.tell(&read, &SnapshotFigures::default()).await;
+    cluster.ended(task["id"].as_str().expect("id").parse().expect("id")).await;
+    contract.hold("snapshot_import", send(post.clone(), "/snapshots/back/import", request).await, 409).await;
+    let (response, ()) = tokio::join!(send(delete.clone(), "/snapshots/back", null.clone()), async {
+        let remove = agent.command().await;
+        agent.done(&remove, 0).await;
+    });
+    contract.hold("snapshot_delete", response, 204).await;
     contract.hold("vm_suspend", send(post.clone(), "/vms/web1/suspend", null.clone()).await, 422).await;
     contract.hold("vm_unsuspend", send(post.clone(), "/vms/web1/unsuspend", null.clone()).await, 202).await;
     let request = json!({"name": "web9", "start": false, "reason": "x"});

@@ -1,11 +1,11 @@
 //! Snapshots, rollbacks and vaults with scripted agents: what is asked of hosts, what is written down, and what is refused.
 
-use godwit_api::v1::{self as api, SnapshotState, TaskState};
+use godwit_api::v1::{self as api, Role, SnapshotState, TaskState};
 use godwit_link::decode;
 use godwit_link::v1::{self, command::Action, look_at_vault::What};
 use godwit_model::{
     Bytes, DiskFormat, DiskSpec, ErrorCode, Generation, Grant, Millis, NicSpec, PoolFacts, ResolvedSpec, RestoreFigures, RunState,
-    SnapshotFigures, SnapshotRequest, TaskId, VaultFile, VaultFindings, VaultPlan, VaultUsage, VmSpec,
+    SnapshotExport, SnapshotFigures, SnapshotRequest, TaskId, VaultFile, VaultFindings, VaultPlan, VaultUsage, VmSpec,
 };
 use serde_json::Value;
 
@@ -16,7 +16,8 @@ fn figures() -> SnapshotFigures {
     SnapshotFigures { memory: true, pause_us: Some(8_200), took_ms: 2_100, pages_new: 36_608, ..SnapshotFigures::default() }
 }
 
-const RESTORE: RestoreFigures = RestoreFigures { qemu_ms: 180, disks_ms: 3, disks_written: Bytes(4_096), memory_ms: 9 };
+const RESTORE: RestoreFigures =
+    RestoreFigures { qemu_ms: 180, disks_ms: 3, disks_written: Bytes(4_096), memory_ms: 9, ran_at: UnixMillis(1) };
 
 fn of_web1(text: Option<&str>) -> api::SnapshotCreate {
     api::SnapshotCreate {
@@ -1036,4 +1037,129 @@ async fn vaults_are_looked_at_read_and_pruned_by_a_plan_that_still_holds() {
     assert_eq!((vaults[0].host.clone(), vaults[0].usage), (None, None));
     assert_eq!(code(prune(false, None).await), ErrorCode::HostDown);
     drop(host);
+}
+
+#[tokio::test]
+async fn a_snapshot_is_written_as_files_by_a_host_that_sees_it_and_stays_meanwhile() {
+    let (cluster, host, mut agent) = running().await;
+    let admin = cluster.admin();
+    let one = name("one");
+    let asked = taken(&cluster, &mut agent, "one").await;
+    let export = |host: Option<&str>| api::SnapshotExportRequest { host: host.map(name), reason: Some("to take away".into()) };
+    assert_eq!(code(admin.export_snapshot(&name("none"), &export(None)).await), ErrorCode::NotFound);
+    assert_eq!(code(admin.export_snapshot(&one, &export(Some("h9"))).await), ErrorCode::NotFound);
+    let mut h2 = cluster.host("h2").await;
+    h2.facts.pools[0].identity = "another".into();
+    let other = cluster.connect(&h2, vec![]).await;
+    assert_eq!(code(admin.export_snapshot(&one, &export(Some("h2"))).await), ErrorCode::PoolUnavailable);
+    drop(other);
+
+    let task = admin.export_snapshot(&one, &export(None)).await.expect("accepted");
+    assert_eq!((task.kind.as_str(), task.subject.as_str(), task.cancellable), ("snapshot.export", "one", true));
+    assert_eq!((&task.snapshot, &task.export, task.reason.as_deref()), (&Some(one.clone()), &None, Some("to take away")));
+    let command = agent.command().await;
+    let Some(Action::ExportSnapshot(write)) = &command.action else { panic!("{command:?}") };
+    assert_eq!((&write.vault, &write.snapshot), (&asked.vault, &asked.snapshot));
+    assert_eq!((write.name.as_str(), write.memory), ("one", true));
+    let spec: ResolvedSpec = decode("spec", &write.spec).expect("a spec");
+    assert_eq!(spec.disks[0].volume.to_string(), "shared/root");
+    let about: Value = serde_json::from_slice(&write.about).expect("JSON");
+    assert_eq!(about["name"], "one");
+    // The VM is free, the snapshot is not.
+    assert_eq!(cluster.vm("web1").await.status.activity, None);
+    assert_eq!(code(admin.delete_snapshot(&one).await), ErrorCode::InUse);
+    let written = SnapshotExport { host: name("h1"), path: "/pool/exports/default/one".into(), bytes: Bytes::mib(600) };
+    agent.tell(&command, &written).await;
+    let ended = cluster.ended(task.id).await;
+    assert_eq!((ended.state, ended.export), (TaskState::Done, Some(written)));
+
+    let task = admin.export_snapshot(&one, &export(Some("h1"))).await.expect("accepted");
+    let command = agent.command().await;
+    agent.refuse(&command, ErrorCode::NotEnoughSpace).await;
+    assert_eq!(failed(&cluster, task.id).await, ErrorCode::NotEnoughSpace);
+    // It waits for its host, and can be given up.
+    let task = admin.export_snapshot(&one, &export(None)).await.expect("accepted");
+    agent.command().await;
+    admin.cancel_task(task.id).await.expect("cancelled");
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Cancelled);
+    assert_eq!(admin.snapshot(&one).await.expect("there").state, SnapshotState::Ready);
+    drop(agent);
+    cluster.connected("h1", false).await;
+    assert_eq!(code(admin.export_snapshot(&one, &export(None)).await), ErrorCode::HostDown);
+    drop(host);
+}
+
+#[tokio::test]
+async fn a_host_that_writes_an_export_gets_what_the_vm_boots_from_as_long_as_it_does() {
+    let (cluster, _, mut agent) = running().await;
+    let (_, mut other) = cluster.agent("h2").await;
+    let admin = cluster.admin();
+    taken(&cluster, &mut agent, "one").await;
+    let request = api::SnapshotExportRequest { host: Some(name("h2")), reason: None };
+    let task = admin.export_snapshot(&name("one"), &request).await.expect("accepted");
+    let command = other.command().await;
+    let Some(Action::ExportSnapshot(write)) = &command.action else { panic!("{command:?}") };
+    let spec: ResolvedSpec = decode("spec", &write.spec).expect("a spec");
+    let image = spec.kernel.expect("a kernel").id.to_string();
+    other.client.fetch_image(v1::FetchImageRequest { image: image.clone() }).await.expect("while it writes");
+    other.refuse(&command, ErrorCode::NotEnoughSpace).await;
+    assert_eq!(failed(&cluster, task.id).await, ErrorCode::NotEnoughSpace);
+    let refused = other.client.fetch_image(v1::FetchImageRequest { image }).await.expect_err("not any more");
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn files_become_a_snapshot_of_the_vm_as_it_is_and_with_memory_by_an_administrator_only() {
+    let (cluster, _, mut agent) = running().await;
+    let admin = cluster.admin();
+    let known = taken(&cluster, &mut agent, "one").await;
+    let import = |memory| api::SnapshotImport {
+        vm: name("web1"),
+        from: "shared/brought".parse().expect("a place"),
+        memory,
+        host: None,
+        golden: true,
+        reason: None,
+    };
+    let (back, operator) = (name("back"), cluster.member("default", Role::Operator).await);
+    assert_eq!(code(operator.import_snapshot(&back, &import(true)).await), ErrorCode::NotPermitted);
+    assert_eq!(code(admin.import_snapshot(&name("one"), &import(false)).await), ErrorCode::NameTaken);
+    let elsewhere = api::SnapshotImport { from: "gone/brought".parse().expect("a place"), ..import(false) };
+    assert_eq!(code(admin.import_snapshot(&back, &elsewhere).await), ErrorCode::PoolUnavailable);
+    assert_eq!(
+        code(admin.import_snapshot(&back, &api::SnapshotImport { vm: name("gone"), ..import(false) }).await),
+        ErrorCode::NotFound
+    );
+    let never = api::SnapshotImport { vm: name("web0"), ..import(false) };
+    assert_eq!(code(admin.import_snapshot(&back, &never).await), ErrorCode::BadRequest, "it never ran");
+
+    let task = operator.import_snapshot(&back, &import(false)).await.expect("accepted");
+    assert_eq!((task.kind.as_str(), task.subject.as_str(), &task.snapshot), ("snapshot.import", "back", &Some(back.clone())));
+    let command = agent.command().await;
+    let Some(Action::ImportSnapshot(read)) = &command.action else { panic!("{command:?}") };
+    assert_eq!((read.from.as_str(), read.memory, &read.vault), ("brought", false, &known.vault));
+    assert_eq!(read.known, vec![known.snapshot.clone().expect("a key")]);
+    assert_ne!(read.snapshot, known.snapshot);
+    assert_eq!(admin.snapshot(&back).await.expect("there").state, SnapshotState::Taking);
+    assert_eq!(code(admin.delete_snapshot(&back).await), ErrorCode::InUse, "it is golden, and its task goes on");
+    agent.refuse(&command, ErrorCode::SnapshotInvalid).await;
+    assert_eq!(failed(&cluster, task.id).await, ErrorCode::SnapshotInvalid);
+    assert_eq!(code(admin.snapshot(&back).await), ErrorCode::NotFound, "nothing of it is left");
+
+    let task = admin.import_snapshot(&back, &import(true)).await.expect("accepted");
+    let command = agent.command().await;
+    assert!(matches!(&command.action, Some(Action::ImportSnapshot(read)) if read.memory));
+    agent.tell(&command, &figures()).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    let snapshot = admin.snapshot(&back).await.expect("there");
+    assert_eq!((snapshot.state, snapshot.vm.as_str(), snapshot.golden), (SnapshotState::Ready, "web1", true));
+    assert_eq!((snapshot.memory, snapshot.disks.len()), (Some(Bytes::mib(512)), 1));
+    // It is one like any other.
+    let task = admin.rollback_snapshot(&back, &rollback(true)).await.expect("accepted");
+    let kill = agent.command().await;
+    agent.done(&kill, 0).await;
+    let begin = agent.command().await;
+    assert!(start(&begin).from.as_ref().is_some_and(|from| from.memory));
+    agent.tell(&begin, &RESTORE).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
 }

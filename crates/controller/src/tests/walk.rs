@@ -158,6 +158,8 @@ fn body_for(operation: &str) -> Value {
         "snapshot_set" => json!({"golden": true}),
         "snapshot_clone" => json!({"name": "stolen"}),
         "snapshot_rollback" => json!({"discard_present": true}),
+        "snapshot_export" => json!({"host": "h1"}),
+        "snapshot_import" => json!({"vm": "web1", "from": "shared/stolen"}),
         "policy_set" => json!({"limits": {"max_blackout": 1}}),
         "host_set" => json!({"migration_bandwidth": 125_000_000}),
         "network_set" => json!({"mtu": 9000}),

@@ -32,8 +32,8 @@ const SATA_PORTS: usize = 6;
 const FIXED: usize = FIXED_SLOTS as usize;
 
 /// Numbers of descriptor sets: disks have their slot and one more, media what QEMU gives them when they are changed.
-const CODE_SET: usize = 24;
-const VARIABLES_SET: usize = 25;
+pub(super) const CODE_SET: usize = 24;
+pub(super) const VARIABLES_SET: usize = 25;
 const MEDIA_SET: usize = 32;
 
 /// A spec may have crossed the network since it was validated.

@@ -11,7 +11,7 @@ use super::options::{Object, Pairs};
 /// PCI slot on `pcie.0`.
 const SLOT: usize = 0x1e;
 /// Number of its set of descriptors: none of those of disks, and none that QEMU would give to a medium.
-const SET: u16 = 200;
+pub(super) const SET: u16 = 200;
 
 pub(super) fn add(line: &mut Line, fd: RawFd) {
     line.pairs("-add-fd", Pairs::new().with("fd", fd).with("set", SET).with("opaque", "seed"));

@@ -45,6 +45,40 @@ fn spec() -> ResolvedSpec {
     }
 }
 
+#[test]
+fn a_machine_that_is_started_by_hand_is_the_same_for_its_guest() {
+    let seen = |arguments: &[String]| -> Vec<String> {
+        let visible =
+            |flag: &str| matches!(flag, "-machine" | "-cpu" | "-smp" | "-m" | "-device" | "-uuid" | "-smbios" | "-append");
+        arguments.windows(2).filter(|pair| visible(&pair[0])).map(|pair| pair.join(" ")).collect()
+    };
+    let files = |memory: bool| PlainFiles {
+        disks: vec!["run/disk0.qcow2".into(), "run/disk1.qcow2".into()],
+        kernel: Some("kernel".into()),
+        initrd: Some("initrd".into()),
+        memory: memory.then(|| "memory.qemu".to_owned()),
+        ..PlainFiles::default()
+    };
+    let mut spec = spec();
+    // A command line that begins like an option is none.
+    spec.cmdline = "-S quiet".into();
+    let caged = qemu_arguments(&spec, &resources()).expect("arguments");
+    for memory in [false, true] {
+        let plain = plain_arguments(&spec, &files(memory)).expect("arguments");
+        assert_eq!(seen(&plain), seen(&caged));
+        let text = plain.join(" ");
+        assert!(!["fdset", "/proc/", "fd=", "-sandbox", "-vnc"].iter().any(|word| text.contains(word)), "{text}");
+        assert_eq!(plain.iter().filter(|word| *word == "-S" || word.contains("\"driver\":\"raw\"")).count(), 0, "{text}");
+        for path in ["run/disk0.qcow2", "run/disk1.qcow2"] {
+            assert!(text.contains(&format!("\"filename\":\"{path}\"")), "{text}");
+        }
+        let (network, incoming) = if memory { ("tap", true) } else { ("user", false) };
+        assert!(text.contains(&format!("\"type\":\"{network}\"")), "{text}");
+        assert_eq!(text.ends_with("-incoming exec:cat memory.qemu"), incoming, "{text}");
+    }
+    assert!(plain_arguments(&spec, &PlainFiles::default()).is_err(), "there are no files");
+}
+
 fn resources() -> Resources {
     Resources {
         runtime_dir: "/run/godwit/vm/1".into(),

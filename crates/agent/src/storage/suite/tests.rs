@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use super::super::PoolConfig;
 use super::super::directory::Directory;
-use super::super::driver::{Room, Space, Successor};
+use super::super::driver::{ExportRoom, Room, Space, Successor};
 use super::*;
 
 fn directory(path: &Path) -> Directory {
@@ -133,6 +133,12 @@ impl FaultyStorage {
 impl Storage for FaultyStorage {
     fn vault(&self, team: &Name, uid: u32) -> io::Result<File> {
         self.inner.vault(team, uid)
+    }
+    fn begin_export(&self, team: &Name, name: &Name) -> io::Result<Box<dyn ExportRoom>> {
+        self.inner.begin_export(team, name)
+    }
+    fn open_brought(&self, team: &Name, name: &Name, file: &str) -> Result<File, OpenError> {
+        self.inner.open_brought(team, name, file)
     }
 
     fn identity(&self) -> &str {
