@@ -2,6 +2,7 @@
 
 use godwit_api::v1::{self as api, Role, SnapshotState, TaskState};
 use godwit_link::decode;
+use godwit_link::status::refusal_of;
 use godwit_link::v1::{self, command::Action, look_at_vault::What};
 use godwit_model::{
     Bytes, DiskFormat, DiskSpec, ErrorCode, Generation, Grant, Millis, NicSpec, PoolFacts, ResolvedSpec, RestoreFigures, RunState,
@@ -1105,7 +1106,7 @@ async fn a_host_that_writes_an_export_gets_what_the_vm_boots_from_as_long_as_it_
     other.refuse(&command, ErrorCode::NotEnoughSpace).await;
     assert_eq!(failed(&cluster, task.id).await, ErrorCode::NotEnoughSpace);
     let refused = other.client.fetch_image(v1::FetchImageRequest { image }).await.expect_err("not any more");
-    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+    assert_eq!(refusal_of(&refused).code, ErrorCode::NotGranted);
 }
 
 #[tokio::test]
