@@ -1,6 +1,7 @@
 //! The controller over its real listeners, with scripted agents: no QEMU, no network but loopback.
 
 mod changes;
+mod clones;
 mod contract;
 mod events;
 mod guest;
