@@ -17,13 +17,8 @@ pub(super) fn figures() -> SnapshotFigures {
     SnapshotFigures { memory: true, pause_us: Some(8_200), took_ms: 2_100, pages_new: 36_608, ..SnapshotFigures::default() }
 }
 
-pub(super) const RESTORE: RestoreFigures = RestoreFigures {
-    qemu_ms: 180,
-    disks_ms: 3,
-    disks_written: Bytes(4_096),
-    memory_ms: 9,
-    ran_at: godwit_model::UnixMillis(1),
-};
+pub(super) const RESTORE: RestoreFigures =
+    RestoreFigures { qemu_ms: 180, disks_ms: 3, disks_written: Bytes(4_096), memory_ms: 9, ran_at: godwit_model::UnixMillis(1) };
 
 pub(super) fn of_web1(text: Option<&str>) -> api::SnapshotCreate {
     api::SnapshotCreate {
