@@ -87,9 +87,10 @@ pub fn decide_admission(state: RunState, activity: Option<Activity>, request: Vm
     if let Some(activity) = activity {
         match (request, activity.request) {
             (R::Kill, R::Stop | R::Migrate) => {}
-            // What could not be done to it without that task either need not wait to be told so.
+            // What could not be done to it without that task either need not wait to be told so. While it is kept it stands still for a moment by itself.
             (R::Snapshot, R::Migrate | R::Snapshot) | (R::Migrate, R::Snapshot) => {
-                let without = decide_admission(state, None, request);
+                let then = if state == S::Paused { S::Running } else { state };
+                let without = decide_admission(then, None, request);
                 return if without == Admission::Accept { Admission::Wait(activity) } else { without };
             }
             _ => return Admission::Deny(busy(activity)),
@@ -208,9 +209,10 @@ mod tests {
             let kept = both.contains(&VmRequest::Snapshot);
             let waits = kept && both.iter().all(|one| matches!(one, VmRequest::Snapshot | VmRequest::Migrate));
             prop_assert_eq!(answer == Admission::Wait(activity), waits);
-            // A move needs a VM that runs, whatever is done to it.
-            let paused = decide_admission(RunState::Paused, Some(activity), VmRequest::Migrate);
-            prop_assert!(matches!(paused, Admission::Deny(_)));
+            // What is paused may be so for the moment of a snapshot; what has no process has none afterwards either.
+            prop_assert_eq!(decide_admission(RunState::Paused, Some(activity), REQUESTS[request]) == Admission::Wait(activity), waits);
+            let stopped = decide_admission(RunState::Stopped, Some(activity), REQUESTS[request]);
+            prop_assert!(!matches!(stopped, Admission::Wait(_)));
         }
     }
 
