@@ -7,10 +7,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use godwit_api::v1::{SnapshotCreate, TaskState, VaultPrune};
+use godwit_api::v1::{SnapshotClone, SnapshotCreate, TaskState, VaultPrune, VmDelete};
 use godwit_e2e::{Action, Cluster, ClusterSpec, GuestSpec, Party, other_qemu};
 use godwit_lab::Signal;
-use godwit_model::{Bytes, DiskFormat, DiskSpec, ErrorCode, Name, RunState, TaskId};
+use godwit_model::{Bytes, DiskFormat, DiskSpec, ErrorCode, MigrationPolicy, Name, RunState, TaskId};
 use rustix::process::{Pid, kill_process};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -154,6 +154,39 @@ fn there_and_back(other: Option<(&Path, &[&str])>) -> Result<()> {
 fn a_vm_goes_back_to_what_it_was_on_any_host_and_any_version_of_qemu() -> Result<()> {
     let other = other_qemu();
     there_and_back(other.as_deref().map(|other| (other, &["h2"][..])))
+}
+
+#[test]
+fn snapshots_and_moves_of_a_vm_take_turns_and_a_clone_is_a_vm_of_its_own() -> Result<()> {
+    let mut cluster = cluster(2, None)?;
+    cluster.boot(&busy("web")?, "h1")?;
+    goes_on(&cluster, "web")?;
+    let first = cluster.begin_snapshot("web", "first")?;
+    let second = cluster.begin_snapshot("web", "second")?;
+    let moves = cluster.begin_move("web", "h2", MigrationPolicy::default())?;
+    let third = cluster.begin_snapshot("web", "third")?;
+    for task in [first, second, moves, third] {
+        cluster.done(task, PATIENCE)?;
+    }
+    ensure!(cluster.host_of("web")? == "h2");
+    ensure!(cluster.ask(cluster.client().snapshot(&name("third")))?.host == name("h2"), "it was asked for after the move");
+    goes_on(&cluster, "web")?;
+    let clone = SnapshotClone { name: name("copy"), host: Some(name("h1")), start: true, memory: false, reason: None };
+    let task = cluster.ask(cluster.client().clone_snapshot(&name("third"), &clone))?.id;
+    cluster.done(task, PATIENCE)?;
+    let [one, other] = ["web", "copy"].map(|vm| cluster.ask(cluster.client().vm(&name(vm))));
+    let (one, other) = (one?, other?);
+    ensure!(one.id != other.id && one.status.macs != other.status.macs, "{other:?}");
+    ensure!(one.spec.disks.iter().zip(&other.spec.disks).all(|(one, other)| one.volume != other.volume), "{other:?}");
+    // It says what the other says, with the other's address: it goes before both are asked.
+    let kill = cluster.ask(cluster.client().kill_vm(&name("copy")))?.id;
+    cluster.done(kill, PATIENCE)?;
+    goes_on(&cluster, "web")?;
+    let delete = cluster.ask(cluster.client().delete_vm(&name("copy"), &VmDelete { volumes: true }))?.id;
+    cluster.done(delete, PATIENCE)?;
+    // Of two that said they were web, one was a clone.
+    cluster.turned_back("web")?;
+    cluster.finish()
 }
 
 #[test]
