@@ -287,7 +287,7 @@ impl Tasks {
         self.remove(id).await
     }
 
-    pub(super) async fn forget(&self, id: TaskId, vm: &VmRow, host: &Name) -> Result<Result<(), Refusal>, Fault> {
+    async fn forget(&self, id: TaskId, vm: &VmRow, host: &Name) -> Result<Result<(), Refusal>, Fault> {
         let action = Action::Forget(v1::ForgetVm { vm: vm.id.to_string() });
         Ok(self.command(id, host, &format!("forget {host}"), action).await?.map(drop))
     }

@@ -18,7 +18,7 @@ use super::admit::candidates;
 use super::change::in_use;
 use super::power::{START_LIFETIME, already};
 use super::snapshot::NewSnapshot;
-use super::{Ask, Outcome, Tasks, conclude, host_down, note};
+use super::{Ask, Outcome, Tasks, command_id, conclude, host_down, note};
 use crate::checks::Candidate;
 use crate::clock;
 use crate::db::{Batch, Fault};
@@ -247,7 +247,6 @@ impl Tasks {
             Err(refusal) => return failed(refusal).await,
         };
         let figures = decode::<RestoreFigures>("figures", &answer.result).ok();
-        self.forget_elsewhere(id, vm, host).await?;
         let now = clock::now();
         self.finish(id, Outcome::Done, |task, vm| {
             task.restore = figures;
@@ -257,21 +256,18 @@ impl Tasks {
                 vm.set_state(RunState::Running, now);
             }
         })
-        .await
-    }
-}
-
-impl Tasks {
-    /// Has hosts that had the VM forget it, as far as they are there: what they have of it is of no use.
-    async fn forget_elsewhere(&self, id: TaskId, vm: &VmRow, host: &Name) -> Result<(), Fault> {
-        for other in vm.granted.keys().filter(|other| *other != host) {
-            if self.hub.presence(other).is_some()
-                && let Err(refusal) = self.forget(id, vm, other).await?
-            {
-                tracing::info!(host = %other, vm = %vm.name, message = refusal.message, "a host keeps what it knows of the VM");
-            }
-        }
+        .await?;
+        self.forget_elsewhere(id, vm, host);
         Ok(())
+    }
+
+    /// Hosts that had the VM before may forget it, as far as they are there: what they have of it is of no use. Their answers change nothing here.
+    fn forget_elsewhere(&self, id: TaskId, vm: &VmRow, host: &Name) {
+        for other in vm.granted.keys().filter(|other| *other != host) {
+            let action = Some(Action::Forget(v1::ForgetVm { vm: vm.id.to_string() }));
+            let command = command_id(id, &format!("forget {other}"));
+            let _ = self.hub.command(other, v1::Command { id: command, epoch: self.db.epoch().0, task: id.to_string(), action });
+        }
     }
 }
 
