@@ -230,7 +230,12 @@ fn whoever_dies_while_a_snapshot_is_taken_the_vm_runs_on() -> Result<()> {
     thread::sleep(Duration::from_millis(200));
     cluster.kill(Party::Qemu("web", "h1"))?;
     ensure!(matches!(refused(&cluster, task)?, ErrorCode::SnapshotFailed | ErrorCode::QemuFailed));
-    ensure!(cluster.ask(cluster.client().vm(&name("web")))?.status.state == RunState::Crashed);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    // Its host says so by itself.
+    while cluster.ask(cluster.client().vm(&name("web")))?.status.state != RunState::Crashed {
+        ensure!(Instant::now() < deadline, "it is not taken for crashed");
+        thread::sleep(Duration::from_millis(50));
+    }
     cluster.roll_back("web", "a0", None)?;
     goes_on(&cluster, "web")?;
     cluster.finish()
