@@ -494,7 +494,7 @@ impl Cluster {
             Some(echo) => {
                 let since = SystemTime::UNIX_EPOCH + Duration::from_millis(figures.ran_at.0.saturating_sub(figures.memory_ms));
                 let began = Instant::now().checked_sub(since.elapsed().context("a clock that goes back")?).context("a moment")?;
-                let answered = echo.first_after(began).context("it has not answered")?;
+                let answered = echo.first_after(began, BOOT).context("it has not answered")?;
                 answered.saturating_duration_since(began)
             }
             None => Duration::ZERO,

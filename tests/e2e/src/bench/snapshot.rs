@@ -330,13 +330,7 @@ impl Saved {
         plain.qmp.run("migrate-incoming", json!({ "uri": format!("exec:cat {}", plain.file().display()) }))?;
         plain.completed(began)?;
         plain.qmp.run("cont", json!({}))?;
-        let answered = loop {
-            if let Some(answered) = echo.first_after(began) {
-                break answered;
-            }
-            ensure!(began.elapsed() < FILE, "it never answers");
-            thread::sleep(Duration::from_millis(2));
-        };
+        let answered = echo.first_after(began, FILE).context("it never answers")?;
         Ok(answered.saturating_duration_since(began))
     }
 }

@@ -124,7 +124,7 @@ fn break_and_roll_back(cluster: &mut Cluster) -> Result<RollbackReport> {
     let echo = cluster.outside().echo(address)?;
     let began = Instant::now();
     let figures = cluster.roll_back("wanderer", "before", None)?;
-    let answered = echo.first_after(began).context("it does not answer")?;
+    let answered = echo.first_after(began, PATIENCE).context("it does not answer")?;
     thread::sleep(PEACE);
     cluster.check()?;
     Ok(RollbackReport {

@@ -50,11 +50,19 @@ impl Echo {
         longest_gap(&self.answered.lock().unwrap_or_else(PoisonError::into_inner), from, to)
     }
 
-    /// The first answer from a moment on, if one has come.
+    /// The first answer from a moment on, if one comes in time.
     #[must_use]
-    pub fn first_after(&self, from: Instant) -> Option<Instant> {
-        let answered = self.answered.lock().unwrap_or_else(PoisonError::into_inner);
-        answered.get(answered.partition_point(|at| *at < from)).copied()
+    pub fn first_after(&self, from: Instant, patience: Duration) -> Option<Instant> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let answered = self.answered.lock().unwrap_or_else(PoisonError::into_inner);
+            let first = answered.get(answered.partition_point(|at| *at < from)).copied();
+            drop(answered);
+            if first.is_some() || Instant::now() > deadline {
+                return first;
+            }
+            thread::sleep(Self::PERIOD);
+        }
     }
 
     /// How many answers came.
