@@ -211,8 +211,8 @@ pub(crate) fn of_qemu(probe: &AccelReport, qemu: &Result<HostCapabilities, Inter
     });
     // Post-copy and RAM snapshots are refused where QEMU may not use userfaultfd as the VM's own user.
     for (name, what, support) in [
-        ("userfaultfd_postcopy", "post-copy", &known.postcopy),
-        ("userfaultfd_snapshot", "RAM snapshots", &known.background_snapshot),
+        (HostCondition::NO_POSTCOPY, "post-copy", &known.postcopy),
+        (HostCondition::NO_MEMORY_SNAPSHOT, "RAM snapshots", &known.background_snapshot),
     ] {
         findings.push(match support {
             Support::Yes => Finding::ok(name, format!("{what}: possible")),

@@ -174,7 +174,6 @@ pub(crate) async fn import(host: &SharedHost, asked: v1::ImportSnapshot) -> Resu
         memory: has_memory,
         pause_us: None,
         took_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
-        pages_zero: kept.zero,
         pages_known: kept.known,
         pages_new: kept.new,
         written: kept.written,

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use godwit_model::{
-    Accelerator, Bytes, BytesPerSec, CacheMode, ErrorCode, Firmware, HostFacts, HostLoad, Hyperv, MigrationPolicy, Name, Numa,
-    Platform, PoolFacts, PostCopy, Refusal, ResolvedSpec, Retry, Rung, VolumeRef,
+    Accelerator, Bytes, BytesPerSec, CacheMode, ErrorCode, Firmware, HostCondition, HostFacts, HostLoad, Hyperv, MigrationPolicy,
+    Name, Numa, Platform, PoolFacts, PostCopy, Refusal, ResolvedSpec, Retry, Rung, VolumeRef,
 };
 
 use crate::hub::Presence;
@@ -28,9 +28,6 @@ impl<'a> Candidate<'a> {
 
 /// Clocks that are off by more take a grant for older or younger than it is by a good part of its life.
 const MAX_SKEW: Duration = Duration::from_secs(60);
-
-/// The finding about a host whose QEMU cannot do post-copy.
-const NO_POSTCOPY: &str = "userfaultfd_postcopy";
 
 /// With less a warm-up takes longer than anybody waits, and keep-alives fail.
 pub(crate) const LEAST_BANDWIDTH: BytesPerSec = BytesPerSec(1_000_000);
@@ -58,11 +55,14 @@ pub(crate) fn can_do_postcopy(policy: &MigrationPolicy, spec: &ResolvedSpec, hos
             "migrate it without post-copy: leave postcopy out of `--on-miss`, and `--postcopy-now` and `--allow-postcopy`".into(),
         );
     }
-    let lacks = host.facts.conditions.iter().find(|condition| condition.name == NO_POSTCOPY);
-    lacks.map_or(Ok(()), |lacks| {
-        let fix = format!("{}; or migrate without post-copy", lacks.fix);
-        refusal(format!("host {} cannot take a VM before all of its memory is there: {}", host.name, lacks.message), fix)
-    })
+    takes_memory_later(host, "migrate without post-copy")
+}
+
+/// Refuses a host on which no VM can go on before its memory is there; `instead` is what can be done there.
+pub(crate) fn takes_memory_later(host: Candidate<'_>, instead: &str) -> Result<(), Refusal> {
+    let Some(lacks) = host.facts.condition(HostCondition::NO_POSTCOPY) else { return Ok(()) };
+    let message = format!("host {} cannot take a VM before all of its memory is there: {}", host.name, lacks.message);
+    Err(Refusal::new(ErrorCode::UserfaultUnavailable, message).hint(format!("{}; or {instead}", lacks.fix)))
 }
 
 fn known_word(accelerator: Accelerator) -> &'static str {

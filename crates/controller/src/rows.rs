@@ -559,6 +559,31 @@ pub(crate) enum ImportSource {
 }
 
 impl TaskRow {
+    /// A task that was just asked for. Of a VM, and for a reason, if it is told so.
+    pub(crate) fn new(id: TaskId, team: Name, subject: Name, principal: String, work: Work, now: UnixMillis) -> Self {
+        Self {
+            id,
+            team,
+            subject,
+            vm: None,
+            work,
+            state: TaskState::Running,
+            created: now,
+            ended: None,
+            principal,
+            reason: None,
+            step: "accepted".into(),
+            cancel: false,
+            progress: None,
+            transfer: None,
+            forecast: None,
+            figures: None,
+            restore: None,
+            error: None,
+            trail: vec![],
+        }
+    }
+
     /// The migration that it is, if that has not ended.
     pub(crate) fn open_move(&self) -> Option<&MigrateWork> {
         match &self.work {

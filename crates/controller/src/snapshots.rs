@@ -3,7 +3,7 @@
 use godwit_model::name::MAX_NAME;
 use godwit_model::{Bytes, ErrorCode, Name, PoolFacts, Refusal, Retry, UnixMillis};
 
-use crate::checks::{Candidate, check_equal, check_restore, has_its_disks};
+use crate::checks::{Candidate, check_equal, check_restore, has_its_disks, takes_memory_later};
 use crate::clock;
 use crate::db::Stored;
 use crate::networks::check_networks;
@@ -121,6 +121,9 @@ impl Rollback<'_> {
         let here = vm.host.as_ref() == Some(host.name) && vm.has_process();
         let freed = vm.resolved.as_ref().filter(|_| here).map_or(Bytes(0), |running| running.memory_with_dimms());
         check_restore(spec, host, freed)?;
+        if snapshot.has_memory() {
+            takes_memory_later(host, "choose another host")?;
+        }
         if snapshot.has_memory() && snapshot.host != *host.name {
             match origin {
                 Some(origin) => check_equal(spec, *origin, host)?,
@@ -155,7 +158,7 @@ pub(crate) fn not_ready(snapshot: &SnapshotRow) -> Refusal {
 #[cfg(test)]
 mod tests {
     use godwit_api::v1::SnapshotState;
-    use godwit_model::{HostFacts, HostLoad, RunState, SnapshotId, SnapshotRequest};
+    use godwit_model::{HostCondition, HostFacts, HostLoad, RunState, SnapshotId, SnapshotRequest};
 
     use super::*;
     use crate::checks::tests::{facts, load, spec};
@@ -259,6 +262,19 @@ mod tests {
             hosts.truncate(1);
         };
         assert_eq!(code(None, boots).as_deref(), Ok("h1"));
+        // A QEMU that cannot run before its memory is there: nothing is begun that cannot end.
+        let unable: Change = |_, _, hosts| {
+            let name = HostCondition::NO_POSTCOPY.to_owned();
+            hosts[1].1.conditions.push(HostCondition { name, message: "no userfaultfd".into(), fix: "set a sysctl".into() });
+        };
+        assert_eq!(code(Some("h2"), unable), Err(ErrorCode::UserfaultUnavailable));
+        assert_eq!(code(None, unable).as_deref(), Ok("h3"));
+        let boots_there: Change = |_, row, hosts| {
+            row.request.memory = false;
+            let name = HostCondition::NO_POSTCOPY.to_owned();
+            hosts[1].1.conditions.push(HostCondition { name, message: "no userfaultfd".into(), fix: "set a sysctl".into() });
+        };
+        assert_eq!(code(None, boots_there).as_deref(), Ok("h2"));
     }
 
     #[test]

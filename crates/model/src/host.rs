@@ -59,6 +59,18 @@ pub struct HostFacts {
 const COLLECTED_IN_WORDS: u64 = 256 << 10;
 
 impl HostFacts {
+    /// The condition of this name, if it is one.
+    #[must_use]
+    pub fn condition(&self, name: &str) -> Option<&HostCondition> {
+        self.conditions.iter().find(|condition| condition.name == name)
+    }
+
+    /// Whether a VM that stands still goes on to stand still while its memory is kept: QEMU before 9.0 lets it run. Told by the machine that came with 9.0.
+    #[must_use]
+    pub fn keeps_memory_of_paused(&self) -> bool {
+        self.machines.iter().any(|machine| machine == "pc-q35-9.0")
+    }
+
     /// What a VM gets more than asked for where it might run on a QEMU that loses writes to RAM of round sizes.
     pub const UNEVEN: Bytes = Bytes(8 << 10);
 
@@ -98,6 +110,13 @@ pub struct HostCondition {
     pub message: String,
     /// What to do about it.
     pub fix: String,
+}
+
+impl HostCondition {
+    /// Name of what keeps VMs from going on here before their memory is there.
+    pub const NO_POSTCOPY: &str = "userfaultfd_postcopy";
+    /// Name of what keeps memory of running VMs from being kept here.
+    pub const NO_MEMORY_SNAPSHOT: &str = "userfaultfd_snapshot";
 }
 
 /// What changes: sent with every heartbeat.

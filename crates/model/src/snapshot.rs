@@ -29,9 +29,7 @@ pub struct SnapshotFigures {
     pub pause_us: Option<u64>,
     /// From the request until it was durable, in milliseconds.
     pub took_ms: u64,
-    /// Pages of 4 KiB that hold zeros, of memory.
-    pub pages_zero: u64,
-    /// Pages that the vault had.
+    /// Pages of 4 KiB that the vault had. What holds zeros is no page.
     pub pages_known: u64,
     /// Pages that are new.
     pub pages_new: u64,

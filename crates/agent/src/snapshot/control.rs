@@ -106,7 +106,6 @@ pub(crate) enum Said {
 /// What a snapshot came to, as its writer knows.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Kept {
-    pub(crate) zero: u64,
     pub(crate) known: u64,
     pub(crate) new: u64,
     pub(crate) written: Bytes,

@@ -12,7 +12,8 @@ use godwit_model::{Bytes, ErrorCode, SnapshotId, VaultFile, VaultFindings, Vault
 use godwit_qemu::cage::worker::confine_to;
 use godwit_stream::PAGE_SIZE;
 use godwit_vault::{
-    ContentsError, FileError, Keys, Known, PackKey, Parts, PrunePlan, SnapshotKey, Space, SpaceKind, TeamKey, Vault, VaultError,
+    ContentsError, FileError, Keys, Known, PackKey, Parts, PrunePlan, SnapshotDraft, SnapshotKey, SnapshotWriter, Space, SpaceKind,
+    TeamKey, Vault, VaultError,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde::Serialize;
@@ -58,7 +59,7 @@ enum Failure {
     Unload(#[from] UnloadError),
     #[error(transparent)]
     Load(#[from] LoadError),
-    #[error("{0}")]
+    #[error("the snapshot cannot be written")]
     Write(#[source] io::Error),
     #[error("the snapshot has more disks, or larger ones, than can be kept")]
     Disks,
@@ -151,7 +152,8 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
     match job {
         Job::Take { snapshot, team, known, memory_fd, disks, about } => {
             let memory = memory_fd.map(|fd| UnixStream::from(own(fd)));
-            take_all(vault, agent, &snapshot, TeamKey::new(team), &keyed(&known), memory, &disks, about)
+            let new = New::begin(vault, &snapshot, team, &known, disks.iter().map(|disk| (&disk.node, disk.size)))?;
+            take_all(agent, new, memory, &disks, about)
         }
         Job::Restore { snapshot, disks } => {
             let (id, key) = snapshot.opened();
@@ -175,7 +177,8 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
             Ok(json(&Bytes(length)))
         }
         Job::Load { snapshot, team, known, memory, disks, about } => {
-            load_all(vault, &snapshot, TeamKey::new(team), &keyed(&known), memory, &disks, about)
+            let new = New::begin(vault, &snapshot, team, &known, disks.iter().map(|disk| (&disk.node, disk.size)))?;
+            load_all(new, memory, &disks, about)
         }
         Job::Play { snapshot, qemu_fd } => {
             let (id, key) = snapshot.opened();
@@ -223,93 +226,93 @@ fn shown(plan: &PrunePlan) -> VaultPlan {
     VaultPlan { files: snapshots.chain(packs).chain(drafts).collect() }
 }
 
-#[expect(clippy::too_many_arguments, reason = "they are the fields of the job")]
+/// A snapshot that is being written.
+struct New {
+    draft: SnapshotDraft,
+    keys: Keys,
+    known: Known,
+    disks: Vec<Space>,
+    /// The number of the first disk's space, behind those of memory.
+    first_disk: usize,
+}
+
+impl New {
+    /// Reads what its writer is to know.
+    fn begin<'a>(
+        vault: &Vault,
+        snapshot: &Keyed,
+        team: [u8; 32],
+        known: &[Keyed],
+        disks: impl Iterator<Item = (&'a String, Bytes)>,
+    ) -> Result<Self, Failure> {
+        let (id, key) = snapshot.opened();
+        // Of a try whose end nobody heard.
+        if vault.snapshots()?.contains(&id) {
+            vault.delete(id)?;
+        }
+        let space = |(name, size): (&String, Bytes)| {
+            let pages = u32::try_from(size.get().div_ceil(PAGE_SIZE as u64)).map_err(|_| Failure::Disks)?;
+            Ok::<_, Failure>(Space { kind: SpaceKind::Disk, name: name.clone(), pages })
+        };
+        let disks = disks.map(space).collect::<Result<_, _>>()?;
+        let known: Vec<(SnapshotId, SnapshotKey)> = known.iter().map(Keyed::opened).collect();
+        let keys = Keys { snapshot: key, team: TeamKey::new(team), pack: PackKey::draw().map_err(Failure::Write)? };
+        Ok(Self { known: vault.known(&known, KNOWN)?, draft: vault.begin(id)?, keys, disks, first_disk: 0 })
+    }
+
+    /// Its writer, once the spaces of memory are known. There is to be one.
+    fn writer(&mut self, mut spaces: Vec<Space>) -> io::Result<SnapshotWriter<File, File>> {
+        self.first_disk = spaces.len();
+        spaces.append(&mut self.disks);
+        let known = std::mem::replace(&mut self.known, Known::new(0));
+        self.draft.writer(&self.keys, spaces, known, Bytes(u64::MAX))
+    }
+
+    /// The number of a disk's space.
+    fn space(&self, disk: usize) -> Result<u16, Failure> {
+        u16::try_from(self.first_disk + disk).map_err(|_| Failure::Disks)
+    }
+
+    fn commit(self, writer: SnapshotWriter<File, File>, parts: &Parts) -> Result<serde_json::Value, Failure> {
+        let (_, _, totals) = writer.finish(parts).map_err(Failure::Write)?;
+        self.draft.commit(&totals)?;
+        let written = Bytes(totals.snapshot.get().saturating_add(totals.pack.get()));
+        Ok(json(&Kept { known: totals.known, new: totals.new, written }))
+    }
+}
+
 fn take_all(
-    vault: &Vault,
     agent: &Agent,
-    snapshot: &Keyed,
-    team: TeamKey,
-    known: &[(SnapshotId, SnapshotKey)],
+    mut new: New,
     memory: Option<UnixStream>,
     disks: &[DiskOf],
     about: Vec<u8>,
 ) -> Result<serde_json::Value, Failure> {
-    let (id, key) = snapshot.opened();
-    // Of a try whose end nobody heard.
-    if vault.snapshots()?.contains(&id) {
-        vault.delete(id)?;
-    }
-    let disk_spaces: Vec<Space> = disks.iter().map(|disk| disk_space(&disk.node, disk.size)).collect::<Result<_, _>>()?;
-    let known: Known = vault.known(known, KNOWN)?;
-    let draft = vault.begin(id)?;
-    let keys = Keys { snapshot: key, team, pack: PackKey::draw().map_err(Failure::Write)? };
     agent.say(&Said::Ready).map_err(Failure::Alone)?;
-    let mut first_disk = 0;
-    let (mut writer, mut parts) = match memory {
+    let (mut writer, parts) = match memory {
         Some(memory) => {
-            let begin = |mut spaces: Vec<Space>| {
-                first_disk = spaces.len();
-                spaces.extend(disk_spaces);
-                draft.writer(&keys, spaces, known, Bytes(u64::MAX))
-            };
-            let taken = take(memory, begin, || drop(agent.say(&Said::Began)))?;
+            let taken = take(memory, |spaces| new.writer(spaces), || drop(agent.say(&Said::Began)))?;
             (taken.writer, taken.parts)
         }
-        None => (draft.writer(&keys, disk_spaces, known, Bytes(u64::MAX)).map_err(Failure::Write)?, Parts::default()),
+        None => (new.writer(vec![]).map_err(Failure::Write)?, Parts::default()),
     };
-    for (space, disk) in (first_disk..).zip(disks) {
-        let space = u16::try_from(space).map_err(|_| Failure::Disks)?;
-        take_disk(agent.next_disk()?, &disk.export, space, &mut writer)?;
+    for (number, disk) in disks.iter().enumerate() {
+        take_disk(agent.next_disk()?, &disk.export, new.space(number)?, &mut writer)?;
     }
     // Whoever asked for it may be gone, and has asked another.
     agent.say(&Said::Ready).map_err(Failure::Alone)?;
-    parts.about = about;
-    let (_, _, totals) = writer.finish(&parts).map_err(Failure::Write)?;
-    draft.commit(&totals)?;
-    let written = Bytes(totals.snapshot.get().saturating_add(totals.pack.get()));
-    Ok(json(&Kept { zero: totals.zero, known: totals.known, new: totals.new, written }))
+    new.commit(writer, &Parts { about, ..parts })
 }
 
-fn disk_space(node: &str, size: Bytes) -> Result<Space, Failure> {
-    let pages = u32::try_from(size.get().div_ceil(PAGE_SIZE as u64)).map_err(|_| Failure::Disks)?;
-    Ok(Space { kind: SpaceKind::Disk, name: node.to_owned(), pages })
-}
-
-fn load_all(
-    vault: &Vault,
-    snapshot: &Keyed,
-    team: TeamKey,
-    known: &[(SnapshotId, SnapshotKey)],
-    memory: Option<MemoryFile>,
-    disks: &[DiskFile],
-    about: Vec<u8>,
-) -> Result<serde_json::Value, Failure> {
-    let (id, key) = snapshot.opened();
-    // Of a try whose end nobody heard.
-    if vault.snapshots()?.contains(&id) {
-        vault.delete(id)?;
-    }
-    let disk_spaces: Vec<Space> = disks.iter().map(|disk| disk_space(&disk.node, disk.size)).collect::<Result<_, _>>()?;
-    let known: Known = vault.known(known, KNOWN)?;
-    let draft = vault.begin(id)?;
-    let keys = Keys { snapshot: key, team, pack: PackKey::draw().map_err(Failure::Write)? };
-    let mut first_disk = 0;
-    let (mut writer, mut parts) = match memory {
-        Some(MemoryFile { fd, machine }) => load_memory(File::from(own(fd)), &machine, |mut spaces| {
-            first_disk = spaces.len();
-            spaces.extend(disk_spaces);
-            draft.writer(&keys, spaces, known, Bytes(u64::MAX))
-        })?,
-        None => (draft.writer(&keys, disk_spaces, known, Bytes(u64::MAX)).map_err(Failure::Write)?, Parts::default()),
+fn load_all(mut new: New, memory: Option<MemoryFile>, disks: &[DiskFile], about: Vec<u8>) -> Result<serde_json::Value, Failure> {
+    let (mut writer, parts) = match memory {
+        Some(MemoryFile { fd, machine }) => load_memory(File::from(own(fd)), &machine, |spaces| new.writer(spaces))?,
+        None => (new.writer(vec![]).map_err(Failure::Write)?, Parts::default()),
     };
-    for (space, disk) in (first_disk..).zip(disks) {
-        load_disk(&File::from(own(disk.fd)), u16::try_from(space).map_err(|_| Failure::Disks)?, &mut writer)?;
+    for (number, disk) in disks.iter().enumerate() {
+        load_disk(&File::from(own(disk.fd)), new.space(number)?, &mut writer)?;
     }
-    parts.about = about;
-    let (_, _, totals) = writer.finish(&parts).map_err(Failure::Write)?;
-    draft.commit(&totals)?;
-    let written = Bytes(totals.snapshot.get().saturating_add(totals.pack.get()));
-    Ok(json(&Kept { zero: totals.zero, known: totals.known, new: totals.new, written }))
+    new.commit(writer, &Parts { about, ..parts })
 }
 
 impl Failure {

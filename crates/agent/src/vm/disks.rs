@@ -57,12 +57,16 @@ fn generation_of(bitmap: &str) -> Option<u64> {
 
 /// The node of a volume in QEMU; none if it is no disk.
 fn node_of(spec: &ResolvedSpec, volume: &VolumeRef) -> Option<String> {
-    if let Firmware::Uefi { variables, .. } = &spec.platform.firmware
-        && variables == volume
-    {
-        return Some(VARIABLES.to_owned());
-    }
-    spec.disk_slots().find(|(_, disk)| disk.volume == *volume).map(|(slot, _)| disk_node(slot))
+    nodes(spec).into_iter().find(|(_, of)| of == volume).map(|(node, _)| node)
+}
+
+/// The disks of a VM, as QEMU names them. Media and seeds are none: they do not change.
+pub(super) fn nodes(spec: &ResolvedSpec) -> Vec<(String, VolumeRef)> {
+    let variables = match &spec.platform.firmware {
+        Firmware::Uefi { variables, .. } => Some((VARIABLES.to_owned(), variables.clone())),
+        Firmware::Bios => None,
+    };
+    spec.disk_slots().map(|(slot, disk)| (disk_node(slot), disk.volume.clone())).chain(variables).collect()
 }
 
 /// Number of a disk's lane, by its place among those that travel: 0 is that of memory.

@@ -10,10 +10,10 @@ use godwit_qemu::process::QemuProcess;
 use godwit_qemu::qmp::views::RunStatus;
 use godwit_qemu::{PassedFds, Start};
 
-use super::actor::{Actor, qemu_failed};
+use super::actor::{Actor, RETRY, qemu_failed};
 use super::change::{open_disk, open_flash};
-use super::disks;
-use super::snapshot::nodes;
+use super::disks::{self, nodes};
+use super::moving::millis;
 use crate::host::{host_failed, unix_now};
 use crate::journal::{Holding, VmRecord};
 use crate::snapshot::{DiskOf, FromSnapshot, Job, Said, Worker};
@@ -58,7 +58,7 @@ impl Actor {
         open_flash(&self.host, &spec, Start::Fresh, &[], &mut PassedFds::new()).await?;
         let began = Instant::now();
         self.begin(VmRecord::new(spec.clone(), grant.generation, 0, Holding::Owner), Start::Incoming).await?;
-        let mut figures = RestoreFigures { qemu_ms: millis(began.elapsed()), ..RestoreFigures::default() };
+        let mut figures = RestoreFigures { qemu_ms: millis(began.elapsed()).get(), ..RestoreFigures::default() };
         let restored = async {
             self.restore_disks(&mut worker, from, &mut figures).await?;
             match qemus {
@@ -77,10 +77,23 @@ impl Actor {
         Ok(figures)
     }
 
-    /// Whether a QEMU of ours has loaded what it is to run with.
-    pub(super) async fn has_loaded(&self) -> bool {
-        let Ok(qmp) = self.monitor() else { return false };
-        qmp.query_status().await.is_ok_and(|status| status.status != RunStatus::InMigrate)
+    /// Whether a QEMU of ours has loaded what it is to run with. One that waits for a page may be slow to say so; one that never does is of no use.
+    pub(super) async fn has_loaded(&mut self) -> bool {
+        let began = Instant::now();
+        loop {
+            if self.qmp.is_none() {
+                self.connect().await;
+            }
+            if let Ok(qmp) = self.monitor()
+                && let Ok(status) = qmp.query_status().await
+            {
+                return status.status != RunStatus::InMigrate;
+            }
+            if began.elapsed() > LOADING || self.process.as_ref().is_none_or(|process| !process.is_alive()) {
+                return false;
+            }
+            tokio::time::sleep(RETRY).await;
+        }
     }
 
     /// The workers, when they have opened the snapshot: of its disks, and of its memory with QEMU's end of the connection.
@@ -126,7 +139,7 @@ impl Actor {
             }
         };
         qmp.stop_serving_disks().await.map_err(qemu_failed)?;
-        (figures.disks_ms, figures.disks_written) = (millis(began.elapsed()), written);
+        (figures.disks_ms, figures.disks_written) = (millis(began.elapsed()).get(), written);
         tracing::info!(id = %from.snapshot.id, %written, "the disks are as they were");
         Ok(())
     }
@@ -145,7 +158,7 @@ impl Actor {
         self.announce_by_host();
         qmp.cont().await.map_err(qemu_failed)?;
         self.state = RunState::Running;
-        (figures.memory_ms, figures.ran_at) = (millis(began.elapsed()), unix_now());
+        (figures.memory_ms, figures.ran_at) = (millis(began.elapsed()).get(), unix_now());
         self.settle_tpm().await;
         if let Some(process) = self.process.clone() {
             tokio::spawn(see_to_the_end(process, player, self.end_reason.clone()));
@@ -162,7 +175,7 @@ impl Actor {
         self.forsake_tpm().await;
         let began = Instant::now();
         self.begin(VmRecord::new(spec, grant.generation, 0, Holding::Owner), Start::Fresh).await?;
-        figures.qemu_ms = figures.qemu_ms.saturating_add(millis(began.elapsed()));
+        figures.qemu_ms = figures.qemu_ms.saturating_add(millis(began.elapsed()).get());
         self.run_on().await?;
         figures.ran_at = unix_now();
         Ok(())
@@ -211,8 +224,4 @@ async fn wait_for(worker: &mut Worker, wanted: &Said) -> Result<(), Refusal> {
 
 fn unexpected() -> Refusal {
     Refusal::new(ErrorCode::Internal, "the vault worker said what nobody expects").retry(Retry::Safe)
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

@@ -13,11 +13,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use godwit_model::{
-    Bytes, ErrorCode, Firmware, Generation, Refusal, ResolvedSpec, Retry, RunState, SnapshotFigures, SnapshotSize, TaskId, VmId,
-    VolumeRef,
+    Bytes, ErrorCode, Generation, HostCondition, Refusal, Retry, RunState, SnapshotFigures, SnapshotSize, TaskId, VmId, VolumeRef,
 };
 use godwit_qemu::PassedFds;
-use godwit_qemu::disks::{VARIABLES, disk_node};
 use godwit_qemu::fleece::fleece_node;
 use godwit_qemu::process::ProcessIdentity;
 use godwit_qemu::qga::{Frozen, Thawed};
@@ -28,7 +26,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::actor::{Actor, Answer, qemu_failed};
+use super::actor::{Actor, Answer, RETRY, qemu_failed};
 use super::disks;
 use super::placement::{self, Access};
 use crate::carry::ProcessMemory;
@@ -43,30 +41,32 @@ const STOPPING: Duration = Duration::from_secs(10);
 /// How long a snapshot waits for memory that still comes out of another.
 const ARRIVING: Duration = Duration::from_secs(600);
 const LOOK: Duration = Duration::from_millis(5);
+/// Questions that QEMU leaves unanswered, ten seconds each, before others have their turn.
+const MOST_UNANSWERED: u32 = 3;
+
+/// How a snapshot has ended.
+pub(super) struct Ended {
+    taken: Result<SnapshotFigures, Refusal>,
+    /// QEMU is as it was before; else it is yet to be put right.
+    is_right: bool,
+}
 
 /// A snapshot that is being taken.
 pub(super) struct Snapshotting {
     task: TaskId,
     cancel: CancellationToken,
-    work: JoinHandle<Result<SnapshotFigures, Refusal>>,
-    reply: Option<oneshot::Sender<Result<Answer, Refusal>>>,
+    work: JoinHandle<Ended>,
+    reply: oneshot::Sender<Result<Answer, Refusal>>,
 }
 
 impl Snapshotting {
     /// Waits for its end.
-    pub(super) async fn ended(&mut self) -> Result<SnapshotFigures, Refusal> {
-        let lost = |error| Err(Refusal::new(ErrorCode::Internal, format!("taking a snapshot ended unexpectedly: {error}")));
-        (&mut self.work).await.unwrap_or_else(lost)
+    pub(super) async fn ended(&mut self) -> Ended {
+        (&mut self.work).await.unwrap_or_else(|error| {
+            let message = format!("taking a snapshot ended unexpectedly: {error}");
+            Ended { taken: Err(Refusal::new(ErrorCode::Internal, message)), is_right: false }
+        })
     }
-}
-
-/// The disks of a VM, as QEMU names them. Media and seeds are none: they do not change.
-pub(super) fn nodes(spec: &ResolvedSpec) -> Vec<(String, VolumeRef)> {
-    let variables = match &spec.platform.firmware {
-        Firmware::Uefi { variables, .. } => Some((VARIABLES.to_owned(), variables.clone())),
-        _ => None,
-    };
-    spec.disk_slots().map(|(slot, disk)| (disk_node(slot), disk.volume.clone())).chain(variables).collect()
 }
 
 impl Actor {
@@ -79,7 +79,7 @@ impl Actor {
         reply: oneshot::Sender<Result<Answer, Refusal>>,
     ) {
         match self.begin_snapshot(generation, job).await {
-            Ok((cancel, work)) => self.snapshot = Some(Snapshotting { task, cancel, work, reply: Some(reply) }),
+            Ok((cancel, work)) => self.snapshot = Some(Snapshotting { task, cancel, work, reply }),
             Err(refusal) => {
                 tracing::info!(code = %refusal.code, message = refusal.message, "no snapshot is begun");
                 let _ = reply.send(Err(refusal));
@@ -91,14 +91,13 @@ impl Actor {
         &mut self,
         generation: Generation,
         job: SnapshotJob,
-    ) -> Result<(CancellationToken, JoinHandle<Result<SnapshotFigures, Refusal>>), Refusal> {
+    ) -> Result<(CancellationToken, JoinHandle<Ended>), Refusal> {
         self.owned(generation)?;
         self.undisturbed()?;
         let qmp = self.monitor()?.clone();
         self.refresh().await;
         let ran = self.state == RunState::Running;
-        let keeps_paused = self.host.facts.machines.iter().any(|machine| machine == KEEPS_PAUSED);
-        if !ran && job.request.memory && !keeps_paused {
+        if !ran && job.request.memory && !self.host.facts.keeps_memory_of_paused() {
             let version = &self.host.facts.qemu;
             return Err(Refusal::new(
                 ErrorCode::Unsupported,
@@ -110,7 +109,7 @@ impl Actor {
             return Err(Refusal::new(ErrorCode::NotFound, "this host does not hold the VM"));
         };
         let mut disks = Vec::new();
-        for (node, volume) in nodes(&record.spec) {
+        for (node, volume) in disks::nodes(&record.spec) {
             let size = qmp.size_of_disk(&node).await.map_err(qemu_failed)?;
             let size = size.ok_or_else(|| Refusal::new(ErrorCode::Internal, format!("QEMU has no disk {volume}")))?.size;
             disks.push(TakenDisk { node, volume, size });
@@ -132,6 +131,7 @@ impl Actor {
         let memory = if stream.is_some() { self.memory_to_map(&qmp).await } else { None };
         let (host, vm, cancel) = (Arc::clone(&self.host), self.vm, CancellationToken::new());
         let held = stream.as_ref().and_then(|stream| stream.read.try_clone().ok());
+        self.held = held.as_ref().and_then(|held| held.try_clone().ok());
         let mut taking = Taking { host, vm, qmp, disks, job, ran, figures: SnapshotFigures::default() };
         let cancelled = cancel.clone();
         let work = tokio::spawn(async move {
@@ -139,12 +139,13 @@ impl Actor {
                 taken = taking.take(stream, memory) => taken,
                 () = cancelled.cancelled() => Err(Refusal::new(ErrorCode::Cancelled, "cancelled by request")),
             };
-            match put_right(&taking.qmp, &left, held).await {
-                // One that has ended has nothing left to put right.
-                Ok(()) | Err(QmpError::Ended { .. }) => {}
-                Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "QEMU is not as before the snapshot"),
+            let right = put_right(&taking.qmp, &left, held).await;
+            // One that has ended has nothing left to put right.
+            let is_right = matches!(right, Ok(()) | Err(QmpError::Ended { .. }));
+            if let (false, Err(error)) = (is_right, &right) {
+                tracing::warn!(error = error as &dyn std::error::Error, "QEMU is not as before the snapshot yet");
             }
-            taken.map(|()| taking.figures)
+            Ended { taken: taken.map(|()| taking.figures), is_right }
         });
         Ok((cancel, work))
     }
@@ -172,20 +173,30 @@ impl Actor {
         found.inspect(|snapshot| snapshot.cancel.cancel()).is_some()
     }
 
-    /// It has ended.
-    pub(super) fn on_snapshot_ended(&mut self, ended: Result<SnapshotFigures, Refusal>) {
+    /// It has ended. What QEMU was not put right from is tried again, as after a restart.
+    pub(super) fn on_snapshot_ended(&mut self, Ended { taken, is_right }: Ended) {
+        if is_right {
+            self.forget_snapshot();
+        } else {
+            self.wake = tokio::time::Instant::now() + RETRY;
+        }
+        match &taken {
+            Ok(figures) => tracing::info!(?figures, "a snapshot was taken"),
+            Err(refusal) => tracing::info!(code = %refusal.code, message = refusal.message, "no snapshot was taken"),
+        }
+        let answer = taken.map(|figures| Answer { result: godwit_link::encode(&figures), ..Answer::default() });
+        if let Some(snapshot) = self.snapshot.take() {
+            let _ = snapshot.reply.send(answer);
+        }
+    }
+
+    /// Nothing of a snapshot is left in QEMU.
+    fn forget_snapshot(&mut self) {
+        self.held = None;
         if let Some(record) = &mut self.record {
             record.snapshot = None;
         }
         self.save_or_log();
-        match &ended {
-            Ok(figures) => tracing::info!(?figures, "a snapshot was taken"),
-            Err(refusal) => tracing::info!(code = %refusal.code, message = refusal.message, "no snapshot was taken"),
-        }
-        let answer = ended.map(|figures| Answer { result: godwit_link::encode(&figures), ..Answer::default() });
-        if let Some(reply) = self.snapshot.take().and_then(|snapshot| snapshot.reply) {
-            let _ = reply.send(answer);
-        }
     }
 
     /// An agent that is no more was taking a snapshot: what QEMU still writes of it is read, since QEMU may not even answer before that.
@@ -200,7 +211,7 @@ impl Actor {
         }
     }
 
-    /// An agent that is no more was taking a snapshot.
+    /// Puts right what a snapshot has left in QEMU that nobody takes any more.
     pub(super) async fn clear_up_snapshot(&mut self) {
         let (Some(qmp), None, None) = (&self.qmp, &self.snapshot, &self.moving) else { return };
         let Some(left) = self.record.as_ref().and_then(|record| record.snapshot.clone()) else { return };
@@ -208,19 +219,13 @@ impl Actor {
         let held = self.held.as_ref().and_then(|held| held.try_clone().ok());
         if let Err(error) = put_right(qmp, &left, held).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "QEMU is not as before the snapshot yet");
+            self.wake = tokio::time::Instant::now() + RETRY;
             return;
         }
-        self.held = None;
-        if let Some(record) = &mut self.record {
-            record.snapshot = None;
-        }
-        self.save_or_log();
+        self.forget_snapshot();
         self.refresh().await;
     }
 }
-
-/// From the QEMU that brought this machine on, a VM that stood still goes on to stand still.
-const KEEPS_PAUSED: &str = "pc-q35-9.0";
 
 /// Waits while memory of the VM is still coming out of a snapshot, for so long.
 pub(super) async fn memory_is_whole(qmp: &Qmp, limit: Duration) -> Result<(), Refusal> {
@@ -262,22 +267,25 @@ fn throw_away(mut reading: UnixStream) -> JoinHandle<()> {
     })
 }
 
-/// Throws away what QEMU still writes of a snapshot, until it has written everything. QEMU may answer nothing before that.
+/// Throws away what QEMU still writes of a snapshot, until it has written everything. QEMU may answer nothing before that; if it does not for long, the
+/// reading goes on alone.
 async fn read_to_the_end(qmp: &Qmp, from: UnixStream) -> Result<(), QmpError> {
     let Ok(reading) = from.try_clone() else { return Ok(()) };
     let thrown_away = throw_away(reading);
-    let over = loop {
+    let mut unanswered = 0;
+    loop {
         match qmp.migration().await {
-            Ok(status) if status.is_final() => break Ok(()),
+            Ok(status) if status.is_final() => break,
             Ok(_) => tokio::time::sleep(LOOK).await,
-            Err(QmpError::TimedOut { .. }) => {}
-            Err(error) => break Err(error),
+            Err(QmpError::TimedOut { .. }) if unanswered < MOST_UNANSWERED => unanswered += 1,
+            // The socket stays open: QEMU may still write.
+            Err(error) => return Err(error),
         }
-    };
+    }
     // One that never began has no end.
     let _ = from.shutdown(std::net::Shutdown::Both);
     let _ = thrown_away.await;
-    over
+    Ok(())
 }
 
 /// The socket on which memory comes: QEMU's end, and that which is read.
@@ -347,7 +355,7 @@ impl Taking {
         let size_of = |disk: &TakenDisk| SnapshotSize { volume: disk.volume.clone(), size: disk.size };
         self.figures.sizes = self.disks.iter().map(size_of).collect();
         self.figures.took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        (self.figures.pages_zero, self.figures.pages_known, self.figures.pages_new) = (kept.zero, kept.known, kept.new);
+        (self.figures.pages_known, self.figures.pages_new) = (kept.known, kept.new);
         self.figures.written = kept.written;
         Ok(())
     }
@@ -361,12 +369,21 @@ impl Taking {
         let Some(Stream { written, read }) = stream else { return Ok(None) };
         match self.qmp.prepare_memory_snapshot().await {
             Ok(()) => {}
-            Err(error) if error.refused().is_some() && !self.disks.is_empty() => {
-                let warning = format!("memory is not in it, the VM would boot from its disks: {error}");
-                self.figures.warnings.push(warning);
+            Err(error) => {
+                let lacks = self.host.facts.condition(HostCondition::NO_MEMORY_SNAPSHOT);
+                let is_refused = error.refused().is_some();
+                let refusal = match lacks.filter(|_| is_refused) {
+                    Some(lacks) => Refusal::new(ErrorCode::UserfaultUnavailable, error.to_string())
+                        .hint(format!("{}; or take its disks alone: `--disks-only`", lacks.fix)),
+                    None => failed(error),
+                };
+                if !is_refused || self.disks.is_empty() {
+                    return Err(refusal);
+                }
+                let fix = refusal.hint.as_deref().unwrap_or_default();
+                self.figures.warnings.push(format!("memory is not in it, the VM would boot from its disks: {refusal}: {fix}"));
                 return Ok(None);
             }
-            Err(error) => return Err(failed(error)),
         }
         let copied = read.try_clone().map_err(|error| host_failed("a socket cannot be copied", &error))?;
         self.qmp.hold_snapshot_socket(written.into(), copied.into()).await.map_err(failed)?;
@@ -523,9 +540,7 @@ async fn stopped_for_want_of_room(qmp: &Qmp, mut notices: Notices) -> Refusal {
 }
 
 fn failed(error: QmpError) -> Refusal {
-    let retry = if error.refused().is_some() { Retry::Safe } else { Retry::Unknown };
-    let message: String = error.to_string().chars().take(500).collect();
-    Refusal::new(ErrorCode::SnapshotFailed, message).hint("look at the VM's log on its host").retry(retry)
+    Refusal { code: ErrorCode::SnapshotFailed, ..qemu_failed(error) }
 }
 
 fn unexpected(said: &Said) -> Refusal {

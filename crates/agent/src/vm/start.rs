@@ -17,6 +17,7 @@ use godwit_qemu::{Qmp, Resources, Sockets, Start};
 use super::actor::{Actor, qemu_failed};
 use super::change::{open_disk, open_flash};
 use super::disks::into::open_arriving;
+use super::restore::EndReason;
 use crate::host::{SharedHost, host_failed, private_dir};
 use crate::journal::{Holding, VmRecord};
 use crate::nodes::{self, NODES};
@@ -90,6 +91,7 @@ impl Actor {
     /// Makes `record` the VM's and starts its QEMU, stopped. On failure the record before stands and nothing is left.
     pub(super) async fn begin(&mut self, mut record: VmRecord, start: Start) -> Result<(), Refusal> {
         let before = self.record.take();
+        self.end_reason = EndReason::default();
         record.uid = self.host.uids.take(self.vm)?;
         let memory = record.spec.memory_with_dimms();
         let begun = async {

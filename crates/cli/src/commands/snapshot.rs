@@ -283,7 +283,7 @@ fn show(snapshot: &Snapshot) -> String {
     if let Some(figures) = &snapshot.figures {
         let pages = |count: u64| Bytes(count.saturating_mul(PAGE));
         facts.fact("Took", Millis(figures.took_ms)).fact("Pause", or_nothing(figures.pause_us.map(micros)));
-        facts.fact("New", new(figures)).fact("Known before", pages(figures.pages_known)).fact("Zeros", pages(figures.pages_zero));
+        facts.fact("New", new(figures)).fact("Known before", pages(figures.pages_known));
         facts.fact("Written", figures.written);
         for warning in &figures.warnings {
             facts.fact("Warning", warning);

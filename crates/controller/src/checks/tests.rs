@@ -96,7 +96,8 @@ fn every_broken_rule_of_a_move_is_refused_with_its_fix() {
 
 #[test]
 fn a_host_that_cannot_do_post_copy_is_refused_only_where_it_is_wanted() {
-    let lacks = HostCondition { name: NO_POSTCOPY.into(), message: "no userfaultfd".into(), fix: "set a sysctl".into() };
+    let lacks =
+        HostCondition { name: HostCondition::NO_POSTCOPY.into(), message: "no userfaultfd".into(), fix: "set a sysctl".into() };
     let (able, unable) = (facts(), HostFacts { conditions: vec![lacks], ..facts() });
     let ladder = |rungs: &str| MigrationPolicy { on_miss: rungs.parse().expect("a ladder"), ..MigrationPolicy::default() };
     let now = MigrationPolicy { postcopy: PostCopy::Now, ..MigrationPolicy::default() };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use godwit_api::v1::{self, TaskState};
+use godwit_api::v1;
 use godwit_model::lifecycle::decide_admission;
 use godwit_model::policy::{self, Labelled, Settled};
 use godwit_model::{
@@ -93,25 +93,9 @@ pub(crate) fn host_down(name: &Name) -> Refusal {
 /// A task of a VM that was just asked for.
 pub(super) fn new_task(vm: &VmRow, ask: &Ask, id: TaskId, work: Work, now: UnixMillis) -> TaskRow {
     TaskRow {
-        id,
-        team: vm.team.clone(),
-        subject: vm.name.clone(),
         vm: Some(vm.id),
-        work,
-        state: TaskState::Running,
-        created: now,
-        ended: None,
-        principal: ask.principal.clone(),
         reason: ask.reason.clone(),
-        step: "accepted".into(),
-        cancel: false,
-        progress: None,
-        transfer: None,
-        forecast: None,
-        figures: None,
-        restore: None,
-        error: None,
-        trail: vec![],
+        ..TaskRow::new(id, vm.team.clone(), vm.name.clone(), ask.principal.clone(), work, now)
     }
 }
 

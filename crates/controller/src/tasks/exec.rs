@@ -8,7 +8,6 @@
 
 use std::sync::Arc;
 
-use godwit_api::v1::TaskState;
 use godwit_link::v1::{self, command::Action};
 use godwit_link::{decode, encode};
 use godwit_model::lifecycle::decide_exec;
@@ -16,7 +15,7 @@ use godwit_model::{ErrorCode, ExecOutcome, ExecRequest, Name, Refusal, Retry, Ta
 use tokio::sync::oneshot;
 use tokio::time::{Duration, Instant};
 
-use super::admit::describe;
+use super::admit::{describe, new_task};
 use super::{Ask, Outcome, Tasks, command_id, conclude, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault, retry};
@@ -119,27 +118,9 @@ impl Tasks {
     async fn admit_exec(&self, ask: &Ask, request: &ExecRequest) -> Result<(TaskRow, VmRow), Fault> {
         let vm = self.vm(&ask.team, &ask.vm).await?;
         decide_exec(vm.row.state, vm.row.activity)?;
-        let mut task = TaskRow {
-            id: TaskId::new(clock::fresh()),
-            team: ask.team.clone(),
-            subject: ask.vm.clone(),
-            vm: Some(vm.row.id),
-            work: Work::Exec { program: request.program.chars().take(RECORDED).collect() },
-            state: TaskState::Running,
-            created: clock::now(),
-            ended: None,
-            principal: ask.principal.clone(),
-            reason: ask.reason.clone(),
-            step: "runs in the guest".into(),
-            cancel: false,
-            progress: None,
-            transfer: None,
-            forecast: None,
-            figures: None,
-            restore: None,
-            error: None,
-            trail: vec![],
-        };
+        let work = Work::Exec { program: request.program.chars().take(RECORDED).collect() };
+        let mut task =
+            TaskRow { step: "runs in the guest".into(), ..new_task(&vm.row, ask, TaskId::new(clock::fresh()), work, clock::now()) };
         describe(&mut task);
         self.db.commit(Batch::default().unchanged(&vm).create(&task)).await?;
         Ok((task, vm.row))

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use godwit_api::v1::{SnapshotExportRequest, SnapshotImport, SnapshotState, TaskState};
+use godwit_api::v1::{SnapshotExportRequest, SnapshotImport, SnapshotState};
 use godwit_link::v1::{self, command::Action};
 use godwit_link::{decode, encode};
 use godwit_model::{ErrorCode, Name, Refusal, SnapshotExport, SnapshotId, SnapshotRequest, TaskId};
@@ -21,27 +21,8 @@ pub(crate) struct Asker {
 }
 
 fn new_task(asker: &Asker, subject: &Name, work: Work, reason: Option<String>) -> TaskRow {
-    TaskRow {
-        id: TaskId::new(clock::fresh()),
-        team: asker.team.clone(),
-        subject: subject.clone(),
-        vm: None,
-        work,
-        state: TaskState::Running,
-        created: clock::now(),
-        ended: None,
-        principal: asker.principal.clone(),
-        reason,
-        step: "accepted".into(),
-        cancel: false,
-        progress: None,
-        transfer: None,
-        forecast: None,
-        figures: None,
-        restore: None,
-        error: None,
-        trail: vec![],
-    }
+    let (id, principal) = (TaskId::new(clock::fresh()), asker.principal.clone());
+    TaskRow { reason, ..TaskRow::new(id, asker.team.clone(), subject.clone(), principal, work, clock::now()) }
 }
 
 impl Tasks {

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use godwit_api::v1::TaskState;
 use godwit_model::{ErrorCode, ImageId, ImportFormat, Name, Refusal, TaskId};
 use tokio::sync::watch;
 use tokio::time::{Duration, Instant, sleep_until};
@@ -41,27 +40,7 @@ impl Tasks {
     pub(crate) async fn begin_import(self: &Arc<Self>, new: NewImport) -> Result<Stored<TaskRow>, Fault> {
         let NewImport { team, name, image, format, source, principal, about } = new;
         let id = TaskId::new(clock::fresh());
-        let mut task = TaskRow {
-            id,
-            team,
-            subject: name,
-            vm: None,
-            work: Work::Import { image, format, source },
-            state: TaskState::Running,
-            created: clock::now(),
-            ended: None,
-            principal,
-            reason: None,
-            step: "accepted".into(),
-            cancel: false,
-            progress: None,
-            transfer: None,
-            forecast: None,
-            figures: None,
-            restore: None,
-            error: None,
-            trail: vec![],
-        };
+        let mut task = TaskRow::new(id, team, name, principal, Work::Import { image, format, source }, clock::now());
         note(&mut task, about);
         self.db.commit(Batch::default().create(&task)).await?;
         tracing::info!(task = %id, kind = task.work.kind(), subject = %task.subject, principal = task.principal, "accepted");

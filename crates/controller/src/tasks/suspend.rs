@@ -19,8 +19,6 @@ use crate::clock;
 use crate::db::{Batch, Fault};
 use crate::rows::{Origin, OriginKind, SuspendStage, SuspendWork, TaskRow, VmRow, Work};
 
-/// A QEMU that knows this machine keeps memory of a VM that stands still.
-const KEEPS_PAUSED: &str = "pc-q35-9.0";
 /// What the name of a suspended VM's snapshot ends with.
 const ENDING: &str = "-suspended";
 
@@ -38,7 +36,7 @@ fn to(task: &mut TaskRow, stage: SuspendStage) {
 impl Tasks {
     pub(super) async fn admit_suspend(&self, vm: &VmRow, ask: &Ask, now: UnixMillis) -> Result<(Work, Batch), Fault> {
         if let Some(presence) = vm.host.as_ref().and_then(|host| self.hub.presence(host))
-            && !presence.facts.machines.iter().any(|machine| machine == KEEPS_PAUSED)
+            && !presence.facts.keeps_memory_of_paused()
         {
             let message = format!("QEMU {} does not keep the memory of a VM that stands still", presence.facts.qemu);
             return Err(Refusal::new(ErrorCode::Unsupported, message)

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_api::v1::{self as api, SnapshotState, TaskState};
+use godwit_api::v1::{self as api, SnapshotState};
 use godwit_link::v1::{self, command::Action, look_at_vault::What};
 use godwit_link::{decode, encode};
 use godwit_model::{ErrorCode, Name, Refusal, Retry, TaskId, VaultFindings, VaultPlan, VaultUsage};
@@ -239,27 +239,8 @@ impl Tasks {
         let last = vault.snapshots.first().map(|snapshot| &snapshot.host);
         let (host, _) = self.reach(&vault.identity, pool, last)?;
         let id = TaskId::new(clock::fresh());
-        let mut task = TaskRow {
-            id,
-            team: team.clone(),
-            subject: pool.clone(),
-            vm: None,
-            work: Work::Verify { identity: vault.identity, host: host.clone() },
-            state: TaskState::Running,
-            created: clock::now(),
-            ended: None,
-            principal,
-            reason: None,
-            step: "accepted".into(),
-            cancel: false,
-            progress: None,
-            transfer: None,
-            forecast: None,
-            figures: None,
-            restore: None,
-            error: None,
-            trail: vec![],
-        };
+        let work = Work::Verify { identity: vault.identity, host: host.clone() };
+        let mut task = TaskRow::new(id, team.clone(), pool.clone(), principal, work, clock::now());
         note(&mut task, format!("to be read on {host}"));
         self.db.commit(Batch::default().create(&task)).await?;
         tracing::info!(task = %id, kind = task.work.kind(), subject = %task.subject, principal = task.principal, "accepted");
