@@ -282,11 +282,11 @@ async fn try_capability(qmp: &Qmp, name: &str) -> Result<Support, InterviewError
 fn userfault_fix() -> String {
     if !Path::new("/dev/userfaultfd").exists() {
         return "boot a kernel with /dev/userfaultfd (6.1 or newer) and QEMU 8.0 or newer, \
-                or set the sysctl vm.unprivileged_userfaultfd=1, which concerns every process of the host"
+                or set the sysctl vm.unprivileged_userfaultfd=1, which concerns every process of the host; then restart the agent"
             .to_owned();
     }
     "install QEMU 8.0 or newer, which uses the VM's own /dev/userfaultfd; older ones need the sysctl vm.unprivileged_userfaultfd=1, \
-     which concerns every process of the host"
+     which concerns every process of the host; then restart the agent"
         .to_owned()
 }
 

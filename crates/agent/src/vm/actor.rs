@@ -338,7 +338,10 @@ impl Actor {
         self.wake = Instant::now() + IDLE;
         match (&self.process, &self.qmp) {
             (Some(_), None) => self.connect().await,
-            (Some(_), Some(_)) if self.moving.is_none() => self.refresh().await,
+            (Some(_), Some(_)) if self.moving.is_none() => {
+                self.refresh().await;
+                self.end_what_waits_for_a_snapshot().await;
+            }
             _ => {}
         }
     }

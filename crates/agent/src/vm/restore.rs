@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use godwit_model::{Bytes, ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState, VolumeRef};
 use godwit_qemu::process::QemuProcess;
-use godwit_qemu::qmp::views::RunStatus;
+use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::{PassedFds, Start};
 
 use super::actor::{Actor, RETRY, qemu_failed};
@@ -94,6 +94,18 @@ impl Actor {
             }
             tokio::time::sleep(RETRY).await;
         }
+    }
+
+    /// A VM whose memory came out of a snapshot, and does not any more, while no agent looked: see [`see_to_the_end`].
+    pub(super) async fn end_what_waits_for_a_snapshot(&mut self) {
+        let is_owner = self.record.as_ref().is_some_and(|record| record.holding == Holding::Owner);
+        let Some(qmp) = self.qmp.as_ref().filter(|_| is_owner) else { return };
+        if !matches!(qmp.migration().await, Ok(MigrationStatus::PostcopyPaused)) {
+            return;
+        }
+        tracing::error!("memory of the VM does not come out of its snapshot any more: it is ended");
+        self.end_reason.set("ended since its memory cannot come out of the snapshot: the vault worker is gone".into());
+        self.end_process().await;
     }
 
     /// The workers, when they have opened the snapshot: of its disks, and of its memory with QEMU's end of the connection.
