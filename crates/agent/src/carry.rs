@@ -21,6 +21,7 @@ mod disk;
 mod feed;
 mod home;
 mod images;
+mod large;
 mod memory;
 mod process;
 mod pump;

@@ -104,6 +104,14 @@ impl QemuProcess {
         !matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(ready) if ready > 0)
     }
 
+    /// A descriptor of the process.
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    pub fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
+    }
+
     /// Kills it, without asking. That it has ended already is no error.
     pub fn kill(&self) {
         self.signal(Signal::KILL);

@@ -14,9 +14,9 @@ const PRESENT: u64 = 0b11 << 62;
 /// It has been swapped out.
 const SWAPPED: u64 = 1 << 62;
 /// Nobody else has it: what was only ever read is the kernel's page, or two MiB, of zeros, which everybody has.
-const EXCLUSIVE: u64 = 1 << 56;
+pub(super) const EXCLUSIVE: u64 = 1 << 56;
 /// Entries of a page map that are read at once.
-const ENTRIES: usize = 8192;
+const ENTRIES: u32 = 8192;
 
 /// Blocks of the memory of a process, and images beside them.
 pub(crate) struct ProcessMemory {
@@ -61,14 +61,19 @@ impl ProcessMemory {
 
     fn pages_with(&self, wanted: impl Fn(u64) -> bool, block: u16, first: u32) -> io::Result<(Vec<u32>, u32)> {
         let pages = self.blocks.get(usize::from(block)).map_or(0, |block| block.pages);
-        let count = usize::try_from(pages.saturating_sub(first)).unwrap_or(ENTRIES).min(ENTRIES);
-        let address = self.address(block, first, count as u64)?;
-        let mut entries = vec![0; count * 8];
+        let count = pages.saturating_sub(first).min(ENTRIES);
+        let numbered = (first..).zip(self.entries(block, first, count)?);
+        let found = numbered.filter(|(_, entry)| wanted(*entry)).map(|(page, _)| page).collect();
+        Ok((found, first.saturating_add(count)))
+    }
+
+    /// What the page map says of pages, which the block must have.
+    pub(super) fn entries(&self, block: u16, first: u32, count: u32) -> io::Result<Vec<u64>> {
+        let address = self.address(block, first, u64::from(count))?;
+        let mut entries = vec![0; count as usize * 8];
         read_whole(&self.map, &mut entries, address / PAGE_SIZE as u64 * 8)?;
         let (entries, _) = entries.as_chunks::<8>();
-        let numbered = (first..).zip(entries);
-        let found = numbered.filter(|(_, entry)| wanted(u64::from_ne_bytes(**entry))).map(|(page, _)| page).collect();
-        Ok((found, first.saturating_add(u32::try_from(count).unwrap_or(u32::MAX))))
+        Ok(entries.iter().map(|entry| u64::from_ne_bytes(*entry)).collect())
     }
 }
 

@@ -4,12 +4,14 @@
 //! header, configuration, advise, RAM's start   discard   package { devices }   pages … end
 //!                                                                  ◀── loaded ── asks for pages ──  shut
 //! ```
-//! A page that is asked for goes ahead of all others; those that hold zeros are sent only if they are asked for. No page goes twice: QEMU gives up over it.
+//! A page that is asked for goes ahead of all others, and takes those around it along; those that hold zeros are sent only in that way. While the guest finds its feet, every page that
+//! nobody has asked for costs it time: such pages wait until it asks for nothing. No page goes twice: QEMU gives up over it.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::pages::{PageSet, Place};
@@ -34,6 +36,13 @@ const UNHEARD: usize = 1024;
 const MOST_ASKED: u64 = 512;
 /// Pages that are sent in the background before requests are looked at: those of a chunk.
 const BURST: usize = 16;
+/// Pages, at a multiple of it, that go along with one of them: they are read with it, and likely to be wanted next.
+const AROUND: u32 = 16;
+/// Pages of zeros that go along with those before them: a guest that uses new memory uses more of it.
+const ZEROS_AHEAD: u32 = 64;
+/// So long the guest must ask for nothing before pages are sent in the background, in its first moments.
+const SILENCE: Duration = Duration::from_millis(3);
+const FIRST_MOMENTS: Duration = Duration::from_secs(1);
 
 /// Why a VM cannot be had out of a snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -174,11 +183,16 @@ impl<'a> Player<'a> {
     /// Sends what is asked for, and all else, until QEMU has it.
     fn run(mut self, said: &Receiver<Said>, loaded: impl FnOnce()) -> Result<Played, PlayError> {
         let (mut loaded, mut at) = (Some(loaded), Place { block: 0, page: 0 });
-        let mut has_ended = false;
+        let (mut began, mut has_ended): (Option<Instant>, bool) = (None, false);
         loop {
             // While there is something to send, whether something was said; then, what is said.
             let heard = if self.left.is_empty() && has_ended || loaded.is_some() {
                 Some(said.recv().unwrap_or(None))
+            } else if began.is_some_and(|began| began.elapsed() < FIRST_MOMENTS) {
+                match said.recv_timeout(SILENCE) {
+                    Err(RecvTimeoutError::Timeout) => None,
+                    said => Some(said.unwrap_or(None)),
+                }
             } else {
                 said.try_recv().ok()
             };
@@ -192,6 +206,7 @@ impl<'a> Player<'a> {
                         ReturnMessage::Pong(LOADED) => {
                             if let Some(loaded) = loaded.take() {
                                 loaded();
+                                began = Some(Instant::now());
                             }
                         }
                         // It has asked for zeros before it heard the end, which gives it all zeros there are, and reads no more.
@@ -232,7 +247,32 @@ impl<'a> Player<'a> {
         }
         self.played.asked += wanted.len() as u64;
         self.pages(&wanted)?;
+        if let Some(last) = wanted.last() {
+            self.along_with(*last)?;
+        }
         Ok(places.last().map(|last| Place { page: last.page.saturating_add(1), ..*last }))
+    }
+
+    /// Sends what is likely to be asked for after a page.
+    fn along_with(&mut self, asked: Place) -> Result<(), PlayError> {
+        let Place { block, page } = asked;
+        let pages = self.contents.spaces().get(usize::from(block)).map_or(0, |space| space.pages);
+        let mut along = Vec::new();
+        if self.contents.page(block, page)?.is_none() {
+            for page in (page + 1)..page.saturating_add(ZEROS_AHEAD).min(pages) {
+                let place = Place { block, page };
+                if self.left.contains(place) || !self.is_new_zero(place)? {
+                    break;
+                }
+                along.push(place);
+            }
+        } else {
+            let first = page - page % AROUND;
+            let around = (first..first.saturating_add(AROUND)).map(|page| Place { block, page });
+            along.extend(around.filter(|place| self.left.remove(*place)));
+        }
+        self.played.background += along.len() as u64;
+        self.pages(&along)
     }
 
     /// Whether a page holds zeros and was not sent as that. One that was in `left` has gone already.

@@ -8,6 +8,7 @@
 //! Whatever ends it, QEMU is then as before: the journal says that a snapshot is under way before anything is done, so that an agent that was killed puts it
 //! right in its next life. Memory that QEMU has begun to write is read to the end in any case, by whoever there is: see [`godwit_qemu::snapshot`].
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -128,7 +129,7 @@ impl Actor {
         };
         record.snapshot = Some(left.clone());
         self.save()?;
-        let memory = if stream.is_some() { self.memory_to_map(&qmp).await } else { None };
+        let memory = if stream.is_some() { self.memory_to_prepare(&qmp).await.map(Arc::new) } else { None };
         let (host, vm, cancel) = (Arc::clone(&self.host), self.vm, CancellationToken::new());
         let held = stream.as_ref().and_then(|stream| stream.read.try_clone().ok());
         self.held = held.as_ref().and_then(|held| held.try_clone().ok());
@@ -136,10 +137,12 @@ impl Actor {
         let cancelled = cancel.clone();
         let work = tokio::spawn(async move {
             let taken = tokio::select! {
-                taken = taking.take(stream, memory) => taken,
+                taken = taking.take(stream, memory.clone()) => taken,
                 () = cancelled.cancelled() => Err(Refusal::new(ErrorCode::Cancelled, "cancelled by request")),
             };
             let right = put_right(&taking.qmp, &left, held).await;
+            // Its memory is in small pages now, which slow the guest down.
+            drop(memory.map(|memory| tokio::task::spawn_blocking(move || memory.memory.join_pages(&memory.process))));
             // One that has ended has nothing left to put right.
             let is_right = matches!(right, Ok(()) | Err(QmpError::Ended { .. }));
             if let (false, Err(error)) = (is_right, &right) {
@@ -151,10 +154,12 @@ impl Actor {
     }
 
     /// The VM's memory, if it is found: without it the guest stands still for longer.
-    async fn memory_to_map(&self, qmp: &Qmp) -> Option<ProcessMemory> {
+    async fn memory_to_prepare(&self, qmp: &Qmp) -> Option<Mapped> {
         let blocks = self.memory_blocks(qmp).await?;
-        let (memory, map) = placement::open(self.process.as_ref()?.identity(), Access::Read).ok()?;
-        Some(ProcessMemory::new(memory.into(), map.into(), blocks))
+        let process = self.process.as_ref()?;
+        let (memory, map) = placement::open(process.identity(), Access::Read).ok()?;
+        let memory = ProcessMemory::new(memory.into(), map.into(), blocks);
+        Some(Mapped { process: process.pidfd().ok()?, memory })
     }
 
     /// Nothing else works on the VM's memory or disks.
@@ -306,6 +311,22 @@ impl Stream {
     }
 }
 
+/// The VM's memory as QEMU has it.
+struct Mapped {
+    process: OwnedFd,
+    memory: ProcessMemory,
+}
+
+impl Mapped {
+    /// Makes short what the guest stands still for.
+    fn prepare(&self) -> std::io::Result<()> {
+        let joined = self.memory.join_pages(&self.process);
+        self.memory.map_all()?;
+        tracing::debug!(large_pages = joined?, "memory is prepared for a snapshot");
+        Ok(())
+    }
+}
+
 struct TakenDisk {
     node: String,
     volume: VolumeRef,
@@ -324,7 +345,7 @@ struct Taking {
 }
 
 impl Taking {
-    async fn take(&mut self, stream: Option<Stream>, mapped: Option<ProcessMemory>) -> Result<(), Refusal> {
+    async fn take(&mut self, stream: Option<Stream>, mapped: Option<Arc<Mapped>>) -> Result<(), Refusal> {
         let began = Instant::now();
         memory_is_whole(&self.qmp, ARRIVING).await?;
         let stream = self.prepare_memory(stream, mapped).await?;
@@ -361,11 +382,7 @@ impl Taking {
     }
 
     /// Whether memory is kept. Where QEMU does not let it, the disks alone are, with a warning; a VM without disks has nothing else to keep.
-    async fn prepare_memory(
-        &mut self,
-        stream: Option<Stream>,
-        mapped: Option<ProcessMemory>,
-    ) -> Result<Option<UnixStream>, Refusal> {
+    async fn prepare_memory(&mut self, stream: Option<Stream>, mapped: Option<Arc<Mapped>>) -> Result<Option<UnixStream>, Refusal> {
         let Some(Stream { written, read }) = stream else { return Ok(None) };
         match self.qmp.prepare_memory_snapshot().await {
             Ok(()) => {}
@@ -387,10 +404,10 @@ impl Taking {
         }
         let copied = read.try_clone().map_err(|error| host_failed("a socket cannot be copied", &error))?;
         self.qmp.hold_snapshot_socket(written.into(), copied.into()).await.map_err(failed)?;
-        if let Some(memory) = mapped {
-            let mapping = tokio::task::spawn_blocking(move || memory.map_all()).await;
+        if let Some(mapped) = mapped {
+            let mapping = tokio::task::spawn_blocking(move || mapped.prepare()).await;
             if let Ok(Err(error)) = mapping {
-                tracing::info!(%error, "not all of the VM's memory is mapped: it stands still for longer");
+                tracing::info!(%error, "the VM's memory is not all prepared: it stands still for longer");
             }
         }
         Ok(Some(read))

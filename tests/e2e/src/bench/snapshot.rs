@@ -266,8 +266,7 @@ struct Saved {
 
 impl Drop for Plain {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
     }
 }
 
@@ -283,6 +282,11 @@ impl Plain {
         plain.outside.status(ADDRESS, BOOT).context("boot the guest")?;
         thread::sleep(PEACE);
         Ok(plain)
+    }
+
+    fn end(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 
     fn file(&self) -> PathBuf {
@@ -321,10 +325,8 @@ impl Saved {
     fn load(self) -> Result<Duration> {
         let mut plain = self.plain;
         plain.qmp.run("stop", json!({}))?;
-        let (child, qmp) = start(&plain.network, &plain.guest, plain.gib, plain.started)?;
-        let before = std::mem::replace(&mut plain.child, child);
-        plain.qmp = qmp;
-        kill(before);
+        plain.end();
+        (plain.child, plain.qmp) = start(&plain.network, &plain.guest, plain.gib, plain.started)?;
         let echo = plain.outside.echo(ADDRESS)?;
         let began = Instant::now();
         plain.qmp.run("migrate-incoming", json!({ "uri": format!("exec:cat {}", plain.file().display()) }))?;
@@ -333,11 +335,6 @@ impl Saved {
         let answered = echo.first_after(began, FILE).context("it never answers")?;
         Ok(answered.saturating_duration_since(began))
     }
-}
-
-fn kill(mut child: Child) {
-    let _ = child.kill();
-    let _ = child.wait();
 }
 
 fn home(network: &OwnedNetwork) -> PathBuf {
@@ -362,11 +359,12 @@ fn start(network: &OwnedNetwork, guest: &GuestSpec, gib: u64, started: u32) -> R
     if started > 0 {
         command.args(["-incoming", "defer", "-S"]);
     }
-    let child = in_namespace(&network.lab().namespace(HOST)?, || command.spawn())?.context("start QEMU")?;
+    let mut child = in_namespace(&network.lab().namespace(HOST)?, || command.spawn())?.context("start QEMU")?;
     match Qmp::connect(&socket, START) {
         Ok(qmp) => Ok((child, qmp)),
         Err(error) => {
-            kill(child);
+            let _ = child.kill();
+            let _ = child.wait();
             Err(error)
         }
     }
