@@ -301,9 +301,17 @@ fn show(schedule: &Schedule) -> String {
     facts.fact("Missed", or_nothing(schedule.missed.map(moment)));
     let rest = spec.quiesce.map(|quiesce| format!(", file systems at rest within {quiesce}")).unwrap_or_default();
     facts.fact("Takes", format!("{}{rest}", if spec.memory { "memory and disks" } else { "disks only" }));
-    facts.fact("Pool", or_nothing(spec.pool.as_ref())).fact("Catches up", format!("until {} late", spec.catch_up));
+    facts.fact("Pool", or_nothing(spec.pool.as_ref())).fact("Catches up", format!("until {} late", span(spec.catch_up)));
     facts.fact("Keeps", keeps(&spec.keep)).fact("Created", moment(schedule.created));
     facts.render()
+}
+
+/// A time that is long.
+fn span(time: Millis) -> String {
+    match time.get() / 60_000 {
+        minutes if minutes % 60 == 0 => format!("{} h", minutes / 60),
+        minutes => format!("{minutes} min"),
+    }
 }
 
 fn standing(status: &ScheduleStatus) -> String {

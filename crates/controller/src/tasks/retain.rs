@@ -11,7 +11,7 @@ use super::{Outcome, Tasks, conclude, note};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored};
 use crate::restore;
-use crate::rows::{ErrandRow, ScheduleRow, SnapshotRow, TaskRow, Work};
+use crate::rows::{ErrandRow, ScheduleRow, SnapshotRow, TaskRow, VmRow, Work};
 use crate::schedules::{expired, principal, taken_by};
 
 /// Deletions that are under way at a time.
@@ -78,6 +78,11 @@ impl Tasks {
         mut errand: Stored<ErrandRow>,
         now: UnixMillis,
     ) -> Result<bool, Fault> {
+        if self.db.find::<VmRow>(&errand.row.vm.to_string()).await?.is_none() {
+            // What is left of a VM that was deleted is not the schedule's to delete.
+            self.commit_or_look(Batch::default().delete(&errand)).await?;
+            return Ok(false);
+        }
         let all = self.snapshots_of(&schedule.team).await?;
         let own = taken_by(schedule.id, errand.row.vm, &all);
         let mut goes = match expired(&schedule.spec, &own, None) {

@@ -92,7 +92,10 @@ impl Tasks {
         for schedule in self.db.all::<ScheduleRow>().await? {
             match self.run_if_due(&schedule.row, now).await {
                 Ok(later) => next = next.min(later.unwrap_or(next)),
-                Err(Fault::Refused(refusal)) => tracing::warn!(schedule = %schedule.row.name, %refusal, "a schedule does not run"),
+                Err(Fault::Refused(refusal)) if first => {
+                    tracing::warn!(schedule = %schedule.row.name, %refusal, "a schedule does not run");
+                }
+                Err(Fault::Refused(_)) => {}
                 Err(fault) => return Err(fault),
             }
             known.insert(schedule.row.id, schedule.row);
@@ -237,7 +240,8 @@ impl Tasks {
             let task = self.db.find::<TaskRow>(&task.to_string()).await?.map(|task| task.row);
             let (result, snapshot, error) = match task {
                 Some(task) if !task.state.ended() => {
-                    if let Some(host) = host {
+                    // What waits for a move may do so for long, and does not keep the others.
+                    if let Some(host) = host.filter(|_| !matches!(task.work, Work::Wait { .. })) {
                         *busy.entry(host).or_insert(0) += 1;
                     }
                     continue;
@@ -267,7 +271,7 @@ impl Tasks {
         self.commit_or_look(Batch::default().update(errand)).await
     }
 
-    async fn commit_or_look(&self, batch: Batch) -> Result<(), Fault> {
+    pub(super) async fn commit_or_look(&self, batch: Batch) -> Result<(), Fault> {
         match self.db.commit(batch).await {
             Err(fault) if fault.is_conflict() => {
                 self.look_at_schedules();

@@ -274,6 +274,11 @@ async fn what_is_later_than_it_may_be_is_not_made_up_and_the_schedule_says_so() 
     hand.set(&cluster, "2027-01-13T03:00:00Z");
     let waits = standing(&cluster, "nightly", "web1", |vm| vm.waits_for.as_ref().is_some_and(|why| why.contains("h1"))).await;
     assert_eq!(waits.due.map(|at| at.0), Some(millis("2027-01-13T03:00:00Z")));
+    // Also by the next controller.
+    cluster.stop().await;
+    cluster.start().await;
+    let waits = standing(&cluster, "nightly", "web1", |vm| vm.waits_for.is_some()).await;
+    assert_eq!(waits.due.map(|at| at.0), Some(millis("2027-01-13T03:00:00Z")));
     hand.set(&cluster, "2027-01-13T03:59:00Z");
     agent = cluster.connect(&host, vec![report(&vm, 1, RunState::Running, v1::Holding::Owner)]).await;
     cluster.look_at_schedules();
@@ -288,6 +293,17 @@ async fn what_is_later_than_it_may_be_is_not_made_up_and_the_schedule_says_so() 
     let end = skipped.last.expect("an end");
     assert_eq!((end.result, end.error.expect("why").code), (ScheduledResult::Skipped, ErrorCode::HostDown));
     assert_eq!(skipped.snapshots.len(), 1);
+
+    // Too late while the controller is away.
+    hand.set(&cluster, "2027-01-15T03:00:00Z");
+    standing(&cluster, "nightly", "web1", |vm| vm.waits_for.is_some()).await;
+    cluster.stop().await;
+    hand.0.store(millis("2027-01-15T04:00:01Z"), Ordering::SeqCst);
+    cluster.start().await;
+    let due = UnixMillis(millis("2027-01-15T03:00:00Z"));
+    let skipped = standing(&cluster, "nightly", "web1", |vm| vm.last.as_ref().is_some_and(|last| last.due == due)).await;
+    assert_eq!(skipped.last.map(|last| last.result), Some(ScheduledResult::Skipped));
+    assert_eq!(tasks(&cluster, "vm.snapshot").await.len(), 1);
 }
 
 #[tokio::test]
@@ -449,7 +465,8 @@ async fn what_a_schedule_cannot_say_is_refused_with_the_fix_and_a_change_makes_n
     let table = [
         (ScheduleSpec { zone: "Mars/Olympus".into(), ..base.clone() }, "there is no time zone Mars/Olympus"),
         (ScheduleSpec { when: "0 0 30 2 *".into(), ..base.clone() }, "never comes to pass"),
-        (ScheduleSpec { when: "soon".into(), ..base.clone() }, "not understood"),
+        (ScheduleSpec { when: "soon".into(), ..base.clone() }, "5 fields"),
+        (ScheduleSpec { when: "61 * * * *".into(), ..base.clone() }, "not understood"),
         (ScheduleSpec { keep: last(0), ..base.clone() }, "keeps nothing"),
         (ScheduleSpec { catch_up: Millis(0), ..base.clone() }, "late"),
         (ScheduleSpec { quiesce: Some(Millis(0)), ..base.clone() }, "brought to rest"),

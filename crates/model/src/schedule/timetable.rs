@@ -48,6 +48,10 @@ impl Timetable {
         if when.len() > LONGEST || !when.chars().all(said) {
             return Err(bad(format!("when is at most {LONGEST} of letters, digits, spaces and *,-/#+@")));
         }
+        let fields = when.split_whitespace().count();
+        if fields != 5 && !when.trim_start().starts_with('@') {
+            return Err(bad(format!("when has to have 5 fields; it has {fields}")));
+        }
         let parser = CronParser::builder().seconds(Seconds::Disallowed).year(Year::Disallowed).build();
         let cron = parser.parse(when).map_err(|error| bad(format!("when is not understood: {error}")))?;
         let table = Self { cron, zone };
