@@ -287,6 +287,42 @@ impl Client {
         self.send(self.request(Method::DELETE, &format!("/policies/{}", segment(policy)))).await.map(|_| ())
     }
 
+    /// Every schedule of the team.
+    pub async fn schedules(&self) -> Result<Vec<v1::Schedule>> {
+        self.list("/schedules").await
+    }
+
+    /// One schedule.
+    pub async fn schedule(&self, schedule: &Name) -> Result<v1::Schedule> {
+        self.get(&format!("/schedules/{}", segment(schedule))).await
+    }
+
+    /// How a schedule stands with each of its VMs.
+    pub async fn schedule_status(&self, schedule: &Name) -> Result<v1::ScheduleStatus> {
+        self.get(&format!("/schedules/{}/status", segment(schedule))).await
+    }
+
+    /// Creates a schedule.
+    pub async fn create_schedule(&self, request: &v1::ScheduleCreate) -> Result<v1::Schedule> {
+        self.post("/schedules", request).await
+    }
+
+    /// Changes a schedule that is still at `revision`.
+    pub async fn set_schedule(&self, schedule: &Name, request: &v1::ScheduleSet, revision: u64) -> Result<v1::Schedule> {
+        let at = self.request(Method::PATCH, &format!("/schedules/{}", segment(schedule))).header("if-match", revision.to_string());
+        self.json(at.json(request)).await
+    }
+
+    /// Deletes a schedule; its snapshots stay.
+    pub async fn delete_schedule(&self, schedule: &Name) -> Result<()> {
+        self.send(self.request(Method::DELETE, &format!("/schedules/{}", segment(schedule)))).await.map(|_| ())
+    }
+
+    /// Has a schedule run now.
+    pub async fn run_schedule(&self, schedule: &Name, request: &v1::ScheduleRun) -> Result<v1::ScheduleStatus> {
+        self.post(&format!("/schedules/{}/run", segment(schedule)), request).await
+    }
+
     /// Every snapshot of the team, or those of one VM.
     pub async fn snapshots(&self, vm: Option<&Name>) -> Result<Vec<v1::Snapshot>> {
         let query = vm.map(|vm| format!("?vm={}", segment(vm))).unwrap_or_default();

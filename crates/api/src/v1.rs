@@ -12,6 +12,13 @@ use godwit_model::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+mod schedule;
+
+pub use schedule::{
+    Schedule, ScheduleCreate, ScheduleRun, ScheduleSet, ScheduleStatus, ScheduledOutcome, ScheduledResult, ScheduledRun,
+    ScheduledVm,
+};
+
 /// Largest JSON body, in bytes.
 pub const MAX_BODY: usize = 1 << 20;
 
@@ -831,7 +838,7 @@ pub struct TaskNote {
 pub struct Event {
     /// Pass as `after` (or `Last-Event-ID`) to continue behind this event.
     pub cursor: u64,
-    /// Kind of the object: `vm`, `host`, `task`, `snapshot`, `image`, `network`, `policy`, `team`, `token`; or `migratable`, of a VM.
+    /// Kind of the object: `vm`, `host`, `task`, `snapshot`, `schedule`, `image`, `network`, `policy`, `team`, `token`; or `migratable`, of a VM.
     pub kind: String,
     /// Its name (tasks: its id).
     pub name: String,

@@ -7,7 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use godwit_model::BytesPerSec;
 
 use crate::commands::{
-    cluster, completions, context, event, host, image, lab, network, policy, pool, selftest, snapshot, task, team, token, vault, vm,
+    cluster, completions, context, event, host, image, lab, network, policy, pool, schedule, selftest, snapshot, task, team, token,
+    vault, vm,
 };
 use crate::daemon::{agent, serve};
 use crate::output::OutputArgs;
@@ -17,6 +18,7 @@ const GROUPS: &str = "\
 Virtual machines:
   vm           Create, start, move and delete VMs, open their consoles
   snapshot     VMs as they were, to go back to
+  schedule     Snapshots that are taken by themselves, and which are kept
   image        Kernels, initial ramdisks and disks to boot or copy from
   policy       Limits of the migrations of VMs with certain labels
 
@@ -65,6 +67,8 @@ pub(crate) enum Command {
     Vm(Noun<vm::Verb>),
     /// VMs as they were, to go back to
     Snapshot(Noun<snapshot::Verb>),
+    /// Snapshots that are taken by themselves, and which are kept
+    Schedule(Noun<schedule::Verb>),
     /// Kernels, initial ramdisks and disks to boot or copy from
     Image(Noun<image::Verb>),
     /// Limits of the migrations of VMs with certain labels

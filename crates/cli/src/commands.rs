@@ -10,6 +10,7 @@ pub(crate) mod lab;
 pub(crate) mod network;
 pub(crate) mod policy;
 pub(crate) mod pool;
+pub(crate) mod schedule;
 pub(crate) mod selftest;
 pub(crate) mod snapshot;
 pub(crate) mod task;

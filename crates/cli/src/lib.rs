@@ -58,6 +58,7 @@ fn run_command(command: Command) -> Result<(), Failure> {
         Command::Image(noun) => online(noun, commands::image::run),
         Command::Vm(noun) => online(noun, commands::vm::run),
         Command::Snapshot(noun) => online(noun, commands::snapshot::run),
+        Command::Schedule(noun) => online(noun, commands::schedule::run),
         Command::Vault(noun) => online(noun, commands::vault::run),
         Command::Task(noun) => online(noun, commands::task::run),
         Command::Event(noun) => online(noun, commands::event::run),

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use godwit_api::client::{Client, ClientError};
-use godwit_api::v1::{Change, Event, Host, Image, Network, Policy, Snapshot, Task, Vm};
+use godwit_api::v1::{Change, Event, Host, Image, Network, Policy, Schedule, Snapshot, Task, Vm};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -56,6 +56,7 @@ watched! {
     Image, "image", name, images;
     Network, "network", name, networks;
     Policy, "policy", name, policies;
+    Schedule, "schedule", name, schedules;
     Snapshot, "snapshot", name, snapshots(None);
     Task, "task", id, tasks;
 }

@@ -1,5 +1,7 @@
 //! The wall clock and random identities: the only place of this crate that reads either.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use godwit_model::UnixMillis;
@@ -9,6 +11,34 @@ use uuid::Uuid;
 pub(crate) fn now() -> UnixMillis {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     UnixMillis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// What tells the time to schedules; tests have their own.
+#[derive(Clone)]
+pub struct WallClock(Arc<dyn Fn() -> UnixMillis + Send + Sync>);
+
+impl WallClock {
+    /// One that says what `tell` does.
+    pub fn new(tell: impl Fn() -> UnixMillis + Send + Sync + 'static) -> Self {
+        Self(Arc::new(tell))
+    }
+
+    pub(crate) fn now(&self) -> UnixMillis {
+        (self.0)()
+    }
+}
+
+impl Default for WallClock {
+    /// The machine's.
+    fn default() -> Self {
+        Self::new(now)
+    }
+}
+
+impl fmt::Debug for WallClock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WallClock")
+    }
 }
 
 /// A moment for people, UTC to the second.

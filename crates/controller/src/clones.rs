@@ -122,7 +122,7 @@ impl Volumes {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use godwit_api::v1::SnapshotState;
     use godwit_model::{DiskFormat, DiskSpec, NicSpec, SnapshotFigures, SnapshotId, SnapshotRequest, SnapshotSize, UnixMillis};
 
@@ -137,7 +137,7 @@ mod tests {
         text.parse().expect("volume")
     }
 
-    fn snapshot() -> SnapshotRow {
+    pub(crate) fn snapshot() -> SnapshotRow {
         let vm = vm_row();
         let mut spec = VmSpec::new(1, Bytes::mib(64), godwit_model::Boot::Disk);
         spec.disks = vec![
@@ -179,6 +179,7 @@ mod tests {
             golden: false,
             principal: String::new(),
             reason: None,
+            schedule: None,
         }
     }
 

@@ -35,6 +35,7 @@ mod guest;
 mod images;
 mod networks;
 mod policies;
+mod schedules;
 mod snapshots;
 mod tasks;
 mod teams;
@@ -56,7 +57,7 @@ pub(crate) struct App {
     info(title = "Godwit", description = "Virtual machines that move between hosts without anybody noticing."),
     security(("bearer" = [])),
     tags(
-        (name = "vm"), (name = "host"), (name = "pool"), (name = "network"), (name = "policy"), (name = "image"), (name = "snapshot"), (name = "vault"), (name = "task"), (name = "event"),
+        (name = "vm"), (name = "host"), (name = "pool"), (name = "network"), (name = "policy"), (name = "image"), (name = "snapshot"), (name = "schedule"), (name = "vault"), (name = "task"), (name = "event"),
         (name = "team"), (name = "token"), (name = "controller"),
     )
 )]
@@ -101,6 +102,10 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(snapshots::snapshot_clone))
         .routes(routes!(snapshots::snapshot_export))
         .routes(routes!(snapshots::snapshot_import))
+        .routes(routes!(schedules::schedule_list, schedules::schedule_create))
+        .routes(routes!(schedules::schedule_show, schedules::schedule_set, schedules::schedule_delete))
+        .routes(routes!(schedules::schedule_status))
+        .routes(routes!(schedules::schedule_run))
         .routes(routes!(vaults::vault_list))
         .routes(routes!(vaults::vault_verify))
         .routes(routes!(vaults::vault_prune))

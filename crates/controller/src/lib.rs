@@ -28,6 +28,7 @@ mod reports;
 mod resolve;
 mod restore;
 mod rows;
+mod schedules;
 mod server;
 mod snapshots;
 mod sockets;
@@ -41,6 +42,7 @@ mod tests;
 
 pub use authority::{AuthorityError, AuthorityView, SealError};
 pub use ca::AuthorityPlace;
+pub use clock::WallClock;
 pub use images::{Converter, FetchRules};
 pub use options::{LogFormat, ServeOptions};
 pub use server::{Controller, ServeError, serve};

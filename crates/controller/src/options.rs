@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use godwit_model::Bytes;
 
+use crate::clock::WallClock;
 use crate::images::{Converter, FetchRules};
 
 /// How log lines look on standard error.
@@ -51,6 +52,8 @@ pub struct ServeOptions {
     pub restored: bool,
     /// Largest size of the store, in pages of 4 KiB; none by default.
     pub store_pages: Option<u32>,
+    /// What tells the time to schedules.
+    pub clock: WallClock,
 }
 
 impl ServeOptions {
@@ -73,6 +76,7 @@ impl ServeOptions {
             log_kept: 100_000,
             restored: false,
             store_pages: None,
+            clock: WallClock::default(),
         }
     }
 }

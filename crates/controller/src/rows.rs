@@ -6,6 +6,8 @@
 //! | `team/<team>`, `token/<id>`, `join/<id>`, `host/<host>` | as named | |
 //! | `network/<team>/<network>` | a network | `vni`: the last number given to an overlay |
 //! | `policy/<team>/<policy>` | what is said of migrations of VMs with certain labels | |
+//! | `schedule/<team>/<schedule>` | a schedule of snapshots, and up to which instant it has run | |
+//! | `errand/<schedule id>/<vm id>` | what a schedule has to do with a VM | |
 //! | `image/<team>/<image>` | an image; its content is the file `images/<id>` | |
 //! | `snapshot/<team>/<snapshot>` | a snapshot; its content is in a vault, under a key that goes with the row | `vault/<team>`: what the key of the team's vaults is derived with |
 //! | `vm/<id>` | a VM | `vmname/<team>/<vm>`, `mac/<mac>`, `volume/<pool>/<volume>`: which VM has it |
@@ -16,12 +18,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use godwit_api::v1::{ReignEnd, Role, SnapshotCreate, SnapshotState, TaskNote, TaskState, Transfer, VmMigrate};
+use godwit_api::v1::{ReignEnd, Role, ScheduledResult, SnapshotCreate, SnapshotState, TaskNote, TaskState, Transfer, VmMigrate};
 use godwit_model::{
     Activity, Bytes, BytesPerSec, Epoch, Generation, Habits, HostFacts, ImageId, ImageKind, ImportFormat, MigrationFigures,
     MigrationForecast, MigrationPolicy, MigrationProgress, MigrationSettings, Millis, Name, NetworkId, NetworkKind, Refusal,
-    ResolvedSpec, RestoreFigures, RunState, SnapshotExport, SnapshotFigures, SnapshotId, SnapshotRequest, TaskId, TokenId,
-    TravellingDisk, UnixMillis, VmId, VmSpec,
+    ResolvedSpec, RestoreFigures, RunState, ScheduleId, ScheduleSpec, SnapshotExport, SnapshotFigures, SnapshotId, SnapshotRequest,
+    TaskId, TokenId, TravellingDisk, UnixMillis, VmId, VmSpec,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -59,6 +61,8 @@ rows! {
     HostRow: "host/" => |row| row.name;
     NetworkRow: "network/" => |row| format!("{}/{}", row.team, row.name);
     PolicyRow: "policy/" => |row| format!("{}/{}", row.team, row.name);
+    ScheduleRow: "schedule/" => |row| format!("{}/{}", row.team, row.name);
+    ErrandRow: "errand/" => |row| format!("{}/{}", row.schedule, row.vm);
     VniRow: "vni" => |_row| "";
     SnapshotRow: "snapshot/" => |row| format!("{}/{}", row.team, row.name);
     VaultRow: "vault/" => |row| row.team;
@@ -174,6 +178,76 @@ pub(crate) struct PolicyRow {
     pub(crate) created: UnixMillis,
 }
 
+/// A schedule of snapshots. `handled` grows in the transaction in which the errands of an instant come to be due: no instant is done twice, none is forgotten.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ScheduleRow {
+    pub(crate) id: ScheduleId,
+    pub(crate) name: Name,
+    pub(crate) team: Name,
+    pub(crate) created: UnixMillis,
+    pub(crate) spec: ScheduleSpec,
+    /// Instants up to this one are done with.
+    pub(crate) handled: UnixMillis,
+    pub(crate) last: Option<RunRow>,
+    /// The newest instant that was missed for good.
+    pub(crate) missed: Option<UnixMillis>,
+}
+
+/// A run of a schedule.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RunRow {
+    pub(crate) due: UnixMillis,
+    pub(crate) began: UnixMillis,
+    /// Who asked for it, if somebody did.
+    pub(crate) principal: Option<String>,
+}
+
+/// What a schedule has to do with a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ErrandRow {
+    pub(crate) schedule: ScheduleId,
+    pub(crate) vm: VmId,
+    pub(crate) vm_name: Name,
+    pub(crate) state: Errand,
+    /// What became of the last one.
+    pub(crate) last: Option<ErrandEnd>,
+    /// When it is to be looked which snapshots are not kept any more.
+    pub(crate) sweep: Option<UnixMillis>,
+    /// The task that deletes one of them.
+    pub(crate) deleting: Option<TaskId>,
+    /// The one that could not be deleted.
+    pub(crate) stuck: Option<SnapshotId>,
+}
+
+/// Where an errand stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "at", rename_all = "snake_case")]
+pub(crate) enum Errand {
+    /// There is nothing to do.
+    Idle,
+    /// A snapshot is to be taken.
+    Due {
+        due: UnixMillis,
+        /// It is not begun later, should anything but its turn be in the way.
+        until: UnixMillis,
+        reason: String,
+        /// What was in the way when it was last tried.
+        obstacle: Option<Refusal>,
+    },
+    /// A task takes it, of a VM of this host.
+    Taking { due: UnixMillis, task: TaskId, host: Option<Name> },
+}
+
+/// What became of an errand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ErrandEnd {
+    pub(crate) due: UnixMillis,
+    pub(crate) ended: UnixMillis,
+    pub(crate) result: ScheduledResult,
+    pub(crate) snapshot: Option<Name>,
+    pub(crate) error: Option<Refusal>,
+}
+
 /// A snapshot. Deleting the row destroys the key of what is in the vault.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct SnapshotRow {
@@ -206,6 +280,9 @@ pub(crate) struct SnapshotRow {
     pub(crate) golden: bool,
     pub(crate) principal: String,
     pub(crate) reason: Option<String>,
+    /// The schedule that has taken it.
+    #[serde(default)]
+    pub(crate) schedule: Option<ScheduleId>,
 }
 
 impl SnapshotRow {
@@ -488,6 +565,9 @@ pub(crate) struct TaskRow {
     pub(crate) restore: Option<RestoreFigures>,
     pub(crate) error: Option<Refusal>,
     pub(crate) trail: Vec<TaskNote>,
+    /// The schedule that it is done for.
+    #[serde(default)]
+    pub(crate) schedule: Option<ScheduleId>,
 }
 
 /// What a task does, with all that it needs to go on after a restart.
@@ -534,6 +614,8 @@ pub(crate) enum Work {
     Verify { identity: String, host: Name },
     /// Writes a snapshot as files on `host`.
     SnapshotExport { snapshot: SnapshotId, name: Name, host: Name, written: Option<SnapshotExport> },
+    /// Deletes a snapshot that its schedule does not keep.
+    SnapshotDelete { snapshot: SnapshotId, name: Name },
     /// Makes the files in a directory of the pool of `host` a snapshot.
     SnapshotImport { snapshot: SnapshotId, name: Name, from: Name, host: Name },
 }
@@ -581,6 +663,7 @@ impl TaskRow {
             restore: None,
             error: None,
             trail: vec![],
+            schedule: None,
         }
     }
 
@@ -624,6 +707,7 @@ impl Work {
             Self::Suspend(_) => "vm.suspend",
             Self::Verify { .. } => "vault.verify",
             Self::SnapshotExport { .. } => "snapshot.export",
+            Self::SnapshotDelete { .. } => "snapshot.delete",
             Self::SnapshotImport { .. } => "snapshot.import",
         }
     }

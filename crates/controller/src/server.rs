@@ -117,6 +117,7 @@ pub struct Controller {
     tracker: TaskTracker,
     store: Arc<SqliteStore>,
     hub: Arc<Hub>,
+    tasks: Arc<Tasks>,
     api_handle: axum_server::Handle<SocketAddr>,
     failures: tokio::sync::mpsc::Receiver<ServeError>,
     _lock: File,
@@ -197,7 +198,7 @@ impl Controller {
             hub.clone(),
             images.clone(),
             authority.clone(),
-            options.heartbeat,
+            (options.clock.clone(), options.heartbeat),
             tracker.clone(),
             stop.clone(),
         ));
@@ -246,7 +247,7 @@ impl Controller {
         });
         let api_handle = axum_server::Handle::new();
         serve_api(api_listener, &authority, options.insecure_loopback, app, api_handle.clone(), &tracker, failed)?;
-        follow(&tracker, &stop, fleet, authority, tasks, db.clone(), options.log_kept);
+        follow(&tracker, &stop, fleet, authority, tasks.clone(), db.clone(), options.log_kept);
         let (until, known) = (stop.clone(), (db.clone(), hub.clone()));
         tracker.spawn(async move {
             tokio::select! {
@@ -256,7 +257,7 @@ impl Controller {
         });
         let scheme = if options.insecure_loopback { "http" } else { "https" };
         tracing::info!(api = format!("{scheme}://{api}"), %link, epoch = db.epoch().0, data_dir = %dir.display(), "ready");
-        Ok(Self { api, link, stop, tracker, store, hub, api_handle, failures, _lock: lock })
+        Ok(Self { api, link, stop, tracker, store, hub, tasks, api_handle, failures, _lock: lock })
     }
 
     /// Where users are served.
@@ -269,6 +270,11 @@ impl Controller {
     #[must_use]
     pub fn link_address(&self) -> SocketAddr {
         self.link
+    }
+
+    /// Has it look at its schedules: a clock that was told another time says nothing by itself.
+    pub fn look_at_schedules(&self) {
+        self.tasks.look_at_schedules();
     }
 
     /// Stops serving and closes the store. Tasks rest where they are; the next start goes on with them.

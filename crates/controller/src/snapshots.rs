@@ -188,6 +188,7 @@ mod tests {
             golden: false,
             principal: String::new(),
             reason: None,
+            schedule: None,
         };
         (vm, row)
     }

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::authority::Authority;
-use crate::clock;
+use crate::clock::{self, WallClock};
 use crate::db::{Batch, Db, Fault, Stored, retry};
 use crate::history;
 use crate::hub::{Answer, Hub};
@@ -43,7 +43,9 @@ mod import;
 mod migrate;
 mod policy;
 mod power;
+mod retain;
 mod rollback;
+mod schedule;
 mod snapshot;
 mod suspend;
 mod vault;
@@ -53,6 +55,7 @@ pub(crate) use admit::{Ask, Asked, host_down};
 pub(crate) use cancel::cancellable;
 pub(crate) use files::Asker;
 pub(crate) use import::NewImport;
+pub(crate) use schedule::Opening;
 
 /// Lines of a trail that are kept.
 const TRAIL: usize = 200;
@@ -95,6 +98,9 @@ pub(crate) struct Tasks {
     lines: wait::Lines,
     /// VMs that are looked after until a golden snapshot is taken.
     watched: Mutex<HashSet<VmId>>,
+    /// Schedules are to be looked at again.
+    scheduled: Notify,
+    clock: WallClock,
     heartbeat: Duration,
     tracker: TaskTracker,
     stop: CancellationToken,
@@ -118,7 +124,7 @@ impl Tasks {
         hub: Arc<Hub>,
         images: Arc<Images>,
         authority: Arc<Authority>,
-        heartbeat: Duration,
+        (clock, heartbeat): (WallClock, Duration),
         tracker: TaskTracker,
         stop: CancellationToken,
     ) -> Self {
@@ -133,6 +139,8 @@ impl Tasks {
             execs: Mutex::default(),
             lines: wait::Lines::default(),
             watched: Mutex::default(),
+            scheduled: Notify::new(),
+            clock,
             heartbeat,
             tracker,
             stop,
@@ -154,7 +162,9 @@ impl Tasks {
                 self.spawn(task.row.id);
             }
         }
-        self.watch_golden().await
+        self.watch_golden().await?;
+        self.begin_schedules();
+        Ok(())
     }
 
     /// Drops the oldest ended tasks beyond a number.
@@ -193,7 +203,11 @@ impl Tasks {
 
     /// A task has ended: what has waited for its VM goes on.
     async fn go_on_after(self: &Arc<Self>, id: TaskId) -> Result<(), Fault> {
-        let Some(vm) = self.task(id).await?.row.vm else { return Ok(()) };
+        let task = self.task(id).await?.row;
+        if task.schedule.is_some() {
+            self.look_at_schedules();
+        }
+        let Some(vm) = task.vm else { return Ok(()) };
         self.wake_line(vm);
         if self.db.find::<VmRow>(&vm.to_string()).await?.is_some_and(|vm| vm.row.golden_after.is_some() && vm.row.has_process()) {
             self.watch_one(vm);
@@ -224,6 +238,7 @@ impl Tasks {
             Work::Verify { .. } => self.run_verify(id).await,
             Work::SnapshotExport { .. } => self.run_snapshot_export(id).await,
             Work::SnapshotImport { .. } => self.run_snapshot_import(id).await,
+            Work::SnapshotDelete { name, .. } => self.run_snapshot_delete(id, &name).await,
         }
     }
 

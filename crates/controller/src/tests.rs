@@ -12,6 +12,7 @@ mod migrations;
 mod networks;
 mod power;
 mod restart;
+mod schedules;
 mod snapshots;
 mod space;
 pub(crate) mod support;

@@ -13,9 +13,10 @@ use crate::db::Stored;
 use crate::hub::Hub;
 use crate::networks::lacks;
 use crate::rows::{
-    HistoryRow, HostRow, ImageRow, Later, MigratableRow, NetworkRow, OriginKind, PolicyRow, Reign, SnapshotRow, TaskRow, TeamRow,
-    TokenRow, VmRow, Work,
+    ErrandEnd, HistoryRow, HostRow, ImageRow, Later, MigratableRow, NetworkRow, OriginKind, PolicyRow, Reign, RunRow, ScheduleRow,
+    SnapshotRow, TaskRow, TeamRow, TokenRow, VmRow, Work,
 };
+use crate::schedules;
 use crate::specs::Waiting;
 use crate::tasks::cancellable;
 
@@ -214,6 +215,22 @@ pub(crate) fn policy(stored: &Stored<PolicyRow>) -> v1::Policy {
     v1::Policy { name, team, revision: stored.revision, labels, limits, created }
 }
 
+/// A schedule.
+pub(crate) fn schedule(stored: &Stored<ScheduleRow>) -> v1::Schedule {
+    let ScheduleRow { id, name, team, created, spec, handled, last, missed } = stored.row.clone();
+    // Of a zone that is not known any more nobody can say when it runs.
+    let table = schedules::timetable(&spec).ok().filter(|_| spec.enabled);
+    let last = last.map(|RunRow { due, began, principal }| v1::ScheduledRun { due, began, principal });
+    let next = table.and_then(|table| table.next(handled));
+    v1::Schedule { id, name, team, revision: stored.revision, created, spec, next, last, missed }
+}
+
+/// What became of a VM's part in a run.
+pub(crate) fn errand_end(end: &ErrandEnd) -> v1::ScheduledOutcome {
+    let ErrandEnd { due, ended, result, snapshot, error } = end.clone();
+    v1::ScheduledOutcome { due, ended, result, snapshot, error }
+}
+
 /// What was dropped of each interface of a VM, on the host where it runs.
 fn dropped(row: &VmRow, hub: &Hub) -> Vec<InterfaceDrops> {
     let presence = row.host.as_ref().filter(|_| row.has_process()).and_then(|host| hub.presence(host));
@@ -271,9 +288,10 @@ pub(crate) fn snapshot(stored: &Stored<SnapshotRow>) -> v1::Snapshot {
 pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
     let row = &stored.row;
     let (snapshot, kept) = match &row.work {
-        Work::Snapshot { name, .. } | Work::SnapshotExport { name, .. } | Work::SnapshotImport { name, .. } => {
-            (Some(name.clone()), None)
-        }
+        Work::Snapshot { name, .. }
+        | Work::SnapshotExport { name, .. }
+        | Work::SnapshotImport { name, .. }
+        | Work::SnapshotDelete { name, .. } => (Some(name.clone()), None),
         Work::Wait { asked: Later::Snapshot(request) } => (request.name.clone(), None),
         Work::Start { from: Some(origin), .. } => (Some(origin.snapshot.clone()), None),
         Work::Suspend(work) => (Some(work.name.clone()), None),

@@ -59,6 +59,10 @@ id! {
     SnapshotId
 }
 id! {
+    /// A schedule of snapshots.
+    ScheduleId
+}
+id! {
     /// A long operation.
     TaskId
 }

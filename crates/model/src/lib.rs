@@ -17,6 +17,7 @@ pub mod name;
 pub mod network;
 pub mod ownership;
 pub mod policy;
+pub mod schedule;
 pub mod snapshot;
 pub mod spec;
 pub mod units;
@@ -25,7 +26,7 @@ pub use error::{ErrorCode, Refusal, Retry};
 pub use guest::{ExecOutcome, ExecRequest, GuestClock, GuestFacts, Octets};
 pub use habits::{Habits, QuietTime};
 pub use host::{HostCondition, HostFacts, HostLoad, PoolFacts};
-pub use ids::{ImageId, NetworkId, SnapshotId, TaskId, TeamId, TokenId, VmId, Vmgenid};
+pub use ids::{ImageId, NetworkId, ScheduleId, SnapshotId, TaskId, TeamId, TokenId, VmId, Vmgenid};
 pub use import::ImportFormat;
 pub use ladder::{Ladder, MalformedLadder, Rung};
 pub use lifecycle::{Activity, Admission, RunState, VmRequest};
@@ -39,6 +40,7 @@ pub use network::{
 };
 pub use ownership::{Epoch, Generation, Grant};
 pub use policy::MigrationSettings;
+pub use schedule::{Retention, ScheduleSpec};
 pub use snapshot::{
     RestoreFigures, SnapshotExport, SnapshotFigures, SnapshotRequest, SnapshotSize, VaultFile, VaultFindings, VaultPlan, VaultUsage,
 };

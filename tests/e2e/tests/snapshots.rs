@@ -7,10 +7,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use godwit_api::v1::{SnapshotClone, SnapshotCreate, TaskState, VaultPrune, VmDelete};
+use godwit_api::v1::{
+    ScheduleCreate, ScheduleRun, ScheduledResult, SnapshotClone, SnapshotCreate, TaskState, VaultPrune, VmDelete,
+};
 use godwit_e2e::{Action, Cluster, ClusterSpec, GuestSpec, Party, other_qemu};
 use godwit_lab::Signal;
-use godwit_model::{Bytes, DiskFormat, DiskSpec, ErrorCode, MigrationPolicy, Name, RunState, TaskId};
+use godwit_model::{Bytes, DiskFormat, DiskSpec, ErrorCode, MigrationPolicy, Name, Retention, RunState, ScheduleSpec, TaskId};
 use rustix::process::{Pid, kill_process};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -335,6 +337,45 @@ fn disks_alone_are_kept_and_a_vm_boots_from_them() -> Result<()> {
     ensure!(taken.memory.is_none(), "{taken:?}");
     let figures = cluster.roll_back("web", "disks", None)?;
     ensure!(figures.memory_ms == 0, "{figures:?}");
+    goes_on(&cluster, "web")?;
+    cluster.finish()
+}
+
+#[test]
+fn a_schedule_takes_snapshots_and_what_it_does_not_keep_goes() -> Result<()> {
+    let mut cluster = ClusterSpec::new(1)?.up()?;
+    cluster.boot(&busy("web")?, "h1")?;
+    goes_on(&cluster, "web")?;
+    let nightly = name("nightly");
+    let keep = Retention { last: Some(1), ..Retention::default() };
+    let spec = ScheduleSpec { vms: [name("web")].into(), memory: false, keep, enabled: false, ..ScheduleSpec::new("@daily") };
+    cluster.ask(cluster.client().create_schedule(&ScheduleCreate { name: nightly.clone(), spec }))?;
+    let taken = || -> Result<Name> {
+        cluster.ask(cluster.client().run_schedule(&nightly, &ScheduleRun::default()))?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = cluster.ask(cluster.client().schedule_status(&nightly))?;
+            let [vm] = status.vms.as_slice() else { bail!("{status:?}") };
+            if let (None, Some(last)) = (vm.due, &vm.last) {
+                ensure!(last.result == ScheduledResult::Taken, "{last:?}");
+                return last.snapshot.clone().context("no snapshot");
+            }
+            ensure!(Instant::now() < deadline, "{vm:?}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    };
+    let (first, second) = (taken()?, taken()?);
+    ensure!(first != second, "{first} twice");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = cluster.ask(cluster.client().snapshots(Some(&name("web"))))?;
+        if let [left] = left.as_slice() {
+            ensure!(left.name == second && left.memory.is_none(), "{left:?}");
+            break;
+        }
+        ensure!(left.len() == 2 && Instant::now() < deadline, "{left:?}");
+        thread::sleep(Duration::from_millis(50));
+    }
     goes_on(&cluster, "web")?;
     cluster.finish()
 }

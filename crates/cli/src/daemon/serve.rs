@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use godwit_controller::{Converter, FetchRules, LogFormat, ServeOptions, serve};
+use godwit_controller::{Converter, FetchRules, LogFormat, ServeOptions, WallClock, serve};
 use godwit_model::{Bytes, Millis};
 use ipnet::IpNet;
 
@@ -118,6 +118,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<(), Failure> {
         log_kept: args.log_kept,
         restored: args.restored,
         store_pages: args.store_pages,
+        clock: WallClock::default(),
     };
     super::run_to_end(async { serve(options).await.map_err(Failure::daemon) })
 }

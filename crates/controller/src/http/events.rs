@@ -16,7 +16,9 @@ use super::extract::Query;
 use super::{Answer, App, Refusals};
 use crate::db::{Fault, Stored, unpack};
 use crate::principals::{Action, Principal, Target, authorize};
-use crate::rows::{HostRow, ImageRow, MigratableRow, NetworkRow, PolicyRow, Row, SnapshotRow, TaskRow, TeamRow, TokenRow, VmRow};
+use crate::rows::{
+    HostRow, ImageRow, MigratableRow, NetworkRow, PolicyRow, Row, ScheduleRow, SnapshotRow, TaskRow, TeamRow, TokenRow, VmRow,
+};
 use crate::store::{Change, StoreError};
 use crate::views;
 
@@ -160,6 +162,13 @@ fn told(app: &App, who: &Principal, change: &Change) -> Option<v1::Event> {
             team: Some(snapshot.row.team.clone()),
             administration: false,
             object: views::value(&views::snapshot(snapshot)).ok(),
+        }),
+        "schedule" => subject::<ScheduleRow>(change, |schedule| Subject {
+            kind: "schedule",
+            name: schedule.row.name.to_string(),
+            team: Some(schedule.row.team.clone()),
+            administration: false,
+            object: views::value(&views::schedule(schedule)).ok(),
         }),
         "network" => subject::<NetworkRow>(change, |network| Subject {
             kind: "network",

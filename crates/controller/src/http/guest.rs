@@ -30,6 +30,6 @@ pub(super) async fn vm_exec(
     authorize(&who, Action::Change, Target::Team(&team))?;
     let request = ExecRequest::from(body);
     request.validate()?;
-    let ask = Ask { team, vm, principal: who.name, reason: None, revision: None };
+    let ask = Ask { team, vm, principal: who.name, reason: None, revision: None, schedule: None };
     Ok(Json(app.tasks.exec(&ask, request).await?))
 }

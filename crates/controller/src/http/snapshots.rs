@@ -128,7 +128,8 @@ pub(super) async fn snapshot_clone(
     let team = team_of(&who, query.team.as_ref()).clone();
     authorize(&who, Action::Change, Target::Team(&team))?;
     check_reason(request.reason.as_ref())?;
-    let ask = Ask { team, vm: request.name.clone(), principal: who.name, reason: request.reason.clone(), revision: None };
+    let ask =
+        Ask { team, vm: request.name.clone(), principal: who.name, reason: request.reason.clone(), revision: None, schedule: None };
     let task = app.tasks.clone_snapshot(&ask, &snapshot, &request).await?;
     Ok((StatusCode::ACCEPTED, Json(views::task(&task))))
 }

@@ -207,7 +207,7 @@ pub(super) async fn ask(app: &App, request: Request, asked: Asked) -> Answer<(St
     let team = team_of(&who, team.as_ref()).clone();
     authorize(&who, Action::Change, Target::Team(&team))?;
     check_reason(reason.as_ref())?;
-    let ask = Ask { team, vm, principal: who.name, reason, revision };
+    let ask = Ask { team, vm, principal: who.name, reason, revision, schedule: None };
     let task = app.tasks.ask(&ask, &asked).await?;
     Ok((StatusCode::ACCEPTED, Json(views::task(&task))))
 }

@@ -6,8 +6,8 @@ use godwit_api::v1;
 use godwit_model::lifecycle::decide_admission;
 use godwit_model::policy::{self, Labelled, Settled};
 use godwit_model::{
-    Activity, Admission, ErrorCode, ImageKind, ImageRef, MigrationSettings, Millis, Name, Refusal, Retry, TaskId, TravellingDisk,
-    UnixMillis, VmRequest, VmSpec,
+    Activity, Admission, ErrorCode, ImageKind, ImageRef, MigrationSettings, Millis, Name, Refusal, Retry, ScheduleId, TaskId,
+    TravellingDisk, UnixMillis, VmRequest, VmSpec,
 };
 use tokio::task::JoinHandle;
 
@@ -41,6 +41,8 @@ pub(crate) struct Ask {
     pub(crate) reason: Option<String>,
     /// The revision that the VM must still have.
     pub(crate) revision: Option<u64>,
+    /// The schedule that it is done for.
+    pub(crate) schedule: Option<ScheduleId>,
 }
 
 /// What is asked for.
@@ -95,6 +97,7 @@ pub(super) fn new_task(vm: &VmRow, ask: &Ask, id: TaskId, work: Work, now: UnixM
     TaskRow {
         vm: Some(vm.id),
         reason: ask.reason.clone(),
+        schedule: ask.schedule,
         ..TaskRow::new(id, vm.team.clone(), vm.name.clone(), ask.principal.clone(), work, now)
     }
 }
@@ -154,7 +157,7 @@ impl Tasks {
             Admission::Accept => false,
         };
         let id = TaskId::new(clock::fresh());
-        let now = clock::now();
+        let now = self.clock.now();
         let replaced = vm.row.activity.map(|activity| activity.task);
         let before = vm.row.clone();
         let (work, batch) = self.work(&mut vm.row, id, ask, asked, ignored, now).await?;
@@ -180,6 +183,7 @@ impl Tasks {
             return Ok((task, None));
         }
         vm.row.activity = Some(Activity { task: id, request: asked.request() });
+        let batch = self.set_out(batch, ask, &vm.row, id).await?;
         self.db.commit(batch.update(&vm).create(&task)).await?;
         Ok((task, replaced))
     }

@@ -64,6 +64,7 @@ impl Tasks {
             principal: PRINCIPAL.to_owned(),
             reason: Some(format!("host {host} is back")),
             revision: None,
+            schedule: None,
         };
         let mut last = false;
         loop {

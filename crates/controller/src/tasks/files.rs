@@ -178,6 +178,7 @@ impl Tasks {
                 golden: asked.golden,
                 principal: asker.principal.clone(),
                 reason: asked.reason.clone(),
+                schedule: None,
             };
             let work = Work::SnapshotImport { snapshot: snapshot.id, name: name.clone(), from: asked.from.volume.clone(), host };
             let mut task = new_task(asker, name, work, asked.reason.clone());

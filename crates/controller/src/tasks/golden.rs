@@ -88,6 +88,7 @@ impl Tasks {
             principal: PRINCIPAL.to_owned(),
             reason: Some("asked for when the VM was created".to_owned()),
             revision: None,
+            schedule: None,
         };
         let request = SnapshotCreate {
             vm: vm.name.clone(),

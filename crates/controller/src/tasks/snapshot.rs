@@ -191,6 +191,7 @@ impl Tasks {
             golden: new.golden,
             principal: ask.principal.clone(),
             reason: new.reason,
+            schedule: ask.schedule,
         };
         let batch = Batch::default().create(&row);
         let batch = match self.db.find::<VaultRow>(vm.team.as_str()).await? {

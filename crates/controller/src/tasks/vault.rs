@@ -39,6 +39,7 @@ fn uses(task: &TaskRow, team: &Name, name: &Name) -> bool {
         Work::Start { from: Some(origin), .. } => origin.snapshot == *name,
         Work::Suspend(work) => work.name == *name,
         Work::SnapshotExport { name: own, .. } | Work::SnapshotImport { name: own, .. } => own == name,
+        Work::SnapshotDelete { name: own, .. } => own == name,
         Work::Rollback(work) => work.name == *name || work.present.as_ref() == Some(name),
         _ => false,
     };
@@ -88,29 +89,36 @@ impl Tasks {
         })
     }
 
+    /// Whether nothing needs the snapshot, but the task that deletes it.
+    pub(super) async fn may_go(&self, snapshot: &SnapshotRow, by: Option<TaskId>) -> Result<(), Fault> {
+        let SnapshotRow { team, name, .. } = snapshot;
+        if snapshot.golden {
+            let refusal = Refusal::new(ErrorCode::InUse, format!("snapshot {name} is golden"));
+            return Err(refusal.hint(format!("if it may go: `godwit snapshot set {name} --golden=false`")).into());
+        }
+        let used = |task: &TaskRow| by != Some(task.id) && uses(task, team, name);
+        if let Some(user) = self.db.all::<TaskRow>().await?.into_iter().find(|task| used(&task.row)) {
+            let (id, kind) = (user.row.id, user.row.work.kind());
+            return Err(Refusal::new(ErrorCode::InUse, format!("task {id} ({kind}) uses snapshot {name}"))
+                .hint(format!("wait for it: `godwit task wait {id}`"))
+                .retry(Retry::Safe)
+                .into());
+        }
+        let begins = |vm: &VmRow| vm.team == *team && vm.origin.as_ref().is_some_and(|origin| origin.snapshot == *name);
+        if let Some(vm) = self.db.all::<VmRow>().await?.into_iter().find(|vm| begins(&vm.row)) {
+            let vm = vm.row.name;
+            return Err(Refusal::new(ErrorCode::InUse, format!("VM {vm} begins from snapshot {name}"))
+                .hint(format!("start it once (`godwit vm start {vm}`), or delete it"))
+                .into());
+        }
+        Ok(())
+    }
+
     /// Deletes a snapshot: first what is in the vault, then the row with the key. A task that deletes it itself does not stand in the way.
     pub(crate) async fn delete_snapshot(&self, team: &Name, name: &Name, by: Option<TaskId>) -> Result<(), Fault> {
         let snapshot = retry!({
             let mut snapshot = self.snapshot(team, name).await?;
-            if snapshot.row.golden {
-                let refusal = Refusal::new(ErrorCode::InUse, format!("snapshot {name} is golden"));
-                return Err(refusal.hint(format!("if it may go: `godwit snapshot set {name} --golden=false`")).into());
-            }
-            let used = |task: &TaskRow| by != Some(task.id) && uses(task, team, name);
-            if let Some(user) = self.db.all::<TaskRow>().await?.into_iter().find(|task| used(&task.row)) {
-                let (id, kind) = (user.row.id, user.row.work.kind());
-                return Err(Refusal::new(ErrorCode::InUse, format!("task {id} ({kind}) uses snapshot {name}"))
-                    .hint(format!("wait for it: `godwit task wait {id}`"))
-                    .retry(Retry::Safe)
-                    .into());
-            }
-            let begins = |vm: &VmRow| vm.team == *team && vm.origin.as_ref().is_some_and(|origin| origin.snapshot == *name);
-            if let Some(vm) = self.db.all::<VmRow>().await?.into_iter().find(|vm| begins(&vm.row)) {
-                let vm = vm.row.name;
-                return Err(Refusal::new(ErrorCode::InUse, format!("VM {vm} begins from snapshot {name}"))
-                    .hint(format!("start it once (`godwit vm start {vm}`), or delete it"))
-                    .into());
-            }
+            self.may_go(&snapshot.row, by).await?;
             self.reach(&snapshot.row.identity, &snapshot.row.pool, Some(&snapshot.row.host))?;
             snapshot.row.state = SnapshotState::Deleting;
             self.db.commit(Batch::default().update(&snapshot)).await?;

@@ -99,7 +99,8 @@ impl Tasks {
         task.step = said_of(holder);
         let step = task.step.clone();
         note(&mut task, step);
-        self.db.commit(Batch::default().unchanged(vm).create(&task)).await?;
+        let batch = Batch::default().unchanged(vm).create(&task);
+        self.db.commit(self.set_out(batch, ask, &vm.row, task.id).await?).await?;
         self.lines.join(&task);
         Ok(task)
     }
@@ -185,9 +186,10 @@ impl Tasks {
                 principal: task.row.principal.clone(),
                 reason: task.row.reason.clone(),
                 revision: None,
+                schedule: task.row.schedule,
             };
             let before = vm.row.clone();
-            let (work, batch) = self.work(&mut vm.row, id, &ask, &asked, false, clock::now()).await?;
+            let (work, batch) = self.work(&mut vm.row, id, &ask, &asked, false, self.clock.now()).await?;
             task.row.work = work;
             task.row.step = "accepted".into();
             describe(&mut task.row);

@@ -68,6 +68,11 @@ impl Cluster {
         self.running.as_ref().expect("it runs")
     }
 
+    /// Has it look at its schedules, by the time that it is told now.
+    pub(super) fn look_at_schedules(&self) {
+        self.controller().look_at_schedules();
+    }
+
     pub(super) fn read(&self, file: &str) -> String {
         std::fs::read_to_string(self.options.data_dir.join(file)).expect(file)
     }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use godwit_api::client::Client;
-use godwit_api::v1::{PolicyCreate, Role, SnapshotState, VmDelete};
-use godwit_model::{Bytes, MigrationSettings, Millis, Refusal, SnapshotFigures};
+use godwit_api::v1::{PolicyCreate, Role, ScheduleCreate, SnapshotState, VmDelete};
+use godwit_model::{Bytes, MigrationSettings, Millis, Refusal, ScheduleSpec, SnapshotFigures};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
@@ -55,6 +55,7 @@ fn filled(path: &str, task: &str, token: &str) -> String {
         .replace("{network}", "lan")
         .replace("{policy}", "gold")
         .replace("{snapshot}", "first")
+        .replace("{schedule}", "nightly")
         .replace("{task}", task)
         .replace("{token}", token)
 }
@@ -101,6 +102,8 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
     let lan = admin.create_network(&network("lan")).await.expect("network");
     let limits = MigrationSettings { max_blackout: Some(Millis(70)), ..MigrationSettings::default() };
     let gold = admin.create_policy(&PolicyCreate { name: name("gold"), labels: BTreeMap::new(), limits }).await.expect("policy");
+    let spec = ScheduleSpec { enabled: false, ..ScheduleSpec::new("@daily") };
+    let nightly = admin.create_schedule(&ScheduleCreate { name: name("nightly"), spec }).await.expect("schedule");
     let (_, operations) = operations(&admin).await;
     for role in [Role::Viewer, Role::Operator] {
         let foreign = cluster.member("red", role).await;
@@ -110,7 +113,7 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
                 let path = format!("{}{team}", filled(&operation.path, &task, &token));
                 let body = body_for(&operation.id);
                 // What ends never, or makes something of one's own.
-                let makes = matches!(operation.id.as_str(), "image_fetch" | "policy_create");
+                let makes = matches!(operation.id.as_str(), "image_fetch" | "policy_create" | "schedule_create");
                 let own = makes && team.is_empty() && role == Role::Operator;
                 if own || matches!(operation.id.as_str(), "event_watch" | "image_import") {
                     continue;
@@ -125,6 +128,7 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
                             && !text.contains("\"lan\"")
                             && !text.contains("\"gold\"")
                             && !text.contains("\"first\"")
+                            && !text.contains("\"nightly\"")
                             && !text.contains(&token),
                         "{what} shows {text}"
                     );
@@ -146,6 +150,7 @@ async fn no_operation_shows_or_changes_what_belongs_to_a_foreign_team() {
     assert_eq!(admin.snapshot(&name("first")).await.expect("snapshot"), first);
     assert_eq!(admin.network(&name("lan")).await.expect("network"), lan);
     assert_eq!(admin.policy(&name("gold")).await.expect("policy"), gold);
+    assert_eq!(admin.schedule(&name("nightly")).await.expect("schedule"), nightly);
 }
 
 /// A body that would be accepted of somebody who may.
@@ -160,6 +165,8 @@ fn body_for(operation: &str) -> Value {
         "snapshot_rollback" => json!({"discard_present": true}),
         "snapshot_export" => json!({"host": "h1"}),
         "snapshot_import" => json!({"vm": "web1", "from": "shared/stolen"}),
+        "schedule_create" => json!({"name": "stolen", "spec": {"when": "@hourly"}}),
+        "schedule_set" => json!({"spec": {"when": "@hourly"}}),
         "policy_set" => json!({"limits": {"max_blackout": 1}}),
         "host_set" => json!({"migration_bandwidth": 125_000_000}),
         "network_set" => json!({"mtu": 9000}),
