@@ -51,6 +51,9 @@ pub(crate) struct VmRecord {
     /// A snapshot of it is being taken, or was by an agent that is no more.
     #[serde(default)]
     pub(crate) snapshot: Option<SnapshotRecord>,
+    /// Its memory came, or still comes, out of a snapshot, and not from another host.
+    #[serde(default)]
+    pub(crate) out_of_snapshot: bool,
 }
 
 /// What a snapshot must leave as it was.

@@ -98,8 +98,8 @@ impl Actor {
 
     /// A VM whose memory came out of a snapshot, and does not any more, while no agent looked: see [`see_to_the_end`].
     pub(super) async fn end_what_waits_for_a_snapshot(&mut self) {
-        let is_owner = self.record.as_ref().is_some_and(|record| record.holding == Holding::Owner);
-        let Some(qmp) = self.qmp.as_ref().filter(|_| is_owner) else { return };
+        let is_it = self.record.as_ref().is_some_and(|record| record.out_of_snapshot && record.holding == Holding::Owner);
+        let Some(qmp) = self.qmp.as_ref().filter(|_| is_it) else { return };
         if !matches!(qmp.migration().await, Ok(MigrationStatus::PostcopyPaused)) {
             return;
         }
@@ -158,6 +158,10 @@ impl Actor {
 
     async fn restore_memory(&mut self, mut player: Worker, qemus: UnixStream, figures: &mut RestoreFigures) -> Result<(), Refusal> {
         let (began, qmp) = (Instant::now(), self.monitor()?.clone());
+        if let Some(record) = &mut self.record {
+            record.out_of_snapshot = true;
+        }
+        self.save()?;
         qmp.begin_restore(qemus).await.map_err(qemu_failed)?;
         let late = |_| {
             let message = format!("QEMU did not load the VM's devices within {LOADING:?}");
