@@ -20,6 +20,7 @@ pub mod fleece;
 pub mod process;
 pub mod qga;
 pub mod qmp;
+pub mod since;
 pub mod snapshot;
 pub mod tpm;
 
