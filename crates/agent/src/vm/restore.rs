@@ -168,10 +168,7 @@ impl Actor {
         let (Ok(qmp), Some(record)) = (self.monitor(), &self.record) else { return };
         let disks: Vec<String> = nodes(&record.spec).into_iter().map(|(node, _)| node).collect();
         if let Err(error) = qmp.begin_since(&disks, from.snapshot.id).await {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "what is written since the snapshot is not known: the next one reads the disks whole"
-            );
+            tracing::info!(%error, "what is written since the snapshot is not known: the next one reads the disks whole");
         }
     }
 

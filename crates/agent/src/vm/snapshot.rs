@@ -360,10 +360,7 @@ impl Taking {
             refusal = stopped_for_want_of_room(&self.qmp, notices) => return Err(refusal),
         };
         if let Err(error) = self.qmp.keep_since(&self.nodes(), self.job.snapshot.id).await {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "what is written since the snapshot is not known: the next one reads the disks whole"
-            );
+            tracing::info!(%error, "what is written since the snapshot is not known: the next one reads the disks whole");
         }
         self.figures.memory = memory;
         let size_of = |disk: &TakenDisk| SnapshotSize { volume: disk.volume.clone(), size: disk.size };
