@@ -11,7 +11,7 @@ use super::export::{Disk, DiskError};
 
 /// Bytes that are asked for at once.
 const ASKED: u64 = 1 << 30;
-/// Parts that are kept, of all disks of a VM; in a message each takes some thirty bytes.
+/// Parts that are kept, of all disks of a VM; in a message each takes some forty bytes.
 const MOST: usize = 64 << 10;
 
 /// Parts of a disk of this size.
@@ -55,7 +55,7 @@ impl Changed {
 
     /// With so many parts at most, of `disks` disks together: those that are near to each other become one.
     pub(super) fn few(mut self, disks: usize) -> Self {
-        let (most, mut gap) = (MOST / disks.max(1), 64 << 10);
+        let (most, mut gap) = ((MOST / disks.max(1)).max(1), 64 << 10);
         while self.parts.len() > most {
             self.parts = self.parts.into_iter().fold(Vec::new(), |mut parts: Vec<Range<u64>>, part| {
                 match parts.last_mut() {
@@ -71,7 +71,8 @@ impl Changed {
 
     /// Bytes of it.
     pub(crate) fn bytes(&self) -> Bytes {
-        Bytes(self.parts.iter().map(|part| part.end.saturating_sub(part.start)).sum())
+        let lengths = self.parts.iter().map(|part| part.end.saturating_sub(part.start));
+        Bytes(lengths.fold(0, u64::saturating_add))
     }
 
     /// What of it is in a part of the disk; its borders are made multiples of `unit`.
