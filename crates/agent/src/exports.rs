@@ -177,6 +177,7 @@ pub(crate) async fn import(host: &SharedHost, asked: v1::ImportSnapshot) -> Resu
         pages_known: kept.known,
         pages_new: kept.new,
         written: kept.written,
+        disks_read: kept.read,
         sizes,
         warnings: vec![],
     };

@@ -82,6 +82,7 @@ impl VmRecord {
             end_wanted: false,
             ended_with_host: false,
             snapshot: None,
+            out_of_snapshot: false,
         }
     }
 }

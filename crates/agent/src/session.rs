@@ -28,9 +28,9 @@ use crate::dial::{self, DialError};
 use crate::host::{SharedHost, ended_message, unix_now};
 use crate::identity::RenewError;
 use crate::network::{FleetNetwork, FleetNetworks, Kind};
-use crate::snapshot::{FromSnapshot, SnapshotJob};
+use crate::snapshot::{FromSnapshot, SnapshotJob, id_of};
 use crate::tls::TlsError;
-use crate::vm::{Answer, Registry, VmCommand, stays};
+use crate::vm::{Answer, Registry, TurnBack, VmCommand, stays};
 use crate::{console, exports, grants, guest, vaults};
 
 /// Wait between two attempts to reach the controller, growing from the first to the second.
@@ -354,7 +354,11 @@ fn vm_command(
         }
         Action::Kill(kill) => {
             let (vm, generation) = owned(&kill.vm, kill.generation)?;
-            (vm, VmCommand::Kill { generation })
+            let back = match kill.back_to.as_str() {
+                "" => None,
+                snapshot => Some(TurnBack { task: convert::task_id(task)?, snapshot: id_of(snapshot)? }),
+            };
+            (vm, VmCommand::Kill { generation, back })
         }
         Action::Pause(pause) => {
             let (vm, generation) = owned(&pause.vm, pause.generation)?;

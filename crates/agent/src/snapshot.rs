@@ -5,6 +5,8 @@
 //! ```text
 //! take      QEMU (background-snapshot) ──stream──▶ pages, device state ──▶ vault
 //!           QEMU (export of a disk, whose old content it saves from being written over) ──NBD──▶ pages ──▶ vault
+//!           QEMU (export of such a disk with its bitmap) ──NBD──▶ pages that have changed since an earlier snapshot; where all others are the vault knows
+//! changed   QEMU (export of a disk with its bitmap) ──NBD──▶ what has changed on a disk since a snapshot: that a rollback looks at it alone
 //! restore   vault ──what differs──NBD──▶ QEMU (a disk, before its VM runs)
 //! play      vault ──stream of post-copy: device state first, pages as they are missed, the rest in order──▶ QEMU (incoming)
 //! unload    vault ──▶ file (the stream of a migration), file (raw)
@@ -13,6 +15,7 @@
 //! All of it is done by a process of its own, the *vault worker* ([`worker`]): it reads what QEMU and the vault say in a cage, and sees of the host the vault's directory alone.
 //! The agent starts it and hears how it goes ([`client`]), in the words of [`control`].
 
+mod changed;
 mod client;
 mod control;
 mod disk;
@@ -25,8 +28,9 @@ mod take;
 mod unload;
 mod worker;
 
+pub(crate) use changed::Changed;
 pub(crate) use client::Worker;
-pub(crate) use control::{DiskFile, DiskOf, Job, Kept, Keyed, MemoryFile, Said};
+pub(crate) use control::{BitmapOf, DiskFile, DiskOf, DiskTo, Job, Kept, Keyed, MemoryFile, Restored, Said};
 pub(crate) use request::{FromSnapshot, SnapshotJob, VaultAt, id_of, key_of};
 pub use worker::{WorkerError, run};
 

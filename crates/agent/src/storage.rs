@@ -36,6 +36,7 @@ pub(crate) use driver::Successor;
 pub(crate) use exports::Export;
 pub(crate) use image::{CachedImage, ImageCache, IndexedImage};
 pub(crate) use locks::locks_hold;
+pub(crate) use volume::Stamp;
 
 use directory::Directory;
 use driver::{Driver, Storage};
@@ -206,6 +207,15 @@ impl Pools {
     /// As [`Pools::check`], without looking inside.
     pub(crate) fn open_disk(&self, disk: &ResolvedDisk) -> Result<(OwnedFd, OwnedFd), Refusal> {
         volume::open(&*self.find(&disk.volume.pool)?.driver.open()?, &disk.volume, disk.cache)
+    }
+
+    /// By what it is seen later whether anybody has written to a volume.
+    ///
+    /// # Errors
+    /// As [`Pools::check`], without looking inside.
+    pub(crate) async fn stamp(&self, volume: &VolumeRef) -> Result<Stamp, Refusal> {
+        let volume = volume.clone();
+        self.at(&volume.pool.clone(), move |storage| volume::stamp(storage, &volume)).await
     }
 
     /// An empty qcow2 image of this size in a pool, opened for reading and writing. It has no name, and is gone with its last descriptor.

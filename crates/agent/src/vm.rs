@@ -25,7 +25,9 @@ mod start;
 mod start_carry;
 pub(crate) mod stays;
 mod tpm;
+mod turn_back;
 
 pub(crate) use actor::{Answer, VmCommand};
 pub(crate) use registry::Registry;
 pub(crate) use start::{Uids, fetch_image};
+pub(crate) use turn_back::TurnBack;

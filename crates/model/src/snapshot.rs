@@ -35,6 +35,8 @@ pub struct SnapshotFigures {
     pub pages_new: u64,
     /// Bytes that were written for it.
     pub written: Bytes,
+    /// Bytes of its disks that were read for it: all that are not zeros, or what has changed since an earlier one.
+    pub disks_read: Bytes,
     /// How large its disks were.
     pub sizes: Vec<SnapshotSize>,
     /// What it could not do as asked, in sentences.
@@ -69,6 +71,8 @@ pub struct RestoreFigures {
     pub qemu_ms: u64,
     /// Its disks became what they were, in milliseconds.
     pub disks_ms: u64,
+    /// Bytes of its disks that were read for that.
+    pub disks_read: Bytes,
     /// Bytes of its disks that were written for that.
     pub disks_written: Bytes,
     /// From the first byte of its devices until its vCPUs ran, in milliseconds; 0 if it booted.

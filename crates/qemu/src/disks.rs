@@ -80,6 +80,10 @@ struct Bitmap {
     name: Option<String>,
     #[serde(default)]
     recording: bool,
+    #[serde(default)]
+    busy: bool,
+    #[serde(default)]
+    inconsistent: bool,
 }
 
 /// A dirty bitmap.
@@ -89,6 +93,8 @@ pub struct DirtyBitmap {
     pub name: String,
     /// Whether what is written is still remembered: one that was stopped knows nothing of what came then.
     pub records: bool,
+    /// QEMU itself trusts it, and nobody else works on it.
+    pub is_sound: bool,
 }
 
 #[derive(Deserialize)]
@@ -259,7 +265,10 @@ impl Qmp {
     /// # Errors
     /// See [`QmpError`].
     pub async fn bitmaps(&self, node: &str) -> Result<Vec<DirtyBitmap>, QmpError> {
-        let bitmap = |bitmap: Bitmap| Some(DirtyBitmap { name: bitmap.name?, records: bitmap.recording });
+        let bitmap = |bitmap: Bitmap| {
+            let is_sound = !bitmap.busy && !bitmap.inconsistent;
+            Some(DirtyBitmap { name: bitmap.name?, records: bitmap.recording, is_sound })
+        };
         let found = self.node(node).await?;
         Ok(found.map(|node| node.dirty_bitmaps.into_iter().filter_map(bitmap).collect()).unwrap_or_default())
     }

@@ -5,14 +5,16 @@
 //! add_fleece (each disk) ──▶ begin_fleeces (all of one instant) ──▶ read over NBD ──▶ end_fleece (each disk)
 //! ```
 //! Nothing of the disk's own chain changes, so that nothing has to be merged afterwards. QEMU's documentation of dirty bitmaps, and its block test 222, know
-//! it as image fleecing.
+//! it as image fleecing. In the same instant begins the bitmap of what is written from then on: see [`crate::since`].
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use godwit_model::SnapshotId;
 use serde_json::{Value, json};
 
 use crate::qmp::{Qmp, QmpError};
+use crate::since::{self, Since};
 
 /// How long the copying may take to end, which has at most one write of the guest under way.
 const ENDING: Duration = Duration::from_secs(10);
@@ -39,16 +41,29 @@ impl Qmp {
         added.map(drop)
     }
 
-    /// From here on the fleeces of these disks have what the disks have now: all of one instant if the VM stands still, and all or none.
+    /// From here on the fleeces of these disks have what the disks have now: all of one instant if the VM stands still, and all or none. From the same instant on,
+    /// what is written is remembered for the snapshot; and [`crate::since::CHANGED`] has what was written until then since an earlier one, if one is named.
     ///
     /// # Errors
     /// See [`QmpError`].
-    pub async fn begin_fleeces(&self, disks: &[String]) -> Result<(), QmpError> {
-        let begin = |disk: &String| {
+    pub async fn begin_fleeces(&self, disks: &[(String, Option<Since>)], snapshot: SnapshotId) -> Result<(), QmpError> {
+        let begin = |(disk, _): &(String, Option<Since>)| {
             let data = json!({"device": disk, "target": fleece_node(disk), "sync": "none", "job-id": fleece_node(disk)});
             json!({"type": "blockdev-backup", "data": data})
         };
-        let actions: Vec<Value> = disks.iter().map(begin).collect();
+        // Behind the fleeces: with its fleece a disk comes to rest until the end of the transaction.
+        let remember = |(disk, earlier): &(String, Option<Since>)| {
+            let held = earlier.as_ref().map(|earlier| since::hold(disk, earlier)).into_iter().flatten();
+            [since::begin(disk, snapshot)].into_iter().chain(held).collect::<Vec<_>>()
+        };
+        self.transact(disks.iter().map(begin).chain(disks.iter().flat_map(remember)).collect()).await
+    }
+
+    /// `transaction`: all or none.
+    pub(crate) async fn transact(&self, actions: Vec<Value>) -> Result<(), QmpError> {
+        if actions.is_empty() {
+            return Ok(());
+        }
         self.execute("transaction", json!({"actions": actions})).await.map(drop)
     }
 

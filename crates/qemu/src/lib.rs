@@ -6,7 +6,7 @@
 //! Start with [`command`] (what a [`godwit_model::ResolvedSpec`] becomes), then [`cage`] (how that is run: own uid, namespaces, root,
 //! limits), [`process`] (watching and adopting it), [`qmp`] (talking to it) and [`qga`] (talking to the guest in it); [`change`] is what can be
 //! done to a VM while it runs. [`capabilities`] and [`accel`] say what a host offers, [`cgroup`] holds a VM's limits, [`convert`] makes one
-//! disk format of another, [`disks`] lets disks travel, [`tpm`] is a VM's TPM, a process of its own.
+//! disk format of another, [`disks`] lets disks travel, [`since`] knows what was written to them since a snapshot, [`tpm`] is a VM's TPM, a process of its own.
 
 pub mod accel;
 pub mod cage;
@@ -20,6 +20,7 @@ pub mod fleece;
 pub mod process;
 pub mod qga;
 pub mod qmp;
+pub mod since;
 pub mod snapshot;
 pub mod tpm;
 

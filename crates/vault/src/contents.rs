@@ -92,6 +92,11 @@ impl Contents {
         Ok(leaf.map_err(ContentsError::Snapshot)?.located().map(move |(page, _)| first + page))
     }
 
+    /// Where its pages are, alone.
+    pub(crate) fn into_snapshot(self) -> SnapshotReader<File> {
+        self.snapshot
+    }
+
     /// The packs alone.
     pub(crate) fn into_packs(self) -> impl Iterator<Item = ((PackId, PackKey, u32), PackReader<File>)> {
         self.snapshot.packs().to_vec().into_iter().zip(self.packs)

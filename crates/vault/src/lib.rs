@@ -26,7 +26,8 @@ pub use key::{PackKey, SnapshotKey, StayKey, TeamKey};
 pub use pack::{PackReader, PackWriter, Page, PageDigest, Unsealed};
 pub use shelf::{Draft, Limits, Shelf, ShelfError, Usage};
 pub use snapshot::{
-    InvalidSpaces, Kept, Keys, Known, Leaf, Located, PackId, Parts, SnapshotReader, SnapshotWriter, Space, SpaceKind, Totals,
+    Earlier, InvalidSpaces, Kept, Keys, Known, Leaf, Located, PackId, Parts, SnapshotReader, SnapshotWriter, Space, SpaceKind,
+    Totals,
 };
 pub use stay::{
     Block, Chunk, Identity, InvalidIdentity, MalformedStay, Sink, StayError, StayReader, StayWriter, Unpacker, VERSION,

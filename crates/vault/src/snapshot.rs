@@ -20,7 +20,7 @@ mod writer;
 pub use leaf::Leaf;
 pub use reader::SnapshotReader;
 pub use spaces::{InvalidSpaces, Space, SpaceKind};
-pub use writer::{Kept, Keys, Known, Parts, SnapshotWriter, Totals};
+pub use writer::{Earlier, Kept, Keys, Known, Parts, SnapshotWriter, Totals};
 
 use std::fmt;
 

@@ -23,7 +23,7 @@ use uuid::Uuid;
 use crate::contents::Contents;
 use crate::key::fill;
 use crate::pack::PackReader;
-use crate::snapshot::{Keys, Known, PackId, SnapshotReader, SnapshotWriter, Space, Totals};
+use crate::snapshot::{Earlier, Keys, Known, PackId, SnapshotReader, SnapshotWriter, Space, Totals};
 use crate::stored::FileError;
 use crate::{PackKey, SnapshotKey, TeamKey};
 
@@ -279,6 +279,34 @@ impl Vault {
             }
         }
         Ok(known)
+    }
+
+    /// Opens a snapshot from which a new one, whose writer knows `known`, takes pages over. None if it has packs that it cannot be known by. The new one's draft is
+    /// begun before: nothing that either refers to is pruned then.
+    ///
+    /// # Errors
+    /// [`VaultError`]: as of [`Self::snapshot`].
+    pub fn earlier(&self, id: SnapshotId, key: &SnapshotKey, known: &mut Known) -> Result<Option<Earlier<File>>, VaultError> {
+        Ok(known.earlier(self.snapshot(id, key)?.into_snapshot()))
+    }
+
+    /// Forsakes a snapshot that somebody else may still be writing, and removes it if it is there: whoever writes it does not come to a commit any more.
+    ///
+    /// # Errors
+    /// [`VaultError::Io`]
+    pub fn forsake(&self, id: SnapshotId) -> Result<(), VaultError> {
+        // The drafts first: what they do not become afterwards is what is looked for.
+        let (snapshot, pack) = (snapshot_name(id), pack_name(PackId::new(id.uuid())));
+        for (text, name) in self.shared.names().map_err(failed("read"))? {
+            let of = text.strip_suffix(".draft").and_then(|text| text.rsplit_once('.'));
+            if name == Name::Draft && of.is_some_and(|(of, _)| of == snapshot || of == pack) {
+                self.shared.remove(&text).map_err(failed("changed"))?;
+            }
+        }
+        if self.shared.length(&snapshot).is_ok() {
+            self.delete(id)?;
+        }
+        Ok(())
     }
 
     /// Removes a snapshot. Its pages go with [`Self::prune`], those of which no other snapshot has the pack.

@@ -28,12 +28,18 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts one on a vault's directory. `fds` already holds what `job` refers to by number.
-    pub(crate) async fn start(host: &Host, vault: OwnedFd, job: Job, mut fds: PassedFds) -> Result<Self, Refusal> {
+    /// Starts one on a vault's directory, if it needs one. `fds` already holds what `job` refers to by number.
+    pub(crate) async fn start(
+        host: &Host,
+        vault: impl Into<Option<OwnedFd>>,
+        job: Job,
+        mut fds: PassedFds,
+    ) -> Result<Self, Refusal> {
         let failed = |error: io::Error| host_failed("the vault worker could not be started", &error);
         let (control, theirs) = StdUnixStream::pair().map_err(failed)?;
         let (disks, their_disks) = StdUnixStream::pair().map_err(failed)?;
-        let config = WorkerConfig { control_fd: fds.pass(theirs), disks_fd: fds.pass(their_disks), vault_fd: fds.pass(vault), job };
+        let vault_fd = vault.into().map(|vault| fds.pass(vault));
+        let config = WorkerConfig { control_fd: fds.pass(theirs), disks_fd: fds.pass(their_disks), vault_fd, job };
         let config_fd = fds.pass(memory_file(&config).map_err(failed)?);
         let limit = |resource, value| Limit { resource, value };
         let uid = host.vault_uid();

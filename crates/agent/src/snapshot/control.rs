@@ -6,6 +6,8 @@ use godwit_model::{Bytes, ErrorCode, SnapshotId, VaultPlan};
 use godwit_vault::SnapshotKey;
 use serde::{Deserialize, Serialize};
 
+use super::changed::Changed;
+
 /// Longest line.
 pub(super) const MAX_LINE: usize = 4 << 20;
 
@@ -15,8 +17,8 @@ pub(crate) struct WorkerConfig {
     pub(super) control_fd: RawFd,
     /// Where sockets of disks arrive, in the order of the job's.
     pub(super) disks_fd: RawFd,
-    /// The vault's directory.
-    pub(super) vault_fd: RawFd,
+    /// The vault's directory, if it is to see one.
+    pub(super) vault_fd: Option<RawFd>,
     pub(super) job: Job,
 }
 
@@ -41,6 +43,25 @@ pub(crate) struct DiskOf {
     /// What QEMU exports it as.
     pub(crate) export: String,
     pub(crate) size: Bytes,
+    /// The snapshot since which what has changed is exported with it.
+    pub(crate) since: Option<SnapshotId>,
+}
+
+/// A disk that becomes what it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskTo {
+    /// Its node in QEMU, what QEMU exports it as, and its name in the snapshot.
+    pub(crate) node: String,
+    /// What may differ from the snapshot, if that is known.
+    pub(crate) changed: Option<Changed>,
+}
+
+/// A disk that is exported with a bitmap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BitmapOf {
+    /// What QEMU exports it as.
+    pub(crate) export: String,
+    pub(crate) bitmap: String,
 }
 
 /// A stream that becomes a snapshot's memory.
@@ -66,7 +87,9 @@ pub(crate) enum Job {
     /// Writes a snapshot. Without `memory_fd` it has disks alone.
     Take { snapshot: Keyed, team: [u8; 32], known: Vec<Keyed>, memory_fd: Option<RawFd>, disks: Vec<DiskOf>, about: Vec<u8> },
     /// Makes disks what they were.
-    Restore { snapshot: Keyed, disks: Vec<DiskOf> },
+    Restore { snapshot: Keyed, disks: Vec<DiskTo> },
+    /// Reads what has changed on disks. It sees no vault.
+    Changed { disks: Vec<BitmapOf> },
     /// Writes its memory, or a disk of it, to a file.
     Unload { snapshot: Keyed, disk: Option<String>, to_fd: RawFd },
     /// Makes files a snapshot: the stream of a VM of this machine, if there is one, and raw images.
@@ -108,5 +131,15 @@ pub(crate) enum Said {
 pub(crate) struct Kept {
     pub(crate) known: u64,
     pub(crate) new: u64,
+    pub(crate) written: Bytes,
+    /// Of its disks.
+    #[serde(default)]
+    pub(crate) read: Bytes,
+}
+
+/// What making disks what they were came to.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Restored {
+    pub(crate) read: Bytes,
     pub(crate) written: Bytes,
 }

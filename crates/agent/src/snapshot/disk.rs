@@ -1,17 +1,24 @@
 //! Reads a disk of a snapshot, which QEMU exports as it was at one instant while the guest writes on, and has its pages written.
 
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 
+use godwit_nbd::{ALLOCATION, dirty_bitmap};
+use godwit_qemu::since::CHANGED;
 use godwit_stream::PAGE_SIZE;
-use godwit_vault::{Sink, SnapshotWriter};
+use godwit_vault::{Earlier, Leaf, Sink, SnapshotWriter};
 
+use super::changed::Changed;
 use super::export::{Disk, DiskError};
 
 /// Bytes whose extents are asked for at once, and that are read at once.
 const ASKED: u64 = 256 << 20;
 const READ: u64 = 1 << 20;
 const PAGE: u64 = PAGE_SIZE as u64;
+/// Bytes of a leaf.
+const PART: u64 = Leaf::PAGES as u64 * PAGE;
 
 /// Why a snapshot's disk cannot be taken.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +41,7 @@ pub(super) fn take_disk<S: Sink, P: Sink>(
     space: u16,
     writer: &mut SnapshotWriter<S, P>,
 ) -> Result<u64, TakeDiskError> {
-    let (mut disk, size) = Disk::open(socket, export, false)?;
+    let (mut disk, size) = Disk::open(socket, export, ALLOCATION, false)?;
     let (mut at, mut read, mut buffer) = (0, 0, vec![0; READ as usize]);
     // Up to where pages were written: an extent may begin within one.
     let mut next = 0;
@@ -55,6 +62,62 @@ pub(super) fn take_disk<S: Sink, P: Sink>(
             }
             at = end;
         }
+    }
+    disk.close()?;
+    Ok(read)
+}
+
+/// Reads of an export what has changed since a snapshot in which the disk is the space `of`, and takes all else over from there; as [`take_disk`].
+///
+/// A page that has not changed is in the earlier snapshot what it is now: its bitmap began in the instant of that one, has every write since, and stands still since the instant of this one. What
+/// cannot be read of the earlier snapshot is read from the disk.
+///
+/// # Errors
+/// [`TakeDiskError`]
+pub(super) fn take_changes<S: Sink, P: Sink>(
+    socket: UnixStream,
+    export: &str,
+    space: u16,
+    writer: &mut SnapshotWriter<S, P>,
+    (earlier, of): (&Earlier<File>, u16),
+) -> Result<u64, TakeDiskError> {
+    let (mut disk, size) = Disk::open(socket, export, &dirty_bitmap(CHANGED), false)?;
+    let changed = Changed::read_from(&mut disk, size)?;
+    let (mut at, mut read, mut buffer) = (0, 0, vec![0; READ as usize]);
+    while at < size {
+        let part = at..(at + PART).min(size);
+        let first = u32::try_from(at / PAGE).map_err(|_| TakeDiskError::Write(io::ErrorKind::FileTooLarge.into()))?;
+        let mut looked_at = changed.within(&part, PAGE);
+        match earlier.leaf(of, first) {
+            Ok(leaf) => {
+                let is_changed = |page: u32| {
+                    let at = at + u64::from(page) * PAGE;
+                    looked_at.iter().any(|part: &Range<u64>| part.contains(&at))
+                };
+                for (page, located) in leaf.located().filter(|(page, _)| !is_changed(*page)) {
+                    writer.take_over(space, first + page, earlier, located).map_err(TakeDiskError::Write)?;
+                }
+            }
+            Err(error) => {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "a part of an earlier snapshot cannot be read: the disk is"
+                );
+                looked_at = vec![part.clone()];
+            }
+        }
+        for piece in looked_at {
+            let mut from = piece.start;
+            while from < piece.end {
+                let length = (piece.end - from).min(READ);
+                let content = buffer.get_mut(..length as usize).unwrap_or_default();
+                disk.read(from, content)?;
+                read += length;
+                put(writer, space, from / PAGE, content).map_err(TakeDiskError::Write)?;
+                from += length;
+            }
+        }
+        at = part.end;
     }
     disk.close()?;
     Ok(read)

@@ -4,9 +4,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use bytes::BytesMut;
-use godwit_nbd::{
-    ALLOCATION, Client, Event, Extent, Malformed, put_disconnect, put_flush, put_read, put_status, put_write, put_write_zeroes,
-};
+use godwit_nbd::{Client, Event, Extent, Malformed, put_disconnect, put_flush, put_read, put_status, put_write, put_write_zeroes};
 
 /// Why a disk cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -64,9 +62,9 @@ impl Disk {
         }
     }
 
-    /// The disk of this name; its size, too.
-    pub(super) fn open(socket: UnixStream, export: &str, writes: bool) -> Result<(Self, u64), DiskError> {
-        let client = Client::new(export, vec![ALLOCATION.to_owned()], writes);
+    /// The disk of this name, with extents of this kind; its size, too.
+    pub(super) fn open(socket: UnixStream, export: &str, extents: &str, writes: bool) -> Result<(Self, u64), DiskError> {
+        let client = Client::new(export, vec![extents.to_owned()], writes);
         let mut disk = Self { socket, client, out: BytesMut::new(), cookie: 0 };
         let size = disk.ready()?;
         Ok((disk, size))

@@ -1,15 +1,21 @@
 //! Makes a disk what it was in a snapshot: what differs is written, before a VM runs on it.
 
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 
+use godwit_nbd::ALLOCATION;
 use godwit_stream::PAGE_SIZE;
 use godwit_vault::{Contents, ContentsError, Leaf, SpaceKind};
 
+use super::changed::Changed;
+use super::control::Restored;
 use super::export::{Disk, DiskError};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Bytes that are looked at together: those of a leaf.
 const PART: u64 = Leaf::PAGES as u64 * PAGE;
+/// Bytes of which it is asked at once whether they are zeros, where all are looked at.
+const ASKED: u64 = 256 << 20;
 
 /// Why a disk is not what it was.
 #[derive(Debug, thiserror::Error)]
@@ -33,54 +39,65 @@ pub(super) enum RestoreError {
     },
 }
 
-/// Makes the disk that is exported on `socket` what the disk of this name was; how many bytes were written. What it has more than then is zeros.
+/// Makes the disk that is exported on `socket` what the disk of this name was; how many bytes were read and written. What it has more than then is zeros. Where `changed` is known, nothing
+/// else is looked at, unless the disk has another size than that says.
 ///
 /// # Errors
 /// [`RestoreError`]; it may be half of each then.
-pub(super) fn restore(socket: UnixStream, export: &str, contents: &mut Contents, name: &str) -> Result<u64, RestoreError> {
+pub(super) fn restore(
+    socket: UnixStream,
+    contents: &mut Contents,
+    name: &str,
+    changed: Option<&Changed>,
+) -> Result<Restored, RestoreError> {
     let is_it = |space: &godwit_vault::Space| space.kind == SpaceKind::Disk && space.name == name;
     let space = contents.spaces().iter().position(is_it).ok_or_else(|| RestoreError::NoDisk(name.to_owned()))?;
     let pages = contents.spaces().get(space).map_or(0, |space| space.pages);
     let space = u16::try_from(space).unwrap_or(u16::MAX);
-    let (mut disk, size) = Disk::open(socket, export, true)?;
+    let (mut disk, size) = Disk::open(socket, name, ALLOCATION, true)?;
     let had = u64::from(pages) * PAGE;
     // The last page may be beyond the end of a disk that is no multiple of it.
     if had > size.next_multiple_of(PAGE) {
         return Err(RestoreError::TooSmall { has: size, had });
     }
-    let (mut written, mut zeros) = (0, Zeros::default());
+    let changed = changed.filter(|changed| changed.size.get() == size);
+    let mut zeros = Zeros { asked: if changed.is_some() { PART } else { ASKED }, ..Zeros::default() };
     let (mut before, mut after) = (vec![0; PART as usize], vec![0; PART as usize]);
-    let mut at = 0;
+    let (mut restored, mut at) = (Restored::default(), 0);
     while at < size {
-        let length = (size - at).min(PART);
-        let (before, after) = (&mut before[..length as usize], &mut after[..length as usize]);
-        let is_zero_after = fill(contents, space, at, after)?;
-        let is_zero_before = zeros.hold(&mut disk, at, length, size)?;
-        if is_zero_before {
-            before.fill(0);
-        } else if is_zero_after {
-            disk.write_zeroes(at, u32::try_from(length).unwrap_or(u32::MAX))?;
-            at += length;
-            continue;
-        } else {
-            disk.read(at, before)?;
+        let part = at..(at + PART).min(size);
+        at = part.end;
+        let pieces = changed.map_or_else(|| vec![part.clone()], |changed| changed.within(&part, PAGE));
+        for Range { start, end } in pieces {
+            let length = end - start;
+            let (before, after) = (&mut before[..length as usize], &mut after[..length as usize]);
+            let is_zero_after = fill(contents, space, start, after)?;
+            if zeros.hold(&mut disk, start, length, size)? {
+                before.fill(0);
+            } else if is_zero_after {
+                disk.write_zeroes(start, u32::try_from(length).unwrap_or(u32::MAX))?;
+                continue;
+            } else {
+                disk.read(start, before)?;
+                restored.read.0 += length;
+            }
+            restored.written.0 += write_difference(&mut disk, start, before, after)?;
         }
-        written += write_difference(&mut disk, at, before, after)?;
-        at += length;
     }
     disk.flush()?;
     disk.close()?;
-    Ok(written)
+    Ok(restored)
 }
 
-/// What a part was; whether that is zeros.
-fn fill(contents: &mut Contents, space: u16, at: u64, part: &mut [u8]) -> Result<bool, ContentsError> {
-    part.fill(0);
+/// What a piece of a part was; whether that is zeros.
+fn fill(contents: &mut Contents, space: u16, at: u64, piece: &mut [u8]) -> Result<bool, ContentsError> {
+    piece.fill(0);
     let first = u32::try_from(at / PAGE).unwrap_or(u32::MAX);
-    let located: Vec<u32> = contents.located(space, first)?.collect();
+    let pages = first..first.saturating_add(u32::try_from(piece.len().div_ceil(PAGE_SIZE)).unwrap_or(u32::MAX));
+    let located: Vec<u32> = contents.located(space, first)?.filter(|page| pages.contains(page)).collect();
     for page in &located {
         let from = (page - first) as usize * PAGE_SIZE;
-        if let (Some(content), Some(room)) = (contents.page(space, *page)?, part.get_mut(from..)) {
+        if let (Some(content), Some(room)) = (contents.page(space, *page)?, piece.get_mut(from..)) {
             let length = room.len().min(PAGE_SIZE);
             room[..length].copy_from_slice(&content[..length]);
         }
@@ -109,20 +126,20 @@ fn write_difference(disk: &mut Disk, at: u64, before: &[u8], after: &[u8]) -> Re
 /// What QEMU says of which parts of a disk are zeros, asked for piece by piece.
 #[derive(Default)]
 struct Zeros {
+    /// Bytes that are asked for at once.
+    asked: u64,
     /// Up to where it is known, and where the last part that is not zeros ends, and the next begins.
     known: u64,
     data: Vec<(u64, u64)>,
 }
 
 impl Zeros {
-    /// Bytes that are asked for at once.
-    const ASKED: u64 = 256 << 20;
-
-    /// Whether a part is zeros, as far as QEMU knows. Parts are asked for in order.
+    /// Whether a part is zeros, as far as QEMU knows. Parts are asked for in order; some may not be asked for.
     fn hold(&mut self, disk: &mut Disk, at: u64, length: u64, size: u64) -> Result<bool, DiskError> {
+        self.known = self.known.max(at);
         while self.known < at + length {
             let from = self.known;
-            for extent in disk.extents(from, (size - from).min(Self::ASKED))? {
+            for extent in disk.extents(from, (size - from).min(self.asked))? {
                 let end = self.known + u64::from(extent.length);
                 if !extent.is_zero() {
                     self.data.push((self.known, end));

@@ -14,12 +14,15 @@ use godwit_qemu::Qmp;
 use godwit_qemu::fleece::fleece_node;
 use godwit_qemu::qmp::commands::MigrationParameters;
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
-use godwit_vault::{Contents, Keys, PackKey, SnapshotKey, Space, SpaceKind, TeamKey, Totals, Vault};
+use godwit_qemu::since::CHANGED;
+use godwit_vault::{Contents, Keys, PackKey, Parts, SnapshotKey, Space, SpaceKind, TeamKey, Totals, Vault};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::disk::take_disk;
+use super::changed::Changed;
+use super::disk::{take_changes, take_disk};
 use super::play::{Played, play};
+use super::restore::restore;
 use super::take::take;
 
 mod exported;
@@ -271,9 +274,12 @@ fn with_disk(path: &Path) -> Vec<String> {
     words.map(str::to_owned).to_vec()
 }
 
-/// Takes memory and disk of one instant; how long the guest stood still.
-async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm) -> Duration {
-    let disks = ["disk0".to_owned()];
+/// Takes memory and disk of one instant; how long the guest stood still, and what of the disk was read. With an earlier snapshot, only what has changed of the disk since is read, and that
+/// gives what reading all of it gives.
+async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm, number: u8, earlier: Option<u8>) -> (Duration, u64) {
+    let since = vm.qmp.since("disk0").await.expect("query-named-block-nodes");
+    let since = earlier.map(|earlier| since.into_iter().rfind(|since| since.snapshot == id(earlier)).expect("a bitmap"));
+    let (disks, nodes) = ([("disk0".to_owned(), since)], ["disk0".to_owned()]);
     let fleece = dir.join("fleece");
     let made = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2"])
@@ -285,46 +291,82 @@ async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm) -> Duration {
     let image = fs::File::options().read(true).write(true).open(&fleece).expect("the image");
     vm.qmp.add_fleece("disk0", image.into()).await.expect("blockdev-add");
     let served = dir.join("nbd");
+    let _ = fs::remove_file(&served);
     vm.qmp.serve_disks(UnixListener::bind(&served).expect("a socket").into()).await.expect("nbd-server-start");
-    let draft = vault.begin(id(1)).expect("begun");
+    let draft = vault.begin(id(number)).expect("begun");
     vm.capabilities(&[("background-snapshot", true)]).await;
     let (ours, qemus) = UnixStream::pair().expect("sockets");
     vm.qmp.getfd("snapshot", OwnedFd::from(qemus)).await.expect("getfd");
-    let keys = Keys { snapshot: snapshot_key(1), team: TeamKey::new([9; 32]), pack: PackKey::draw().expect("random bytes") };
+    let keys = |number: u8| Keys {
+        snapshot: snapshot_key(number),
+        team: TeamKey::new([9; 32]),
+        pack: PackKey::draw().expect("random bytes"),
+    };
+    let of_disk = || Space { kind: SpaceKind::Disk, name: "disk0".into(), pages: DISK / 4096 };
+    let mut known = godwit_vault::Known::new(usize::MAX);
+    let base =
+        earlier.map(|earlier| vault.earlier(id(earlier), &snapshot_key(earlier), &mut known).expect("opened").expect("few packs"));
     let (told, started) = tokio::sync::oneshot::channel();
     let stopped = Instant::now();
     vm.qmp.stop(LIMIT).await.expect("stop");
+    vm.qmp.begin_fleeces(&disks, id(number)).await.expect("transaction");
     vm.qmp.migrate_fd("snapshot").await.expect("migrate");
     let taking = tokio::task::spawn_blocking(move || {
         let mut blocks = 0;
         let begin = |mut spaces: Vec<Space>| {
             blocks = spaces.len();
-            spaces.push(Space { kind: SpaceKind::Disk, name: "disk0".into(), pages: DISK / 4096 });
-            draft.writer(&keys, spaces, godwit_vault::Known::new(usize::MAX), Bytes(u64::MAX))
+            spaces.push(of_disk());
+            draft.writer(&keys(number), spaces, known, Bytes(u64::MAX))
         };
         let taken = take(ours, begin, || told.send(()).expect("heard")).expect("taken");
         (taken, draft, u16::try_from(blocks).expect("few"))
     });
     tokio::time::timeout(LIMIT, started).await.expect("in time").expect("started");
-    vm.qmp.begin_fleeces(&disks).await.expect("transaction");
     vm.qmp.cont().await.expect("cont");
     let pause = stopped.elapsed();
-    vm.qmp.export_disk(&fleece_node("disk0"), false, None).await.expect("block-export-add");
+    vm.qmp.export_disk(&fleece_node("disk0"), false, earlier.map(|_| CHANGED)).await.expect("block-export-add");
     let (mut taken, draft, space) = taking.await.expect("no panic");
     // What is read while the guest writes over it is what it was.
     tokio::time::sleep(Duration::from_secs(1)).await;
+    let (full, vault) = (vault.begin(id(FULL)).expect("begun"), vault.clone());
     let reading = tokio::task::spawn_blocking(move || {
-        let socket = UnixStream::connect(&served).expect("connected");
-        take_disk(socket, &fleece_node("disk0"), space, &mut taken.writer).expect("read");
+        let connect = || UnixStream::connect(&served).expect("connected");
+        let export = fleece_node("disk0");
+        let Some(base) = base else {
+            let read = take_disk(connect(), &export, space, &mut taken.writer).expect("read");
+            let (_, _, totals) = taken.writer.finish(&taken.parts).expect("finished");
+            draft.commit(&totals).expect("committed");
+            return read;
+        };
+        let of = base.disk("disk0", DISK / 4096).expect("the disk");
+        let read = take_changes(connect(), &export, space, &mut taken.writer, (&base, of)).expect("read");
         let (_, _, totals) = taken.writer.finish(&taken.parts).expect("finished");
         draft.commit(&totals).expect("committed");
+        let mut writer = full.writer(&keys(FULL), vec![of_disk()], godwit_vault::Known::new(0), Bytes(u64::MAX)).expect("begun");
+        let all = take_disk(connect(), &export, 0, &mut writer).expect("read");
+        assert!(read < all, "{read} of {all}");
+        let (_, _, totals) = writer.finish(&Parts::default()).expect("finished");
+        full.commit(&totals).expect("committed");
+        let open = |number| vault.snapshot(id(number), &snapshot_key(number)).expect("opened");
+        let (mut one, mut other) = (open(number), open(FULL));
+        for page in 0..DISK / 4096 {
+            assert!(one.page(space, page).expect("read") == other.page(0, page).expect("read"), "page {page}");
+        }
+        vault.delete(id(FULL)).expect("deleted");
+        read
     });
-    reading.await.expect("no panic");
+    let read = reading.await.expect("no panic");
+    vm.wait_status(&MigrationStatus::Completed).await;
+    vm.qmp.keep_since(&nodes, id(number)).await.expect("kept");
     vm.qmp.stop_serving_disks().await.expect("nbd-server-stop");
     vm.qmp.end_fleece("disk0").await.expect("ended");
     vm.qmp.end_fleece("disk0").await.expect("it has ended");
-    pause
+    vm.qmp.forget_taking("disk0").await.expect("removed");
+    (pause, read)
 }
+
+/// The number of a snapshot whose disk was read whole.
+const FULL: u8 = 200;
 
 /// Writes a disk as it was.
 fn restore_disk(contents: &mut Contents, path: &Path) {
@@ -338,25 +380,95 @@ fn restore_disk(contents: &mut Contents, path: &Path) {
     }
 }
 
+/// Makes the disk of a VM that has ended what it was, where it was written to since; what of it was read.
+async fn turn_back(dir: &Path, vault: &Vault, binary: &Path, disk: &Path, changed: Changed) -> u64 {
+    let arguments = with_disk(disk);
+    // Nobody else writes to it.
+    let without_device = arguments.iter().take(4).map(String::as_str).chain(["-S"]).collect::<Vec<_>>();
+    let vm = Vm::start(dir, "bare", binary, &without_device).await;
+    let served = dir.join("nbd-bare");
+    vm.qmp.serve_disks(UnixListener::bind(&served).expect("a socket").into()).await.expect("nbd-server-start");
+    vm.qmp.export_disk("disk0", true, None).await.expect("block-export-add");
+    let mut contents = vault.snapshot(id(2), &snapshot_key(2)).expect("opened");
+    let restoring = tokio::task::spawn_blocking(move || {
+        let socket = UnixStream::connect(&served).expect("connected");
+        restore(socket, &mut contents, "disk0", Some(&changed)).expect("restored")
+    });
+    let restored = restoring.await.expect("no panic");
+    assert!(restored.written > Bytes(0) && restored.written <= restored.read, "{restored:?}");
+    restored.read.get()
+}
+
+/// A snapshot that begins and is not finished: nothing of it is known afterwards.
+async fn give_up_a_snapshot(dir: &Path, vm: &Vm) {
+    let image = fs::File::options().read(true).write(true).open(dir.join("fleece")).expect("the image");
+    vm.qmp.add_fleece("disk0", image.into()).await.expect("blockdev-add");
+    let known = vm.qmp.since("disk0").await.expect("query-named-block-nodes");
+    vm.qmp.begin_fleeces(&[("disk0".to_owned(), known.last().cloned())], id(77)).await.expect("transaction");
+    vm.qmp.end_fleece("disk0").await.expect("ended");
+    assert_eq!(vm.qmp.since("disk0").await.expect("query-named-block-nodes"), known, "it is not whole");
+    vm.qmp.forget_taking("disk0").await.expect("removed");
+    assert_eq!(vm.qmp.bitmaps("disk0").await.expect("query-named-block-nodes").len(), known.len());
+    // Only so many are kept, the newest; one that stands still says nothing.
+    for number in 100..110 {
+        vm.qmp.begin_since(&["disk0".to_owned()], id(number)).await.expect("begun");
+    }
+    let newest = vm.qmp.since("disk0").await.expect("query-named-block-nodes");
+    assert_eq!(newest.last().map(|since| since.snapshot), Some(id(109)));
+    for since in newest.iter().filter(|since| !known.contains(since)) {
+        vm.qmp.stop_bitmap("disk0", &since.bitmap).await.expect("stopped");
+    }
+    assert_eq!(vm.qmp.since("disk0").await.expect("query-named-block-nodes"), known);
+    for number in 100..110 {
+        vm.qmp.forget_since("disk0", Some(id(number))).await.expect("removed");
+    }
+}
+
 #[tokio::test]
-async fn memory_and_disk_are_of_one_instant() {
+async fn memory_and_disk_are_of_one_instant_and_what_has_changed_since_is_all_that_is_looked_at() {
     for binary in qemus() {
         let dir = tempfile::tempdir().expect("a directory");
         let vault = Vault::open(&dir.path().join("vault")).expect("a vault");
         let (disk, restored) = (dir.path().join("disk"), dir.path().join("restored"));
         fs::File::create(&disk).and_then(|file| file.set_len(u64::from(DISK))).expect("a disk");
+        // What was there before the guest, and it leaves alone.
+        let old: Vec<u8> = (0..8 << 20).map(|place: u32| (place >> 12) as u8 | 1).collect();
+        fs::File::options().write(true).open(&disk).and_then(|file| file.write_all_at(&old, 20 << 20)).expect("written");
         let arguments = with_disk(&disk);
         let source = Vm::start(dir.path(), "source", &binary, &arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
         // All of what it writes to was written, and again.
         source.hear("wrote to its disk", |said| said.disk_written > 2 * BLOCKS).await;
-        let pause = snapshot_with_disk(dir.path(), &vault, &source).await;
+        let (pause, whole) = snapshot_with_disk(dir.path(), &vault, &source, 1, None).await;
+        give_up_a_snapshot(dir.path(), &source).await;
+        let before = source.said().expect("it was heard");
+        source.hear("wrote on", |said| said.disk_written > before.disk_written).await;
+        let (_, read) = snapshot_with_disk(dir.path(), &vault, &source, 2, Some(1)).await;
+        assert!(read + old.len() as u64 <= whole, "{read} of {whole}");
+        // Neither needs the other.
+        vault.delete(id(1)).expect("deleted");
         let before = source.said().expect("it was heard");
         let later = source.hear("wrote on", |said| said.disk_written > before.disk_written + BLOCKS).await;
         assert_eq!((later.errors, later.disk_errors), (0, 0));
+        // It stands still, and what it has written since is read.
+        source.qmp.stop(LIMIT).await.expect("stop");
+        let since = source.qmp.since("disk0").await.expect("query-named-block-nodes").pop().expect("a bitmap");
+        assert_eq!(since.snapshot, id(2));
+        source.qmp.stop_bitmap("disk0", &since.bitmap).await.expect("stopped");
+        let served = dir.path().join("nbd");
+        let _ = fs::remove_file(&served);
+        source.qmp.serve_disks(UnixListener::bind(&served).expect("a socket").into()).await.expect("nbd-server-start");
+        source.qmp.export_disk("disk0", false, Some(&since.bitmap)).await.expect("block-export-add");
+        let reading = tokio::task::spawn_blocking(move || {
+            Changed::read(UnixStream::connect(&served).expect("connected"), "disk0", &since.bitmap).expect("read")
+        });
+        let changed = reading.await.expect("no panic");
         drop(source);
-        let mut contents = vault.snapshot(id(1), &snapshot_key(1)).expect("opened");
+        let looked_at = turn_back(dir.path(), &vault, &binary, &disk, changed.clone()).await;
+        assert!(looked_at <= changed.bytes().get() && changed.bytes().get() < u64::from(DISK) / 2, "{changed:?}");
+        let mut contents = vault.snapshot(id(2), &snapshot_key(2)).expect("opened");
         restore_disk(&mut contents, &restored);
-        let (vm, took, playing) = resume(dir.path(), &vault, 1, "restored", &binary, &with_disk(&restored)).await;
+        assert!(fs::read(&disk).expect("read") == fs::read(&restored).expect("read"), "it is not what it was");
+        let (vm, took, playing) = resume(dir.path(), &vault, 2, "restored", &binary, &with_disk(&disk)).await;
         playing.await.expect("no panic");
         let said = vm.hear("wrote to its disk again", |said| said.disk_written > 0).await;
         let later = vm
@@ -365,6 +477,9 @@ async fn memory_and_disk_are_of_one_instant() {
             })
             .await;
         assert_eq!((later.errors, later.disk_errors), (0, 0), "{}", fs::read_to_string(&vm.console).unwrap_or_default());
-        eprintln!("{}: stood still for {pause:?}, ran again after {took:?}", binary.display());
+        eprintln!(
+            "{}: stood still for {pause:?}, ran again after {took:?}; read {whole} bytes, then {read}, and to turn back {looked_at}",
+            binary.display()
+        );
     }
 }

@@ -12,14 +12,15 @@ use godwit_model::{Bytes, ErrorCode, SnapshotId, VaultFile, VaultFindings, Vault
 use godwit_qemu::cage::worker::confine_to;
 use godwit_stream::PAGE_SIZE;
 use godwit_vault::{
-    ContentsError, FileError, Keys, Known, PackKey, Parts, PrunePlan, SnapshotDraft, SnapshotKey, SnapshotWriter, Space, SpaceKind,
-    TeamKey, Vault, VaultError,
+    ContentsError, Earlier, FileError, Keys, Known, PackKey, Parts, PrunePlan, SnapshotDraft, SnapshotKey, SnapshotWriter, Space,
+    SpaceKind, TeamKey, Vault, VaultError,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde::Serialize;
 
-use super::control::{DiskFile, DiskOf, Job, Kept, Keyed, MemoryFile, Said, WorkerConfig};
-use super::disk::{TakeDiskError, take_disk};
+use super::changed::Changed;
+use super::control::{BitmapOf, DiskFile, DiskOf, DiskTo, Job, Kept, Keyed, MemoryFile, Restored, Said, WorkerConfig};
+use super::disk::{TakeDiskError, take_changes, take_disk};
 use super::load::{LoadError, load_disk, load_memory};
 use super::play::{PlayError, play};
 use super::restore::{RestoreError, restore};
@@ -65,6 +66,8 @@ enum Failure {
     Disks,
     #[error("the agent is gone")]
     Alone(#[source] io::Error),
+    #[error("the job needs a vault, and was given none")]
+    NoVault,
 }
 
 /// Runs `godwit vault-worker --config-fd N`: called before any thread exists.
@@ -79,10 +82,15 @@ pub fn run(config_fd: RawFd) -> Result<(), WorkerError> {
     File::from(own(config_fd)).read_to_end(&mut text).map_err(WorkerError::Config)?;
     let config: WorkerConfig = serde_json::from_slice(&text).map_err(|error| WorkerError::Config(error.into()))?;
     text.fill(0);
-    let vault = own(config.vault_fd);
-    confine_to(vault.as_fd()).map_err(|error| WorkerError::Confine(error.into()))?;
+    let vault = config.vault_fd.map(own);
+    confine_to(vault.as_ref().map(AsFd::as_fd)).map_err(|error| WorkerError::Confine(error.into()))?;
     let agent = Agent { control: Mutex::new(own(config.control_fd).into()), disks: own(config.disks_fd).into() };
-    let said = match Vault::at(vault.into()).map_err(Failure::from).and_then(|vault| work(&vault, config.job, &agent)) {
+    let worked = match (vault, config.job) {
+        (_, Job::Changed { disks }) => changed(&agent, &disks),
+        (Some(vault), job) => Vault::at(vault.into()).map_err(Failure::from).and_then(|vault| work(&vault, job, &agent)),
+        (None, _) => Err(Failure::NoVault),
+    };
+    let said = match worked {
         Ok(told) => Said::Done(told),
         Err(failure) => {
             let message = told(&failure);
@@ -152,19 +160,22 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
     match job {
         Job::Take { snapshot, team, known, memory_fd, disks, about } => {
             let memory = memory_fd.map(|fd| UnixStream::from(own(fd)));
-            let new = New::begin(vault, &snapshot, team, &known, disks.iter().map(|disk| (&disk.node, disk.size)))?;
+            let mut new = New::begin(vault, &snapshot, team, &known, disks.iter().map(|disk| (&disk.node, disk.size)))?;
+            new.open_earlier(vault, &known, &disks);
             take_all(agent, new, memory, &disks, about)
         }
         Job::Restore { snapshot, disks } => {
             let (id, key) = snapshot.opened();
             let mut contents = vault.snapshot(id, &key)?;
             agent.say(&Said::Ready).map_err(Failure::Alone)?;
-            let mut written = 0;
-            for disk in disks {
-                written += restore(agent.next_disk()?, &disk.export, &mut contents, &disk.node)?;
+            let mut all = Restored::default();
+            for DiskTo { node, changed } in disks {
+                let Restored { read, written } = restore(agent.next_disk()?, &mut contents, &node, changed.as_ref())?;
+                (all.read.0, all.written.0) = (all.read.0 + read.0, all.written.0 + written.0);
             }
-            Ok(json(&Bytes(written)))
+            Ok(json(&all))
         }
+        Job::Changed { disks } => changed(agent, &disks),
         Job::Unload { snapshot, disk, to_fd } => {
             let (id, key) = snapshot.opened();
             let mut contents = vault.snapshot(id, &key)?;
@@ -234,6 +245,8 @@ struct New {
     disks: Vec<Space>,
     /// The number of the first disk's space, behind those of memory.
     first_disk: usize,
+    /// Snapshots from which pages are taken over.
+    earlier: BTreeMap<SnapshotId, Earlier<File>>,
 }
 
 impl New {
@@ -246,10 +259,8 @@ impl New {
         disks: impl Iterator<Item = (&'a String, Bytes)>,
     ) -> Result<Self, Failure> {
         let (id, key) = snapshot.opened();
-        // Of a try whose end nobody heard.
-        if vault.snapshots()?.contains(&id) {
-            vault.delete(id)?;
-        }
+        // Of a try whose end nobody heard: it has not come to one, and does not any more.
+        vault.forsake(id)?;
         let space = |(name, size): (&String, Bytes)| {
             let pages = u32::try_from(size.get().div_ceil(PAGE_SIZE as u64)).map_err(|_| Failure::Disks)?;
             Ok::<_, Failure>(Space { kind: SpaceKind::Disk, name: name.clone(), pages })
@@ -257,7 +268,32 @@ impl New {
         let disks = disks.map(space).collect::<Result<_, _>>()?;
         let known: Vec<(SnapshotId, SnapshotKey)> = known.iter().map(Keyed::opened).collect();
         let keys = Keys { snapshot: key, team: TeamKey::new(team), pack: PackKey::draw().map_err(Failure::Write)? };
-        Ok(Self { known: vault.known(&known, KNOWN)?, draft: vault.begin(id)?, keys, disks, first_disk: 0 })
+        // The draft first: with it nothing is pruned that is known from here on.
+        let draft = vault.begin(id)?;
+        Ok(Self { draft, known: vault.known(&known, KNOWN)?, keys, disks, first_disk: 0, earlier: BTreeMap::new() })
+    }
+
+    /// Opens the snapshots since which what has changed on the disks is known. Of one that cannot be read nothing is taken over.
+    fn open_earlier(&mut self, vault: &Vault, known: &[Keyed], disks: &[DiskOf]) {
+        for id in disks.iter().filter_map(|disk| disk.since) {
+            let Some((id, key)) = known.iter().find(|known| known.id == id && !self.earlier.contains_key(&id)).map(Keyed::opened)
+            else {
+                continue;
+            };
+            match vault.earlier(id, &key, &mut self.known) {
+                Ok(earlier) => self.earlier.extend(earlier.map(|earlier| (id, earlier))),
+                Err(error) => {
+                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "an earlier snapshot cannot be read: the disks are, whole");
+                }
+            }
+        }
+    }
+
+    /// The snapshot from which a disk's pages are taken over, and its space there: if it had the same size.
+    fn earlier(&self, disk: &DiskOf) -> Option<(&Earlier<File>, u16)> {
+        let earlier = self.earlier.get(&disk.since?)?;
+        let pages = u32::try_from(disk.size.get().div_ceil(PAGE_SIZE as u64)).ok()?;
+        Some((earlier, earlier.disk(&disk.node, pages)?))
     }
 
     /// Its writer, once the spaces of memory are known. There is to be one.
@@ -273,11 +309,11 @@ impl New {
         u16::try_from(self.first_disk + disk).map_err(|_| Failure::Disks)
     }
 
-    fn commit(self, writer: SnapshotWriter<File, File>, parts: &Parts) -> Result<serde_json::Value, Failure> {
+    fn commit(self, writer: SnapshotWriter<File, File>, parts: &Parts, read: u64) -> Result<serde_json::Value, Failure> {
         let (_, _, totals) = writer.finish(parts).map_err(Failure::Write)?;
         self.draft.commit(&totals)?;
         let written = Bytes(totals.snapshot.get().saturating_add(totals.pack.get()));
-        Ok(json(&Kept { known: totals.known, new: totals.new, written }))
+        Ok(json(&Kept { known: totals.known, new: totals.new, written, read: Bytes(read) }))
     }
 }
 
@@ -296,12 +332,27 @@ fn take_all(
         }
         None => (new.writer(vec![]).map_err(Failure::Write)?, Parts::default()),
     };
+    let mut read = 0;
     for (number, disk) in disks.iter().enumerate() {
-        take_disk(agent.next_disk()?, &disk.export, new.space(number)?, &mut writer)?;
+        let (socket, space) = (agent.next_disk()?, new.space(number)?);
+        read += match new.earlier(disk) {
+            Some(earlier) => take_changes(socket, &disk.export, space, &mut writer, earlier)?,
+            None => take_disk(socket, &disk.export, space, &mut writer)?,
+        };
     }
     // Whoever asked for it may be gone, and has asked another.
     agent.say(&Said::Ready).map_err(Failure::Alone)?;
-    new.commit(writer, &Parts { about, ..parts })
+    new.commit(writer, &Parts { about, ..parts }, read)
+}
+
+/// What has changed on each disk.
+fn changed(agent: &Agent, disks: &[BitmapOf]) -> Result<serde_json::Value, Failure> {
+    let mut all = Vec::with_capacity(disks.len());
+    for BitmapOf { export, bitmap } in disks {
+        let changed = Changed::read(agent.next_disk()?, export, bitmap).map_err(TakeDiskError::from)?;
+        all.push(changed.few(disks.len()));
+    }
+    Ok(json(&all))
 }
 
 fn load_all(mut new: New, memory: Option<MemoryFile>, disks: &[DiskFile], about: Vec<u8>) -> Result<serde_json::Value, Failure> {
@@ -312,7 +363,7 @@ fn load_all(mut new: New, memory: Option<MemoryFile>, disks: &[DiskFile], about:
     for (number, disk) in disks.iter().enumerate() {
         load_disk(&File::from(own(disk.fd)), new.space(number)?, &mut writer)?;
     }
-    new.commit(writer, &Parts { about, ..parts })
+    new.commit(writer, &Parts { about, ..parts }, 0)
 }
 
 impl Failure {
@@ -336,6 +387,7 @@ impl Failure {
             Self::Load(LoadError::Read(_) | LoadError::Write(_)) | Self::Unload(_) => E::HostFailed,
             Self::Load(_) => E::SnapshotInvalid,
             Self::Vault(_) | Self::Write(_) => E::HostFailed,
+            Self::NoVault => E::Internal,
         }
     }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use godwit_model::spec::ResolvedDisk;
@@ -210,6 +211,22 @@ pub(super) fn open_exact(storage: &dyn Storage, volume: &VolumeRef, size: Bytes)
         return Err(refusal::format(volume, &facts, "name a volume that does not exist, so that it is created"));
     }
     Ok((file.into(), read_write))
+}
+
+/// By what it is seen that nobody has written to a volume: which file it is, how long, and when it was last written. A block device tells only which it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    file: [u64; 3],
+    length: u64,
+    written: (i64, i64),
+}
+
+/// See [`super::Pools::stamp`].
+pub(super) fn stamp(storage: &dyn Storage, volume: &VolumeRef) -> Result<Stamp, Refusal> {
+    let file = open_file(storage, volume, &Item::volume(&volume.volume), Access::READ)?;
+    let facts = file.metadata().map_err(|error| refusal::system(&format!("look at volume {volume}"), &error))?;
+    let written = if facts.is_file() { (facts.mtime(), facts.mtime_nsec()) } else { (0, 0) };
+    Ok(Stamp { file: [facts.dev(), facts.ino(), facts.rdev()], length: facts.len(), written })
 }
 
 /// See [`super::Pools::open_disk`].

@@ -26,6 +26,7 @@ use super::sampling;
 use super::snapshot::Snapshotting;
 use super::source::SourceMove;
 use super::tpm::TPM_GRACE;
+use super::turn_back::{Remembered, TurnBack};
 use crate::carry::CarryNotice;
 use crate::facts::Said;
 use crate::guest;
@@ -59,8 +60,10 @@ pub(crate) enum VmCommand {
     Stop {
         generation: Generation,
     },
+    /// Ends it, perhaps in order to roll it back.
     Kill {
         generation: Generation,
+        back: Option<TurnBack>,
     },
     Pause {
         generation: Generation,
@@ -166,6 +169,8 @@ pub(super) struct Actor {
     /// Where memory of a snapshot comes that an agent which is no more has begun.
     pub(super) held: Option<UnixStream>,
     pub(super) end_reason: EndReason,
+    /// What a rollback under way need not look at.
+    pub(super) remembered: Option<Remembered>,
     /// The VM is about to move, or does.
     pub(super) moves: Arc<AtomicBool>,
     pub(super) carry_notices: (mpsc::Sender<CarryNotice>, mpsc::Receiver<CarryNotice>),
@@ -199,6 +204,7 @@ impl Actor {
             snapshot: None,
             held: None,
             end_reason: EndReason::default(),
+            remembered: None,
             moves: Arc::default(),
             carry_notices: mpsc::channel(64),
             wake: Instant::now(),
@@ -546,7 +552,7 @@ impl Actor {
                 self.ask(Qmp::cont).await
             }
             VmCommand::Change { generation, spec } => self.change(generation, spec).await.map(|()| Answer::default()),
-            VmCommand::Kill { generation } => {
+            VmCommand::Kill { generation, back } => {
                 if self.process.is_none() {
                     return self.between_hosts().map(|()| Answer::default());
                 }
@@ -556,7 +562,10 @@ impl Actor {
                 }
                 // A full disk must not keep a VM alive.
                 self.save_or_log();
-                self.end_process().await;
+                match back {
+                    Some(back) => self.end_to_turn_back(generation, back).await,
+                    None => self.end_process().await,
+                }
                 Ok(Answer::default())
             }
         }

@@ -9,6 +9,7 @@ use godwit_model::{
 };
 use godwit_qemu::change::UnplugError;
 use godwit_qemu::command::{DiskFds, FlashFds};
+use godwit_qemu::disks::disk_node;
 use godwit_qemu::{PassedFds, Start};
 
 use super::actor::{Actor, qemu_failed};
@@ -57,7 +58,11 @@ impl Actor {
             LiveChange::Limits { slot, limits } => qmp.set_io_limits(*slot, *limits).await.map_err(qemu_failed),
             LiveChange::Grow { slot, size } => match qmp.disk_size(*slot).await.map_err(qemu_failed)? {
                 Some(now) if now >= *size => Ok(()),
-                _ => qmp.resize_disk(*slot, *size).await.map_err(qemu_failed),
+                _ => {
+                    // What is new of it was not written, and is in no bitmap.
+                    qmp.forget_since(&disk_node(*slot), None).await.map_err(qemu_failed)?;
+                    qmp.resize_disk(*slot, *size).await.map_err(qemu_failed)
+                }
             },
             LiveChange::PlugDisk { disk, slot } => {
                 if qmp.has_disk(*slot).await.map_err(qemu_failed)? {

@@ -1,11 +1,12 @@
 //! A VM that begins as it was in a snapshot: its disks are made what they were, then it runs as soon as its devices are loaded, and its memory follows.
 
+use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use godwit_model::{Bytes, ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState, VolumeRef};
+use godwit_model::{ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState, VolumeRef};
 use godwit_qemu::process::QemuProcess;
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::{PassedFds, Start};
@@ -16,7 +17,7 @@ use super::disks::{self, nodes};
 use super::moving::millis;
 use crate::host::{host_failed, unix_now};
 use crate::journal::{Holding, VmRecord};
-use crate::snapshot::{DiskOf, FromSnapshot, Job, Said, Worker};
+use crate::snapshot::{Changed, DiskTo, FromSnapshot, Job, Restored, Said, Worker};
 
 /// How long QEMU may take to load the devices.
 const LOADING: Duration = Duration::from_secs(60);
@@ -51,7 +52,8 @@ impl Actor {
 
     async fn begin_from(&mut self, grant: &Grant, spec: ResolvedSpec, from: &FromSnapshot) -> Result<RestoreFigures, Refusal> {
         // Before anything is changed: a snapshot that is not there, or does not open.
-        let (mut worker, qemus) = self.start_worker_of(from, &spec).await?;
+        let changed = self.take_remembered(grant, &spec, from).await;
+        let (mut worker, qemus) = self.start_worker_of(from, &spec, changed).await?;
         for disk in &spec.disks {
             drop(open_disk(&self.host, disk, Start::Fresh).await?);
         }
@@ -62,8 +64,11 @@ impl Actor {
         let restored = async {
             self.restore_disks(&mut worker, from, &mut figures).await?;
             match qemus {
-                Some((player, qemus)) => self.restore_memory(player, qemus, &mut figures).await,
-                None => self.boot(grant, spec, &mut figures).await,
+                Some((player, qemus)) => {
+                    self.remember_from_here(from).await;
+                    self.restore_memory(player, qemus, &mut figures).await
+                }
+                None => self.boot(grant, spec, from, &mut figures).await,
             }
         };
         if let Err(refusal) = restored.await {
@@ -113,9 +118,10 @@ impl Actor {
         &self,
         from: &FromSnapshot,
         spec: &ResolvedSpec,
+        mut changed: BTreeMap<String, Changed>,
     ) -> Result<(Worker, Option<(Worker, UnixStream)>), Refusal> {
         let host = &self.host;
-        let of_disk = |(node, _)| DiskOf { export: String::clone(&node), node, size: Bytes(0) };
+        let of_disk = |(node, _): (String, VolumeRef)| DiskTo { changed: changed.remove(&node), node };
         let disks = nodes(spec).into_iter().map(of_disk).collect();
         let directory = async || host.pools.vault(&from.vault.pool, &from.vault.team, host.vault_uid()).await;
         let job = Job::Restore { snapshot: from.snapshot.clone(), disks };
@@ -139,21 +145,31 @@ impl Actor {
         if nodes.len() > 0 {
             disks::serve(&self.host, self.vm, &qmp).await?;
         }
-        let written = loop {
+        let restored = loop {
             match worker.hear().await? {
                 Said::NextDisk => {
                     let Some((node, _)) = nodes.next() else { return Err(unexpected()) };
                     qmp.export_disk(&node, true, None).await.map_err(qemu_failed)?;
                     worker.pass_disk(&disks::connect(&self.host, self.vm)?)?;
                 }
-                Said::Done(told) => break serde_json::from_value(told).unwrap_or_default(),
+                Said::Done(told) => break serde_json::from_value::<Restored>(told).unwrap_or_default(),
                 _ => return Err(unexpected()),
             }
         };
         qmp.stop_serving_disks().await.map_err(qemu_failed)?;
-        (figures.disks_ms, figures.disks_written) = (millis(began.elapsed()).get(), written);
-        tracing::info!(id = %from.snapshot.id, %written, "the disks are as they were");
+        let Restored { read, written } = restored;
+        (figures.disks_ms, figures.disks_read, figures.disks_written) = (millis(began.elapsed()).get(), read, written);
+        tracing::info!(id = %from.snapshot.id, %read, %written, "the disks are as they were");
         Ok(())
+    }
+
+    /// The disks are what they were in the snapshot, and no vCPU has run: what is written from here on is what differs from it.
+    async fn remember_from_here(&self, from: &FromSnapshot) {
+        let (Ok(qmp), Some(record)) = (self.monitor(), &self.record) else { return };
+        let disks: Vec<String> = nodes(&record.spec).into_iter().map(|(node, _)| node).collect();
+        if let Err(error) = qmp.begin_since(&disks, from.snapshot.id).await {
+            tracing::info!(%error, "what is written since the snapshot is not known: the next one reads the disks whole");
+        }
     }
 
     async fn restore_memory(&mut self, mut player: Worker, qemus: UnixStream, figures: &mut RestoreFigures) -> Result<(), Refusal> {
@@ -183,7 +199,13 @@ impl Actor {
     }
 
     /// Without memory it boots, from the disks that it was given.
-    async fn boot(&mut self, grant: &Grant, spec: ResolvedSpec, figures: &mut RestoreFigures) -> Result<(), Refusal> {
+    async fn boot(
+        &mut self,
+        grant: &Grant,
+        spec: ResolvedSpec,
+        from: &FromSnapshot,
+        figures: &mut RestoreFigures,
+    ) -> Result<(), Refusal> {
         if let Some(record) = &mut self.record {
             record.end_wanted = true;
         }
@@ -192,6 +214,7 @@ impl Actor {
         let began = Instant::now();
         self.begin(VmRecord::new(spec, grant.generation, 0, Holding::Owner), Start::Fresh).await?;
         figures.qemu_ms = figures.qemu_ms.saturating_add(millis(began.elapsed()).get());
+        self.remember_from_here(from).await;
         self.run_on().await?;
         figures.ran_at = unix_now();
         Ok(())

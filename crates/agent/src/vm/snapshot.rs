@@ -3,8 +3,11 @@
 //! ```text
 //! worker knows the vault, all memory is mapped, fleeces are made ─▶ stop ─▶ fleeces begin, memory begins ─▶ run on
 //!                                              all that is slow │      the guest stands still      │
-//! ─▶ memory comes ─▶ each disk is read from its fleece ─▶ durable ─▶ fleeces end
+//! ─▶ memory comes ─▶ each disk is read from its fleece ─▶ durable ─▶ what is written since is known ─▶ fleeces end
 //! ```
+//! With the fleeces begins on each disk a bitmap of what is written from then on. It says something once the snapshot is durable, and from then on as long as QEMU lives: the next snapshot reads
+//! what has changed since, and takes over all else ([`godwit_qemu::since`]).
+//!
 //! Whatever ends it, QEMU is then as before: the journal says that a snapshot is under way before anything is done, so that an agent that was killed puts it
 //! right in its next life. Memory that QEMU has begun to write is read to the end in any case, by whoever there is: see [`godwit_qemu::snapshot`].
 
@@ -22,6 +25,7 @@ use godwit_qemu::process::ProcessIdentity;
 use godwit_qemu::qga::{Frozen, Thawed};
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
+use godwit_qemu::since::{CHANGED, Since};
 use godwit_qemu::snapshot::held_socket;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -113,7 +117,7 @@ impl Actor {
         for (node, volume) in disks::nodes(&record.spec) {
             let size = qmp.size_of_disk(&node).await.map_err(qemu_failed)?;
             let size = size.ok_or_else(|| Refusal::new(ErrorCode::Internal, format!("QEMU has no disk {volume}")))?.size;
-            disks.push(TakenDisk { node, volume, size });
+            disks.push(TakenDisk { node, volume, size, since: None });
         }
         if disks.is_empty() && !job.request.memory {
             return Err(Refusal::new(
@@ -257,6 +261,7 @@ async fn put_right(qmp: &Qmp, left: &SnapshotRecord, held: Option<UnixStream>) -
     qmp.stop_serving_disks().await?;
     for disk in &left.disks {
         qmp.end_fleece(disk).await?;
+        qmp.forget_taking(disk).await?;
     }
     // Also a VM that stands still because there was no room for what it wrote over: now nothing needs room.
     if left.ran && !qmp.query_status().await?.running {
@@ -331,6 +336,8 @@ struct TakenDisk {
     node: String,
     volume: VolumeRef,
     size: Bytes,
+    /// What was written to it since an earlier snapshot is known.
+    since: Option<Since>,
 }
 
 /// What it takes.
@@ -350,12 +357,13 @@ impl Taking {
         memory_is_whole(&self.qmp, ARRIVING).await?;
         let stream = self.prepare_memory(stream, mapped).await?;
         let memory = stream.is_some();
-        for TakenDisk { node, volume, size } in &self.disks {
+        for TakenDisk { node, volume, size, .. } in &self.disks {
             let room = self.host.pools.scratch(&volume.pool, *size).await?;
             self.qmp.add_fleece(node, room).await.map_err(failed)?;
         }
         if !self.disks.is_empty() {
             disks::serve(&self.host, self.vm, &self.qmp).await?;
+            self.choose_earlier().await.map_err(failed)?;
         }
         let mut worker = self.start_worker(stream).await?;
         let frozen = self.freeze().await;
@@ -372,12 +380,31 @@ impl Taking {
             kept = self.follow(&mut worker) => kept?,
             refusal = stopped_for_want_of_room(&self.qmp, notices) => return Err(refusal),
         };
+        if let Err(error) = self.qmp.keep_since(&self.nodes(), self.job.snapshot.id).await {
+            tracing::info!(%error, "what is written since the snapshot is not known: the next one reads the disks whole");
+        }
         self.figures.memory = memory;
         let size_of = |disk: &TakenDisk| SnapshotSize { volume: disk.volume.clone(), size: disk.size };
         self.figures.sizes = self.disks.iter().map(size_of).collect();
         self.figures.took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         (self.figures.pages_known, self.figures.pages_new) = (kept.known, kept.new);
-        self.figures.written = kept.written;
+        (self.figures.written, self.figures.disks_read) = (kept.written, kept.read);
+        Ok(())
+    }
+
+    fn nodes(&self) -> Vec<String> {
+        self.disks.iter().map(|disk| disk.node.clone()).collect()
+    }
+
+    /// Of each disk the newest snapshot since which all that was written to it is known, if its pages need not be kept once more. What a try before this one has left is removed.
+    async fn choose_earlier(&mut self) -> Result<(), QmpError> {
+        let SnapshotJob { snapshot, known, .. } = &self.job;
+        for disk in &mut self.disks {
+            self.qmp.forget_taking(&disk.node).await?;
+            self.qmp.forget_since(&disk.node, Some(snapshot.id)).await?;
+            let since = self.qmp.since(&disk.node).await?;
+            disk.since = since.into_iter().rfind(|since| known.iter().any(|known| known.id == since.snapshot));
+        }
         Ok(())
     }
 
@@ -417,8 +444,12 @@ impl Taking {
         let SnapshotJob { vault, snapshot, known, about, .. } = &self.job;
         let directory = self.host.pools.vault(&vault.pool, &vault.team, self.host.vault_uid()).await?;
         let mut fds = PassedFds::new();
-        let of_disk =
-            |TakenDisk { node, size, .. }: &TakenDisk| DiskOf { node: node.clone(), export: fleece_node(node), size: *size };
+        let of_disk = |TakenDisk { node, size, since, .. }: &TakenDisk| DiskOf {
+            node: node.clone(),
+            export: fleece_node(node),
+            size: *size,
+            since: since.as_ref().map(|since| since.snapshot),
+        };
         let job = Job::Take {
             snapshot: snapshot.clone(),
             team: vault.key,
@@ -450,22 +481,20 @@ impl Taking {
 
     /// The instant of the snapshot; how long the guest stood still.
     async fn begin(&self, worker: &mut Worker, memory: bool) -> Result<Option<Duration>, Refusal> {
-        let nodes: Vec<String> = self.disks.iter().map(|disk| disk.node.clone()).collect();
+        let disks: Vec<(String, Option<Since>)> = self.disks.iter().map(|disk| (disk.node.clone(), disk.since.clone())).collect();
         let (began, mut notices) = (Instant::now(), self.qmp.listen());
         // What has no disks is of one instant whenever QEMU takes it, and QEMU stops the guest for less long.
-        let stops = memory && self.ran && !nodes.is_empty();
-        if stops {
-            self.qmp.stop(STOPPING).await.map_err(failed)?;
-        }
-        let stopped = began.elapsed();
-        // Before memory begins: an old QEMU lets the guest run when it has, without being told.
-        if !nodes.is_empty() {
-            self.qmp.begin_fleeces(&nodes).await.map_err(failed)?;
-        }
-        let fleeced = began.elapsed();
-        let mut written = fleeced;
+        let stops = memory && self.ran && !disks.is_empty();
+        // Sent at once: QEMU does one after the other, and the guest stands still for less long. Fleeces are before memory: an old QEMU lets the guest run when memory has begun, without being
+        // told.
+        let stop = async { if stops { self.qmp.stop(STOPPING).await } else { Ok(()) } };
+        let fleeces = async { if disks.is_empty() { Ok(()) } else { self.qmp.begin_fleeces(&disks, self.job.snapshot.id).await } };
+        let memory_begins = async { if memory { self.qmp.begin_memory_snapshot().await } else { Ok(()) } };
+        let told = tokio::join!(biased; stop, fleeces, memory_begins);
+        told.0.and(told.1).and(told.2).map_err(failed)?;
+        let asked = began.elapsed();
+        let mut written = asked;
         if memory {
-            self.qmp.begin_memory_snapshot().await.map_err(failed)?;
             let said = tokio::time::timeout(BEGINNING, worker.hear()).await;
             let late =
                 |_| Refusal::new(ErrorCode::SnapshotFailed, format!("QEMU did not begin to write memory within {BEGINNING:?}"));
@@ -479,7 +508,7 @@ impl Taking {
                 self.qmp.cont().await.map_err(failed)?;
             }
         }
-        tracing::debug!(?stopped, ?fleeced, ?written, over = ?began.elapsed(), "the instant of a snapshot");
+        tracing::debug!(?asked, ?written, over = ?began.elapsed(), "the instant of a snapshot");
         if !self.ran {
             return Ok(None);
         }
@@ -493,8 +522,9 @@ impl Taking {
         loop {
             match worker.hear().await {
                 Ok(Said::NextDisk) => {
-                    let Some(TakenDisk { node, .. }) = disks.next() else { return Err(unexpected(&Said::NextDisk)) };
-                    self.qmp.export_disk(&fleece_node(node), false, None).await.map_err(failed)?;
+                    let Some(TakenDisk { node, since, .. }) = disks.next() else { return Err(unexpected(&Said::NextDisk)) };
+                    let bitmap = since.as_ref().map(|_| CHANGED);
+                    self.qmp.export_disk(&fleece_node(node), false, bitmap).await.map_err(failed)?;
                     worker.pass_disk(&disks::connect(&self.host, self.vm)?)?;
                 }
                 Ok(Said::Done(told)) => {

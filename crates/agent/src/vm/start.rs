@@ -92,6 +92,7 @@ impl Actor {
     pub(super) async fn begin(&mut self, mut record: VmRecord, start: Start) -> Result<(), Refusal> {
         let before = self.record.take();
         self.end_reason = EndReason::default();
+        self.remembered = None;
         record.uid = self.host.uids.take(self.vm)?;
         let memory = record.spec.memory_with_dimms();
         let begun = async {

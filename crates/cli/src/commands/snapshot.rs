@@ -284,7 +284,7 @@ fn show(snapshot: &Snapshot) -> String {
         let pages = |count: u64| Bytes(count.saturating_mul(PAGE));
         facts.fact("Took", Millis(figures.took_ms)).fact("Pause", or_nothing(figures.pause_us.map(micros)));
         facts.fact("New", new(figures)).fact("Known before", pages(figures.pages_known));
-        facts.fact("Written", figures.written);
+        facts.fact("Written", figures.written).fact("Disks read", figures.disks_read);
         for warning in &figures.warnings {
             facts.fact("Warning", warning);
         }

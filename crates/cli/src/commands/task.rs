@@ -195,7 +195,8 @@ fn show(task: &Task) -> String {
     }
     facts.fact("Snapshot", or_nothing(task.snapshot.as_ref())).fact("Kept as", or_nothing(task.kept.as_ref()));
     if let Some(figures) = &task.restore {
-        facts.fact("QEMU started in", Millis(figures.qemu_ms)).fact("Disks", Millis(figures.disks_ms));
+        let disks = format!("{}, {} read, {} written", Millis(figures.disks_ms), figures.disks_read, figures.disks_written);
+        facts.fact("QEMU started in", Millis(figures.qemu_ms)).fact("Disks", disks);
         facts.fact("Memory", or_nothing(Some(figures.memory_ms).filter(|&ms| ms > 0).map(Millis)));
     }
     if let Some(error) = &task.error {

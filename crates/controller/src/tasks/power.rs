@@ -164,7 +164,7 @@ impl Tasks {
         };
         self.set_step(id, &format!("ends QEMU on {host}")).await?;
         let generation = vm.row.generation;
-        let action = Action::Kill(v1::KillVm { vm: vm.row.id.to_string(), generation: generation.0 });
+        let action = Action::Kill(v1::KillVm { vm: vm.row.id.to_string(), generation: generation.0, ..Default::default() });
         match self.command(id, &host, "kill", action).await? {
             Err(refusal) if !already(&refusal) => self.finish(id, Outcome::Failed(refusal), |_, _| {}).await,
             _ => self.finish_in(id, generation, RunState::Stopped).await,

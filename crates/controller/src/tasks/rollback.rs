@@ -173,7 +173,9 @@ impl Tasks {
             };
             self.set_step(id, &format!("ends QEMU on {host}")).await?;
             let generation = vm.generation;
-            let action = Action::Kill(v1::KillVm { vm: vm.id.to_string(), generation: generation.0 });
+            // A host that begins with it again need not look at all of its disks.
+            let back_to = if host == work.host { work.snapshot.to_string() } else { String::new() };
+            let action = Action::Kill(v1::KillVm { vm: vm.id.to_string(), generation: generation.0, back_to });
             if let Err(refusal) = self.command(id, &host, "kill", action).await?
                 && !already(&refusal)
             {

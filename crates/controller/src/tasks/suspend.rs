@@ -146,7 +146,7 @@ impl Tasks {
     async fn end_suspended(&self, id: TaskId, vm: &VmRow, work: &SuspendWork) -> Result<(), Fault> {
         self.set_step(id, "ends QEMU").await?;
         let generation = vm.generation;
-        let action = Action::Kill(v1::KillVm { vm: vm.id.to_string(), generation: generation.0 });
+        let action = Action::Kill(v1::KillVm { vm: vm.id.to_string(), generation: generation.0, ..Default::default() });
         match self.tell(id, vm, "kill", action).await? {
             Err(refusal) if !already(&refusal) => {
                 self.edit(id, |task, _| to(task, SuspendStage::Undo { reason: refusal.clone() })).await.map(|_| ())

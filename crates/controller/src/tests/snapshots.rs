@@ -17,8 +17,14 @@ pub(super) fn figures() -> SnapshotFigures {
     SnapshotFigures { memory: true, pause_us: Some(8_200), took_ms: 2_100, pages_new: 36_608, ..SnapshotFigures::default() }
 }
 
-pub(super) const RESTORE: RestoreFigures =
-    RestoreFigures { qemu_ms: 180, disks_ms: 3, disks_written: Bytes(4_096), memory_ms: 9, ran_at: godwit_model::UnixMillis(1) };
+pub(super) const RESTORE: RestoreFigures = RestoreFigures {
+    qemu_ms: 180,
+    disks_ms: 3,
+    disks_read: Bytes(65_536),
+    disks_written: Bytes(4_096),
+    memory_ms: 9,
+    ran_at: godwit_model::UnixMillis(1),
+};
 
 pub(super) fn of_web1(text: Option<&str>) -> api::SnapshotCreate {
     api::SnapshotCreate {
@@ -225,7 +231,8 @@ async fn a_rollback_keeps_what_is_ends_it_and_begins_as_it_was() {
     assert_eq!(code(admin.kill_vm(&name("web1")).await), ErrorCode::VmBusy, "a kill does not cut a rollback short");
     agent.tell(&present, &figures()).await;
     let kill = agent.command().await;
-    assert!(matches!(&kill.action, Some(Action::Kill(kill)) if kill.generation == 1), "{kill:?}");
+    let one = &asked.snapshot.as_ref().expect("a key").snapshot;
+    assert!(matches!(&kill.action, Some(Action::Kill(kill)) if kill.generation == 1 && kill.back_to == *one), "{kill:?}");
     assert!(!cluster.admin().task(task.id).await.expect("task").cancellable);
     assert_eq!(code(admin.cancel_task(task.id).await), ErrorCode::TooLate);
     agent.done(&kill, 0).await;

@@ -7,6 +7,7 @@ use bytes::BufMut;
 use godwit_model::Bytes;
 
 use super::leaf::Leaf;
+use super::reader::SnapshotReader;
 use super::spaces::{InvalidSpaces, Space, SpaceKind};
 use super::{DIRECTORY_PIECE, END, FORM, Located, MAX_PART, PACKS_PIECE, PART_PIECE, PARTS_IN_ORDER, PackId, Record, ZEROS};
 use crate::pack::{PackReader, PackWriter, Page, PageDigest, is_zero};
@@ -45,6 +46,56 @@ impl Known {
         }
         self.packs.push((id, key.clone(), pack.pages()));
         Ok(true)
+    }
+
+    /// Makes a snapshot one from which pages are taken over: its packs are known from here on, also those whose pages are not. None if there are too many, or one that is
+    /// not the one that is known by its id.
+    pub fn earlier<S: Stored>(&mut self, snapshot: SnapshotReader<S>) -> Option<Earlier<S>> {
+        let mut packs = Vec::with_capacity(snapshot.packs().len());
+        for (id, key, pages) in snapshot.packs() {
+            let number = match self.packs.iter().position(|(known, ..)| known == id) {
+                Some(number) => {
+                    let (_, known, has) = &self.packs[number];
+                    (known.expose() == key.expose() && has >= pages).then_some(number)?
+                }
+                None => {
+                    self.packs.push((*id, key.clone(), *pages));
+                    self.packs.len() - 1
+                }
+            };
+            packs.push(u16::try_from(number).ok().filter(|number| *number < ZEROS - 1)?);
+        }
+        Some(Earlier { snapshot, packs })
+    }
+}
+
+/// An earlier snapshot, of which a new one takes over pages as they are. Only where those are is taken over: afterwards neither needs the other.
+pub struct Earlier<S> {
+    snapshot: SnapshotReader<S>,
+    /// Of each pack of its list, the number by which it is known.
+    packs: Vec<u16>,
+}
+
+impl<S> std::fmt::Debug for Earlier<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Earlier").field("snapshot", &self.snapshot).finish_non_exhaustive()
+    }
+}
+
+impl<S: Stored> Earlier<S> {
+    /// The disk of this name, if it has as many pages: the number of its space.
+    #[must_use]
+    pub fn disk(&self, name: &str, pages: u32) -> Option<u16> {
+        let is_it = |space: &Space| space.kind == SpaceKind::Disk && space.name == name && space.pages == pages;
+        self.snapshot.spaces().iter().position(is_it).and_then(|space| u16::try_from(space).ok())
+    }
+
+    /// Where the pages of a space are that are not zeros, of those in a leaf: for [`SnapshotWriter::take_over`].
+    ///
+    /// # Errors
+    /// [`FileError`]
+    pub fn leaf(&self, space: u16, page: u32) -> Result<Leaf, FileError> {
+        self.snapshot.leaf(space, page)
     }
 }
 
@@ -176,18 +227,7 @@ impl<S: Sink, P: Sink> SnapshotWriter<S, P> {
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] for a page that is in no space, or behind its turn: it is not taken. After any other error the snapshot cannot be finished.
     pub fn page(&mut self, space: u16, page: u32, content: &Page) -> io::Result<Kept> {
-        let Some(of) = self.spaces.get(usize::from(space)).filter(|of| page < of.pages) else {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a page of a snapshot is in no space"));
-        };
-        let leaf = page / Leaf::PAGES;
-        if of.kind == SpaceKind::Disk {
-            let turn = &mut self.turns[usize::from(space)];
-            if leaf < *turn {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "a page of a disk came behind its turn"));
-            }
-            *turn = leaf;
-            self.write_leaves((space, 0), (space, leaf))?;
-        }
+        self.come_to(space, page)?;
         if is_zero(content) {
             self.totals.zero += 1;
             return Ok(Kept::Zero);
@@ -208,9 +248,47 @@ impl<S: Sink, P: Sink> SnapshotWriter<S, P> {
             Kept::New => self.totals.new += 1,
             _ => self.totals.known += 1,
         }
-        let at = Located { pack: self.listed(at.pack), ..at };
-        self.leaves.entry((space, leaf)).or_insert_with(Leaf::zeros).set(page % Leaf::PAGES, at);
+        self.put(space, page, at);
         Ok(kept)
+    }
+
+    /// Takes over a page that an earlier snapshot has at `at`, whatever it holds. Pages come as they come to [`Self::page`]. `earlier` was made with what this writer knows.
+    ///
+    /// # Errors
+    /// As of [`Self::page`]; and [`io::ErrorKind::InvalidInput`] for a place that is none.
+    pub fn take_over<B: Stored>(&mut self, space: u16, page: u32, earlier: &Earlier<B>, at: Located) -> io::Result<()> {
+        let pack = earlier.packs.get(usize::from(at.pack)).copied();
+        let has = |pack: &u16| self.known.packs.get(usize::from(*pack)).is_some_and(|(_, _, pages)| at.page < *pages);
+        let Some(pack) = pack.filter(has) else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a page that is taken over is in no known pack"));
+        };
+        self.come_to(space, page)?;
+        self.totals.known += 1;
+        self.put(space, page, Located { pack, ..at });
+        Ok(())
+    }
+
+    /// It is the turn of this page; of a disk, the leaves before it are written.
+    fn come_to(&mut self, space: u16, page: u32) -> io::Result<()> {
+        let Some(of) = self.spaces.get(usize::from(space)).filter(|of| page < of.pages) else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a page of a snapshot is in no space"));
+        };
+        let leaf = page / Leaf::PAGES;
+        if of.kind == SpaceKind::Disk {
+            let turn = &mut self.turns[usize::from(space)];
+            if leaf < *turn {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "a page of a disk came behind its turn"));
+            }
+            *turn = leaf;
+            self.write_leaves((space, 0), (space, leaf))?;
+        }
+        Ok(())
+    }
+
+    /// Where a page is: `pack` is the number of a known one, or the own.
+    fn put(&mut self, space: u16, page: u32, at: Located) {
+        let at = Located { pack: self.listed(at.pack), ..at };
+        self.leaves.entry((space, page / Leaf::PAGES)).or_insert_with(Leaf::zeros).set(page % Leaf::PAGES, at);
     }
 
     /// What was written so far.

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::pack::Page;
-use crate::snapshot::{Parts, SpaceKind};
+use crate::snapshot::{Located, Parts, SpaceKind};
 
 /// Fails the n-th step from now; a crash fails all that come after, too.
 #[derive(Debug, Default)]
@@ -223,4 +223,134 @@ fn what_is_not_ours_is_left_alone() {
     assert_eq!(vault.plan_prune(&keys(&[])).expect("a plan"), PrunePlan::default());
     std::os::unix::fs::symlink("/etc/passwd", place.join(snapshot_name(id(1)))).expect("a link");
     assert!(vault.snapshot(id(1), &key(1)).is_err(), "a link is not followed");
+}
+
+/// Takes a snapshot of a disk whose pages are those of `seeds`: only the pages of `changed` are looked at, all else is taken over from `earlier`.
+fn take_changes(
+    vault: &Vault,
+    number: u8,
+    seeds: &[u8],
+    earlier: u8,
+    changed: &[u32],
+    before: &[u8],
+) -> Result<Totals, VaultError> {
+    let draft = vault.begin(id(number))?;
+    let mut known = vault.known(&listed(before), 1000)?;
+    let earlier = vault.earlier(id(earlier), &key(earlier), &mut known)?.expect("few packs");
+    let space = earlier.disk("disk0", PAGES).expect("the disk");
+    assert_eq!((earlier.disk("disk0", PAGES + 1), earlier.disk("disk1", PAGES)), (None, None));
+    let keys = Keys { snapshot: key(number), team: team(), pack: PackKey::new([number; 32]) };
+    let mut writer = draft.writer(&keys, disk(), known, NO_LIMIT).expect("begun");
+    let leaf = earlier.leaf(space, 0).map_err(damaged("a leaf".into()))?;
+    for (page, at) in leaf.located().filter(|(page, _)| !changed.contains(page)) {
+        writer.take_over(0, page, &earlier, at).expect("taken over");
+    }
+    for page in changed {
+        writer.page(0, *page, &content(seeds[*page as usize])).expect("taken");
+    }
+    let nowhere = Located { pack: 99, page: 0 };
+    assert!(writer.take_over(0, 7, &earlier, nowhere).is_err());
+    let (_, _, totals) = writer.finish(&Parts::default()).expect("finished");
+    draft.commit(&totals)?;
+    Ok(totals)
+}
+
+const PAGES: u32 = 256;
+
+fn disk() -> Vec<Space> {
+    vec![Space { kind: SpaceKind::Disk, name: "disk0".into(), pages: PAGES }]
+}
+
+fn take_disk(vault: &Vault, number: u8, seeds: &[u8]) {
+    let draft = vault.begin(id(number)).expect("begun");
+    let keys = Keys { snapshot: key(number), team: team(), pack: PackKey::new([number; 32]) };
+    let mut writer = draft.writer(&keys, disk(), Known::new(1000), NO_LIMIT).expect("begun");
+    for (page, seed) in (0..).zip(seeds) {
+        writer.page(0, page, &content(*seed)).expect("taken");
+    }
+    let (_, _, totals) = writer.finish(&Parts::default()).expect("finished");
+    draft.commit(&totals).expect("committed");
+}
+
+#[test]
+fn what_is_taken_over_needs_the_snapshot_it_comes_from_no_more() {
+    let (_dir, vault) = vault();
+    take_disk(&vault, 1, &[1, 2, 3]);
+    assert_eq!(take_changes(&vault, 2, &[1, 9, 3], 1, &[1], &[1]).expect("taken").new, 1);
+    // Its packs are known also where their pages are not; what was zero, and what becomes so.
+    let third = take_changes(&vault, 3, &[1, 9, 4, 5], 2, &[2, 3], &[]).expect("taken");
+    assert_eq!((third.new, third.known), (2, 2));
+    let reads = |number, wanted: &[u8]| {
+        assert_eq!(seeds(&vault, number).expect("read"), wanted);
+    };
+    reads(3, &[1, 9, 4, 5]);
+    // A full one of the same has the same pages.
+    take_disk(&vault, 4, &[1, 9, 4, 5]);
+    let [mut full, mut taken_over] = [4, 3].map(|number| vault.snapshot(id(number), &key(number)).expect("opened"));
+    for page in 0..PAGES {
+        assert_eq!(full.page(0, page).expect("read").copied(), taken_over.page(0, page).expect("read").copied());
+    }
+    for gone in [1, 2, 4] {
+        vault.delete(id(gone)).expect("deleted");
+    }
+    let plan = vault.plan_prune(&keys(&[3])).expect("a plan");
+    assert_eq!(plan.packs.iter().map(|(pack, _)| pack.uuid()).collect::<Vec<_>>(), [id(4).uuid()]);
+    vault.prune(&plan, &keys(&[3])).expect("pruned");
+    reads(3, &[1, 9, 4, 5]);
+    assert_eq!(vault.verify(&listed(&[3]), &team()).expect("read").len(), 0);
+}
+
+#[test]
+fn nothing_is_taken_over_from_what_is_damaged_or_gone() {
+    let (dir, vault) = vault();
+    take_disk(&vault, 1, &[1, 2, 3]);
+    let file = dir.path().join("vault").join(snapshot_name(id(1)));
+    let whole = fs::read(&file).expect("read");
+    for place in 0..whole.len() {
+        let mut bytes = whole.clone();
+        bytes[place] ^= 1;
+        fs::write(&file, &bytes).expect("written");
+        assert!(matches!(take_changes(&vault, 2, &[1], 1, &[0], &[]), Err(VaultError::File { .. })), "byte {place}");
+    }
+    fs::write(&file, &whole).expect("written");
+    fs::remove_file(dir.path().join("vault").join(pack_name(PackId::new(id(1).uuid())))).expect("removed");
+    assert!(matches!(take_changes(&vault, 2, &[1], 1, &[0], &[]), Err(VaultError::Missing { .. })));
+    vault.delete(id(1)).expect("deleted");
+    assert!(matches!(take_changes(&vault, 2, &[1], 1, &[0], &[]), Err(VaultError::NotFound(_))));
+    assert_eq!(vault.snapshots().expect("read").len(), 0);
+    // A pack of the same name that is another: one of a snapshot that was taken anew.
+    take_disk(&vault, 1, &[1, 2, 3]);
+    let mut known = vault.known(&listed(&[1]), 1000).expect("known");
+    let before = vault.snapshot(id(1), &key(1)).expect("opened").into_snapshot();
+    known.earlier(before).expect("the same");
+    vault.delete(id(1)).expect("deleted");
+    let draft = vault.begin(id(1)).expect("begun");
+    let keys = Keys { snapshot: key(1), team: team(), pack: PackKey::new([77; 32]) };
+    let mut writer = draft.writer(&keys, disk(), Known::new(9), NO_LIMIT).expect("begun");
+    writer.page(0, 0, &content(8)).expect("taken");
+    let (_, _, totals) = writer.finish(&Parts::default()).expect("finished");
+    draft.commit(&totals).expect("committed");
+    assert!(vault.earlier(id(1), &key(1), &mut known).expect("opened").is_none());
+}
+
+#[test]
+fn who_writes_a_forsaken_snapshot_does_not_commit_it() {
+    let (_dir, vault) = vault();
+    take_disk(&vault, 1, &[1]);
+    let begun = || {
+        let draft = vault.begin(id(2)).expect("begun");
+        let keys = Keys { snapshot: key(2), team: team(), pack: PackKey::new([2; 32]) };
+        let mut writer = draft.writer(&keys, disk(), Known::new(9), NO_LIMIT).expect("begun");
+        writer.page(0, 0, &content(2)).expect("taken");
+        (draft, writer.finish(&Parts::default()).expect("finished").2)
+    };
+    let (early, totals) = begun();
+    vault.forsake(id(2)).expect("forsaken");
+    assert!(early.commit(&totals).is_err());
+    let (late, totals) = begun();
+    late.commit(&totals).expect("committed");
+    vault.forsake(id(2)).expect("forsaken");
+    assert!(vault.snapshots().expect("read").into_iter().eq([id(1)]), "only the other is left");
+    assert_eq!(vault.usage().expect("usage").snapshots, 1);
+    assert_eq!(seeds(&vault, 1).expect("read"), [1]);
 }

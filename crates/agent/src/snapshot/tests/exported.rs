@@ -113,7 +113,7 @@ async fn memory_and_disk_are_still_of_one_instant_as_files() {
         let arguments = with_disk(&disk);
         let source = Vm::start(dir.path(), "source", &binary, &arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
         source.hear("wrote to its disk", |said| said.disk_written > 2 * BLOCKS).await;
-        snapshot_with_disk(dir.path(), &vault, &source).await;
+        snapshot_with_disk(dir.path(), &vault, &source, 1, None).await;
         drop(source);
         unloaded(dir.path(), &vault, 1, true);
         loaded(dir.path(), &vault, 2, true).expect("read");
