@@ -228,6 +228,9 @@ pub(crate) enum Errand {
     /// A snapshot is to be taken.
     Due {
         due: UnixMillis,
+        /// When it came to be due, if that was for an earlier run whose turn it did not come to: it keeps its place.
+        #[serde(default)]
+        since: Option<UnixMillis>,
         /// It is not begun later, should anything but its turn be in the way.
         until: UnixMillis,
         reason: String,

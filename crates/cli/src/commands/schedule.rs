@@ -415,7 +415,7 @@ async fn run_now(session: &Session, args: RunArgs) -> Result<(), Failure> {
         tokio::time::sleep(LOOK).await;
         status = session.client.schedule_status(&name).await?;
     }
-    let ended: Vec<&ScheduledVm> = status.vms.iter().filter(|vm| begun.contains(&vm.vm)).collect();
+    let ended: Vec<&ScheduledVm> = status.vms.iter().filter(|vm| vm.chosen && begun.contains(&vm.vm)).collect();
     if session.format != Format::Table {
         print_data(session.format, &status, String::new)?;
     } else {

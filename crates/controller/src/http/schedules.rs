@@ -85,10 +85,11 @@ async fn status(app: &App, schedule: &Stored<ScheduleRow>) -> Result<v1::Schedul
     let mut names: BTreeMap<VmId, Name> = all.iter().map(|row| (row.vm, row.vm_name.clone())).collect();
     names.extend(errands.values().map(|errand| (errand.vm, errand.vm_name.clone())));
     names.extend(chosen.iter().map(|(vm, name)| (*vm, name.clone())));
-    let coming = views::schedule(schedule).next.unwrap_or(app.tasks.now());
+    let now = app.tasks.now();
+    let times = (now, views::schedule(schedule).next.unwrap_or(now));
     let mut vms = Vec::new();
     for (vm, name) in names {
-        vms.push(standing(&schedule.row, (vm, name, chosen.contains_key(&vm)), errands.get(&vm), &all, coming));
+        vms.push(standing(&schedule.row, (vm, name, chosen.contains_key(&vm)), errands.get(&vm), &all, times));
     }
     vms.sort_by(|a, b| a.vm.cmp(&b.vm));
     Ok(v1::ScheduleStatus { vms })
@@ -99,7 +100,7 @@ fn standing(
     (vm, name, chosen): (VmId, Name, bool),
     errand: Option<&ErrandRow>,
     all: &[SnapshotRow],
-    coming: UnixMillis,
+    (now, coming): (UnixMillis, UnixMillis),
 ) -> v1::ScheduledVm {
     let (due, waits_for, task) = match errand.map(|errand| &errand.state) {
         Some(Errand::Due { due, obstacle, .. }) => {
@@ -110,8 +111,9 @@ fn standing(
         Some(Errand::Idle) | None => (None, None, None),
     };
     let own = taken_by(schedule.id, vm, all);
+    let counted: Vec<&SnapshotRow> = own.iter().copied().filter(|row| row.created <= now).collect();
     // A zone that is not known any more is told by the schedule's missing next run.
-    let expiring = expired(&schedule.spec, &own, chosen.then_some(coming)).unwrap_or_default();
+    let expiring = expired(&schedule.spec, &counted, chosen.then_some(coming)).unwrap_or_default();
     v1::ScheduledVm {
         vm: name,
         chosen,
@@ -163,7 +165,8 @@ pub(super) async fn schedule_create(
 
 /// Changes a schedule
 ///
-/// What has begun goes on. Instants that have passed are not made up by other times, another zone, or a schedule that is enabled again.
+/// What has begun goes on; what has not is not begun any more if the schedule is disabled, or is not for its VM now. Other rules delete nothing before the next good snapshot. Instants that
+/// have passed are not made up by other times, another zone, or a schedule that is enabled again.
 #[utoipa::path(patch, path = "/v1/schedules/{schedule}", tag = "schedule", operation_id = "schedule_set",
     params(("schedule" = Name, Path), Team, ("If-Match" = Option<String>, Header, description = "Revision that the schedule must still have.")),
     request_body = v1::ScheduleSet, responses((status = 200, body = v1::Schedule), Refusals))]
@@ -190,7 +193,23 @@ pub(super) async fn schedule_set(
         if (&before.when, &before.zone, before.enabled) != (&spec.when, &spec.zone, spec.enabled) {
             (schedule.row.handled, schedule.row.missed) = (app.tasks.now(), None);
         }
-        app.db.commit(Batch::default().update(&schedule)).await
+        let mut batch = Batch::default().update(&schedule);
+        let (keeps_otherwise, is_switched_off) =
+            ((before.keep, &before.zone) != (spec.keep, &spec.zone), before.enabled && !spec.enabled);
+        for mut errand in app.tasks.errands_of(schedule.row.id).await? {
+            let was = errand.row.clone();
+            // Nothing goes by other rules before the next good snapshot.
+            if keeps_otherwise {
+                (errand.row.sweep, errand.row.deleting, errand.row.stuck) = (None, None, None);
+            }
+            if is_switched_off && matches!(errand.row.state, Errand::Due { .. }) {
+                errand.row.state = Errand::Idle;
+            }
+            if errand.row != was {
+                batch = batch.update(&errand);
+            }
+        }
+        app.db.commit(batch).await
     })?;
     app.tasks.look_at_schedules();
     tracing::info!(schedule = %name, %team, principal = who.name, "schedule changed");

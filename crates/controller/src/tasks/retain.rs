@@ -46,11 +46,14 @@ impl Tasks {
             }
             swept.push(errand);
         }
+        // Who has waited longest comes first: one pool that is out of reach does not keep the others.
+        swept.sort_by_key(|errand| errand.row.sweep);
         let mut next: Option<UnixMillis> = None;
         for errand in swept {
             let Some(sweep) = errand.row.sweep else { continue };
             let Some(schedule) = known.get(&errand.row.schedule) else { continue };
-            if sweep > now {
+            // What is further ahead was written by a clock that was wrong.
+            if sweep > now && sweep <= later(now) {
                 next = Some(next.map_or(sweep, |next| next.min(sweep)));
             } else if under_way < AT_ONCE && self.sweep(schedule, errand, now).await? {
                 under_way += 1;
@@ -84,7 +87,9 @@ impl Tasks {
             return Ok(false);
         }
         let all = self.snapshots_of(&schedule.team).await?;
-        let own = taken_by(schedule.id, errand.row.vm, &all);
+        let mut own = taken_by(schedule.id, errand.row.vm, &all);
+        // What was taken by a clock that was ahead neither goes, nor makes others go.
+        own.retain(|row| row.created <= now);
         let mut goes = match expired(&schedule.spec, &own, None) {
             Ok(goes) => goes,
             Err(refusal) => {

@@ -24,6 +24,8 @@ use crate::store::StoreError;
 
 /// How often it is looked, at least: clocks are put right, and computers sleep.
 const LOOK: u64 = 30_000;
+/// Further ahead than clocks are set back for good reasons.
+const AHEAD: u64 = 60 * 60_000;
 /// How often it is looked whether what is in the way of an errand still is.
 const AGAIN: u64 = 5_000;
 
@@ -112,6 +114,11 @@ impl Tasks {
         if !schedule.spec.enabled {
             return Ok(None);
         }
+        if schedule.handled.0 > now.0.saturating_add(AHEAD) {
+            self.put_back(schedule, now).await?;
+            self.look_at_schedules();
+            return Ok(None);
+        }
         let table = timetable(&schedule.spec)?;
         let handled = match table.decide_due(schedule.handled, now, schedule.spec.catch_up) {
             Due::Later(next) => return Ok(next),
@@ -127,6 +134,21 @@ impl Tasks {
             }
         };
         Ok(table.next(handled))
+    }
+
+    /// What a clock that was ahead has written is not what it waits for.
+    async fn put_back(&self, schedule: &ScheduleRow, now: UnixMillis) -> Result<(), Fault> {
+        retry!({
+            let key = format!("{}/{}", schedule.team, schedule.name);
+            let Some(mut found) = self.db.find::<ScheduleRow>(&key).await?.filter(|found| found.row == *schedule) else {
+                return Ok(());
+            };
+            found.row.handled = now;
+            self.db.commit(Batch::default().update(&found)).await
+        })?;
+        let (name, handled) = (&schedule.name, clock::readable(schedule.handled));
+        tracing::warn!(schedule = %name, team = %schedule.team, handled, "a clock was ahead: the schedule goes on from now");
+        Ok(())
     }
 
     async fn note_missed(&self, schedule: &ScheduleRow, due: UnixMillis) -> Result<(), Fault> {
@@ -182,7 +204,8 @@ impl Tasks {
             let vms = self.chosen_by(&found.row).await?;
             let mut batch = Batch::default().update(&found);
             for vm in &vms {
-                let state = Errand::Due { due: opening.due, until, reason: reason.clone(), obstacle: None };
+                let due_since = |since| Errand::Due { due: opening.due, since, until, reason: reason.clone(), obstacle: None };
+                let state = due_since(None);
                 let Some(mut errand) = errands.remove(&vm.id) else {
                     let (vm_name, schedule) = (vm.name.clone(), schedule.id);
                     let new =
@@ -198,9 +221,9 @@ impl Tasks {
                         let refusal = Refusal::new(ErrorCode::VmBusy, message).hint(hint).retry(Retry::Safe);
                         errand.row.end(ScheduledResult::Skipped, opening.due, now, None, Some(refusal));
                     }
-                    Errand::Due { due, obstacle, .. } => {
+                    Errand::Due { due, since, obstacle, .. } => {
                         errand.row.end(ScheduledResult::Skipped, due, now, None, Some(obstacle.unwrap_or_else(overtaken)));
-                        errand.row.state = state;
+                        errand.row.state = due_since(since.or(Some(due)));
                     }
                     Errand::Idle => errand.row.state = state,
                 }
@@ -289,7 +312,7 @@ impl Tasks {
         first: bool,
         mut busy: BTreeMap<Name, usize>,
     ) -> Result<bool, Fault> {
-        let due = |errand: &ErrandRow| if let Errand::Due { due, .. } = errand.state { Some(due) } else { None };
+        let due = |errand: &ErrandRow| if let Errand::Due { due, since, .. } = errand.state { since.or(Some(due)) } else { None };
         let mut errands: Vec<_> =
             self.db.all::<ErrandRow>().await?.into_iter().filter(|errand| due(&errand.row).is_some()).collect();
         errands.sort_by(|a, b| (due(&a.row), &a.row.vm_name, a.row.schedule).cmp(&(due(&b.row), &b.row.vm_name, b.row.schedule)));
@@ -297,7 +320,8 @@ impl Tasks {
         for errand in errands {
             match known.get(&errand.row.schedule) {
                 Some(schedule) => left |= self.send(schedule, errand, now, first, &mut busy).await?,
-                None => self.commit_or_look(Batch::default().delete(&errand)).await?,
+                // Of a schedule that was made a moment ago.
+                None => left = true,
             }
         }
         Ok(left)
@@ -312,11 +336,16 @@ impl Tasks {
         first: bool,
         busy: &mut BTreeMap<Name, usize>,
     ) -> Result<bool, Fault> {
-        let Errand::Due { due, until, reason, obstacle } = errand.row.state.clone() else { return Ok(false) };
+        let Errand::Due { due, since, until, reason, obstacle } = errand.row.state.clone() else { return Ok(false) };
         let Some(vm) = self.db.find::<VmRow>(&errand.row.vm.to_string()).await?.map(|vm| vm.row) else {
             self.commit_or_look(Batch::default().delete(&errand)).await?;
             return Ok(false);
         };
+        if !schedule.spec.is_of(&vm.name, &vm.spec.labels) {
+            errand.row.state = Errand::Idle;
+            self.put(&errand).await?;
+            return Ok(false);
+        }
         let host = vm.host.clone().filter(|_| vm.has_process());
         let away = host.as_ref().filter(|host| self.hub.presence(host).is_none()).map(host_down);
         let too_late = (first && now > until).then(|| {
@@ -345,7 +374,7 @@ impl Tasks {
         let waits = matches!(refused.code, ErrorCode::HostDown | ErrorCode::VmBusy) || refused.retry == Retry::Safe;
         if waits && now <= until {
             if obstacle.as_ref() != Some(&refused) {
-                errand.row.state = Errand::Due { due, until, reason, obstacle: Some(refused) };
+                errand.row.state = Errand::Due { due, since, until, reason, obstacle: Some(refused) };
                 self.put(&errand).await?;
             }
             return Ok(true);

@@ -505,3 +505,63 @@ async fn what_a_schedule_cannot_say_is_refused_with_the_fix_and_a_change_makes_n
     let (code, message) = refused(base).await;
     assert!(code == ErrorCode::BadRequest && message.contains("at most 100 schedules"), "{message}");
 }
+
+#[tokio::test]
+async fn a_clock_that_was_ahead_neither_silences_a_schedule_nor_has_it_delete_what_is_new() {
+    let (hand, cluster, _, mut agent) = night().await;
+    let admin = cluster.admin();
+    schedule(&cluster, "nightly", nightly(&["web1"], last(1))).await;
+    hand.set(&cluster, "2028-01-10T03:00:00Z");
+    let ahead = taken(&cluster, &mut agent, "nightly").await;
+    hand.set(&cluster, "2027-01-11T02:00:00Z");
+    let next = UnixMillis(millis("2027-01-11T03:00:00Z"));
+    soon(async {
+        while admin.schedule(&name("nightly")).await.expect("there").next != Some(next) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    hand.set(&cluster, "2027-01-11T03:00:00Z");
+    let first = taken(&cluster, &mut agent, "nightly").await;
+    hand.set(&cluster, "2027-01-12T03:00:00Z");
+    let second = taken(&cluster, &mut agent, "nightly").await;
+    deletes(&mut agent).await;
+    gone(&cluster, &first).await;
+    assert_eq!(names(&cluster).await, [ahead.to_string(), second.to_string()].into());
+}
+
+#[tokio::test]
+async fn other_rules_delete_nothing_before_the_next_good_snapshot() {
+    let (hand, cluster, _, mut agent) = night().await;
+    let admin = cluster.admin();
+    let made = schedule(&cluster, "nightly", nightly(&["web1"], last(2))).await;
+    hand.set(&cluster, "2027-01-10T03:00:00Z");
+    let needed = taken(&cluster, &mut agent, "nightly").await;
+    let clone = api::SnapshotClone { name: name("web7"), host: None, start: false, memory: false, reason: None };
+    cluster.ended(admin.clone_snapshot(&needed, &clone).await.expect("accepted").id).await;
+    for day in ["11", "12"] {
+        hand.set(&cluster, &format!("2027-01-{day}T03:00:00Z"));
+        taken(&cluster, &mut agent, "nightly").await;
+    }
+    // One is to go, and cannot: it is tried again every ten minutes.
+    let revision = admin.schedule(&name("nightly")).await.expect("there").revision;
+    assert!(revision > made.revision);
+    let fewer = api::ScheduleSet { spec: nightly(&["web1"], last(1)) };
+    admin.set_schedule(&name("nightly"), &fewer, revision).await.expect("changed");
+    for _ in 0..5 {
+        hand.pass(&cluster, 10 * MINUTE);
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    assert_eq!((names(&cluster).await.len(), tasks(&cluster, "snapshot.delete").await.len()), (3, 0));
+    hand.set(&cluster, "2027-01-13T03:00:00Z");
+    let newest = taken(&cluster, &mut agent, "nightly").await;
+    deletes(&mut agent).await;
+    deletes(&mut agent).await;
+    soon(async {
+        while names(&cluster).await.len() > 2 {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(names(&cluster).await, [needed.to_string(), newest.to_string()].into());
+}

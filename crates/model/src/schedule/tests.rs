@@ -87,6 +87,8 @@ fn what_is_no_expression_or_never_comes_to_pass_is_refused_with_the_fix() {
         "* * * * * * *",
         "0 3 * * * Europe/Berlin",
         "@never",
+        ", * * * *",
+        "0 3 ,5 * *",
         "\u{1b}",
     ] {
         refused(when);

@@ -46,11 +46,14 @@ impl Timetable {
         let bad = |message: String| Refusal::new(ErrorCode::BadRequest, message).hint(FIX);
         let said = |character: char| character.is_ascii_alphanumeric() || " *,-/#+@?".contains(character);
         if when.len() > LONGEST || !when.chars().all(said) {
-            return Err(bad(format!("when is at most {LONGEST} of letters, digits, spaces and *,-/#+@")));
+            return Err(bad(format!("when is at most {LONGEST} of letters, digits, spaces and *,-/#+@?")));
         }
         let fields = when.split_whitespace().count();
         if fields != 5 && !when.trim_start().starts_with('@') {
             return Err(bad(format!("when has to have 5 fields; it has {fields}")));
+        }
+        if when.split_whitespace().any(|field| field.split(',').any(str::is_empty)) {
+            return Err(bad("when has a list with nothing between its commas".into()));
         }
         let parser = CronParser::builder().seconds(Seconds::Disallowed).year(Year::Disallowed).build();
         let cron = parser.parse(when).map_err(|error| bad(format!("when is not understood: {error}")))?;
