@@ -78,20 +78,22 @@ impl Qmp {
         Ok(found)
     }
 
-    /// What was written to these disks since the instant of the snapshot is known from now on: the snapshot is whole. Of older ones, [`MOST`] less one stay.
+    /// What was written to these disks since the instant of the snapshot is known from now on: the snapshot is whole. Of older ones, [`MOST`] less one stay, those first that are among
+    /// `there`: of the others nobody knows whether they still are.
     ///
     /// # Errors
     /// See [`Qmp::since`].
-    pub async fn keep_since(&self, disks: &[String], snapshot: SnapshotId) -> Result<(), QmpError> {
+    pub async fn keep_since(&self, disks: &[String], snapshot: SnapshotId, there: &[SnapshotId]) -> Result<(), QmpError> {
         let since = Since::new(self.next_number(disks).await?, snapshot);
         let taking = taking(snapshot);
         let keep = |disk: &String| [add(disk, &since.bitmap, false), merge(disk, &since.bitmap, &taking)];
         self.transact(disks.iter().flat_map(keep).collect()).await?;
         for disk in disks {
             self.remove_bitmap(disk, &taking).await?;
-            let known = self.since(disk).await?;
-            for oldest in known.iter().take(known.len().saturating_sub(MOST)) {
-                self.remove_bitmap(disk, &oldest.bitmap).await?;
+            let mut known = self.since(disk).await?;
+            known.sort_by_key(|since| since.snapshot == snapshot || there.contains(&since.snapshot));
+            for least in known.iter().take(known.len().saturating_sub(MOST)) {
+                self.remove_bitmap(disk, &least.bitmap).await?;
             }
         }
         Ok(())

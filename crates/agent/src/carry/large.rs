@@ -11,16 +11,22 @@ use super::memory::{EXCLUSIVE, ProcessMemory};
 /// Small pages of a large one.
 const SMALL: u32 = 512;
 const LARGE: u64 = SMALL as u64 * PAGE_SIZE as u64;
+/// Somebody has protected a page from writes, in the page map.
+const PROTECTED: u64 = 1 << 57;
 /// Pages whose joining is one call.
 const AT_ONCE: u64 = 16 * LARGE;
 
 impl ProcessMemory {
     /// Has the kernel make large pages of small ones, where all small ones are there and nobody else has any of them; how many large ones there are then. The guest
-    /// runs on.
+    /// runs on. Whoever protects this memory from writes waits until it has ended: there are kernels that forget the protection.
     ///
     /// # Errors
     /// The kernel's; older ones than 6.1 cannot.
     pub(crate) fn join_pages(&self, process: &impl AsFd) -> io::Result<u64> {
+        let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")?;
+        if setting.contains("[never]") {
+            return Ok(0);
+        }
         let mut joined = 0;
         for (number, block) in (0..).zip(self.blocks()) {
             // Large pages begin at multiples of their size in the process, not in the block.
@@ -44,7 +50,7 @@ impl ProcessMemory {
 
     /// Whether a large page's place is full: in large pages or small ones, the page map does not tell them apart.
     fn is_full(&self, block: u16, first: u32) -> io::Result<bool> {
-        Ok(self.entries(block, first, SMALL)?.iter().all(|entry| entry & EXCLUSIVE != 0))
+        Ok(self.entries(block, first, SMALL)?.iter().all(|entry| entry & (EXCLUSIVE | PROTECTED) == EXCLUSIVE))
     }
 }
 
@@ -65,7 +71,8 @@ fn collapse(process: &impl AsFd, part: std::ops::Range<u64>) -> io::Result<u64> 
     }
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
-        Some(libc::ENOMEM | libc::EBUSY | libc::EAGAIN) => Ok(0),
+        // It tells of the last place that it could not do: memory may be given back at any time.
+        Some(libc::ENOMEM | libc::EBUSY | libc::EAGAIN | libc::EINVAL) => Ok(0),
         _ => Err(error),
     }
 }

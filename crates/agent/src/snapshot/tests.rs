@@ -218,7 +218,7 @@ async fn resume(
     let contents = vault.snapshot(id(number), &snapshot_key(number)).expect("opened");
     let (told, loaded) = tokio::sync::oneshot::channel();
     let began = Instant::now();
-    let playing = tokio::task::spawn_blocking(move || play(ours, contents, || told.send(()).expect("heard")).expect("played"));
+    let playing = tokio::task::spawn_blocking(move || play(ours, contents, &[], || told.send(()).expect("heard")).expect("played"));
     tokio::time::timeout(LIMIT, loaded).await.expect("in time").expect("loaded");
     vm.qmp.cont().await.expect("cont");
     (vm, began.elapsed(), playing)
@@ -357,7 +357,7 @@ async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm, number: u8, earl
     });
     let read = reading.await.expect("no panic");
     vm.wait_status(&MigrationStatus::Completed).await;
-    vm.qmp.keep_since(&nodes, id(number)).await.expect("kept");
+    vm.qmp.keep_since(&nodes, id(number), &[]).await.expect("kept");
     vm.qmp.stop_serving_disks().await.expect("nbd-server-stop");
     vm.qmp.end_fleece("disk0").await.expect("ended");
     vm.qmp.end_fleece("disk0").await.expect("it has ended");

@@ -23,7 +23,7 @@ use super::moving::{answer, vcpus};
 use super::registry::{answer_for_nobody, asks_how_it_ended};
 use super::restore::EndReason;
 use super::sampling;
-use super::snapshot::Snapshotting;
+use super::snapshot::{Joining, Snapshotting};
 use super::source::SourceMove;
 use super::tpm::TPM_GRACE;
 use super::turn_back::{Remembered, TurnBack};
@@ -168,6 +168,8 @@ pub(super) struct Actor {
     pub(super) snapshot: Option<Snapshotting>,
     /// Where memory of a snapshot comes that an agent which is no more has begun.
     pub(super) held: Option<UnixStream>,
+    /// Whose pages are joined, nobody protects.
+    pub(super) joining: Joining,
     pub(super) end_reason: EndReason,
     /// What a rollback under way need not look at.
     pub(super) remembered: Option<Remembered>,
@@ -203,6 +205,7 @@ impl Actor {
             moving: None,
             snapshot: None,
             held: None,
+            joining: Joining::default(),
             end_reason: EndReason::default(),
             remembered: None,
             moves: Arc::default(),

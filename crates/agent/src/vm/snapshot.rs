@@ -17,7 +17,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use godwit_model::{
-    Bytes, ErrorCode, Generation, HostCondition, Refusal, Retry, RunState, SnapshotFigures, SnapshotSize, TaskId, VmId, VolumeRef,
+    Bytes, ErrorCode, Generation, HostCondition, Refusal, Retry, RunState, SnapshotFigures, SnapshotId, SnapshotSize, TaskId, VmId,
+    VolumeRef,
 };
 use godwit_qemu::PassedFds;
 use godwit_qemu::fleece::fleece_node;
@@ -27,7 +28,7 @@ use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
 use godwit_qemu::since::{CHANGED, Since};
 use godwit_qemu::snapshot::held_socket;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -138,17 +139,22 @@ impl Actor {
         let held = stream.as_ref().and_then(|stream| stream.read.try_clone().ok());
         self.held = held.as_ref().and_then(|held| held.try_clone().ok());
         let mut taking = Taking { host, vm, qmp, disks, job, ran, figures: SnapshotFigures::default() };
-        let cancelled = cancel.clone();
+        let (cancelled, process) = (cancel.clone(), self.process.clone());
         let work = tokio::spawn(async move {
             let taken = tokio::select! {
                 taken = taking.take(stream, memory.clone()) => taken,
                 () = cancelled.cancelled() => Err(Refusal::new(ErrorCode::Cancelled, "cancelled by request")),
             };
             let right = put_right(&taking.qmp, &left, held).await;
-            // Its memory is in small pages now, which slow the guest down.
-            drop(memory.map(|memory| tokio::task::spawn_blocking(move || memory.memory.join_pages(&memory.process))));
+            // Memory that was protected is in small pages now, which slow the guest down.
+            if right.is_ok()
+                && let Some(memory) = memory.filter(|_| taking.figures.memory)
+            {
+                let joining = Arc::clone(&memory.joining).lock_owned().await;
+                drop(tokio::task::spawn_blocking(move || memory.join(&joining)));
+            }
             // One that has ended has nothing left to put right.
-            let is_right = matches!(right, Ok(()) | Err(QmpError::Ended { .. }));
+            let is_right = right.is_ok() || process.is_none_or(|process| !process.is_alive());
             if let (false, Err(error)) = (is_right, &right) {
                 tracing::warn!(error = error as &dyn std::error::Error, "QEMU is not as before the snapshot yet");
             }
@@ -163,7 +169,7 @@ impl Actor {
         let process = self.process.as_ref()?;
         let (memory, map) = placement::open(process.identity(), Access::Read).ok()?;
         let memory = ProcessMemory::new(memory.into(), map.into(), blocks);
-        Some(Mapped { process: process.pidfd().ok()?, memory })
+        Some(Mapped { process: process.pidfd().ok()?, memory, joining: Arc::clone(&self.joining) })
     }
 
     /// Nothing else works on the VM's memory or disks.
@@ -261,11 +267,15 @@ async fn put_right(qmp: &Qmp, left: &SnapshotRecord, held: Option<UnixStream>) -
     qmp.stop_serving_disks().await?;
     for disk in &left.disks {
         qmp.end_fleece(disk).await?;
-        qmp.forget_taking(disk).await?;
     }
     // Also a VM that stands still because there was no room for what it wrote over: now nothing needs room.
     if left.ran && !qmp.query_status().await?.running {
         qmp.cont().await?;
+    }
+    for disk in &left.disks {
+        if let Err(error) = qmp.forget_taking(disk).await {
+            tracing::info!(%error, disk, "a bitmap stays until the next snapshot");
+        }
     }
     Ok(())
 }
@@ -320,15 +330,25 @@ impl Stream {
 struct Mapped {
     process: OwnedFd,
     memory: ProcessMemory,
+    /// Held by whoever joins its pages. None may be joined while they are protected.
+    joining: Joining,
 }
+
+/// One for each VM.
+pub(super) type Joining = Arc<tokio::sync::Mutex<()>>;
 
 impl Mapped {
     /// Makes short what the guest stands still for.
-    fn prepare(&self) -> std::io::Result<()> {
-        let joined = self.memory.join_pages(&self.process);
-        self.memory.map_all()?;
-        tracing::debug!(large_pages = joined?, "memory is prepared for a snapshot");
-        Ok(())
+    fn prepare(&self, joining: &OwnedMutexGuard<()>) -> std::io::Result<()> {
+        self.join(joining);
+        self.memory.map_all()
+    }
+
+    fn join(&self, _: &OwnedMutexGuard<()>) {
+        match self.memory.join_pages(&self.process) {
+            Ok(large_pages) => tracing::debug!(large_pages, "the VM's memory is in large pages where it can be"),
+            Err(error) => tracing::info!(%error, "the VM's memory stays in small pages"),
+        }
     }
 }
 
@@ -363,7 +383,10 @@ impl Taking {
         }
         if !self.disks.is_empty() {
             disks::serve(&self.host, self.vm, &self.qmp).await?;
-            self.choose_earlier().await.map_err(failed)?;
+            if let Err(error) = self.choose_earlier().await {
+                tracing::info!(%error, "what has changed is not known: the disks are read whole");
+                self.disks.iter_mut().for_each(|disk| disk.since = None);
+            }
         }
         let mut worker = self.start_worker(stream).await?;
         let frozen = self.freeze().await;
@@ -380,7 +403,8 @@ impl Taking {
             kept = self.follow(&mut worker) => kept?,
             refusal = stopped_for_want_of_room(&self.qmp, notices) => return Err(refusal),
         };
-        if let Err(error) = self.qmp.keep_since(&self.nodes(), self.job.snapshot.id).await {
+        let there: Vec<SnapshotId> = self.job.known.iter().map(|known| known.id).collect();
+        if let Err(error) = self.qmp.keep_since(&self.nodes(), self.job.snapshot.id, &there).await {
             tracing::info!(%error, "what is written since the snapshot is not known: the next one reads the disks whole");
         }
         self.figures.memory = memory;
@@ -432,7 +456,8 @@ impl Taking {
         let copied = read.try_clone().map_err(|error| host_failed("a socket cannot be copied", &error))?;
         self.qmp.hold_snapshot_socket(written.into(), copied.into()).await.map_err(failed)?;
         if let Some(mapped) = mapped {
-            let mapping = tokio::task::spawn_blocking(move || mapped.prepare()).await;
+            let joining = Arc::clone(&mapped.joining).lock_owned().await;
+            let mapping = tokio::task::spawn_blocking(move || mapped.prepare(&joining)).await;
             if let Ok(Err(error)) = mapping {
                 tracing::info!(%error, "the VM's memory is not all prepared: it stands still for longer");
             }
@@ -485,13 +510,15 @@ impl Taking {
         let (began, mut notices) = (Instant::now(), self.qmp.listen());
         // What has no disks is of one instant whenever QEMU takes it, and QEMU stops the guest for less long.
         let stops = memory && self.ran && !disks.is_empty();
-        // Sent at once: QEMU does one after the other, and the guest stands still for less long. Fleeces are before memory: an old QEMU lets the guest run when memory has begun, without being
-        // told.
+        // Sent at once: QEMU does one after the other, and the guest stands still for less long.
         let stop = async { if stops { self.qmp.stop(STOPPING).await } else { Ok(()) } };
         let fleeces = async { if disks.is_empty() { Ok(()) } else { self.qmp.begin_fleeces(&disks, self.job.snapshot.id).await } };
-        let memory_begins = async { if memory { self.qmp.begin_memory_snapshot().await } else { Ok(()) } };
-        let told = tokio::join!(biased; stop, fleeces, memory_begins);
-        told.0.and(told.1).and(told.2).map_err(failed)?;
+        let (stopped, fleeced) = tokio::join!(biased; stop, fleeces);
+        stopped.and(fleeced).map_err(failed)?;
+        // After the fleeces: an old QEMU lets the guest run when memory has begun, without being told. And not before they are there: memory that has begun comes to its end.
+        if memory {
+            self.qmp.begin_memory_snapshot().await.map_err(failed)?;
+        }
         let asked = began.elapsed();
         let mut written = asked;
         if memory {

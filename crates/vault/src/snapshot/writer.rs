@@ -58,6 +58,7 @@ impl Known {
                     let (_, known, has) = &self.packs[number];
                     (known.expose() == key.expose() && has >= pages).then_some(number)?
                 }
+                None if self.packs.len() >= usize::from(ZEROS - 1) => return None,
                 None => {
                     self.packs.push((*id, key.clone(), *pages));
                     self.packs.len() - 1

@@ -354,3 +354,44 @@ fn who_writes_a_forsaken_snapshot_does_not_commit_it() {
     assert_eq!(vault.usage().expect("usage").snapshots, 1);
     assert_eq!(seeds(&vault, 1).expect("read"), [1]);
 }
+
+#[test]
+fn what_came_first_is_kept_with_its_snapshot_and_is_a_hint_alone() {
+    let (dir, vault) = vault();
+    take(&vault, 1, &[1, 2, 3], &[]).expect("taken");
+    assert_eq!(vault.first(id(1), &key(1)), []);
+    assert!(matches!(vault.keep_first(id(2), &key(2), &[(0, 1)]), Err(VaultError::NotFound(_))));
+    vault.keep_first(id(1), &key(1), &[(0, 7)]).expect("kept");
+    // Newer ones take the place of older ones, and no more are kept than are of use.
+    let many: Vec<(u16, u32)> = (0..10_000).map(|page| (1, page)).collect();
+    vault.keep_first(id(1), &key(1), &many).expect("kept");
+    assert_eq!(vault.first(id(1), &key(1)), many[..4096]);
+    assert_eq!(vault.first(id(1), &key(9)), [], "with another key");
+    let path = dir.path().join("vault").join(first_name(id(1)));
+    let whole = fs::read(&path).expect("read");
+    for (at, length) in [(0, whole.len()), (50, whole.len()), (whole.len() - 1, whole.len()), (0, whole.len() - 1), (0, 0)] {
+        let mut damaged = whole[..length].to_vec();
+        if let Some(byte) = damaged.get_mut(at) {
+            *byte ^= 1;
+        }
+        fs::write(&path, damaged).expect("written");
+        assert_eq!(vault.first(id(1), &key(1)), [], "byte {at} of {length}");
+    }
+    // A failure leaves what was.
+    fs::write(&path, &whole).expect("written");
+    for step in 0..2 {
+        vault.shared.faults.arm(step, false);
+        assert!(vault.keep_first(id(1), &key(1), &[]).is_err(), "step {step}");
+        vault.shared.faults.disarm();
+        assert_eq!(vault.first(id(1), &key(1)).len(), 4096);
+    }
+    assert_eq!(vault.plan_prune(&keys(&[1])).expect("planned"), PrunePlan::default());
+    vault.delete(id(1)).expect("deleted");
+    assert!(!path.exists());
+    // One whose snapshot went while it was written.
+    fs::write(&path, &whole).expect("written");
+    let plan = vault.plan_prune(&keys(&[])).expect("planned");
+    assert_eq!(plan.drafts, [(first_name(id(1)), Bytes(whole.len() as u64))]);
+    vault.prune(&plan, &keys(&[])).expect("pruned");
+    assert!(!path.exists());
+}
