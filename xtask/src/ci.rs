@@ -6,7 +6,8 @@ mod outcomes;
 pub(crate) mod runner;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -20,13 +21,17 @@ const STEPS: &[(&str, Step)] = &[
     // First, because a download that fails should not take ten minutes to say so.
     ("images", |ci| ci.images()),
     ("fmt", |ci| ci.cargo(&["fmt", "--all", "--check"])),
-    ("clippy", |ci| ci.cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"])),
     ("test", |ci| ci.suite(Suite::Crates)),
     ("doctest", |ci| ci.suite(Suite::Documents)),
     ("e2e", |ci| ci.end_to_end()),
+    ("clippy", |ci| ci.clippy()),
     ("tidy", |ci| ci.tidy()),
     ("deny", |ci| ci.deny()),
 ];
+
+const CLIPPY: &[&str] = &["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"];
+/// Who builds first keeps others waiting: the tests are to have begun.
+const HEAD_START: Duration = Duration::from_secs(60);
 
 type Step = fn(&mut Ci<'_>) -> Result<Verdict>;
 
@@ -73,11 +78,15 @@ struct Ci<'a> {
     tally: Tally,
     /// Variables that lead the end-to-end tests to their images, once those are made.
     images: Option<Vec<(String, String)>>,
+    /// What runs beside the end-to-end tests, which wait a good part of their time.
+    beside: Option<JoinHandle<Result<Output>>>,
+    wants_clippy: bool,
 }
 
 /// Runs every step that is not skipped; true when all of them passed.
 pub(crate) fn run(root: &Path, skipped: &Skipped) -> Result<bool> {
-    let mut ci = Ci { root, runner: Runner::find(root), tally: Tally::default(), images: None };
+    let wants_clippy = !skipped.0.iter().any(|step| step == "clippy");
+    let mut ci = Ci { root, runner: Runner::find(root), tally: Tally::default(), images: None, beside: None, wants_clippy };
     println!("tests run under {}", ci.runner);
     let begun = Instant::now();
     let mut report = Vec::new();
@@ -153,8 +162,24 @@ impl Ci<'_> {
         let binary = runner::target(self.root).join("debug/godwit");
         let mut environment = images.clone();
         environment.push(("GODWIT_BIN".to_owned(), binary.to_str().context("the target folder is UTF-8")?.to_owned()));
+        if self.wants_clippy {
+            let mut clippy = runner::idle_cargo(self.root, CLIPPY);
+            self.beside = Some(thread::spawn(move || {
+                thread::sleep(HEAD_START);
+                clippy.output().context("run cargo clippy")
+            }));
+        }
         let passed = self.runner.run(self.root, Suite::EndToEnd, &environment, &mut self.tally)?;
         Ok(Verdict::of(passed))
+    }
+
+    /// What has run beside the end-to-end tests is waited for; without those it runs now.
+    fn clippy(&mut self) -> Result<Verdict> {
+        let Some(beside) = self.beside.take() else { return self.cargo(CLIPPY) };
+        let Ok(output) = beside.join() else { bail!("clippy ended unexpectedly") };
+        let output = output?;
+        print!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        Ok(Verdict::of(output.status.success()))
     }
 
     fn tidy(&mut self) -> Result<Verdict> {

@@ -32,7 +32,7 @@ Commands:
                        every way to move with shared and local disks, and the way home of a large one: docs/measurements.md
   help                 this text
 
-Steps of ci, in order: images, fmt, clippy, test, doctest, e2e, tidy, deny";
+Steps of ci, in order: images, fmt, test, doctest, e2e, clippy (beside e2e), tidy, deny";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

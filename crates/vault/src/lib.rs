@@ -9,7 +9,6 @@
 //! `docs/spec/vault.md`; start with [`Vault`], [`SnapshotWriter`] and [`SnapshotReader`]. Examples of both documents are read by the tests.
 
 mod contents;
-mod first;
 mod image_index;
 mod key;
 mod pack;

@@ -21,7 +21,6 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 use crate::contents::Contents;
-use crate::first;
 use crate::key::fill;
 use crate::pack::PackReader;
 use crate::snapshot::{Earlier, Keys, Known, PackId, SnapshotReader, SnapshotWriter, Space, Totals};
@@ -109,7 +108,6 @@ enum Step {
 enum Name {
     Snapshot(SnapshotId),
     Pack(PackId),
-    First(SnapshotId),
     Draft,
 }
 
@@ -119,10 +117,6 @@ fn snapshot_name(id: SnapshotId) -> String {
 
 fn pack_name(id: PackId) -> String {
     format!("{id}.pack")
-}
-
-fn first_name(id: SnapshotId) -> String {
-    format!("{id}.first")
 }
 
 /// Each writer's drafts have names of their own: one that was given up may still be at it.
@@ -140,9 +134,6 @@ fn parse_name(name: &str) -> Option<Name> {
     }
     if let Some(text) = name.strip_suffix(".snapshot") {
         return id(text).map(|id| Name::Snapshot(SnapshotId::new(id)));
-    }
-    if let Some(text) = name.strip_suffix(".first") {
-        return id(text).map(|id| Name::First(SnapshotId::new(id)));
     }
     id(name.strip_suffix(".pack")?).map(|id| Name::Pack(PackId::new(id)))
 }
@@ -224,7 +215,7 @@ impl Vault {
             match name {
                 Name::Snapshot(_) => usage.snapshots += 1,
                 Name::Pack(_) => usage.packs += 1,
-                Name::First(_) | Name::Draft => {}
+                Name::Draft => {}
             }
             usage.bytes.0 += self.shared.length(&text).map_err(failed("read"))?.0;
         }
@@ -323,35 +314,7 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Io`]; it is gone then, or there as before.
     pub fn delete(&self, id: SnapshotId) -> Result<(), VaultError> {
-        let removed = self.shared.remove(&first_name(id)).and_then(|()| self.shared.remove(&snapshot_name(id)));
-        removed.and_then(|()| self.shared.sync()).map_err(failed("changed"))
-    }
-
-    /// Keeps which pages a VM that ran out of a snapshot asked for first, in that order, as space and page.
-    ///
-    /// # Errors
-    /// [`VaultError::NotFound`], [`VaultError::Busy`] while somebody prunes, [`VaultError::Io`]; what was kept before stays then.
-    pub fn keep_first(&self, id: SnapshotId, key: &SnapshotKey, pages: &[(u16, u32)]) -> Result<(), VaultError> {
-        let _lock = self.shared.lock(FlockOperation::NonBlockingLockShared)?;
-        if self.shared.find(&snapshot_name(id)).map_err(failed("read"))?.is_none() {
-            return Err(VaultError::NotFound(id));
-        }
-        let mut writer = [0; 4];
-        fill(&mut writer).map_err(failed("written"))?;
-        let (name, draft) = (first_name(id), draft_name(&first_name(id), u32::from_be_bytes(writer)));
-        let file = self.shared.create(&draft).map_err(failed("written"))?;
-        let written = first::write(file, key, pages).and_then(|_| self.shared.rename(&draft, &name));
-        if written.is_err() {
-            let _ = self.shared.remove(&draft);
-        }
-        written.map_err(failed("written"))
-    }
-
-    /// Which those were; none if nothing was kept, or it cannot be read.
-    #[must_use]
-    pub fn first(&self, id: SnapshotId, key: &SnapshotKey) -> Vec<(u16, u32)> {
-        let file = self.shared.find(&first_name(id)).ok().flatten();
-        file.and_then(|file| first::read(file, key).ok()).unwrap_or_default()
+        self.shared.remove(&snapshot_name(id)).and_then(|()| self.shared.sync()).map_err(failed("changed"))
     }
 
     /// Finds what nobody refers to. The keys of all snapshots are needed, of those that are being taken, too: a snapshot whose key is not among them cannot be
@@ -361,21 +324,19 @@ impl Vault {
     /// [`VaultError`]; also if one of the others cannot be read, since what it refers to is not known then: it must be mended or deleted first.
     pub fn plan_prune(&self, keys: &BTreeMap<SnapshotId, SnapshotKey>) -> Result<PrunePlan, VaultError> {
         let (mut referred, mut snapshots, mut packs, mut drafts) = (BTreeSet::new(), vec![], vec![], vec![]);
-        let names = self.shared.names().map_err(failed("read"))?;
-        for (text, name) in &names {
+        for (text, name) in self.shared.names().map_err(failed("read"))? {
             match name {
                 Name::Snapshot(id) => {
-                    let Some(key) = keys.get(id) else {
-                        snapshots.push((*id, self.shared.length(text).map_err(failed("read"))?));
+                    let Some(key) = keys.get(&id) else {
+                        snapshots.push((id, self.shared.length(&text).map_err(failed("read"))?));
                         continue;
                     };
-                    let Some(file) = self.shared.find(text).map_err(failed("read"))? else { continue };
-                    let snapshot = SnapshotReader::open(file, key).map_err(damaged(text.clone()))?;
+                    let Some(file) = self.shared.find(&text).map_err(failed("read"))? else { continue };
+                    let snapshot = SnapshotReader::open(file, key).map_err(damaged(text))?;
                     referred.extend(snapshot.packs().iter().map(|(pack, _, _)| *pack));
                 }
-                Name::Pack(id) => packs.push((*id, self.shared.length(text).map_err(failed("read"))?)),
-                Name::First(id) if names.contains_key(&snapshot_name(*id)) && keys.contains_key(id) => {}
-                Name::First(_) | Name::Draft => drafts.push((text.clone(), self.shared.length(text).map_err(failed("read"))?)),
+                Name::Pack(id) => packs.push((id, self.shared.length(&text).map_err(failed("read"))?)),
+                Name::Draft => drafts.push((text.clone(), self.shared.length(&text).map_err(failed("read"))?)),
             }
         }
         packs.retain(|(pack, _)| !referred.contains(pack));

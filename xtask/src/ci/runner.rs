@@ -71,6 +71,14 @@ pub(crate) fn cargo(root: &Path) -> Command {
     command
 }
 
+/// The same, with these arguments, where it takes only the time that nobody else wants.
+pub(super) fn idle_cargo(root: &Path, arguments: &[&str]) -> Command {
+    let cargo = cargo(root);
+    let mut command = Command::new("nice");
+    command.args(["-n", "19"]).arg(cargo.get_program()).args(arguments).current_dir(root).stdin(Stdio::null());
+    command
+}
+
 /// Where cargo builds.
 pub(crate) fn target(root: &Path) -> PathBuf {
     root.join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))

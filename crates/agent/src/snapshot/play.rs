@@ -43,8 +43,6 @@ const ZEROS_AHEAD: u32 = 64;
 /// So long the guest must ask for nothing before pages are sent in the background, in its first moments.
 const SILENCE: Duration = Duration::from_millis(3);
 const FIRST_MOMENTS: Duration = Duration::from_secs(1);
-/// Pages of which is kept that they were asked for then.
-const MOST_FIRST: usize = 2048;
 
 /// Why a VM cannot be had out of a snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -73,39 +71,29 @@ pub(super) enum PlayError {
 }
 
 /// What was played.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Played {
     /// Pages that QEMU asked for and that were sent for it.
     pub asked: u64,
     /// Pages that were sent in the background.
     pub background: u64,
-    /// What it asked for in its first moments, in that order.
-    pub first: Vec<Place>,
 }
 
 /// What QEMU says, and that it says no more.
 type Said = Option<Result<ReturnMessage, PlayError>>;
 
-/// Plays a snapshot to a QEMU that waits for a post-copy migration on the other end of `socket`. `first` are pages that it asked for first when it ran out of the snapshot before. `loaded` is called when it has taken the devices and may run. Returns
+/// Plays a snapshot to a QEMU that waits for a post-copy migration on the other end of `socket`; `loaded` is called when it has taken the devices and may run. Returns
 /// when QEMU has all memory. It waits as long as QEMU lives: whoever gives up ends that.
 ///
 /// # Errors
 /// [`PlayError`]. Before `loaded` QEMU has ended, or is to be; after it the VM waits for the memory that it does not have.
-pub(super) fn play(
-    socket: UnixStream,
-    contents: Contents,
-    first: &[(u16, u32)],
-    loaded: impl FnOnce(),
-) -> Result<Played, PlayError> {
+pub(super) fn play(socket: UnixStream, contents: Contents, loaded: impl FnOnce()) -> Result<Played, PlayError> {
     set_socket_send_buffer_size(&socket, AHEAD).map_err(io::Error::from)?;
     let (sender, said) = sync_channel(UNHEARD);
     let listening = socket.try_clone()?;
     std::thread::scope(|scope| {
         scope.spawn(move || listen(listening, &sender));
-        let played = Player::new(&socket, contents).and_then(|mut player| {
-            player.begin_with(first)?;
-            player.run(&said, loaded)
-        });
+        let played = Player::new(&socket, contents).and_then(|player| player.run(&said, loaded));
         // Whoever listens ends with it, also if it waits for being heard.
         drop(said);
         let _ = socket.shutdown(Shutdown::Both);
@@ -148,8 +136,6 @@ struct Player<'a> {
     zeros: PageSet,
     /// The block that QEMU asked for last.
     asked: Option<u16>,
-    /// When the VM might run.
-    began: Option<Instant>,
     played: Played,
 }
 
@@ -191,26 +177,18 @@ impl<'a> Player<'a> {
         put_package(&mut out, &contents.snapshot().parts().devices, LOADED);
         let mut to = socket;
         to.write_all(&out)?;
-        Ok(Self { socket, contents, ids, section, left, zeros, asked: None, began: None, played: Played::default() })
-    }
-
-    /// Sends pages that are likely to be asked for at once, in their order.
-    fn begin_with(&mut self, first: &[(u16, u32)]) -> Result<(), PlayError> {
-        let places = first.iter().map(|(block, page)| Place { block: *block, page: *page });
-        let wanted: Vec<Place> = places.filter(|place| self.left.remove(*place)).collect();
-        self.played.background += wanted.len() as u64;
-        wanted.chunks(BURST).try_for_each(|places| self.pages(places))
+        Ok(Self { socket, contents, ids, section, left, zeros, asked: None, played: Played::default() })
     }
 
     /// Sends what is asked for, and all else, until QEMU has it.
     fn run(mut self, said: &Receiver<Said>, loaded: impl FnOnce()) -> Result<Played, PlayError> {
         let (mut loaded, mut at) = (Some(loaded), Place { block: 0, page: 0 });
-        let mut has_ended = false;
+        let (mut began, mut has_ended): (Option<Instant>, bool) = (None, false);
         loop {
             // While there is something to send, whether something was said; then, what is said.
             let heard = if self.left.is_empty() && has_ended || loaded.is_some() {
                 Some(said.recv().unwrap_or(None))
-            } else if self.began.is_some_and(|began| began.elapsed() < FIRST_MOMENTS) {
+            } else if began.is_some_and(|began| began.elapsed() < FIRST_MOMENTS) {
                 match said.recv_timeout(SILENCE) {
                     Err(RecvTimeoutError::Timeout) => None,
                     said => Some(said.unwrap_or(None)),
@@ -228,7 +206,7 @@ impl<'a> Player<'a> {
                         ReturnMessage::Pong(LOADED) => {
                             if let Some(loaded) = loaded.take() {
                                 loaded();
-                                self.began = Some(Instant::now());
+                                began = Some(Instant::now());
                             }
                         }
                         // It has asked for zeros before it heard the end, which gives it all zeros there are, and reads no more.
@@ -268,9 +246,6 @@ impl<'a> Player<'a> {
             }
         }
         self.played.asked += wanted.len() as u64;
-        if self.began.is_none_or(|began| began.elapsed() < FIRST_MOMENTS) && self.played.first.len() < MOST_FIRST {
-            self.played.first.extend(&wanted);
-        }
         self.pages(&wanted)?;
         if let Some(last) = wanted.last() {
             self.along_with(*last)?;

@@ -218,7 +218,7 @@ async fn resume(
     let contents = vault.snapshot(id(number), &snapshot_key(number)).expect("opened");
     let (told, loaded) = tokio::sync::oneshot::channel();
     let began = Instant::now();
-    let playing = tokio::task::spawn_blocking(move || play(ours, contents, &[], || told.send(()).expect("heard")).expect("played"));
+    let playing = tokio::task::spawn_blocking(move || play(ours, contents, || told.send(()).expect("heard")).expect("played"));
     tokio::time::timeout(LIMIT, loaded).await.expect("in time").expect("loaded");
     vm.qmp.cont().await.expect("cont");
     (vm, began.elapsed(), playing)

@@ -155,17 +155,6 @@ impl Agent {
     }
 }
 
-/// It is a hint: the snapshot may be gone by now, or the vault full.
-fn keep_first(vault: &Vault, snapshot: &Keyed, first: &[(u16, u32)]) {
-    let (id, key) = snapshot.opened();
-    if first.is_empty() {
-        return;
-    }
-    if let Err(error) = vault.keep_first(id, &key, first) {
-        tracing::info!(%id, message = crate::host::with_causes(&error), "what came first is not kept");
-    }
-}
-
 fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Failure> {
     let keyed = |snapshots: &[Keyed]| snapshots.iter().map(Keyed::opened).collect::<Vec<(SnapshotId, SnapshotKey)>>();
     match job {
@@ -173,13 +162,7 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
             let memory = memory_fd.map(|fd| UnixStream::from(own(fd)));
             let mut new = New::begin(vault, &snapshot, team, &known, disks.iter().map(|disk| (&disk.node, disk.size)))?;
             new.open_earlier(vault, &known, &disks);
-            let told = take_all(agent, new, memory, &disks, about)?;
-            // What the VM asked for first in an earlier one is likely to be that in this one.
-            let earlier = known.iter().find(|known| disks.iter().any(|disk| disk.since == Some(known.id)));
-            if let Some((id, key)) = earlier.map(Keyed::opened) {
-                keep_first(vault, &snapshot, &vault.first(id, &key));
-            }
-            Ok(told)
+            take_all(agent, new, memory, &disks, about)
         }
         Job::Restore { snapshot, disks } => {
             let (id, key) = snapshot.opened();
@@ -213,11 +196,8 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
             let contents = vault.snapshot(id, &key)?;
             agent.say(&Said::Ready).map_err(Failure::Alone)?;
             // An agent that is gone is no reason to leave a VM without its memory.
-            let mut first = vault.first(id, &key);
-            let played = play(own(qemu_fd).into(), contents, &first, || drop(agent.say(&Said::Loaded)))?;
-            tracing::info!(%id, first = first.len(), asked = played.asked, background = played.background, "played");
-            first.extend(played.first.iter().map(|place| (place.block, place.page)));
-            keep_first(vault, &snapshot, &first);
+            let played = play(own(qemu_fd).into(), contents, || drop(agent.say(&Said::Loaded)))?;
+            tracing::info!(%id, asked = played.asked, background = played.background, "played");
             Ok(serde_json::Value::Null)
         }
         Job::Delete { snapshot } => {

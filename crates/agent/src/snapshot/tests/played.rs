@@ -7,7 +7,6 @@ use std::path::Path;
 use std::thread;
 
 use bytes::{Bytes as Chunk, BytesMut};
-use godwit_carrier::pages::Place;
 use godwit_model::Bytes;
 use godwit_stream::{
     BlockId, BlockIndex, Configuration, Element, PAGE_SIZE, PageContent, RamBlock, RamStart, ReturnMessage, ReturnWriter, Writer,
@@ -180,15 +179,11 @@ impl Qemu {
 
 /// Plays the snapshot of a vault to `qemu`.
 fn played(vault: &Vault, qemu: impl FnOnce(Qemu) + Send) -> Result<Played, PlayError> {
-    played_with(vault, &[], qemu)
-}
-
-fn played_with(vault: &Vault, first: &[(u16, u32)], qemu: impl FnOnce(Qemu) + Send) -> Result<Played, PlayError> {
     let (ours, theirs) = UnixStream::pair().expect("sockets");
     let contents = vault.snapshot(id(1), &snapshot_key(1)).expect("opened");
     thread::scope(|scope| {
         scope.spawn(move || qemu(Qemu { socket: theirs, heard: vec![], writer: ReturnWriter::new() }));
-        play(ours, contents, first, || ())
+        play(ours, contents, || ())
     })
 }
 
@@ -219,25 +214,6 @@ fn every_page_comes_once_what_is_asked_for_first_and_zeros_only_if_they_are_aske
         (told.asked, told.asked + told.background),
         (2, 1 + (0..PAGES).filter(|page| !page.is_multiple_of(3)).count() as u64)
     );
-}
-
-#[test]
-fn what_came_first_before_is_there_before_it_is_asked_for() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let vault = vault(dir.path());
-    // Zeros, twice the same, and what the snapshot does not have are of no use.
-    let first = [(0, 500), (0, 3), (0, 400), (0, 500), (0, u32::MAX), (9, 0)];
-    let told = played_with(&vault, &first, |mut qemu| {
-        qemu.load();
-        qemu.ask(698, 1);
-        qemu.say(&ReturnMessage::Pong(3));
-        let pages = qemu.pages();
-        assert_eq!(pages.iter().take(3).map(|(page, _)| *page).collect::<Vec<_>>(), [500, 400, 698]);
-        let all = (0..PAGES).filter(|page| !page.is_multiple_of(3)).count();
-        assert_eq!(pages.len(), all, "each once");
-        qemu.say(&ReturnMessage::Shut(0));
-    });
-    assert_eq!(told.expect("played").first, [Place { block: 0, page: 698 }]);
 }
 
 #[test]
