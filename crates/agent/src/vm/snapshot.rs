@@ -22,7 +22,7 @@ use godwit_model::{
 };
 use godwit_qemu::PassedFds;
 use godwit_qemu::fleece::fleece_node;
-use godwit_qemu::process::ProcessIdentity;
+use godwit_qemu::process::{ProcessIdentity, QemuProcess};
 use godwit_qemu::qga::{Frozen, Thawed};
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
@@ -47,6 +47,8 @@ const STOPPING: Duration = Duration::from_secs(10);
 /// How long a snapshot waits for memory that still comes out of another.
 const ARRIVING: Duration = Duration::from_secs(600);
 const LOOK: Duration = Duration::from_millis(5);
+/// How long a QEMU that closes its connection may take to end.
+const ENDING: Duration = Duration::from_secs(2);
 /// Questions that QEMU leaves unanswered, ten seconds each, before others have their turn.
 const MOST_UNANSWERED: u32 = 3;
 
@@ -154,7 +156,11 @@ impl Actor {
                 drop(tokio::task::spawn_blocking(move || memory.join(&joining)));
             }
             // One that has ended has nothing left to put right.
-            let is_right = right.is_ok() || process.is_none_or(|process| !process.is_alive());
+            let is_right = match &right {
+                Ok(()) => true,
+                Err(QmpError::Ended { .. }) => has_ended(process).await,
+                Err(_) => false,
+            };
             if let (false, Err(error)) = (is_right, &right) {
                 tracing::warn!(error = error as &dyn std::error::Error, "QEMU is not as before the snapshot yet");
             }
@@ -240,6 +246,12 @@ impl Actor {
         self.forget_snapshot();
         self.refresh().await;
     }
+}
+
+/// Whether a QEMU that has closed its connection has ended with it.
+async fn has_ended(process: Option<Arc<QemuProcess>>) -> bool {
+    let Some(process) = process else { return true };
+    tokio::time::timeout(ENDING, process.exited()).await.is_ok()
 }
 
 /// Waits while memory of the VM is still coming out of a snapshot, for so long.
