@@ -23,8 +23,7 @@ impl ProcessMemory {
     /// # Errors
     /// The kernel's; older ones than 6.1 cannot.
     pub(crate) fn join_pages(&self, process: &impl AsFd) -> io::Result<u64> {
-        let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")?;
-        if setting.contains("[never]") {
+        if is_forbidden()? {
             return Ok(0);
         }
         let mut joined = 0;
@@ -52,6 +51,11 @@ impl ProcessMemory {
     fn is_full(&self, block: u16, first: u32) -> io::Result<bool> {
         Ok(self.entries(block, first, SMALL)?.iter().all(|entry| entry & (EXCLUSIVE | PROTECTED) == EXCLUSIVE))
     }
+}
+
+/// Whether this host is not to use large pages of its own accord.
+fn is_forbidden() -> io::Result<bool> {
+    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").map(|setting| setting.contains("[never]"))
 }
 
 /// Joins the pages of a part of the process's memory; how many large ones. Where there is no room for one, or somebody holds a page, it stays as it is.
@@ -99,26 +103,37 @@ mod tests {
         found.and_then(|text| text.trim().strip_suffix(" kB")?.parse().ok()).expect("a figure")
     }
 
+    #[expect(unsafe_code, reason = "no library in use has this call")]
+    fn advise(part: &mut [u8], advice: i32) {
+        // SAFETY: it is a whole number of pages of ours, and the advice changes no content.
+        let told = unsafe { libc::madvise(part.as_mut_ptr().cast(), part.len(), advice) };
+        assert_eq!(told, 0, "{}", io::Error::last_os_error());
+    }
+
     #[test]
     fn small_pages_are_joined_where_all_of_them_are_there() {
         const PAGES: usize = 4 * SMALL as usize;
         // The C library maps what is as large as this anew. All is touched but one page of the third large page, which is only read.
         let mut bytes = vec![0_u8; (PAGES + SMALL as usize) * PAGE_SIZE];
         let start = bytes.as_ptr().align_offset(LARGE as usize);
+        advise(&mut bytes[start..start + PAGES * PAGE_SIZE], libc::MADV_NOHUGEPAGE);
         let missing = 2 * SMALL as usize + 7;
         for page in (0..PAGES).filter(|page| *page != missing) {
             bytes[start + page * PAGE_SIZE] = page as u8 | 1;
         }
         assert_eq!(std::hint::black_box(&bytes)[start + missing * PAGE_SIZE], 0);
+        advise(&mut bytes[start..start + PAGES * PAGE_SIZE], libc::MADV_HUGEPAGE);
         let open = |name| File::open(format!("/proc/self/{name}")).expect("this process's");
         let address = bytes[start..].as_ptr().addr() as u64;
         let block = PlacedBlock { id: "pc.ram".into(), address, pages: PAGES as u32 };
         let memory = ProcessMemory::new(open("mem").into(), open("pagemap").into(), vec![block]);
         let process = pidfd_open(getpid(), PidfdFlags::empty()).expect("this process");
 
+        let wanted = if is_forbidden().expect("the setting") { 0 } else { 3 };
         let before = large_pages(address);
-        assert_eq!(memory.join_pages(&process).expect("joined"), 3);
-        assert!(before == 0 && large_pages(address) == 3 * LARGE / 1024, "{before} kB, then {} kB", large_pages(address));
+        assert_eq!(memory.join_pages(&process).expect("joined"), wanted);
+        let after = large_pages(address);
+        assert!(before == 0 && after == wanted * LARGE / 1024, "{before} kB, then {after} kB");
         for page in 0..PAGES {
             let expected = if page == missing { 0 } else { page as u8 | 1 };
             assert_eq!(bytes[start + page * PAGE_SIZE], expected, "page {page}");

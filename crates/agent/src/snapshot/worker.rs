@@ -86,7 +86,7 @@ pub fn run(config_fd: RawFd) -> Result<(), WorkerError> {
     confine_to(vault.as_ref().map(AsFd::as_fd)).map_err(|error| WorkerError::Confine(error.into()))?;
     let agent = Agent { control: Mutex::new(own(config.control_fd).into()), disks: own(config.disks_fd).into() };
     let worked = match (vault, config.job) {
-        (_, Job::Changed { disks }) => changed(&agent, &disks),
+        (None, Job::Changed { disks }) => changed(&agent, &disks),
         (Some(vault), job) => Vault::at(vault.into()).map_err(Failure::from).and_then(|vault| work(&vault, job, &agent)),
         (None, _) => Err(Failure::NoVault),
     };

@@ -59,7 +59,8 @@ impl Actor {
         }
         open_flash(&self.host, &spec, Start::Fresh, &[], &mut PassedFds::new()).await?;
         let began = Instant::now();
-        self.begin(VmRecord::new(spec.clone(), grant.generation, 0, Holding::Owner), Start::Incoming).await?;
+        let new = VmRecord::new(spec.clone(), grant.generation, 0, Holding::Owner);
+        self.begin(VmRecord { out_of_snapshot: from.memory, ..new }, Start::Incoming).await?;
         let mut figures = RestoreFigures { qemu_ms: millis(began.elapsed()).get(), ..RestoreFigures::default() };
         let restored = async {
             self.restore_disks(&mut worker, from, &mut figures).await?;
@@ -174,10 +175,6 @@ impl Actor {
 
     async fn restore_memory(&mut self, mut player: Worker, qemus: UnixStream, figures: &mut RestoreFigures) -> Result<(), Refusal> {
         let (began, qmp) = (Instant::now(), self.monitor()?.clone());
-        if let Some(record) = &mut self.record {
-            record.out_of_snapshot = true;
-        }
-        self.save()?;
         qmp.begin_restore(qemus).await.map_err(qemu_failed)?;
         let late = |_| {
             let message = format!("QEMU did not load the VM's devices within {LOADING:?}");
@@ -233,12 +230,17 @@ async fn see_to_the_end(process: Arc<QemuProcess>, player: Worker, reason: EndRe
         }
     }
     // One that was ended takes no more.
-    if tokio::time::timeout(ENDING, process.exited()).await.is_ok() {
+    if has_ended(&process).await {
         return;
     }
     tracing::error!(failed, "memory cannot come out of the snapshot: the VM is ended");
     reason.set(format!("ended since its memory cannot come out of the snapshot: {failed}"));
     process.kill();
+}
+
+/// Whether a QEMU that has closed its connection has ended with it.
+pub(super) async fn has_ended(process: &QemuProcess) -> bool {
+    tokio::time::timeout(ENDING, process.exited()).await.is_ok()
 }
 
 /// Why this host has ended a VM of its own accord.

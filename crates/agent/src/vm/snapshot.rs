@@ -22,7 +22,7 @@ use godwit_model::{
 };
 use godwit_qemu::PassedFds;
 use godwit_qemu::fleece::fleece_node;
-use godwit_qemu::process::{ProcessIdentity, QemuProcess};
+use godwit_qemu::process::ProcessIdentity;
 use godwit_qemu::qga::{Frozen, Thawed};
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
@@ -35,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 use super::actor::{Actor, Answer, RETRY, qemu_failed};
 use super::disks;
 use super::placement::{self, Access};
+use super::restore::has_ended;
 use crate::carry::ProcessMemory;
 use crate::guest;
 use crate::host::{SharedHost, host_failed};
@@ -47,8 +48,6 @@ const STOPPING: Duration = Duration::from_secs(10);
 /// How long a snapshot waits for memory that still comes out of another.
 const ARRIVING: Duration = Duration::from_secs(600);
 const LOOK: Duration = Duration::from_millis(5);
-/// How long a QEMU that closes its connection may take to end.
-const ENDING: Duration = Duration::from_secs(2);
 /// Questions that QEMU leaves unanswered, ten seconds each, before others have their turn.
 const MOST_UNANSWERED: u32 = 3;
 
@@ -158,7 +157,10 @@ impl Actor {
             // One that has ended has nothing left to put right.
             let is_right = match &right {
                 Ok(()) => true,
-                Err(QmpError::Ended { .. }) => has_ended(process).await,
+                Err(QmpError::Ended { .. }) => match process {
+                    Some(process) => has_ended(&process).await,
+                    None => true,
+                },
                 Err(_) => false,
             };
             if let (false, Err(error)) = (is_right, &right) {
@@ -246,12 +248,6 @@ impl Actor {
         self.forget_snapshot();
         self.refresh().await;
     }
-}
-
-/// Whether a QEMU that has closed its connection has ended with it.
-async fn has_ended(process: Option<Arc<QemuProcess>>) -> bool {
-    let Some(process) = process else { return true };
-    tokio::time::timeout(ENDING, process.exited()).await.is_ok()
 }
 
 /// Waits while memory of the VM is still coming out of a snapshot, for so long.

@@ -309,6 +309,7 @@ fn show(schedule: &Schedule) -> String {
 /// A time that is long.
 fn span(time: Millis) -> String {
     match time.get() / 60_000 {
+        0 => time.to_string(),
         minutes if minutes % 60 == 0 => format!("{} h", minutes / 60),
         minutes => format!("{minutes} min"),
     }
@@ -401,7 +402,9 @@ async fn run_now(session: &Session, args: RunArgs) -> Result<(), Failure> {
         return Ok(());
     }
     let mut status = session.client.run_schedule(&name, &ScheduleRun { reason }).await?;
-    let under_way = |status: &ScheduleStatus| status.vms.iter().filter(|vm| vm.due.is_some()).count();
+    // Later runs are not waited for: there may always be one.
+    let until = status.vms.iter().filter_map(|vm| vm.due).max();
+    let under_way = |status: &ScheduleStatus| status.vms.iter().filter(|vm| vm.due.is_some() && vm.due <= until).count();
     let begun: BTreeSet<Name> = status.vms.iter().filter(|vm| vm.chosen).map(|vm| vm.vm.clone()).collect();
     if wait.detach {
         return print_data(session.format, &status, || format!("{} runs for {} VMs", name, begun.len()));

@@ -349,7 +349,7 @@ impl Tasks {
         let host = vm.host.clone().filter(|_| vm.has_process());
         let away = host.as_ref().filter(|host| self.hub.presence(host).is_none()).map(host_down);
         let too_late = (first && now > until).then(|| {
-            Refusal::new(ErrorCode::HostDown, "the controller was away until it was too late")
+            Refusal::new(ErrorCode::HostDown, "it was too late when the controller was back")
                 .hint("give the schedule a longer catch_up")
         });
         let refused = match (too_late, away) {
