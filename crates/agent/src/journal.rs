@@ -54,6 +54,9 @@ pub(crate) struct VmRecord {
     /// Its memory came, or still comes, out of a snapshot, and not from another host.
     #[serde(default)]
     pub(crate) out_of_snapshot: bool,
+    /// Nodes of disks that come out of a snapshot while it runs.
+    #[serde(default)]
+    pub(crate) filling: Vec<String>,
 }
 
 /// What a snapshot must leave as it was.
@@ -83,6 +86,7 @@ impl VmRecord {
             ended_with_host: false,
             snapshot: None,
             out_of_snapshot: false,
+            filling: vec![],
         }
     }
 }

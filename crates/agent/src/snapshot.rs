@@ -1,5 +1,5 @@
 //! Snapshots: what QEMU writes of the memory of a VM that runs on, into the vault ([`take`]), its disks as they were at that instant ([`disk`]), its disks made what
-//! they were ([`restore`]), and a VM that runs at once out of it ([`play`]); and both as
+//! they were ([`restore`]) or read from there ([`serve`]), and a VM that runs at once out of it ([`play`]); and both as
 //! files, out of the vault ([`unload`]) and into it ([`load`]).
 //!
 //! ```text
@@ -8,6 +8,7 @@
 //!           QEMU (export of such a disk with its bitmap) ──NBD──▶ pages that have changed since an earlier snapshot; where all others are the vault knows
 //! changed   QEMU (export of a disk with its bitmap) ──NBD──▶ what has changed on a disk since a snapshot: that a rollback looks at it alone
 //! restore   vault ──what differs──NBD──▶ QEMU (a disk, before its VM runs)
+//! serve     vault ──NBD──▶ QEMU (what a disk was, read while its volume is filled and the VM runs)
 //! play      vault ──stream of post-copy: device state first, pages as they are missed, the rest in order──▶ QEMU (incoming)
 //! unload    vault ──▶ file (the stream of a migration), file (raw)
 //! load      file (such a stream), file (raw) ──▶ vault
@@ -24,6 +25,7 @@ mod load;
 mod play;
 mod request;
 mod restore;
+mod serve;
 mod take;
 mod unload;
 mod worker;

@@ -12,6 +12,7 @@ mod actor;
 mod change;
 mod destination;
 mod disks;
+mod fill;
 mod forecast;
 mod images;
 mod moving;

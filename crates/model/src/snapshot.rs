@@ -79,6 +79,10 @@ pub struct RestoreFigures {
     pub memory_ms: u64,
     /// When its vCPUs ran, by its host's clock; 0 if nobody looked.
     pub ran_at: UnixMillis,
+    /// From then on until all of its disks that came while it ran had come, in milliseconds; 0 if none did.
+    pub filled_ms: u64,
+    /// Bytes of these disks, zeros among them.
+    pub filled: Bytes,
 }
 
 /// What a vault takes of its pool.

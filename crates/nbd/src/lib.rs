@@ -1,8 +1,8 @@
 //! The NBD protocol, both sides of it: bytes in, bytes out. Pure.
 //!
-//! QEMU speaks NBD where its disks are read or written from outside. We read a disk as its [`Client`], write one as its client, and take what a
-//! mirror writes as its [`Server`]. What is spoken is the fixed newstyle handshake with `GO`; of the transmission what QEMU and we need: a client
-//! insists on structured replies, without which a disk's holes cannot be asked for; a server answers with simple ones and takes writes alone.
+//! QEMU speaks NBD where its disks are read or written from outside. We read a disk as its [`Client`], write one as its client, and as its [`Server`] take what a
+//! mirror writes, or give it a disk to read. What is spoken is the fixed newstyle handshake with `GO`; of the transmission what QEMU and we need: a client
+//! insists on structured replies, without which a disk's holes cannot be asked for; a server of writes answers with simple ones.
 //! TLS is not: the sockets are pairs between processes of one host.
 //!
 //! The protocol is described by its authors, in the file `doc/proto.md` of the NBD project. Sizes are checked before anything is kept for them, and no input

@@ -116,6 +116,75 @@ fn a_server_has_one_export() {
 }
 
 #[test]
+fn our_client_reads_what_a_server_of_reads_gives() {
+    let (mut hello, mut out) = (BytesMut::new(), BytesMut::new());
+    let mut server = Server::of_reads("disk0", SIZE, &mut hello);
+    let mut client = Client::new("disk0", vec![ALLOCATION.into()], false);
+    client.buffer_mut().extend_from_slice(&hello);
+    let mut ready = None;
+    for _ in 0..5 {
+        ready = ready.or(client.next_event(&mut out).expect("a handshake"));
+        server.buffer_mut().extend_from_slice(&out.split());
+        assert_eq!(server.next_request(client.buffer_mut()), Ok(None));
+    }
+    assert_eq!(ready, Some(Event::Ready { size: SIZE }));
+    put_read(server.buffer_mut(), 1, 4096, 512);
+    put_status(server.buffer_mut(), 2, 8192, 65536);
+    put_read(server.buffer_mut(), 3, SIZE - 512, 512);
+    for (offset, length) in [(0, 512), (0, 0)] {
+        put_write(server.buffer_mut(), 4, offset, &vec![7; length]);
+    }
+    put_status(server.buffer_mut(), 4, SIZE, 1);
+    let to_client = client.buffer_mut();
+    assert_eq!(server.next_request(&mut out), Ok(Some(Request::Read { cookie: 1, offset: 4096, length: 512 })));
+    server.put_data(to_client, 1, 4096, &[9; 512]);
+    assert_eq!(server.next_request(&mut out), Ok(Some(Request::Status { cookie: 2, offset: 8192, length: 65536 })));
+    Server::put_extent(to_client, 2, Extent { length: 4096, flags: 3 });
+    assert_eq!(server.next_request(&mut out), Ok(Some(Request::Read { cookie: 3, offset: SIZE - 512, length: 512 })));
+    server.put_failed(to_client, 3);
+    assert_eq!(server.next_request(&mut out), Ok(None));
+    let refused: Vec<_> = out.as_chunks::<16>().0.iter().map(|reply| (reply[7], reply[15])).collect();
+    assert_eq!(refused, [(22, 4), (22, 4), (22, 4)], "writes, and what is beyond the end");
+    for expected in [
+        Event::Data { cookie: 1, offset: 4096, data: Bytes::from(vec![9; 512]) },
+        Event::Done { cookie: 1 },
+        Event::Status { cookie: 2, kind: 0, extents: vec![Extent { length: 4096, flags: 3 }] },
+        Event::Done { cookie: 2 },
+        Event::Failed { cookie: 3, error: 5 },
+    ] {
+        assert_eq!(client.next_event(&mut BytesMut::new()), Ok(Some(expected)));
+    }
+    put_read(server.buffer_mut(), 5, 0, MAX_DATA + 1);
+    assert_eq!(server.next_request(&mut out), Err(Malformed::Length(MAX_DATA + 1)));
+}
+
+#[test]
+fn kinds_of_extents_that_are_not_what_they_say_are_refused() {
+    let mut out = BytesMut::new();
+    for (kinds, code) in [
+        (&b"\0\0\0\x05disk0\0\0\0\x01\0\0\0\x02qq"[..], 1),
+        (b"\0\0\0\x05disk0\0\0\0\0", 1),
+        (b"\0\0\0\x05disk1\0\0\0\0", 3),
+        (b"\0\0\0\x05disk0\xff\xff\xff\xff", 3),
+        (b"\0\0\0\x05disk0\0\0\0\x01\0\0\0\x03qq", 3),
+        (b"\xff\xff\xff\xffdisk0", 3),
+        (b"", 3),
+    ] {
+        let mut server = Server::of_reads("disk0", SIZE, &mut BytesMut::new());
+        server.buffer_mut().put_u32(3);
+        for (option, payload) in [(8, &b""[..]), (10, kinds)] {
+            server.buffer_mut().put_slice(b"IHAVEOPT");
+            server.buffer_mut().put_u32(option);
+            server.buffer_mut().put_u32(payload.len() as u32);
+            server.buffer_mut().put_slice(payload);
+        }
+        out.clear();
+        assert_eq!(server.next_request(&mut out), Ok(None));
+        assert_eq!((out.len(), out[20 + 15]), (40, code), "{kinds:?}");
+    }
+}
+
+#[test]
 fn extents_and_data_are_told_and_a_reply_ends_once() {
     let (mut client, mut out) = (ready(&[ALLOCATION, "qemu:dirty-bitmap:g1"]), BytesMut::new());
     let extents = b"\0\0\0\x08\0\0\x10\0\0\0\0\x01\0\0\x20\0\0\0\0\0";
@@ -181,7 +250,7 @@ proptest! {
     #[test]
     fn prop_no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..400), begins in any::<bool>()) {
         let mut out = BytesMut::new();
-        let mut server = if begins { served() } else { Server::new("disk0", SIZE, &mut out) };
+        let mut server = if begins { served() } else { Server::of_reads("disk0", SIZE, &mut out) };
         let mut client = if begins { ready(&[ALLOCATION]) } else { Client::new("disk0", vec![], true) };
         server.buffer_mut().put_slice(&bytes);
         while let Ok(Some(_)) = server.next_request(&mut out) {}

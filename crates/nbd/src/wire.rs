@@ -63,9 +63,11 @@ pub(crate) mod chunk {
     pub(crate) const HOLE: u16 = 2;
     pub(crate) const STATUS: u16 = 5;
     pub(crate) const ERROR: u16 = 1 << 15;
+    pub(crate) const FAILED: u16 = ERROR + 1;
 }
 
-/// "Invalid argument", as the protocol numbers it.
+/// "Input/output error" and "invalid argument", as the protocol numbers them.
+pub(crate) const EIO: u32 = 5;
 pub(crate) const EINVAL: u32 = 22;
 
 /// Bytes that are not the protocol, or not the part of it that is spoken here. There is no way on.

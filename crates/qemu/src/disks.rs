@@ -175,7 +175,12 @@ impl Qmp {
     /// # Errors
     /// See [`QmpError`].
     pub async fn mirror(&self, node: &str) -> Result<Option<Mirror>, QmpError> {
-        let found = self.jobs().await?.into_iter().find(|found| found.id == job(node));
+        self.mirror_job(&job(node)).await
+    }
+
+    /// A job that mirrors.
+    pub(crate) async fn mirror_job(&self, id: &str) -> Result<Option<Mirror>, QmpError> {
+        let found = self.jobs().await?.into_iter().find(|found| found.id == id);
         Ok(found.map(|job| Mirror {
             remaining: Bytes(job.total_progress.saturating_sub(job.current_progress)),
             follows: matches!(job.status.as_str(), "ready" | "standby"),

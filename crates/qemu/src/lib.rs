@@ -16,6 +16,7 @@ pub mod change;
 pub mod command;
 pub mod convert;
 pub mod disks;
+pub mod fill;
 pub mod fleece;
 pub mod process;
 pub mod qga;

@@ -20,9 +20,10 @@ use crate::host::{Host, host_failed};
 /// What a worker may map: what it knows of earlier snapshots takes most.
 const SPACE: Bytes = Bytes(8 << 30);
 
-/// A worker. It ends with this, unless it is let go.
+/// A worker. It ends with this, unless it outlives it.
 pub(crate) struct Worker {
-    process: KillOnDrop,
+    /// None if it outlives this.
+    process: Option<KillOnDrop>,
     lines: FramedRead<UnixStream, LinesCodec>,
     disks: StdUnixStream,
 }
@@ -71,7 +72,7 @@ impl Worker {
         control.set_nonblocking(true).map_err(failed)?;
         let control = UnixStream::from_std(control).map_err(failed)?;
         let lines = FramedRead::new(control, LinesCodec::new_with_max_length(MAX_LINE));
-        Ok(Self { process: KillOnDrop::new(process), lines, disks })
+        Ok(Self { process: Some(KillOnDrop::new(process)), lines, disks })
     }
 
     /// What it says next.
@@ -105,9 +106,14 @@ impl Worker {
         sent.map(drop).map_err(|error| host_failed("the vault worker does not take a disk", &io::Error::from(error)))
     }
 
-    /// It goes on by itself, and ends when it is done; also without this agent.
-    pub(crate) fn let_go(self) -> FramedRead<UnixStream, LinesCodec> {
-        self.process.keep();
+    /// It ends by itself when it is done, whatever becomes of this and of the agent.
+    pub(crate) fn outlive(&mut self) {
+        self.process.take().map(KillOnDrop::keep);
+    }
+
+    /// The same; what it says.
+    pub(crate) fn let_go(mut self) -> FramedRead<UnixStream, LinesCodec> {
+        self.outlive();
         self.lines
     }
 }

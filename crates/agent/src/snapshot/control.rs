@@ -88,6 +88,8 @@ pub(crate) enum Job {
     Take { snapshot: Keyed, team: [u8; 32], known: Vec<Keyed>, memory_fd: Option<RawFd>, disks: Vec<DiskOf>, about: Vec<u8> },
     /// Makes disks what they were.
     Restore { snapshot: Keyed, disks: Vec<DiskTo> },
+    /// Gives a disk to be read, to one connection after the other.
+    Serve { snapshot: Keyed, disk: String },
     /// Reads what has changed on disks. It sees no vault.
     Changed { disks: Vec<BitmapOf> },
     /// Writes its memory, or a disk of it, to a file.

@@ -1,5 +1,6 @@
-//! A disk that QEMU exports over NBD: read and written by one request after the other.
+//! A disk that QEMU exports over NBD: read by one request after the other, written by several at once.
 
+use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 
@@ -30,12 +31,17 @@ impl DiskError {
     }
 }
 
-/// A disk that QEMU exports, one request at a time.
+/// Writes that may be under way: their answers fit into the socket while nobody reads them.
+const WRITES: usize = 32;
+
+/// A disk that QEMU exports.
 pub(super) struct Disk {
     socket: UnixStream,
     client: Client,
     out: BytesMut,
     cookie: u64,
+    /// Writes that are not answered yet.
+    writes: BTreeSet<u64>,
 }
 
 impl Disk {
@@ -65,13 +71,14 @@ impl Disk {
     /// The disk of this name, with extents of this kind; its size, too.
     pub(super) fn open(socket: UnixStream, export: &str, extents: &str, writes: bool) -> Result<(Self, u64), DiskError> {
         let client = Client::new(export, vec![extents.to_owned()], writes);
-        let mut disk = Self { socket, client, out: BytesMut::new(), cookie: 0 };
+        let mut disk = Self { socket, client, out: BytesMut::new(), cookie: 0, writes: BTreeSet::new() };
         let size = disk.ready()?;
         Ok((disk, size))
     }
 
     /// Lets go of it.
     pub(super) fn close(mut self) -> Result<(), DiskError> {
+        self.settle(0)?;
         put_disconnect(&mut self.out);
         self.say()
     }
@@ -85,6 +92,7 @@ impl Disk {
 
     /// Extents from a place on: at least one, and perhaps not all that were asked for.
     pub(super) fn extents(&mut self, at: u64, length: u64) -> Result<Vec<Extent>, DiskError> {
+        self.settle(0)?;
         self.cookie += 1;
         put_status(&mut self.out, self.cookie, at, u32::try_from(length).map_err(|_| DiskError::Unasked)?);
         self.say()?;
@@ -101,6 +109,7 @@ impl Disk {
 
     /// Fills `content` with what is at a place.
     pub(super) fn read(&mut self, at: u64, content: &mut [u8]) -> Result<(), DiskError> {
+        self.settle(0)?;
         self.cookie += 1;
         put_read(&mut self.out, self.cookie, at, u32::try_from(content.len()).map_err(|_| DiskError::Unasked)?);
         self.say()?;
@@ -129,33 +138,44 @@ impl Disk {
         }
     }
 
-    /// Writes what `content` has to a place.
+    /// Writes what `content` has to a place. Whether it could be is said by what is called next, at the latest by [`Self::flush`]. Of two writes to one place the second may come first.
     pub(super) fn write(&mut self, at: u64, content: &[u8]) -> Result<(), DiskError> {
         self.cookie += 1;
         put_write(&mut self.out, self.cookie, at, content);
-        self.done()
+        self.later()
     }
 
-    /// Makes a part of it zeros.
+    /// Makes a part of it zeros; as [`Self::write`].
     pub(super) fn write_zeroes(&mut self, at: u64, length: u32) -> Result<(), DiskError> {
         self.cookie += 1;
         put_write_zeroes(&mut self.out, self.cookie, at, length);
-        self.done()
+        self.later()
     }
 
     /// What was written is durable when this returns.
     pub(super) fn flush(&mut self) -> Result<(), DiskError> {
+        self.settle(0)?;
         self.cookie += 1;
         put_flush(&mut self.out, self.cookie);
-        self.done()
+        self.later()?;
+        self.settle(0)
     }
 
-    fn done(&mut self) -> Result<(), DiskError> {
+    fn later(&mut self) -> Result<(), DiskError> {
         self.say()?;
-        match self.hear()? {
-            Event::Done { cookie } if cookie == self.cookie => Ok(()),
-            Event::Failed { error, .. } => Err(DiskError::Failed(error)),
-            _ => Err(DiskError::Unasked),
+        self.writes.insert(self.cookie);
+        self.settle(WRITES)
+    }
+
+    /// Waits until no more than so many writes are under way.
+    fn settle(&mut self, most: usize) -> Result<(), DiskError> {
+        while self.writes.len() > most {
+            match self.hear()? {
+                Event::Done { cookie } if self.writes.remove(&cookie) => {}
+                Event::Failed { error, .. } => return Err(DiskError::Failed(error)),
+                _ => return Err(DiskError::Unasked),
+            }
         }
+        Ok(())
     }
 }

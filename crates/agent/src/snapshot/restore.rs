@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use godwit_nbd::ALLOCATION;
 use godwit_stream::PAGE_SIZE;
-use godwit_vault::{Contents, ContentsError, Leaf, SpaceKind};
+use godwit_vault::{Contents, ContentsError, Leaf, Space, SpaceKind};
 
 use super::changed::Changed;
 use super::control::Restored;
@@ -39,8 +39,8 @@ pub(super) enum RestoreError {
     },
 }
 
-/// Makes the disk that is exported on `socket` what the disk of this name was; how many bytes were read and written. What it has more than then is zeros. Where `changed` is known, nothing
-/// else is looked at, unless the disk has another size than that says.
+/// Makes the disk that is exported on `socket` what the disk of this name was; how many bytes were read and written. What it has more than then is zeros. Where `changed` is known that is written,
+/// and nothing read, unless the disk has another size than that says.
 ///
 /// # Errors
 /// [`RestoreError`]; it may be half of each then.
@@ -50,10 +50,7 @@ pub(super) fn restore(
     name: &str,
     changed: Option<&Changed>,
 ) -> Result<Restored, RestoreError> {
-    let is_it = |space: &godwit_vault::Space| space.kind == SpaceKind::Disk && space.name == name;
-    let space = contents.spaces().iter().position(is_it).ok_or_else(|| RestoreError::NoDisk(name.to_owned()))?;
-    let pages = contents.spaces().get(space).map_or(0, |space| space.pages);
-    let space = u16::try_from(space).unwrap_or(u16::MAX);
+    let (space, pages) = disk_of(contents, name).ok_or_else(|| RestoreError::NoDisk(name.to_owned()))?;
     let (mut disk, size) = Disk::open(socket, name, ALLOCATION, true)?;
     let had = u64::from(pages) * PAGE;
     // The last page may be beyond the end of a disk that is no multiple of it.
@@ -61,7 +58,7 @@ pub(super) fn restore(
         return Err(RestoreError::TooSmall { has: size, had });
     }
     let changed = changed.filter(|changed| changed.size.get() == size);
-    let mut zeros = Zeros { asked: if changed.is_some() { PART } else { ASKED }, ..Zeros::default() };
+    let mut zeros = Zeros::default();
     let (mut before, mut after) = (vec![0; PART as usize], vec![0; PART as usize]);
     let (mut restored, mut at) = (Restored::default(), 0);
     while at < size {
@@ -72,10 +69,14 @@ pub(super) fn restore(
             let length = end - start;
             let (before, after) = (&mut before[..length as usize], &mut after[..length as usize]);
             let is_zero_after = fill(contents, space, start, after)?;
-            if zeros.hold(&mut disk, start, length, size)? {
+            if changed.is_none() && zeros.hold(&mut disk, start, length, size)? {
                 before.fill(0);
             } else if is_zero_after {
                 disk.write_zeroes(start, u32::try_from(length).unwrap_or(u32::MAX))?;
+                continue;
+            } else if changed.is_some() {
+                disk.write(start, after)?;
+                restored.written.0 += length;
                 continue;
             } else {
                 disk.read(start, before)?;
@@ -89,8 +90,15 @@ pub(super) fn restore(
     Ok(restored)
 }
 
+/// The number of a disk's space, and its pages.
+pub(super) fn disk_of(contents: &Contents, name: &str) -> Option<(u16, u32)> {
+    let mut spaces = (0..).zip(contents.spaces());
+    let is_it = |(_, space): &(u16, &Space)| space.kind == SpaceKind::Disk && space.name == name;
+    spaces.find(is_it).map(|(number, space)| (number, space.pages))
+}
+
 /// What a piece of a part was; whether that is zeros.
-fn fill(contents: &mut Contents, space: u16, at: u64, piece: &mut [u8]) -> Result<bool, ContentsError> {
+pub(super) fn fill(contents: &mut Contents, space: u16, at: u64, piece: &mut [u8]) -> Result<bool, ContentsError> {
     piece.fill(0);
     let first = u32::try_from(at / PAGE).unwrap_or(u32::MAX);
     let pages = first..first.saturating_add(u32::try_from(piece.len().div_ceil(PAGE_SIZE)).unwrap_or(u32::MAX));
@@ -123,11 +131,9 @@ fn write_difference(disk: &mut Disk, at: u64, before: &[u8], after: &[u8]) -> Re
     Ok(written)
 }
 
-/// What QEMU says of which parts of a disk are zeros, asked for piece by piece.
+/// What QEMU says of which parts of a disk are zeros.
 #[derive(Default)]
 struct Zeros {
-    /// Bytes that are asked for at once.
-    asked: u64,
     /// Up to where it is known, and where the last part that is not zeros ends, and the next begins.
     known: u64,
     data: Vec<(u64, u64)>,
@@ -139,7 +145,7 @@ impl Zeros {
         self.known = self.known.max(at);
         while self.known < at + length {
             let from = self.known;
-            for extent in disk.extents(from, (size - from).min(self.asked))? {
+            for extent in disk.extents(from, (size - from).min(ASKED))? {
                 let end = self.known + u64::from(extent.length);
                 if !extent.is_zero() {
                     self.data.push((self.known, end));

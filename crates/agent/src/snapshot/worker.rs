@@ -24,6 +24,7 @@ use super::disk::{TakeDiskError, take_changes, take_disk};
 use super::load::{LoadError, load_disk, load_memory};
 use super::play::{PlayError, play};
 use super::restore::{RestoreError, restore};
+use super::serve::{ServeError, serve};
 use super::take::{TakeError, take};
 use super::unload::{UnloadError, unload_disk, unload_memory};
 
@@ -54,6 +55,8 @@ enum Failure {
     Disk(#[from] TakeDiskError),
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     #[error(transparent)]
     Play(#[from] PlayError),
     #[error(transparent)]
@@ -174,6 +177,17 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
                 (all.read.0, all.written.0) = (all.read.0 + read.0, all.written.0 + written.0);
             }
             Ok(json(&all))
+        }
+        Job::Serve { snapshot, disk } => {
+            let (id, key) = snapshot.opened();
+            let mut contents = vault.snapshot(id, &key)?;
+            agent.say(&Said::Ready).map_err(Failure::Alone)?;
+            loop {
+                match serve(agent.next_disk()?, &mut contents, &disk) {
+                    Err(error) if !error.is_of_connection() => return Err(error.into()),
+                    served => tracing::info!(%disk, failed = served.err().map(tracing::field::display), "QEMU has left"),
+                }
+            }
         }
         Job::Changed { disks } => changed(agent, &disks),
         Job::Unload { snapshot, disk, to_fd } => {
@@ -375,7 +389,7 @@ impl Failure {
             Self::Vault(VaultError::Changed) => E::RevisionConflict,
             Self::Vault(VaultError::File { .. } | VaultError::Missing { .. }) => E::SnapshotDamaged,
             Self::Restore(RestoreError::Contents(error)) | Self::Play(PlayError::Contents(error)) => of_contents(error),
-            Self::Unload(UnloadError::Contents(error)) => of_contents(error),
+            Self::Unload(UnloadError::Contents(error)) | Self::Serve(ServeError::Contents(error)) => of_contents(error),
             Self::Play(PlayError::Preamble(_) | PlayError::NoRam) | Self::Unload(UnloadError::Preamble(_)) => E::SnapshotDamaged,
             Self::Play(PlayError::Refused | PlayError::Answer(_)) => E::QemuFailed,
             Self::Restore(RestoreError::TooSmall { .. }) => E::VolumeTruncated,
@@ -383,7 +397,8 @@ impl Failure {
             Self::Restore(RestoreError::Disk(error)) if error.is_no_space() => E::NotEnoughSpace,
             failure if failure.is_no_space() => E::NotEnoughSpace,
             Self::Take(_) | Self::Disk(_) | Self::Disks | Self::Alone(_) => E::SnapshotFailed,
-            Self::Restore(_) | Self::Play(_) => E::QemuFailed,
+            Self::Serve(ServeError::NoDisk(_)) => E::NotFound,
+            Self::Restore(_) | Self::Play(_) | Self::Serve(_) => E::QemuFailed,
             Self::Load(LoadError::Read(_) | LoadError::Write(_)) | Self::Unload(_) => E::HostFailed,
             Self::Load(_) => E::SnapshotInvalid,
             Self::Vault(_) | Self::Write(_) => E::HostFailed,

@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::destination::DestinationMove;
+use super::fill::Filling;
 use super::moving::{answer, vcpus};
 use super::registry::{answer_for_nobody, asks_how_it_ended};
 use super::restore::EndReason;
@@ -166,6 +167,8 @@ pub(super) struct Actor {
     pub(super) notices: Option<Notices>,
     pub(super) moving: Option<Moving>,
     pub(super) snapshot: Option<Snapshotting>,
+    /// Disks come out of a snapshot.
+    pub(super) filling: Option<Filling>,
     /// Where memory of a snapshot comes that an agent which is no more has begun.
     pub(super) held: Option<UnixStream>,
     /// Whose pages are joined, nobody protects.
@@ -204,6 +207,7 @@ impl Actor {
             notices: None,
             moving: None,
             snapshot: None,
+            filling: None,
             held: None,
             joining: Joining::default(),
             end_reason: EndReason::default(),
@@ -225,9 +229,10 @@ impl Actor {
         loop {
             self.look_at_move().await;
             self.clear_up_snapshot().await;
+            self.see_to_filling();
             self.moves.store(self.moving.is_some() || self.snapshot.is_some(), Ordering::Release);
             self.publish();
-            let Self { events, notices, process, tpm, snapshot, carry_notices, wake, .. } = &mut self;
+            let Self { events, notices, process, tpm, snapshot, filling, carry_notices, wake, .. } = &mut self;
             let (process, tpm) = (process.clone(), tpm.clone());
             tokio::select! {
                 biased;
@@ -238,6 +243,7 @@ impl Actor {
                 exit = async { process.expect("guarded").exited().await }, if process.is_some() => self.on_exit(exit).await,
                 exit = async { tpm.expect("guarded").exited().await }, if tpm.is_some() => self.on_tpm_exit(exit).await,
                 ended = async { snapshot.as_mut().expect("guarded").ended().await }, if snapshot.is_some() => self.on_snapshot_ended(ended),
+                ended = async { filling.as_mut().expect("guarded").ended().await }, if filling.is_some() => self.on_filled(ended).await,
                 notice = async { notices.as_mut().expect("guarded").next().await }, if notices.is_some() => self.on_notice(notice),
                 Some(notice) = carry_notices.1.recv() => self.on_carry(notice),
                 () = tokio::time::sleep_until(*wake) => self.on_wake().await,
@@ -440,6 +446,9 @@ impl Actor {
             VmEvent::Command { command, reply } => {
                 let answer = match *command {
                     VmCommand::Forecast { generation, request } => return self.on_forecast(generation, request, reply).await,
+                    VmCommand::Start { grant, spec, from: Some(from) } => {
+                        return self.on_start_from(grant, spec, *from, reply).await;
+                    }
                     VmCommand::Snapshot { generation, task, job } => return self.on_snapshot(generation, task, *job, reply).await,
                     command => self.on_command(command).await,
                 };
@@ -494,13 +503,7 @@ impl Actor {
 
     async fn on_command(&mut self, command: VmCommand) -> Result<Answer, Refusal> {
         match command {
-            VmCommand::Start { grant, spec, from } => {
-                let restored = self.start(grant, spec, from.as_deref()).await?;
-                Ok(Answer {
-                    result: restored.map(|figures| godwit_link::encode(&figures)).unwrap_or_default(),
-                    ..Answer::default()
-                })
-            }
+            VmCommand::Start { grant, spec, .. } => self.start(grant, spec, None).await.map(|_| Answer::default()),
             VmCommand::Prepare { grant, spec, policy, memory_key, disks } => {
                 self.prepare(grant, spec, policy, memory_key, disks).await
             }

@@ -1,4 +1,5 @@
-//! A VM that begins as it was in a snapshot: its disks are made what they were, then it runs as soon as its devices are loaded, and its memory follows.
+//! A VM that begins as it was in a snapshot: it runs as soon as its devices are loaded, and its memory follows, and then its disks ([`super::fill`]). Disks of which little is to be looked at, and the variables of
+//! its firmware, are made what they were before.
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
@@ -7,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use godwit_model::{ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState, VolumeRef};
+use godwit_qemu::disks::disk_node;
 use godwit_qemu::process::QemuProcess;
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::{PassedFds, Start};
 
-use super::actor::{Actor, RETRY, qemu_failed};
+use super::actor::{Actor, Answer, RETRY, qemu_failed};
 use super::change::{open_disk, open_flash};
 use super::disks::{self, nodes};
+use super::fill::{Reply, ToFill};
 use super::moving::millis;
 use crate::host::{host_failed, unix_now};
 use crate::journal::{Holding, VmRecord};
@@ -24,7 +27,35 @@ const LOADING: Duration = Duration::from_secs(60);
 /// How long a QEMU that closes its connection may take to end.
 const ENDING: Duration = Duration::from_secs(2);
 
+/// Workers that have opened the snapshot.
+struct Workers {
+    /// Makes these disks what they were.
+    disks: Option<(Worker, Vec<String>)>,
+    /// Serve disks that come while the VM runs.
+    servers: Vec<ToFill>,
+    /// Plays memory, with QEMU's end of the connection.
+    player: Option<(Worker, UnixStream)>,
+}
+
 impl Actor {
+    /// Answers when the VM is whole.
+    pub(super) async fn on_start_from(&mut self, grant: Grant, spec: ResolvedSpec, from: FromSnapshot, reply: Reply) {
+        let started = self.start(grant, spec, Some(&from)).await;
+        self.publish();
+        self.wake = tokio::time::Instant::now();
+        match (started, &mut self.filling) {
+            (Ok(figures), Some(filling)) => filling.answer_later(reply, figures.unwrap_or_default()),
+            (Ok(figures), None) => {
+                let result = figures.map(|figures| godwit_link::encode(&figures)).unwrap_or_default();
+                let _ = reply.send(Ok(Answer { result, ..Answer::default() }));
+            }
+            (Err(refusal), _) => {
+                tracing::info!(code = %refusal.code, message = refusal.message, "refused");
+                let _ = reply.send(Err(refusal));
+            }
+        }
+    }
+
     /// Starts the VM out of a snapshot.
     pub(super) async fn start_from(
         &mut self,
@@ -53,24 +84,38 @@ impl Actor {
     async fn begin_from(&mut self, grant: &Grant, spec: ResolvedSpec, from: &FromSnapshot) -> Result<RestoreFigures, Refusal> {
         // Before anything is changed: a snapshot that is not there, or does not open.
         let changed = self.take_remembered(grant, &spec, from).await;
-        let (mut worker, qemus) = self.start_worker_of(from, &spec, changed).await?;
+        let Workers { disks, servers, player } = self.start_workers(from, &spec, changed).await?;
         for disk in &spec.disks {
             drop(open_disk(&self.host, disk, Start::Fresh).await?);
         }
         open_flash(&self.host, &spec, Start::Fresh, &[], &mut PassedFds::new()).await?;
         let began = Instant::now();
-        let new = VmRecord::new(spec.clone(), grant.generation, 0, Holding::Owner);
-        self.begin(VmRecord { out_of_snapshot: from.memory, ..new }, Start::Incoming).await?;
+        let filling: Vec<String> = servers.iter().map(ToFill::node).collect();
+        let new = || VmRecord { filling: filling.clone(), ..VmRecord::new(spec.clone(), grant.generation, 0, Holding::Owner) };
+        // One that boots does so on disks that are ready.
+        let waits = from.memory || disks.is_some();
+        let start = if waits { Start::Incoming } else { Start::Fresh };
+        self.begin(VmRecord { out_of_snapshot: from.memory, ..new() }, start).await?;
         let mut figures = RestoreFigures { qemu_ms: millis(began.elapsed()).get(), ..RestoreFigures::default() };
         let restored = async {
-            self.restore_disks(&mut worker, from, &mut figures).await?;
-            match qemus {
-                Some((player, qemus)) => {
-                    self.remember_from_here(from).await;
-                    self.restore_memory(player, qemus, &mut figures).await
-                }
-                None => self.boot(grant, spec, from, &mut figures).await,
+            let made = match disks {
+                Some((worker, disks)) => self.restore_disks(worker, from, disks, &mut figures).await?,
+                None => vec![],
+            };
+            if from.memory || !waits {
+                self.remember_from_here(from, &made).await;
+            } else {
+                self.begin_to_boot(new(), from, &made, &mut figures).await?;
             }
+            let servers = self.insert_fills(from, servers).await?;
+            match player {
+                Some((player, qemus)) => self.restore_memory(player, qemus, &mut figures).await?,
+                None => {
+                    self.run_on().await?;
+                    figures.ran_at = unix_now();
+                }
+            }
+            self.begin_filling(servers)
         };
         if let Err(refusal) = restored.await {
             if let Some(record) = &mut self.record {
@@ -83,8 +128,10 @@ impl Actor {
         Ok(figures)
     }
 
-    /// Whether a QEMU of ours has loaded what it is to run with. One that waits for a page may be slow to say so; one that never does is of no use.
+    /// Whether a QEMU of ours has loaded what it is to run with. One that waits for a page may be slow to say so; one that never does is of no use. One that has never run may lack
+    /// disks that are to come.
     pub(super) async fn has_loaded(&mut self) -> bool {
+        let fills = self.record.as_ref().is_some_and(|record| !record.filling.is_empty());
         let began = Instant::now();
         loop {
             if self.qmp.is_none() {
@@ -93,7 +140,7 @@ impl Actor {
             if let Ok(qmp) = self.monitor()
                 && let Ok(status) = qmp.query_status().await
             {
-                return status.status != RunStatus::InMigrate;
+                return status.status != RunStatus::InMigrate && !(fills && status.status == RunStatus::Prelaunch);
             }
             if began.elapsed() > LOADING || self.process.as_ref().is_none_or(|process| !process.is_alive()) {
                 return false;
@@ -114,43 +161,59 @@ impl Actor {
         self.end_process().await;
     }
 
-    /// The workers, when they have opened the snapshot: of its disks, and of its memory with QEMU's end of the connection.
-    async fn start_worker_of(
+    /// The workers, when they have opened the snapshot.
+    async fn start_workers(
         &self,
         from: &FromSnapshot,
         spec: &ResolvedSpec,
         mut changed: BTreeMap<String, Changed>,
-    ) -> Result<(Worker, Option<(Worker, UnixStream)>), Refusal> {
+    ) -> Result<Workers, Refusal> {
         let host = &self.host;
-        let of_disk = |(node, _): (String, VolumeRef)| DiskTo { changed: changed.remove(&node), node };
-        let disks = nodes(spec).into_iter().map(of_disk).collect();
         let directory = async || host.pools.vault(&from.vault.pool, &from.vault.team, host.vault_uid()).await;
-        let job = Job::Restore { snapshot: from.snapshot.clone(), disks };
-        let mut worker = Worker::start(host, directory().await?, job, PassedFds::new()).await?;
-        wait_for(&mut worker, &Said::Ready).await?;
+        let mut servers = Vec::new();
+        for (slot, disk) in spec.disk_slots().filter(|(slot, _)| !changed.contains_key(&disk_node(*slot))) {
+            servers.push(ToFill::begin(host, from, slot, disk).await?);
+        }
+        let comes: Vec<String> = servers.iter().map(ToFill::node).collect();
+        let made: Vec<String> = nodes(spec).into_iter().map(|(node, _)| node).filter(|node| !comes.contains(node)).collect();
+        let mut disks = None;
+        // Whoever has nothing else to do sees that the snapshot can be opened.
+        if !made.is_empty() || comes.is_empty() && !from.memory {
+            let to = made.iter().map(|node| DiskTo { changed: changed.remove(node), node: node.clone() }).collect();
+            let job = Job::Restore { snapshot: from.snapshot.clone(), disks: to };
+            let mut worker = Worker::start(host, directory().await?, job, PassedFds::new()).await?;
+            wait_for(&mut worker, &Said::Ready).await?;
+            disks = Some((worker, made));
+        }
         if !from.memory {
-            return Ok((worker, None));
+            return Ok(Workers { disks, servers, player: None });
         }
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
         let mut fds = PassedFds::new();
         let job = Job::Play { snapshot: from.snapshot.clone(), qemu_fd: fds.pass(ours) };
         let mut player = Worker::start(host, directory().await?, job, fds).await?;
         wait_for(&mut player, &Said::Ready).await?;
-        Ok((worker, Some((player, qemus))))
+        Ok(Workers { disks, servers, player: Some((player, qemus)) })
     }
 
-    async fn restore_disks(&self, worker: &mut Worker, from: &FromSnapshot, figures: &mut RestoreFigures) -> Result<(), Refusal> {
+    /// Makes these disks what they were; the same disks.
+    async fn restore_disks(
+        &self,
+        mut worker: Worker,
+        from: &FromSnapshot,
+        disks: Vec<String>,
+        figures: &mut RestoreFigures,
+    ) -> Result<Vec<String>, Refusal> {
         let (began, qmp) = (Instant::now(), self.monitor()?.clone());
-        let Some(spec) = self.record.as_ref().map(|record| &record.spec) else { return Ok(()) };
-        let mut nodes = nodes(spec).into_iter();
-        if nodes.len() > 0 {
+        let mut nodes = disks.iter();
+        if !disks.is_empty() {
             disks::serve(&self.host, self.vm, &qmp).await?;
         }
         let restored = loop {
             match worker.hear().await? {
                 Said::NextDisk => {
-                    let Some((node, _)) = nodes.next() else { return Err(unexpected()) };
-                    qmp.export_disk(&node, true, None).await.map_err(qemu_failed)?;
+                    let Some(node) = nodes.next() else { return Err(unexpected()) };
+                    qmp.export_disk(node, true, None).await.map_err(qemu_failed)?;
                     worker.pass_disk(&disks::connect(&self.host, self.vm)?)?;
                 }
                 Said::Done(told) => break serde_json::from_value::<Restored>(told).unwrap_or_default(),
@@ -160,15 +223,14 @@ impl Actor {
         qmp.stop_serving_disks().await.map_err(qemu_failed)?;
         let Restored { read, written } = restored;
         (figures.disks_ms, figures.disks_read, figures.disks_written) = (millis(began.elapsed()).get(), read, written);
-        tracing::info!(id = %from.snapshot.id, %read, %written, "the disks are as they were");
-        Ok(())
+        tracing::info!(id = %from.snapshot.id, %read, %written, "disks are as they were");
+        Ok(disks)
     }
 
-    /// The disks are what they were in the snapshot, and no vCPU has run: what is written from here on is what differs from it.
-    async fn remember_from_here(&self, from: &FromSnapshot) {
-        let (Ok(qmp), Some(record)) = (self.monitor(), &self.record) else { return };
-        let disks: Vec<String> = nodes(&record.spec).into_iter().map(|(node, _)| node).collect();
-        if let Err(error) = qmp.begin_since(&disks, from.snapshot.id).await {
+    /// These disks are what they were in the snapshot, and no vCPU has run: what is written from here on is what differs from it.
+    async fn remember_from_here(&self, from: &FromSnapshot, disks: &[String]) {
+        let Ok(qmp) = self.monitor() else { return };
+        if let Err(error) = qmp.begin_since(disks, from.snapshot.id).await {
             tracing::info!(%error, "what is written since the snapshot is not known: the next one reads the disks whole");
         }
     }
@@ -195,12 +257,12 @@ impl Actor {
         Ok(())
     }
 
-    /// Without memory it boots, from the disks that it was given.
-    async fn boot(
+    /// Without memory it boots: QEMU begins once more, on the disks that the one before was given.
+    async fn begin_to_boot(
         &mut self,
-        grant: &Grant,
-        spec: ResolvedSpec,
+        record: VmRecord,
         from: &FromSnapshot,
+        made: &[String],
         figures: &mut RestoreFigures,
     ) -> Result<(), Refusal> {
         if let Some(record) = &mut self.record {
@@ -209,11 +271,9 @@ impl Actor {
         self.end_process().await;
         self.forsake_tpm().await;
         let began = Instant::now();
-        self.begin(VmRecord::new(spec, grant.generation, 0, Holding::Owner), Start::Fresh).await?;
+        self.begin(record, Start::Fresh).await?;
         figures.qemu_ms = figures.qemu_ms.saturating_add(millis(began.elapsed()).get());
-        self.remember_from_here(from).await;
-        self.run_on().await?;
-        figures.ran_at = unix_now();
+        self.remember_from_here(from, made).await;
         Ok(())
     }
 }
@@ -248,7 +308,7 @@ pub(super) async fn has_ended(process: &QemuProcess) -> bool {
 pub(super) struct EndReason(Arc<Mutex<String>>);
 
 impl EndReason {
-    fn set(&self, reason: String) {
+    pub(super) fn set(&self, reason: String) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = reason;
     }
 

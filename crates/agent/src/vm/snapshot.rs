@@ -182,6 +182,11 @@ impl Actor {
 
     /// Nothing else works on the VM's memory or disks.
     pub(super) fn undisturbed(&self) -> Result<(), Refusal> {
+        if self.record.as_ref().is_some_and(|record| self.process.is_some() && !record.filling.is_empty()) {
+            return Err(Refusal::new(ErrorCode::VmBusy, "disks of the VM still come out of a snapshot")
+                .hint("wait until the task that began it has ended; `godwit task list` shows it")
+                .retry(Retry::Safe));
+        }
         if self.snapshot.is_none() {
             return Ok(());
         }

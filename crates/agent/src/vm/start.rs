@@ -52,6 +52,9 @@ impl Actor {
                     return Err(Refusal::new(ErrorCode::VmRunning, "the VM already runs on this host on an older generation"));
                 }
                 if from.is_none() || self.has_loaded().await {
+                    if let Some(from) = from {
+                        self.serve_fills_again(from).await?;
+                    }
                     return self.run_on().await.map(|()| from.map(|_| RestoreFigures::default()));
                 }
                 // An agent that is no more was at it.
@@ -93,6 +96,7 @@ impl Actor {
         let before = self.record.take();
         self.end_reason = EndReason::default();
         self.remembered = None;
+        self.filling = None;
         record.uid = self.host.uids.take(self.vm)?;
         let memory = record.spec.memory_with_dimms();
         let begun = async {

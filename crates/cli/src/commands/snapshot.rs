@@ -390,7 +390,11 @@ fn restored(task: &Task, name: &Name, host: Option<&Name>) -> String {
     let on = host.map(|host| format!(" on {host}")).unwrap_or_default();
     let figures = task.restore.map(|figures| {
         let memory = if figures.memory_ms == 0 { "it boots".to_owned() } else { format!("memory {}", Millis(figures.memory_ms)) };
-        format!(": QEMU started in {}, disks {}, {memory}", Millis(figures.qemu_ms), Millis(figures.disks_ms))
+        let disks = match figures.filled.get() {
+            0 => format!("disks {}", Millis(figures.disks_ms)),
+            _ => format!("{} of its disks followed in {}", figures.filled, Millis(figures.filled_ms)),
+        };
+        format!(": QEMU started in {}, {disks}, {memory}", Millis(figures.qemu_ms))
     });
     let kept = task.kept.as_ref().map(|kept| format!("; what it was before is {kept}")).unwrap_or_default();
     format!("{} is as in {name}{on}{}{kept}", task.subject, figures.unwrap_or_default())

@@ -198,6 +198,9 @@ fn show(task: &Task) -> String {
         let disks = format!("{}, {} read, {} written", Millis(figures.disks_ms), figures.disks_read, figures.disks_written);
         facts.fact("QEMU started in", Millis(figures.qemu_ms)).fact("Disks", disks);
         facts.fact("Memory", or_nothing(Some(figures.memory_ms).filter(|&ms| ms > 0).map(Millis)));
+        if figures.filled.get() > 0 {
+            facts.fact("Disks followed", format!("{}, {}", Millis(figures.filled_ms), figures.filled));
+        }
     }
     if let Some(error) = &task.error {
         facts.fact("Error", format!("{} [{}]", error.message, error.code)).fact("  fix", or_nothing(error.hint.as_ref()));

@@ -85,6 +85,13 @@ fn a_rollback_is_asked_about_and_says_how_the_vm_came_out() {
     fake.script().task = Some(Task { restore: Some(booted), ..task("vm.rollback", TaskState::Done, 1) });
     let ended = fake.run(&["snapshot", "rollback", "one", "--yes", "--discard-present"]);
     assert_eq!(ended.stdout, "web1 is as in one on h1: QEMU started in 180 ms, disks 0 ms, it boots\n");
+    let followed = RestoreFigures { filled_ms: 41_000, filled: Bytes::mib(10 << 10), ..restore };
+    fake.script().task = Some(Task { restore: Some(followed), ..task("vm.rollback", TaskState::Done, 1) });
+    let ended = fake.run(&["snapshot", "rollback", "one", "--yes", "--discard-present"]);
+    assert_eq!(
+        ended.stdout,
+        "web1 is as in one on h1: QEMU started in 180 ms, 10 GiB of its disks followed in 41.0 s, memory 9 ms\n"
+    );
     assert_eq!(fake.run(&["snapshot", "rollback", "bad", "--yes"]).code, Some(8));
 }
 

@@ -24,6 +24,8 @@ pub(super) const RESTORE: RestoreFigures = RestoreFigures {
     disks_written: Bytes(4_096),
     memory_ms: 9,
     ran_at: godwit_model::UnixMillis(1),
+    filled_ms: 0,
+    filled: Bytes(0),
 };
 
 pub(super) fn of_web1(text: Option<&str>) -> api::SnapshotCreate {

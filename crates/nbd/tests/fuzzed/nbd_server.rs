@@ -13,13 +13,27 @@ pub(crate) type Asked = (Vec<Request>, Option<Malformed>);
 
 /// Checks these bytes, and answers the requests in them.
 pub(crate) fn check(bytes: &[u8]) -> Asked {
-    let (asked, said) = serve([bytes].into_iter());
+    let asked = check_one(bytes, Server::new);
+    let reads = check_one(bytes, Server::of_reads);
+    let of_reads = |request: &Request| matches!(request, Request::Read { .. } | Request::Status { .. } | Request::Disconnect);
+    assert!(reads.0.iter().all(of_reads), "what is only read was to be written");
+    assert!(
+        !asked.0.iter().any(|request| matches!(request, Request::Read { .. } | Request::Status { .. })),
+        "what is only written was read"
+    );
+    asked
+}
+
+fn check_one(bytes: &[u8], kind: Kind) -> Asked {
+    let (asked, said) = serve([bytes].into_iter(), kind);
     // The cut follows from the input, so that files of the corpus are plain recordings.
-    assert_eq!((asked.clone(), said), serve(bytes.chunks(bytes.len() % 61 + 1)), "pieces are understood as something else");
+    assert_eq!((asked.clone(), said), serve(bytes.chunks(bytes.len() % 61 + 1), kind), "pieces are understood as something else");
     for request in &asked.0 {
         let (offset, length) = match request {
             Request::Write { offset, data, .. } => (*offset, data.len() as u64),
-            Request::Zeroes { offset, length, .. } => (*offset, (*length).into()),
+            Request::Zeroes { offset, length, .. }
+            | Request::Read { offset, length, .. }
+            | Request::Status { offset, length, .. } => (*offset, (*length).into()),
             Request::Flush { .. } | Request::Disconnect => continue,
         };
         assert!(length > 0 && offset <= SIZE && length <= SIZE - offset, "{length} bytes at {offset} are not on the disk");
@@ -29,9 +43,12 @@ pub(crate) fn check(bytes: &[u8]) -> Asked {
     asked
 }
 
-fn serve<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Asked, BytesMut) {
+/// A server of writes, or of reads.
+type Kind = fn(&str, u64, &mut BytesMut) -> Server;
+
+fn serve<'a>(pieces: impl Iterator<Item = &'a [u8]>, kind: Kind) -> (Asked, BytesMut) {
     let mut out = BytesMut::new();
-    let mut server = Server::new("disk0", SIZE, &mut out);
+    let mut server = kind("disk0", SIZE, &mut out);
     let mut requests = Vec::new();
     for piece in pieces {
         server.buffer_mut().extend_from_slice(piece);

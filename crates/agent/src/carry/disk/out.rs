@@ -500,6 +500,8 @@ impl<'a> DiskOut<'a> {
                 }
                 // What is durable is decided at the end.
                 Request::Flush { cookie } => Server::put_done(&mut self.to_mirror, cookie),
+                // It serves writes alone.
+                Request::Read { .. } | Request::Status { .. } => {}
                 Request::Disconnect => {
                     if self.stage != Stage::Copied {
                         return Err(DiskError::TooSoon);
