@@ -9,6 +9,7 @@
 //! changed   QEMU (export of a disk with its bitmap) ──NBD──▶ what has changed on a disk since a snapshot: that a rollback looks at it alone
 //! restore   vault ──what differs──NBD──▶ QEMU (a disk, before its VM runs)
 //! play      vault ──stream of post-copy: device state first, pages as they are missed, the rest in order──▶ QEMU (incoming)
+//!           and again, to one that has lost whoever played: what it says that it does not have
 //! unload    vault ──▶ file (the stream of a migration), file (raw)
 //! load      file (such a stream), file (raw) ──▶ vault
 //! ```

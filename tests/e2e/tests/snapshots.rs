@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use godwit_api::v1::{
-    ScheduleCreate, ScheduleRun, ScheduledResult, SnapshotClone, SnapshotCreate, TaskState, VaultPrune, VmDelete,
+    ScheduleCreate, ScheduleRun, ScheduledResult, SnapshotClone, SnapshotCreate, SnapshotExportRequest, TaskState, VaultPrune,
+    VmDelete,
 };
 use godwit_e2e::{Action, Cluster, ClusterSpec, GuestSpec, Party, other_qemu};
 use godwit_lab::Signal;
@@ -258,6 +259,28 @@ fn whoever_dies_while_a_snapshot_is_taken_the_vm_runs_on() -> Result<()> {
     cluster.turned_back("web")?;
     goes_on(&cluster, "web")?;
     cluster.check()?;
+    // Whoever brings its memory, and then the next: another plays on, and the guest notices nothing.
+    cluster.expect_log("another worker plays on");
+    let task = cluster.begin_rollback("a1", None)?;
+    cluster.done(task, PATIENCE)?;
+    let (qemu, mut before) = (cluster.qemu("web", "h1")?, None);
+    for _ in 0..2 {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let pid = loop {
+            if let Some(pid) = worker(&cluster, "h1")?.filter(|pid| before != Some(*pid)) {
+                break pid;
+            }
+            ensure!(Instant::now() < deadline, "nobody plays on");
+            thread::sleep(Duration::from_millis(2));
+        };
+        thread::sleep(Duration::from_millis(100));
+        kill_process(Pid::from_raw(pid).context("a process")?, Signal::KILL)?;
+        before = Some(pid);
+    }
+    cluster.turned_back("web")?;
+    goes_on(&cluster, "web")?;
+    cluster.check()?;
+    ensure!(cluster.qemu("web", "h1")? == qemu, "it was ended");
     // QEMU itself: the VM is lost, the snapshot with it, and an earlier one brings it back.
     let task = cluster.begin_snapshot("web", "q")?;
     wait_for_worker(&cluster, "h1")?;
@@ -329,6 +352,16 @@ fn a_vault_without_room_costs_a_snapshot_and_nothing_else() -> Result<()> {
     ensure!(left.is_empty(), "{left:?} is left");
     drop(small);
     cluster.take("web", "first")?;
+    // Nor is there room for its files.
+    let place = cluster.lab().shared_pool()?.join("exports/default");
+    fs::create_dir_all(&place)?;
+    let small = Mounted::tmpfs(&place, "size=8m")?;
+    let task = cluster.ask(cluster.client().export_snapshot(&name("first"), &SnapshotExportRequest::default()))?.id;
+    ensure!(refused(&cluster, task)? == ErrorCode::NotEnoughSpace);
+    let left: Vec<_> = fs::read_dir(&place)?.flatten().map(|entry| entry.file_name()).collect();
+    ensure!(left.is_empty(), "{left:?} is left");
+    drop(small);
+    goes_on(&cluster, "web")?;
     cluster.finish()
 }
 

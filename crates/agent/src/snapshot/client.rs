@@ -23,7 +23,7 @@ const SPACE: Bytes = Bytes(8 << 30);
 /// A worker. It ends with this, unless it is let go.
 pub(crate) struct Worker {
     process: KillOnDrop,
-    lines: FramedRead<UnixStream, LinesCodec>,
+    lines: Lines,
     disks: StdUnixStream,
 }
 
@@ -70,29 +70,18 @@ impl Worker {
         let process = process.map_err(|error| host_failed("the vault worker could not be started", &error))?;
         control.set_nonblocking(true).map_err(failed)?;
         let control = UnixStream::from_std(control).map_err(failed)?;
-        let lines = FramedRead::new(control, LinesCodec::new_with_max_length(MAX_LINE));
+        let lines = Lines(FramedRead::new(control, LinesCodec::new_with_max_length(MAX_LINE)));
         Ok(Self { process: KillOnDrop::new(process), lines, disks })
     }
 
     /// What it says next.
     pub(crate) async fn hear(&mut self) -> Result<Said, Refusal> {
-        let said = self.lines.next().await.and_then(Result::ok).and_then(|line| serde_json::from_str(&line).ok());
-        match said {
-            Some(Said::Failed { code, message }) => Err(refused(code, message)),
-            Some(said) => Ok(said),
-            None => Err(Refusal::new(ErrorCode::HostFailed, "the vault worker ended before it was done")
-                .hint("look at the host's vault log")
-                .retry(Retry::Safe)),
-        }
+        self.lines.hear().await
     }
 
     /// Hears until it is done; what it tells then.
     pub(crate) async fn done(&mut self) -> Result<serde_json::Value, Refusal> {
-        loop {
-            if let Said::Done(told) = self.hear().await? {
-                return Ok(told);
-            }
-        }
+        self.lines.done().await
     }
 
     /// Gives it the connection to its next disk.
@@ -106,9 +95,34 @@ impl Worker {
     }
 
     /// It goes on by itself, and ends when it is done; also without this agent.
-    pub(crate) fn let_go(self) -> FramedRead<UnixStream, LinesCodec> {
+    pub(crate) fn let_go(self) -> Lines {
         self.process.keep();
         self.lines
+    }
+}
+
+/// What a worker says.
+pub(crate) struct Lines(FramedRead<UnixStream, LinesCodec>);
+
+impl Lines {
+    async fn hear(&mut self) -> Result<Said, Refusal> {
+        let said = self.0.next().await.and_then(Result::ok).and_then(|line| serde_json::from_str(&line).ok());
+        match said {
+            Some(Said::Failed { code, message }) => Err(refused(code, message)),
+            Some(said) => Ok(said),
+            None => Err(Refusal::new(ErrorCode::HostFailed, "the vault worker ended before it was done")
+                .hint("look at the host's vault log")
+                .retry(Retry::Safe)),
+        }
+    }
+
+    /// Hears until the worker is done; what it tells then.
+    pub(crate) async fn done(&mut self) -> Result<serde_json::Value, Refusal> {
+        loop {
+            if let Said::Done(told) = self.hear().await? {
+                return Ok(told);
+            }
+        }
     }
 }
 

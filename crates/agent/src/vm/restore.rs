@@ -2,27 +2,25 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
-use godwit_model::{ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState, VolumeRef};
-use godwit_qemu::process::QemuProcess;
+use godwit_model::{ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, RunState, VolumeRef};
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::{PassedFds, Start};
+use tracing::Instrument;
 
 use super::actor::{Actor, RETRY, qemu_failed};
 use super::change::{open_disk, open_flash};
 use super::disks::{self, nodes};
 use super::moving::millis;
+use super::playing::{Playing, player, unexpected, wait_for};
 use crate::host::{host_failed, unix_now};
 use crate::journal::{Holding, VmRecord};
 use crate::snapshot::{Changed, DiskTo, FromSnapshot, Job, Restored, Said, Worker};
 
 /// How long QEMU may take to load the devices.
 const LOADING: Duration = Duration::from_secs(60);
-/// How long a QEMU that closes its connection may take to end.
-const ENDING: Duration = Duration::from_secs(2);
 
 impl Actor {
     /// Starts the VM out of a snapshot.
@@ -67,7 +65,7 @@ impl Actor {
             match qemus {
                 Some((player, qemus)) => {
                     self.remember_from_here(from).await;
-                    self.restore_memory(player, qemus, &mut figures).await
+                    self.restore_memory(from, (player, qemus), &mut figures).await
                 }
                 None => self.boot(grant, spec, from, &mut figures).await,
             }
@@ -102,9 +100,11 @@ impl Actor {
         }
     }
 
-    /// A VM whose memory came out of a snapshot, and does not any more, while no agent looked: see [`see_to_the_end`].
+    /// A VM whose memory came out of a snapshot, and does not any more, while no agent looked: nobody here has the key to have another worker play on, as [`Playing`] does.
     pub(super) async fn end_what_waits_for_a_snapshot(&mut self) {
+        let is_seen_to = self.playing.as_ref().is_some_and(|playing| !playing.is_finished());
         let is_it = self.record.as_ref().is_some_and(|record| record.out_of_snapshot && record.holding == Holding::Owner);
+        let is_it = is_it && !is_seen_to;
         let Some(qmp) = self.qmp.as_ref().filter(|_| is_it) else { return };
         if !matches!(qmp.migration().await, Ok(MigrationStatus::PostcopyPaused)) {
             return;
@@ -124,19 +124,15 @@ impl Actor {
         let host = &self.host;
         let of_disk = |(node, _): (String, VolumeRef)| DiskTo { changed: changed.remove(&node), node };
         let disks = nodes(spec).into_iter().map(of_disk).collect();
-        let directory = async || host.pools.vault(&from.vault.pool, &from.vault.team, host.vault_uid()).await;
+        let directory = host.pools.vault(&from.vault.pool, &from.vault.team, host.vault_uid()).await?;
         let job = Job::Restore { snapshot: from.snapshot.clone(), disks };
-        let mut worker = Worker::start(host, directory().await?, job, PassedFds::new()).await?;
+        let mut worker = Worker::start(host, directory, job, PassedFds::new()).await?;
         wait_for(&mut worker, &Said::Ready).await?;
         if !from.memory {
             return Ok((worker, None));
         }
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
-        let mut fds = PassedFds::new();
-        let job = Job::Play { snapshot: from.snapshot.clone(), qemu_fd: fds.pass(ours) };
-        let mut player = Worker::start(host, directory().await?, job, fds).await?;
-        wait_for(&mut player, &Said::Ready).await?;
-        Ok((worker, Some((player, qemus))))
+        Ok((worker, Some((player(host, from, ours, false).await?, qemus))))
     }
 
     async fn restore_disks(&self, worker: &mut Worker, from: &FromSnapshot, figures: &mut RestoreFigures) -> Result<(), Refusal> {
@@ -173,7 +169,12 @@ impl Actor {
         }
     }
 
-    async fn restore_memory(&mut self, mut player: Worker, qemus: UnixStream, figures: &mut RestoreFigures) -> Result<(), Refusal> {
+    async fn restore_memory(
+        &mut self,
+        from: &FromSnapshot,
+        (mut player, qemus): (Worker, UnixStream),
+        figures: &mut RestoreFigures,
+    ) -> Result<(), Refusal> {
         let (began, qmp) = (Instant::now(), self.monitor()?.clone());
         qmp.begin_restore(qemus).await.map_err(qemu_failed)?;
         let late = |_| {
@@ -181,6 +182,8 @@ impl Actor {
             Err(Refusal::new(ErrorCode::QemuFailed, message).hint("look at the VM's log on its host"))
         };
         tokio::time::timeout(LOADING, wait_for(&mut player, &Said::Loaded)).await.unwrap_or_else(late)?;
+        // From here on QEMU waits for what does not come, in whatever it is told to do.
+        self.see_to_memory(from, Some(player));
         // What was plugged in then is so again with the devices; what must not be is not when the guest runs.
         self.plug_out().await?;
         self.publish_tpm().await?;
@@ -189,10 +192,24 @@ impl Actor {
         self.state = RunState::Running;
         (figures.memory_ms, figures.ran_at) = (millis(began.elapsed()).get(), unix_now());
         self.settle_tpm().await;
-        if let Some(process) = self.process.clone() {
-            tokio::spawn(see_to_the_end(process, player, self.end_reason.clone()));
-        }
         Ok(())
+    }
+
+    /// Has memory come until all is there. Without a player, an agent that is no more has started one.
+    fn see_to_memory(&mut self, from: &FromSnapshot, player: Option<Worker>) {
+        let (Some(process), Ok(qmp)) = (self.process.clone(), self.monitor()) else { return };
+        let (host, qmp, reason) = (Arc::clone(&self.host), qmp.clone(), self.end_reason.clone());
+        let playing = Playing { host, process, qmp, from: from.clone(), reason, spare: None };
+        self.playing = Some(tokio::spawn(playing.see_to_the_end(player).in_current_span()));
+    }
+
+    /// The VM was begun out of this snapshot by an agent that is no more; what that one knew is known again.
+    pub(super) async fn see_to_memory_again(&mut self, from: &FromSnapshot) {
+        let Ok(qmp) = self.monitor() else { return };
+        let is_watched = self.playing.as_ref().is_some_and(|playing| !playing.is_finished());
+        if from.memory && !is_watched && qmp.migration().await.is_ok_and(|status| status.needs_pages()) {
+            self.see_to_memory(from, None);
+        }
     }
 
     /// Without memory it boots, from the disks that it was given.
@@ -216,53 +233,4 @@ impl Actor {
         figures.ran_at = unix_now();
         Ok(())
     }
-}
-
-/// A VM whose memory cannot come any more waits for ever where it touches it: it is ended, and can be had out of the snapshot once more.
-async fn see_to_the_end(process: Arc<QemuProcess>, player: Worker, reason: EndReason) {
-    let mut lines = player.let_go();
-    let mut failed = "the vault worker is gone".to_owned();
-    while let Some(Ok(line)) = lines.next().await {
-        match serde_json::from_str(&line) {
-            Ok(Said::Done(_)) => return tracing::info!("all memory has come out of the snapshot"),
-            Ok(Said::Failed { message, .. }) => failed = message,
-            _ => {}
-        }
-    }
-    // One that was ended takes no more.
-    if has_ended(&process).await {
-        return;
-    }
-    tracing::error!(failed, "memory cannot come out of the snapshot: the VM is ended");
-    reason.set(format!("ended since its memory cannot come out of the snapshot: {failed}"));
-    process.kill();
-}
-
-/// Whether a QEMU that has closed its connection has ended with it.
-pub(super) async fn has_ended(process: &QemuProcess) -> bool {
-    tokio::time::timeout(ENDING, process.exited()).await.is_ok()
-}
-
-/// Why this host has ended a VM of its own accord.
-#[derive(Clone, Debug, Default)]
-pub(super) struct EndReason(Arc<Mutex<String>>);
-
-impl EndReason {
-    fn set(&self, reason: String) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = reason;
-    }
-
-    /// Empty if it has not.
-    pub(super) fn get(&self) -> String {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-async fn wait_for(worker: &mut Worker, wanted: &Said) -> Result<(), Refusal> {
-    let said = worker.hear().await?;
-    if std::mem::discriminant(&said) == std::mem::discriminant(wanted) { Ok(()) } else { Err(unexpected()) }
-}
-
-fn unexpected() -> Refusal {
-    Refusal::new(ErrorCode::Internal, "the vault worker said what nobody expects").retry(Retry::Safe)
 }

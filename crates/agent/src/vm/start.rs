@@ -17,7 +17,7 @@ use godwit_qemu::{Qmp, Resources, Sockets, Start};
 use super::actor::{Actor, qemu_failed};
 use super::change::{open_disk, open_flash};
 use super::disks::into::open_arriving;
-use super::restore::EndReason;
+use super::playing::EndReason;
 use crate::host::{SharedHost, host_failed, private_dir};
 use crate::journal::{Holding, VmRecord};
 use crate::nodes::{self, NODES};
@@ -52,6 +52,9 @@ impl Actor {
                     return Err(Refusal::new(ErrorCode::VmRunning, "the VM already runs on this host on an older generation"));
                 }
                 if from.is_none() || self.has_loaded().await {
+                    if let Some(from) = from {
+                        self.see_to_memory_again(from).await;
+                    }
                     return self.run_on().await.map(|()| from.map(|_| RestoreFigures::default()));
                 }
                 // An agent that is no more was at it.
