@@ -69,7 +69,7 @@ impl Playing {
             if is_for_good(failed) {
                 break;
             }
-            tracing::warn!(message = failed.message, "memory comes out of the snapshot no more: another worker plays on");
+            tracing::warn!(failed = failed.message, "memory comes out of the snapshot no more: another worker plays on");
             tokio::time::sleep(pause).await;
             played = match self.play_on().await {
                 Ok(player) => self.hear_out(player).await,
@@ -88,7 +88,11 @@ impl Playing {
 
     /// The connection in case is of no use any more.
     async fn give_back(&self) {
-        if self.spare.is_some() && self.process.is_alive() {
+        if !self.process.is_alive() {
+            return;
+        }
+        self.reason.set(String::new());
+        if self.spare.is_some() {
             let _ = self.qmp.closefd(SPARE_FD).await;
         }
     }
@@ -146,12 +150,16 @@ impl Playing {
         if let Some(qemus) = qemus {
             self.qmp.getfd(SPARE_FD, qemus.into()).await.map_err(qemu_failed)?;
         }
+        // What is to be said if it ends over it.
+        self.reason
+            .set("QEMU ended when whoever brought its memory out of the snapshot was lost once more, before it went on".into());
         self.recover().await?;
         let late = |_| {
             let message = format!("QEMU did not say what memory it has within {RESUMING:?}");
             Err(Refusal::new(ErrorCode::QemuFailed, message))
         };
         tokio::time::timeout(RESUMING, wait_for(&mut player, &Said::Resumed)).await.unwrap_or_else(late)?;
+        self.reason.set(String::new());
         tracing::info!("memory comes out of the snapshot again");
         Ok(player)
     }
