@@ -253,7 +253,7 @@ fn who_plays_on_asks_what_there_is_and_sends_what_is_not_and_no_page_twice() {
             numbers.sort_unstable();
             let along = numbers.iter().filter(|page| page.is_multiple_of(3)).count();
             assert!(numbers.windows(2).all(|pages| pages[0] < pages[1]), "each once: {numbers:?}");
-            assert!(!numbers.iter().any(|page| has(page)), "it has some: {numbers:?}");
+            assert!(!numbers.iter().any(&has), "it has some: {numbers:?}");
             assert!(zero.is_none_or(|zero| numbers.contains(&zero)) && along <= 1, "{numbers:?}");
             let wanted = (0..PAGES).filter(|page| !page.is_multiple_of(3) && !has(page)).count();
             assert_eq!(numbers.len() - along, wanted, "all that is not zeros");
