@@ -10,6 +10,7 @@
 //! restore   vault ──what differs──NBD──▶ QEMU (a disk, before its VM runs)
 //! serve     vault ──NBD──▶ QEMU (what a disk was, read while its volume is filled and the VM runs)
 //! play      vault ──stream of post-copy: device state first, pages as they are missed, the rest in order──▶ QEMU (incoming)
+//!           and again, to one that has lost whoever played: what it says that it does not have
 //! unload    vault ──▶ file (the stream of a migration), file (raw)
 //! load      file (such a stream), file (raw) ──▶ vault
 //! ```

@@ -17,6 +17,7 @@ mod forecast;
 mod images;
 mod moving;
 mod placement;
+mod playing;
 mod registry;
 mod restore;
 mod sampling;

@@ -158,7 +158,9 @@ pub(crate) fn not_ready(snapshot: &SnapshotRow) -> Refusal {
 #[cfg(test)]
 mod tests {
     use godwit_api::v1::SnapshotState;
-    use godwit_model::{HostCondition, HostFacts, HostLoad, RunState, SnapshotId, SnapshotRequest};
+    use godwit_model::{
+        HostBridge, HostCondition, HostFacts, HostLoad, NetworkId, NetworkKind, ResolvedNic, RunState, SnapshotId, SnapshotRequest,
+    };
 
     use super::*;
     use crate::checks::tests::{facts, load, spec};
@@ -276,6 +278,46 @@ mod tests {
             hosts[1].1.conditions.push(HostCondition { name, message: "no userfaultfd".into(), fix: "set a sysctl".into() });
         };
         assert_eq!(code(None, boots_there).as_deref(), Ok("h2"));
+    }
+
+    #[test]
+    fn a_vm_begins_again_only_where_its_networks_are() {
+        let (vm, mut row) = snapshot();
+        let nic = ResolvedNic::new(name("lan"), "52:54:00:00:00:01".parse().expect("an address"));
+        row.resolved.nics = vec![nic];
+        let lan = NetworkRow {
+            id: NetworkId::new(uuid::Uuid::nil()),
+            name: name("lan"),
+            team: vm.team.clone(),
+            kind: NetworkKind::Bridge { bridge: "br0".parse().expect("a bridge"), vlan: None },
+            vni: None,
+            mtu: 1_500,
+            created: UnixMillis(0),
+        };
+        let lan = [Stored { row: lan, revision: 1 }];
+        let (here, without) = (facts(), load(Bytes::GIB));
+        let mut with = load(Bytes::GIB);
+        with.networks.bridges = vec![HostBridge { name: "br0".into(), mtu: 1_500, uplink: Some("eth0".into()) }];
+        let decided = |wanted: Option<&str>, has: [bool; 3], networks: &[Stored<NetworkRow>]| {
+            let names = ["h1", "h2", "h3"].map(name);
+            let loads = has.map(|has| if has { &with } else { &without });
+            let hosts: Vec<Candidate<'_>> =
+                names.iter().zip(loads).map(|(name, load)| Candidate { name, facts: &here, load, skew: None }).collect();
+            let origin = hosts.iter().find(|host| *host.name == row.host).copied();
+            let rollback = Rollback { vm: &vm, snapshot: &row, networks, origin };
+            rollback.decide_host(wanted.map(name).as_ref(), &hosts).map(|host| host.to_string()).map_err(|refusal| {
+                assert!(refusal.hint.is_some(), "{refusal:?}");
+                (refusal.code, refusal.message)
+            })
+        };
+        assert_eq!(decided(None, [true; 3], &lan).as_deref(), Ok("h2"));
+        assert_eq!(decided(None, [true, false, true], &lan).as_deref(), Ok("h3"));
+        let (code, message) = decided(Some("h2"), [true, false, true], &lan).expect_err("no bridge");
+        assert!(code == ErrorCode::HostIncompatible && message.contains("br0"), "{message}");
+        let (code, _) = decided(None, [false; 3], &lan).expect_err("no bridge anywhere");
+        assert_eq!(code, ErrorCode::HostIncompatible);
+        let (code, message) = decided(None, [true; 3], &[]).expect_err("it was deleted");
+        assert!(code == ErrorCode::NotFound && message.contains("lan"), "{message}");
     }
 
     #[test]

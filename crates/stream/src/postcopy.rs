@@ -4,12 +4,16 @@
 //! before RAM's start  advise
 //! the switch          discard …  package { listen, device state, ping, run }
 //! after it            part { page … } …  end
-//! after a cut         resume  part { page … } …  end
+//! after a cut         [ received? … ]  resume  part { page … } …  end
 //! ```
 //! The source QEMU of such a stream knows nothing of it: it ends as any other does, and [`DeviceState`] takes the end apart. After the switch no page
-//! may be sent twice, nor one that was not discarded: QEMU gives up over it.
+//! may be sent twice, nor one that was not discarded: QEMU gives up over it. Who does not know what has arrived asks for it before it resumes ([`Received`]).
+
+mod received;
 
 use bytes::{BufMut, Bytes, BytesMut};
+
+pub use received::{Received, ReceivedError};
 
 use crate::PAGE_SIZE;
 use crate::element::BlockId;
@@ -99,6 +103,14 @@ impl<'a> PagesAfter<'a> {
         self.out.put_u64(flag::EOS);
         put_footer(self.out, self.section);
     }
+}
+
+/// On a new connection, before [`put_resume`]: asks which pages of a block have arrived. The answer is
+/// [`ReturnMessage::RecvBitmap`](crate::ReturnMessage::RecvBitmap) with what follows it, for [`Received`].
+pub fn put_ask_received(out: &mut BytesMut, block: &BlockId) {
+    let mut payload = BytesMut::new();
+    put_name(&mut payload, block.as_bytes());
+    put_command(out, command::RECV_BITMAP, &payload);
 }
 
 /// On a new connection, to a destination that has lost the one before: it goes on, and asks once more for what it waits for.

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use godwit_api::v1::{
-    ScheduleCreate, ScheduleRun, ScheduledResult, SnapshotClone, SnapshotCreate, TaskState, VaultPrune, VmDelete,
+    ScheduleCreate, ScheduleRun, ScheduledResult, SnapshotClone, SnapshotCreate, SnapshotExportRequest, TaskState, VaultPrune,
+    VmDelete,
 };
 use godwit_e2e::{Action, Cluster, ClusterSpec, GuestSpec, Party, other_qemu};
 use godwit_lab::Signal;
@@ -49,10 +50,11 @@ fn name(text: &str) -> Name {
     Name::new(text).expect("a name")
 }
 
-/// The vault worker that the agent of this host has started.
-fn worker(cluster: &Cluster, host: &str) -> Result<Option<i32>> {
+/// The vault workers that the agent of this host has started.
+fn workers(cluster: &Cluster, host: &str) -> Result<Vec<i32>> {
     let status = cluster.lab_status()?;
     let agent = status.hosts.iter().find(|known| known.name == host).and_then(|host| host.agent.pid).context("no agent")?;
+    let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let parent = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
@@ -61,18 +63,18 @@ fn worker(cluster: &Cluster, host: &str) -> Result<Option<i32>> {
         if let (true, Some(parent)) = (is_worker, parent)
             && parent == agent
         {
-            return Ok(entry.file_name().to_str().and_then(|pid| pid.parse().ok()));
+            found.extend(entry.file_name().to_str().and_then(|pid| pid.parse::<i32>().ok()));
         }
     }
-    Ok(None)
+    Ok(found)
 }
 
 /// Waits until the snapshot that is being taken has come to this step.
 fn wait_for_worker(cluster: &Cluster, host: &str) -> Result<i32> {
     let deadline = Instant::now() + Duration::from_secs(20);
     while Instant::now() < deadline {
-        if let Some(pid) = worker(cluster, host)? {
-            return Ok(pid);
+        if let Some(pid) = workers(cluster, host)?.first() {
+            return Ok(*pid);
         }
         thread::sleep(Duration::from_millis(2));
     }
@@ -258,11 +260,43 @@ fn whoever_dies_while_a_snapshot_is_taken_the_vm_runs_on() -> Result<()> {
     cluster.turned_back("web")?;
     goes_on(&cluster, "web")?;
     cluster.check()?;
+    // Whoever brings its memory and its disks, twice, and then the agent: others go on, and the guest notices nothing.
+    cluster.expect_log("another worker plays on");
+    cluster.expect_log("another worker serves the disk");
+    let task = cluster.begin_rollback("a1", Some("h2"))?;
+    let deadline = Instant::now() + PATIENCE;
+    let runs = || -> Result<bool> {
+        let vm = cluster.ask(cluster.client().vm(&name("web")))?;
+        Ok(vm.status.state == RunState::Running && vm.status.host == Some(name("h2")))
+    };
+    while !runs()? {
+        ensure!(Instant::now() < deadline, "it does not run");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let qemu = cluster.qemu("web", "h2")?;
+    for _ in 0..2 {
+        for pid in workers(&cluster, "h2")? {
+            let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
+        }
+        thread::sleep(Duration::from_millis(500));
+    }
+    // When memory has come, those are left that serve disks.
+    while workers(&cluster, "h2")?.len() > 2 {
+        ensure!(Instant::now() < deadline, "memory does not come");
+        thread::sleep(Duration::from_millis(10));
+    }
+    cluster.kill(Party::Agent("h2"))?;
+    cluster.run(&[Action::Restart(Party::Agent("h2"))])?;
+    cluster.done(task, PATIENCE)?;
+    cluster.turned_back("web")?;
+    goes_on(&cluster, "web")?;
+    cluster.check()?;
+    ensure!(cluster.qemu("web", "h2")? == qemu, "it was ended");
     // QEMU itself: the VM is lost, the snapshot with it, and an earlier one brings it back.
     let task = cluster.begin_snapshot("web", "q")?;
-    wait_for_worker(&cluster, "h1")?;
+    wait_for_worker(&cluster, "h2")?;
     thread::sleep(Duration::from_millis(200));
-    cluster.kill(Party::Qemu("web", "h1"))?;
+    cluster.kill(Party::Qemu("web", "h2"))?;
     ensure!(matches!(refused(&cluster, task)?, ErrorCode::SnapshotFailed | ErrorCode::QemuFailed));
     let deadline = Instant::now() + Duration::from_secs(20);
     // Its host says so by itself.
@@ -329,6 +363,16 @@ fn a_vault_without_room_costs_a_snapshot_and_nothing_else() -> Result<()> {
     ensure!(left.is_empty(), "{left:?} is left");
     drop(small);
     cluster.take("web", "first")?;
+    // Nor is there room for its files.
+    let place = cluster.lab().shared_pool()?.join("exports/default");
+    fs::create_dir_all(&place)?;
+    let small = Mounted::tmpfs(&place, "size=8m")?;
+    let task = cluster.ask(cluster.client().export_snapshot(&name("first"), &SnapshotExportRequest::default()))?.id;
+    ensure!(refused(&cluster, task)? == ErrorCode::NotEnoughSpace);
+    let left: Vec<_> = fs::read_dir(&place)?.flatten().map(|entry| entry.file_name()).collect();
+    ensure!(left.is_empty(), "{left:?} is left");
+    drop(small);
+    goes_on(&cluster, "web")?;
     cluster.finish()
 }
 

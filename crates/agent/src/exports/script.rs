@@ -42,10 +42,7 @@ pub(super) fn start(name: &Name, spec: &ResolvedSpec, files: &PlainFiles, argume
         let _ = writeln!(text, "cp {} {variables}", in_export(variables));
     }
     if let Some(socket) = &files.tpm {
-        let _ = writeln!(
-            text,
-            "mkdir {RUN}/tpm\nswtpm socket --tpm2 --tpmstate dir={RUN}/tpm --ctrl type=unixio,path={socket} --daemon --terminate"
-        );
+        text.push_str(&tpm(socket));
     }
     if files.memory.is_some() {
         text.push_str("echo 'The VM stands still where it was taken: ctrl-a c, then cont, lets it go on.' >&2\n");
@@ -58,6 +55,14 @@ pub(super) fn start(name: &Name, spec: &ResolvedSpec, files: &PlainFiles, argume
     }
     text.push_str(" \\\n    \"$@\"\n");
     text
+}
+
+/// Starts a TPM. In the background it works in the root directory, once its socket is there: where its state is must not depend on that.
+fn tpm(socket: &str) -> String {
+    format!(
+        "mkdir {RUN}/tpm\n\
+         swtpm socket --tpm2 --tpmstate \"dir=$PWD/{RUN}/tpm\" --ctrl type=unixio,path={socket} --daemon --terminate\n"
+    )
 }
 
 /// `README.txt`.
@@ -121,7 +126,26 @@ pub(super) fn read_me(name: &Name, spec: &ResolvedSpec, files: &PlainFiles, qemu
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write as _};
+    use std::os::unix::net::UnixStream;
+    use std::process::Command;
+
     use super::*;
+
+    #[test]
+    fn the_tpm_that_is_started_finds_its_state() {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::create_dir(dir.path().join(RUN)).expect("a directory");
+        let script = tpm(&in_run(TPM));
+        let started = Command::new("sh").args(["-euc", &script]).current_dir(dir.path()).status().expect("sh");
+        assert!(started.success());
+        let mut socket = UnixStream::connect(dir.path().join(in_run(TPM))).expect("it listens");
+        // Its first command: it begins, with its state as it is.
+        socket.write_all(&[0, 0, 0, 2, 0, 0, 0, 0]).expect("heard");
+        let mut result = [0xff; 4];
+        socket.read_exact(&mut result).expect("answered");
+        assert_eq!(u32::from_be_bytes(result), 0);
+    }
 
     #[test]
     fn no_word_is_more_than_a_word_to_the_shell() {

@@ -24,7 +24,7 @@ const SPACE: Bytes = Bytes(8 << 30);
 pub(crate) struct Worker {
     /// None if it outlives this.
     process: Option<KillOnDrop>,
-    lines: FramedRead<UnixStream, LinesCodec>,
+    lines: Lines,
     disks: StdUnixStream,
 }
 
@@ -71,29 +71,18 @@ impl Worker {
         let process = process.map_err(|error| host_failed("the vault worker could not be started", &error))?;
         control.set_nonblocking(true).map_err(failed)?;
         let control = UnixStream::from_std(control).map_err(failed)?;
-        let lines = FramedRead::new(control, LinesCodec::new_with_max_length(MAX_LINE));
+        let lines = Lines(FramedRead::new(control, LinesCodec::new_with_max_length(MAX_LINE)));
         Ok(Self { process: Some(KillOnDrop::new(process)), lines, disks })
     }
 
     /// What it says next.
     pub(crate) async fn hear(&mut self) -> Result<Said, Refusal> {
-        let said = self.lines.next().await.and_then(Result::ok).and_then(|line| serde_json::from_str(&line).ok());
-        match said {
-            Some(Said::Failed { code, message }) => Err(refused(code, message)),
-            Some(said) => Ok(said),
-            None => Err(Refusal::new(ErrorCode::HostFailed, "the vault worker ended before it was done")
-                .hint("look at the host's vault log")
-                .retry(Retry::Safe)),
-        }
+        self.lines.hear().await
     }
 
     /// Hears until it is done; what it tells then.
     pub(crate) async fn done(&mut self) -> Result<serde_json::Value, Refusal> {
-        loop {
-            if let Said::Done(told) = self.hear().await? {
-                return Ok(told);
-            }
-        }
+        self.lines.done().await
     }
 
     /// Gives it the connection to its next disk.
@@ -112,9 +101,34 @@ impl Worker {
     }
 
     /// The same; what it says.
-    pub(crate) fn let_go(mut self) -> FramedRead<UnixStream, LinesCodec> {
+    pub(crate) fn let_go(mut self) -> Lines {
         self.outlive();
         self.lines
+    }
+}
+
+/// What a worker says.
+pub(crate) struct Lines(FramedRead<UnixStream, LinesCodec>);
+
+impl Lines {
+    async fn hear(&mut self) -> Result<Said, Refusal> {
+        let said = self.0.next().await.and_then(Result::ok).and_then(|line| serde_json::from_str(&line).ok());
+        match said {
+            Some(Said::Failed { code, message }) => Err(refused(code, message)),
+            Some(said) => Ok(said),
+            None => Err(Refusal::new(ErrorCode::HostFailed, "the vault worker ended before it was done")
+                .hint("look at the host's vault log")
+                .retry(Retry::Safe)),
+        }
+    }
+
+    /// Hears until the worker is done; what it tells then.
+    pub(crate) async fn done(&mut self) -> Result<serde_json::Value, Refusal> {
+        loop {
+            if let Said::Done(told) = self.hear().await? {
+                return Ok(told);
+            }
+        }
     }
 }
 

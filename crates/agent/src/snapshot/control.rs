@@ -96,8 +96,8 @@ pub(crate) enum Job {
     Unload { snapshot: Keyed, disk: Option<String>, to_fd: RawFd },
     /// Makes files a snapshot: the stream of a VM of this machine, if there is one, and raw images.
     Load { snapshot: Keyed, team: [u8; 32], known: Vec<Keyed>, memory: Option<MemoryFile>, disks: Vec<DiskFile>, about: Vec<u8> },
-    /// Plays a VM to the QEMU that waits.
-    Play { snapshot: Keyed, qemu_fd: RawFd },
+    /// Plays a VM to the QEMU that waits; or plays on, to one that lost whoever played before.
+    Play { snapshot: Keyed, qemu_fd: RawFd, on: bool },
     /// Removes a snapshot.
     Delete { snapshot: SnapshotId },
     /// Says how much there is.
@@ -122,6 +122,8 @@ pub(crate) enum Said {
     NextDisk,
     /// QEMU has the devices: the VM may run.
     Loaded,
+    /// QEMU has said what it has of memory, and goes on.
+    Resumed,
     /// It is done; what there is to tell depends on the job.
     Done(serde_json::Value),
     /// It is not.

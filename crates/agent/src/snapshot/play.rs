@@ -6,7 +6,15 @@
 //! ```
 //! A page that is asked for goes ahead of all others, and takes those around it along; those that hold zeros are sent only in that way. While the guest finds its feet, every page that
 //! nobody has asked for costs it time: such pages wait until it asks for nothing. No page goes twice: QEMU gives up over it.
+//!
+//! Who plays may die in the middle of it: QEMU waits then, and whoever plays on asks it what it has.
+//!
+//! ```text
+//! received? …                   resume                    pages … end
+//!             ◀── what it has ──        ◀── it goes on ── asks for pages ──  shut
+//! ```
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -15,7 +23,9 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::pages::{PageSet, Place};
-use godwit_stream::postcopy::{PagesAfter, put_advise, put_discards, put_end, put_package};
+use godwit_stream::postcopy::{
+    PagesAfter, Received, ReceivedError, put_advise, put_ask_received, put_discards, put_end, put_package, put_resume,
+};
 use godwit_stream::{
     BlockId, Element, PAGE_SIZE, RamBlock, RamStart, Reader, ReturnError, ReturnMessage, ReturnReader, StreamError, WriteError,
     Writer,
@@ -65,6 +75,12 @@ pub(super) enum PlayError {
     /// QEMU says what is not known.
     #[error("what QEMU says is not understood")]
     Answer(#[from] ReturnError),
+    /// QEMU says that it has what it cannot have.
+    #[error("what QEMU says of the memory that it has cannot be")]
+    Received(#[from] ReceivedError),
+    /// QEMU says something else than it was asked.
+    #[error("QEMU does not answer what it was asked")]
+    Unasked,
     /// QEMU could not load it, or ended.
     #[error("QEMU did not take the snapshot")]
     Refused,
@@ -86,14 +102,34 @@ type Said = Option<Result<ReturnMessage, PlayError>>;
 /// when QEMU has all memory. It waits as long as QEMU lives: whoever gives up ends that.
 ///
 /// # Errors
-/// [`PlayError`]. Before `loaded` QEMU has ended, or is to be; after it the VM waits for the memory that it does not have.
+/// [`PlayError`]. Before `loaded` QEMU has ended, or is to be; after it the VM waits for the memory that it does not have, until somebody [plays on](play_on).
 pub(super) fn play(socket: UnixStream, contents: Contents, loaded: impl FnOnce()) -> Result<Played, PlayError> {
-    set_socket_send_buffer_size(&socket, AHEAD).map_err(io::Error::from)?;
+    converse(&socket, |said| Player::begin(&socket, contents)?.run(said, Some(loaded)))
+}
+
+/// Plays on to a QEMU that has lost whoever played the snapshot to it after it had loaded the devices, and recovers on the other end of `socket`; `resumed` is called when it
+/// goes on. Returns as [`play`] does.
+///
+/// # Errors
+/// [`PlayError`]. Before `resumed` an old QEMU may have ended; else the VM waits for the memory that it does not have, as before.
+pub(super) fn play_on(socket: UnixStream, contents: Contents, resumed: impl FnOnce()) -> Result<Played, PlayError> {
+    converse(&socket, |said| {
+        let mut player = Player::open(&socket, contents)?.0;
+        let early = player.resume(said)?;
+        resumed();
+        player.early = early;
+        player.run(said, None::<fn()>)
+    })
+}
+
+/// Has QEMU heard while somebody speaks to it.
+fn converse(socket: &UnixStream, speak: impl FnOnce(&Receiver<Said>) -> Result<Played, PlayError>) -> Result<Played, PlayError> {
+    set_socket_send_buffer_size(socket, AHEAD).map_err(io::Error::from)?;
     let (sender, said) = sync_channel(UNHEARD);
     let listening = socket.try_clone()?;
     std::thread::scope(|scope| {
         scope.spawn(move || listen(listening, &sender));
-        let played = Player::new(&socket, contents).and_then(|player| player.run(&said, loaded));
+        let played = speak(&said);
         // Whoever listens ends with it, also if it waits for being heard.
         drop(said);
         let _ = socket.shutdown(Shutdown::Both);
@@ -136,12 +172,14 @@ struct Player<'a> {
     zeros: PageSet,
     /// The block that QEMU asked for last.
     asked: Option<u16>,
+    /// What QEMU asked for before it could be answered.
+    early: VecDeque<ReturnMessage>,
     played: Played,
 }
 
 impl<'a> Player<'a> {
-    /// Says everything before the first page.
-    fn new(socket: &'a UnixStream, mut contents: Contents) -> Result<Self, PlayError> {
+    /// Knows what there is to send; with what comes before RAM's start, and that start.
+    fn open(socket: &'a UnixStream, mut contents: Contents) -> Result<(Self, Vec<Element>, RamStart), PlayError> {
         let (before, start) = preamble(&contents.snapshot().parts().preamble)?;
         let lengths: Vec<u32> = contents.spaces().iter().map(|space| space.pages).collect();
         let is_same = |(block, space): &(&RamBlock, &Space)| {
@@ -159,6 +197,13 @@ impl<'a> Player<'a> {
                 }
             }
         }
+        let (section, early, played) = (start.section, VecDeque::new(), Played::default());
+        Ok((Self { socket, contents, ids, section, left, zeros, asked: None, early, played }, before, start))
+    }
+
+    /// Says everything before the first page.
+    fn begin(socket: &'a UnixStream, contents: Contents) -> Result<Self, PlayError> {
+        let (player, before, start) = Self::open(socket, contents)?;
         let mut out = BytesMut::new();
         let mut writer = Writer::new();
         let ping = |number: u32| Element::Command { number: PING, payload: Bytes::copy_from_slice(&number.to_be_bytes()) };
@@ -168,25 +213,74 @@ impl<'a> Player<'a> {
         writer.write(&Element::Command { number: OPEN_RETURN_PATH, payload: Bytes::new() }, &mut out)?;
         writer.write(&ping(1), &mut out)?;
         put_advise(&mut out);
-        let section = start.section;
-        let first = ids.first().cloned().ok_or(PlayError::NoRam)?;
+        let first = player.ids.first().cloned().ok_or(PlayError::NoRam)?;
         writer.write(&Element::RamStart(start), &mut out)?;
         // One page at least: without it QEMU takes another way, and stands still for ever.
         put_discards(&mut out, &first, &[(0, 1)]);
         writer.write(&ping(2), &mut out)?;
-        put_package(&mut out, &contents.snapshot().parts().devices, LOADED);
-        let mut to = socket;
-        to.write_all(&out)?;
-        Ok(Self { socket, contents, ids, section, left, zeros, asked: None, played: Played::default() })
+        put_package(&mut out, &player.contents.snapshot().parts().devices, LOADED);
+        player.send(&out)?;
+        Ok(player)
+    }
+
+    /// Asks a QEMU that recovers what it has, and has it go on; what it has asked for by then.
+    fn resume(&mut self, said: &Receiver<Said>) -> Result<VecDeque<ReturnMessage>, PlayError> {
+        let mut early = VecDeque::new();
+        // One after the other: so neither waits for being heard.
+        for block in 0..self.ids.len() {
+            self.ask_received(block, said, &mut early)?;
+        }
+        let mut out = BytesMut::new();
+        put_resume(&mut out);
+        self.send(&out)?;
+        match answer(said, &mut early)? {
+            ReturnMessage::ResumeAck(1) => Ok(early),
+            _ => Err(PlayError::Unasked),
+        }
+    }
+
+    /// Nothing that QEMU has of a block is sent.
+    fn ask_received(&mut self, block: usize, said: &Receiver<Said>, early: &mut VecDeque<ReturnMessage>) -> Result<(), PlayError> {
+        let (Some(id), Some(space)) = (self.ids.get(block), self.contents.spaces().get(block)) else {
+            return Err(PlayError::NoRam);
+        };
+        let mut out = BytesMut::new();
+        put_ask_received(&mut out, id);
+        let (id, pages) = (id.clone(), space.pages);
+        self.send(&out)?;
+        let mut received = match answer(said, early)? {
+            ReturnMessage::RecvBitmap { block, size } if block == id => Received::begin(pages, size)?,
+            _ => return Err(PlayError::Unasked),
+        };
+        loop {
+            match answer(said, early)? {
+                ReturnMessage::Bitmap(piece) => {
+                    if received.push(&piece)? {
+                        break;
+                    }
+                }
+                _ => return Err(PlayError::Unasked),
+            }
+        }
+        let block = u16::try_from(block).map_err(|_| PlayError::NoRam)?;
+        for page in received.pages()? {
+            let place = Place { block, page };
+            if !self.left.remove(place) {
+                self.zeros.insert(place);
+            }
+        }
+        Ok(())
     }
 
     /// Sends what is asked for, and all else, until QEMU has it.
-    fn run(mut self, said: &Receiver<Said>, loaded: impl FnOnce()) -> Result<Played, PlayError> {
-        let (mut loaded, mut at) = (Some(loaded), Place { block: 0, page: 0 });
-        let (mut began, mut has_ended): (Option<Instant>, bool) = (None, false);
+    fn run(mut self, said: &Receiver<Said>, mut loaded: Option<impl FnOnce()>) -> Result<Played, PlayError> {
+        let mut at = Place { block: 0, page: 0 };
+        let (mut began, mut has_ended) = (loaded.is_none().then(Instant::now), false);
         loop {
             // While there is something to send, whether something was said; then, what is said.
-            let heard = if self.left.is_empty() && has_ended || loaded.is_some() {
+            let heard = if let Some(message) = self.early.pop_front() {
+                Some(Some(Ok(message)))
+            } else if self.left.is_empty() && has_ended || loaded.is_some() {
                 Some(said.recv().unwrap_or(None))
             } else if began.is_some_and(|began| began.elapsed() < FIRST_MOMENTS) {
                 match said.recv_timeout(SILENCE) {
@@ -311,8 +405,20 @@ impl<'a> Player<'a> {
         self.send(&out)
     }
 
-    fn send(&mut self, bytes: &[u8]) -> Result<(), PlayError> {
-        Ok(self.socket.write_all(bytes)?)
+    fn send(&self, bytes: &[u8]) -> Result<(), PlayError> {
+        let mut to = self.socket;
+        Ok(to.write_all(bytes)?)
+    }
+}
+
+/// What QEMU answers to a question; what it asks for meanwhile is put by. There is no more of that than it has threads that wait.
+fn answer(said: &Receiver<Said>, early: &mut VecDeque<ReturnMessage>) -> Result<ReturnMessage, PlayError> {
+    loop {
+        let message = said.recv().unwrap_or(None).ok_or(PlayError::Refused)??;
+        match message {
+            ReturnMessage::ReqPagesId { .. } | ReturnMessage::ReqPages { .. } if early.len() < UNHEARD => early.push_back(message),
+            message => return Ok(message),
+        }
     }
 }
 

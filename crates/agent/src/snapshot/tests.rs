@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use super::changed::Changed;
 use super::disk::{take_changes, take_disk};
-use super::play::{Played, play};
+use super::play::{PlayError, Played, play, play_on};
 use super::restore::restore;
 use super::take::take;
 
@@ -201,15 +201,46 @@ async fn snapshot(vault: &Vault, vm: &Vm, number: u8, before: &[u8]) -> Totals {
     totals
 }
 
-/// Starts a QEMU that waits, and gives it a snapshot; how long from the first byte until it could run.
-async fn resume(
-    dir: &Path,
-    vault: &Vault,
-    number: u8,
-    name: &str,
-    binary: &Path,
-    disk: &[String],
-) -> (Vm, Duration, tokio::task::JoinHandle<Played>) {
+/// A VM that runs out of a snapshot.
+struct Resumed {
+    vm: Vm,
+    /// From the first byte until it could run.
+    took: Duration,
+    playing: tokio::task::JoinHandle<Result<Played, PlayError>>,
+    /// Whoever plays speaks over it.
+    socket: UnixStream,
+}
+
+/// The names under which QEMU has connections in case.
+const SPARES: [&str; 3] = ["spare-0", "spare-1", "spare-2"];
+
+/// Whoever plays is gone, more than once: at once, when another has just begun, and in the middle; what the last one sent.
+async fn outlive(vault: &Vault, number: u8, resumed: Resumed, spares: Vec<UnixStream>) -> (Vm, Duration, Played) {
+    let Resumed { vm, took, mut playing, mut socket } = resumed;
+    for ((name, ours), after) in SPARES.into_iter().zip(spares).zip([0, 0, 300]) {
+        tokio::time::sleep(Duration::from_millis(after)).await;
+        socket.shutdown(std::net::Shutdown::Both).expect("shut");
+        let cut = playing.await.expect("no panic");
+        assert!(matches!(cut, Err(PlayError::Refused | PlayError::Socket(_))), "in the middle of it: {cut:?}");
+        let contents = vault.snapshot(id(number), &snapshot_key(number)).expect("opened");
+        let (told, heard) = tokio::sync::oneshot::channel();
+        socket = ours.try_clone().expect("a socket");
+        playing = tokio::task::spawn_blocking(move || play_on(ours, contents, || told.send(()).expect("heard")));
+        let recovering = async {
+            // It may not have noticed yet.
+            while vm.qmp.migrate_recover_fd(name).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            heard.await.expect("resumed");
+        };
+        tokio::time::timeout(LIMIT, recovering).await.expect("in time");
+    }
+    let played = playing.await.expect("no panic").expect("played");
+    (vm, took, played)
+}
+
+/// Starts a QEMU that waits, and gives it a snapshot.
+async fn resume(dir: &Path, vault: &Vault, number: u8, name: &str, binary: &Path, disk: &[String]) -> (Resumed, Vec<UnixStream>) {
     let more: Vec<_> = disk.iter().map(String::as_str).chain(["-incoming", "defer", "-S"]).collect();
     let vm = Vm::start(dir, name, binary, &more).await;
     vm.capabilities(&[("postcopy-ram", true), ("return-path", true), ("events", true)]).await;
@@ -219,14 +250,22 @@ async fn resume(
     let contents = vault.snapshot(id(number), &snapshot_key(number)).expect("opened");
     let (told, loaded) = tokio::sync::oneshot::channel();
     let began = Instant::now();
-    let playing = tokio::task::spawn_blocking(move || play(ours, contents, || told.send(()).expect("heard")).expect("played"));
+    let socket = ours.try_clone().expect("a socket");
+    let playing = tokio::task::spawn_blocking(move || play(ours, contents, || told.send(()).expect("heard")));
     tokio::time::timeout(LIMIT, loaded).await.expect("in time").expect("loaded");
+    let took = began.elapsed();
+    let mut spares = vec![];
+    for name in SPARES {
+        let (ours, qemus) = UnixStream::pair().expect("sockets");
+        vm.qmp.getfd(name, OwnedFd::from(qemus)).await.expect("getfd");
+        spares.push(ours);
+    }
     vm.qmp.cont().await.expect("cont");
-    (vm, began.elapsed(), playing)
+    (Resumed { vm, took, playing, socket }, spares)
 }
 
 #[tokio::test]
-async fn a_guest_runs_on_while_it_is_taken_and_runs_again_out_of_the_vault_on_either_version() {
+async fn a_guest_runs_on_while_it_is_taken_and_again_out_of_the_vault_on_either_version_and_outlives_who_plays_it() {
     let qemus = qemus();
     for (turn, binary) in (0_u8..).zip(&qemus) {
         let dir = tempfile::tempdir().expect("a directory");
@@ -245,9 +284,14 @@ async fn a_guest_runs_on_while_it_is_taken_and_runs_again_out_of_the_vault_on_ei
         // The one that was taken on this version runs on the other; the older one, too, without the newer.
         let other = &qemus[(usize::from(turn) + 1) % qemus.len()];
         for (number, name, binary) in [(2, "same", binary), (1, "other", other)] {
-            let (vm, took, playing) = resume(dir.path(), &vault, number, name, binary, &[]).await;
+            let (resumed, spares) = resume(dir.path(), &vault, number, name, binary, &[]).await;
+            let (vm, took, played) = if number == 1 {
+                outlive(&vault, number, resumed, spares).await
+            } else {
+                let Resumed { vm, took, playing, .. } = resumed;
+                (vm, took, playing.await.expect("no panic").expect("played"))
+            };
             let said = vm.hear("went on out of the vault", |said| said.written > before.written).await;
-            let played = playing.await.expect("no panic");
             vm.wait_status(&MigrationStatus::Completed).await;
             let later = vm.hear("checked all of its memory", |later| later.sweeps > said.sweeps + 1).await;
             assert_eq!((said.errors, later.errors), (0, 0), "{}", fs::read_to_string(&vm.console).unwrap_or_default());
@@ -469,8 +513,8 @@ async fn memory_and_disk_are_of_one_instant_and_what_has_changed_since_is_all_th
         let mut contents = vault.snapshot(id(2), &snapshot_key(2)).expect("opened");
         restore_disk(&mut contents, &restored);
         assert!(fs::read(&disk).expect("read") == fs::read(&restored).expect("read"), "it is not what it was");
-        let (vm, took, playing) = resume(dir.path(), &vault, 2, "restored", &binary, &with_disk(&disk)).await;
-        playing.await.expect("no panic");
+        let (Resumed { vm, took, playing, .. }, _) = resume(dir.path(), &vault, 2, "restored", &binary, &with_disk(&disk)).await;
+        playing.await.expect("no panic").expect("played");
         let said = vm.hear("wrote to its disk again", |said| said.disk_written > 0).await;
         let later = vm
             .hear("checked all of both", |later| {

@@ -22,7 +22,7 @@ use super::changed::Changed;
 use super::control::{BitmapOf, DiskFile, DiskOf, DiskTo, Job, Kept, Keyed, MemoryFile, Restored, Said, WorkerConfig};
 use super::disk::{TakeDiskError, take_changes, take_disk};
 use super::load::{LoadError, load_disk, load_memory};
-use super::play::{PlayError, play};
+use super::play::{PlayError, play, play_on};
 use super::restore::{RestoreError, restore};
 use super::serve::{ServeError, serve};
 use super::take::{TakeError, take};
@@ -205,13 +205,17 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
             let new = New::begin(vault, &snapshot, team, &known, disks.iter().map(|disk| (&disk.node, disk.size)))?;
             load_all(new, memory, &disks, about)
         }
-        Job::Play { snapshot, qemu_fd } => {
+        Job::Play { snapshot, qemu_fd, on } => {
             let (id, key) = snapshot.opened();
             let contents = vault.snapshot(id, &key)?;
             agent.say(&Said::Ready).map_err(Failure::Alone)?;
             // An agent that is gone is no reason to leave a VM without its memory.
-            let played = play(own(qemu_fd).into(), contents, || drop(agent.say(&Said::Loaded)))?;
-            tracing::info!(%id, asked = played.asked, background = played.background, "played");
+            let played = if on {
+                play_on(own(qemu_fd).into(), contents, || drop(agent.say(&Said::Resumed)))?
+            } else {
+                play(own(qemu_fd).into(), contents, || drop(agent.say(&Said::Loaded)))?
+            };
+            tracing::info!(%id, asked = played.asked, background = played.background, on, "played");
             Ok(serde_json::Value::Null)
         }
         Job::Delete { snapshot } => {

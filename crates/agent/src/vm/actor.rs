@@ -16,13 +16,14 @@ use godwit_qemu::process::{AdoptError, Exit, QemuProcess};
 use godwit_qemu::qmp::{ConnectError, Ending, Notice, Notices, Qmp, QmpError};
 use godwit_vault::StayKey;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::destination::DestinationMove;
 use super::fill::Filling;
 use super::moving::{answer, vcpus};
+use super::playing::EndReason;
 use super::registry::{answer_for_nobody, asks_how_it_ended};
-use super::restore::EndReason;
 use super::sampling;
 use super::snapshot::{Joining, Snapshotting};
 use super::source::SourceMove;
@@ -174,6 +175,8 @@ pub(super) struct Actor {
     /// Whose pages are joined, nobody protects.
     pub(super) joining: Joining,
     pub(super) end_reason: EndReason,
+    /// What sees to memory that comes out of a snapshot.
+    pub(super) playing: Option<JoinHandle<()>>,
     /// What a rollback under way need not look at.
     pub(super) remembered: Option<Remembered>,
     /// The VM is about to move, or does.
@@ -211,6 +214,7 @@ impl Actor {
             held: None,
             joining: Joining::default(),
             end_reason: EndReason::default(),
+            playing: None,
             remembered: None,
             moves: Arc::default(),
             carry_notices: mpsc::channel(64),

@@ -187,7 +187,7 @@ impl Actor {
     fn why_it_ended(&self, refusal: Refusal) -> Refusal {
         match self.end_reason.get() {
             reason if reason.is_empty() => refusal,
-            reason => Refusal::new(ErrorCode::QemuFailed, format!("the VM was {reason}")).retry(Retry::Safe),
+            reason => Refusal::new(ErrorCode::QemuFailed, format!("the VM is no more: {reason}")).retry(Retry::Safe),
         }
     }
 

@@ -3,29 +3,27 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
-use godwit_model::{ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState, VolumeRef};
+use godwit_model::{ErrorCode, Grant, Refusal, ResolvedSpec, RestoreFigures, RunState, VolumeRef};
 use godwit_qemu::disks::disk_node;
-use godwit_qemu::process::QemuProcess;
 use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
 use godwit_qemu::{PassedFds, Start};
+use tracing::Instrument;
 
 use super::actor::{Actor, Answer, RETRY, qemu_failed};
 use super::change::{open_disk, open_flash};
 use super::disks::{self, nodes};
 use super::fill::{Reply, ToFill};
 use super::moving::millis;
+use super::playing::{Playing, player, unexpected, wait_for};
 use crate::host::{host_failed, unix_now};
 use crate::journal::{Holding, VmRecord};
 use crate::snapshot::{Changed, DiskTo, FromSnapshot, Job, Restored, Said, Worker};
 
 /// How long QEMU may take to load the devices.
 const LOADING: Duration = Duration::from_secs(60);
-/// How long a QEMU that closes its connection may take to end.
-const ENDING: Duration = Duration::from_secs(2);
 
 /// Workers that have opened the snapshot.
 struct Workers {
@@ -109,7 +107,7 @@ impl Actor {
             }
             let servers = self.insert_fills(from, servers).await?;
             match player {
-                Some((player, qemus)) => self.restore_memory(player, qemus, &mut figures).await?,
+                Some(played) => self.restore_memory(from, played, &mut figures).await?,
                 None => {
                     self.run_on().await?;
                     figures.ran_at = unix_now();
@@ -149,9 +147,11 @@ impl Actor {
         }
     }
 
-    /// A VM whose memory came out of a snapshot, and does not any more, while no agent looked: see [`see_to_the_end`].
+    /// A VM whose memory came out of a snapshot, and does not any more, while no agent looked: nobody here has the key to have another worker play on, as [`Playing`] does.
     pub(super) async fn end_what_waits_for_a_snapshot(&mut self) {
+        let is_seen_to = self.playing.as_ref().is_some_and(|playing| !playing.is_finished());
         let is_it = self.record.as_ref().is_some_and(|record| record.out_of_snapshot && record.holding == Holding::Owner);
+        let is_it = is_it && !is_seen_to;
         let Some(qmp) = self.qmp.as_ref().filter(|_| is_it) else { return };
         if !matches!(qmp.migration().await, Ok(MigrationStatus::PostcopyPaused)) {
             return;
@@ -169,7 +169,6 @@ impl Actor {
         mut changed: BTreeMap<String, Changed>,
     ) -> Result<Workers, Refusal> {
         let host = &self.host;
-        let directory = async || host.pools.vault(&from.vault.pool, &from.vault.team, host.vault_uid()).await;
         let mut servers = Vec::new();
         for (slot, disk) in spec.disk_slots().filter(|(slot, _)| !changed.contains_key(&disk_node(*slot))) {
             servers.push(ToFill::begin(host, from, slot, disk).await?);
@@ -180,8 +179,9 @@ impl Actor {
         // Whoever has nothing else to do sees that the snapshot can be opened.
         if !made.is_empty() || comes.is_empty() && !from.memory {
             let to = made.iter().map(|node| DiskTo { changed: changed.remove(node), node: node.clone() }).collect();
+            let directory = host.pools.vault(&from.vault.pool, &from.vault.team, host.vault_uid()).await?;
             let job = Job::Restore { snapshot: from.snapshot.clone(), disks: to };
-            let mut worker = Worker::start(host, directory().await?, job, PassedFds::new()).await?;
+            let mut worker = Worker::start(host, directory, job, PassedFds::new()).await?;
             wait_for(&mut worker, &Said::Ready).await?;
             disks = Some((worker, made));
         }
@@ -189,11 +189,7 @@ impl Actor {
             return Ok(Workers { disks, servers, player: None });
         }
         let (ours, qemus) = UnixStream::pair().map_err(|error| host_failed("no socket pair", &error))?;
-        let mut fds = PassedFds::new();
-        let job = Job::Play { snapshot: from.snapshot.clone(), qemu_fd: fds.pass(ours) };
-        let mut player = Worker::start(host, directory().await?, job, fds).await?;
-        wait_for(&mut player, &Said::Ready).await?;
-        Ok(Workers { disks, servers, player: Some((player, qemus)) })
+        Ok(Workers { disks, servers, player: Some((player(host, from, ours, false).await?, qemus)) })
     }
 
     /// Makes these disks what they were; the same disks.
@@ -235,7 +231,12 @@ impl Actor {
         }
     }
 
-    async fn restore_memory(&mut self, mut player: Worker, qemus: UnixStream, figures: &mut RestoreFigures) -> Result<(), Refusal> {
+    async fn restore_memory(
+        &mut self,
+        from: &FromSnapshot,
+        (mut player, qemus): (Worker, UnixStream),
+        figures: &mut RestoreFigures,
+    ) -> Result<(), Refusal> {
         let (began, qmp) = (Instant::now(), self.monitor()?.clone());
         qmp.begin_restore(qemus).await.map_err(qemu_failed)?;
         let late = |_| {
@@ -243,6 +244,8 @@ impl Actor {
             Err(Refusal::new(ErrorCode::QemuFailed, message).hint("look at the VM's log on its host"))
         };
         tokio::time::timeout(LOADING, wait_for(&mut player, &Said::Loaded)).await.unwrap_or_else(late)?;
+        // From here on QEMU waits for what does not come, in whatever it is told to do.
+        self.see_to_memory(from, Some(player));
         // What was plugged in then is so again with the devices; what must not be is not when the guest runs.
         self.plug_out().await?;
         self.publish_tpm().await?;
@@ -251,10 +254,24 @@ impl Actor {
         self.state = RunState::Running;
         (figures.memory_ms, figures.ran_at) = (millis(began.elapsed()).get(), unix_now());
         self.settle_tpm().await;
-        if let Some(process) = self.process.clone() {
-            tokio::spawn(see_to_the_end(process, player, self.end_reason.clone()));
-        }
         Ok(())
+    }
+
+    /// Has memory come until all is there. Without a player, an agent that is no more has started one.
+    fn see_to_memory(&mut self, from: &FromSnapshot, player: Option<Worker>) {
+        let (Some(process), Ok(qmp)) = (self.process.clone(), self.monitor()) else { return };
+        let (host, qmp, reason) = (Arc::clone(&self.host), qmp.clone(), self.end_reason.clone());
+        let playing = Playing { host, process, qmp, from: from.clone(), reason, spare: None };
+        self.playing = Some(tokio::spawn(playing.see_to_the_end(player).in_current_span()));
+    }
+
+    /// The VM was begun out of this snapshot by an agent that is no more; what that one knew is known again.
+    pub(super) async fn see_to_memory_again(&mut self, from: &FromSnapshot) {
+        let Ok(qmp) = self.monitor() else { return };
+        let is_watched = self.playing.as_ref().is_some_and(|playing| !playing.is_finished());
+        if from.memory && !is_watched && qmp.migration().await.is_ok_and(|status| status.needs_pages()) {
+            self.see_to_memory(from, None);
+        }
     }
 
     /// Without memory it boots: QEMU begins once more, on the disks that the one before was given.
@@ -276,53 +293,4 @@ impl Actor {
         self.remember_from_here(from, made).await;
         Ok(())
     }
-}
-
-/// A VM whose memory cannot come any more waits for ever where it touches it: it is ended, and can be had out of the snapshot once more.
-async fn see_to_the_end(process: Arc<QemuProcess>, player: Worker, reason: EndReason) {
-    let mut lines = player.let_go();
-    let mut failed = "the vault worker is gone".to_owned();
-    while let Some(Ok(line)) = lines.next().await {
-        match serde_json::from_str(&line) {
-            Ok(Said::Done(_)) => return tracing::info!("all memory has come out of the snapshot"),
-            Ok(Said::Failed { message, .. }) => failed = message,
-            _ => {}
-        }
-    }
-    // One that was ended takes no more.
-    if has_ended(&process).await {
-        return;
-    }
-    tracing::error!(failed, "memory cannot come out of the snapshot: the VM is ended");
-    reason.set(format!("ended since its memory cannot come out of the snapshot: {failed}"));
-    process.kill();
-}
-
-/// Whether a QEMU that has closed its connection has ended with it.
-pub(super) async fn has_ended(process: &QemuProcess) -> bool {
-    tokio::time::timeout(ENDING, process.exited()).await.is_ok()
-}
-
-/// Why this host has ended a VM of its own accord.
-#[derive(Clone, Debug, Default)]
-pub(super) struct EndReason(Arc<Mutex<String>>);
-
-impl EndReason {
-    pub(super) fn set(&self, reason: String) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = reason;
-    }
-
-    /// Empty if it has not.
-    pub(super) fn get(&self) -> String {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-async fn wait_for(worker: &mut Worker, wanted: &Said) -> Result<(), Refusal> {
-    let said = worker.hear().await?;
-    if std::mem::discriminant(&said) == std::mem::discriminant(wanted) { Ok(()) } else { Err(unexpected()) }
-}
-
-fn unexpected() -> Refusal {
-    Refusal::new(ErrorCode::Internal, "the vault worker said what nobody expects").retry(Retry::Safe)
 }

@@ -24,7 +24,7 @@ use godwit_qemu::PassedFds;
 use godwit_qemu::fleece::fleece_node;
 use godwit_qemu::process::ProcessIdentity;
 use godwit_qemu::qga::{Frozen, Thawed};
-use godwit_qemu::qmp::views::{MigrationStatus, RunStatus};
+use godwit_qemu::qmp::views::RunStatus;
 use godwit_qemu::qmp::{Notice, Notices, Qmp, QmpError};
 use godwit_qemu::since::{CHANGED, Since};
 use godwit_qemu::snapshot::held_socket;
@@ -35,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 use super::actor::{Actor, Answer, RETRY, qemu_failed};
 use super::disks;
 use super::placement::{self, Access};
-use super::restore::has_ended;
+use super::playing::has_ended;
 use crate::carry::ProcessMemory;
 use crate::guest;
 use crate::host::{SharedHost, host_failed};
@@ -258,7 +258,7 @@ impl Actor {
 /// Waits while memory of the VM is still coming out of a snapshot, for so long.
 pub(super) async fn memory_is_whole(qmp: &Qmp, limit: Duration) -> Result<(), Refusal> {
     let began = Instant::now();
-    while matches!(qmp.migration().await.map_err(qemu_failed)?, MigrationStatus::PostcopyActive | MigrationStatus::PostcopyPaused) {
+    while qmp.migration().await.map_err(qemu_failed)?.needs_pages() {
         if began.elapsed() > limit {
             return Err(Refusal::new(ErrorCode::VmBusy, "memory of the VM is still coming out of its snapshot")
                 .hint("try again in a moment")

@@ -17,7 +17,7 @@ use godwit_qemu::{Qmp, Resources, Sockets, Start};
 use super::actor::{Actor, qemu_failed};
 use super::change::{open_disk, open_flash};
 use super::disks::into::open_arriving;
-use super::restore::EndReason;
+use super::playing::EndReason;
 use crate::host::{SharedHost, host_failed, private_dir};
 use crate::journal::{Holding, VmRecord};
 use crate::nodes::{self, NODES};
@@ -53,6 +53,7 @@ impl Actor {
                 }
                 if from.is_none() || self.has_loaded().await {
                     if let Some(from) = from {
+                        self.see_to_memory_again(from).await;
                         self.serve_fills_again(from).await?;
                     }
                     return self.run_on().await.map(|()| from.map(|_| RestoreFigures::default()));

@@ -96,6 +96,10 @@ open_enum! {
         PostcopyActive = "postcopy-active",
         /// A post-copy lost its connection.
         PostcopyPaused = "postcopy-paused",
+        /// It has got another connection (9.1 and later).
+        PostcopyRecoverSetup = "postcopy-recover-setup",
+        /// It says over the other connection what it has.
+        PostcopyRecover = "postcopy-recover",
         /// Done.
         Completed = "completed",
         /// On its way to `failed` (11.0 and later).
@@ -114,6 +118,12 @@ impl MigrationStatus {
     #[must_use]
     pub const fn is_final(&self) -> bool {
         matches!(self, Self::Idle | Self::Completed | Self::Failed | Self::Cancelled)
+    }
+
+    /// Whether a destination runs, or could, with memory that is still to come.
+    #[must_use]
+    pub const fn needs_pages(&self) -> bool {
+        matches!(self, Self::PostcopyActive | Self::PostcopyPaused | Self::PostcopyRecoverSetup | Self::PostcopyRecover)
     }
 }
 

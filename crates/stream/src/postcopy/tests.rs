@@ -17,6 +17,7 @@ fn what_is_written_is_what_the_specification_says() {
     assert_eq!(written(|out| put_package(out, &[4, 5], 3)), example("package"));
     assert_eq!(written(|out| put_end(out, 2)), example("end_after"));
     assert_eq!(written(put_resume), example("resume"));
+    assert_eq!(written(|out| put_ask_received(out, &ram)), example("ask_received"));
     let pages = written(|out| {
         let mut pages = PagesAfter::begin(out, 2);
         pages.put((0, &ram), 1, &[0xab; PAGE_SIZE]);

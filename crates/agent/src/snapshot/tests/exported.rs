@@ -95,8 +95,8 @@ async fn qemu_alone_runs_what_was_exported_and_the_vault_what_was_imported() {
         let again = loaded(dir.path(), &vault, 2, false).expect("read");
         assert_eq!((again.new, again.known), (0, first.new + first.known), "{first:?} {again:?}");
         assert_eq!(opened(&vault, 1).snapshot().parts().devices, opened(&vault, 2).snapshot().parts().devices);
-        let (vm, _, playing) = resume(dir.path(), &vault, 2, "imported", binary, &[]).await;
-        playing.await.expect("no panic");
+        let (Resumed { vm, playing, .. }, _) = resume(dir.path(), &vault, 2, "imported", binary, &[]).await;
+        playing.await.expect("no panic").expect("played");
         let said = vm.hear("went on out of the vault", |said| said.written > before.written).await;
         let later = vm.hear("checked all of its memory", |later| later.sweeps > said.sweeps + 1).await;
         assert_eq!((said.errors, later.errors), (0, 0), "{}", fs::read_to_string(&vm.console).unwrap_or_default());

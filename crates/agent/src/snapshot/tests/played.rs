@@ -14,7 +14,7 @@ use godwit_stream::{
 use godwit_vault::{Keys, Known, PackId, PackKey, SnapshotWriter, Space, TeamKey, Vault};
 use uuid::Uuid;
 
-use super::super::play::{PlayError, Played, play};
+use super::super::play::{PlayError, Played, play, play_on};
 use super::super::take::{TakeError, take};
 use super::{id, snapshot_key};
 
@@ -135,6 +135,38 @@ impl Qemu {
         }
     }
 
+    /// Says of each block what it has, when it is asked.
+    fn say_what_it_has(&mut self, ram: &[u32]) {
+        for (name, pages, received) in [("pc.ram", PAGES, ram), ("pc.rom", 1, &[][..])] {
+            let question = [&[8, 0, 10, 0, 7, 6][..], name.as_bytes()].concat();
+            while self.heard.len() < question.len() {
+                assert!(self.hear(), "it is asked");
+            }
+            assert_eq!(self.heard.drain(..).collect::<Vec<u8>>(), question, "one after the other");
+            self.say_bitmap(name, &bitmap(pages, received));
+        }
+    }
+
+    fn say_bitmap(&mut self, name: &str, bits: &[u8]) {
+        let block = BlockId::new(name.as_bytes()).expect("a name");
+        let mut out = BytesMut::new();
+        for message in
+            [ReturnMessage::RecvBitmap { block, size: bits.len() as u64 }, ReturnMessage::Bitmap(Chunk::copy_from_slice(bits))]
+        {
+            self.writer.write(&message, &mut out).expect("a message");
+        }
+        // Who refuses its size reads no more.
+        let _ = self.socket.write_all(&out);
+    }
+
+    /// Hears that it is to go on.
+    fn hear_resume(&mut self) {
+        while self.heard.len() < 5 {
+            assert!(self.hear(), "it is to go on");
+        }
+        assert_eq!(self.heard.drain(..).collect::<Vec<u8>>(), [8, 0, 9, 0, 0]);
+    }
+
     /// Hears everything up to the point from which on pages come.
     fn load(&mut self) {
         while !self.heard.windows(RUN.len()).any(|bytes| bytes == RUN) {
@@ -175,6 +207,124 @@ impl Qemu {
         }
         pages
     }
+}
+
+/// What a QEMU has of a block.
+fn bitmap(pages: u32, received: &[u32]) -> Vec<u8> {
+    let mut bits = vec![0; pages.div_ceil(64) as usize * 8];
+    received.iter().for_each(|page| bits[*page as usize / 8] |= 1 << (page % 8));
+    bits
+}
+
+/// Plays on to a `qemu` that recovers; whether it was heard that it goes on.
+fn played_on(vault: &Vault, qemu: impl FnOnce(Qemu) + Send) -> (Result<Played, PlayError>, bool) {
+    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    let contents = vault.snapshot(id(1), &snapshot_key(1)).expect("opened");
+    let mut resumed = false;
+    let played = thread::scope(|scope| {
+        scope.spawn(move || qemu(Qemu { socket: theirs, heard: vec![], writer: ReturnWriter::new() }));
+        play_on(ours, contents, || resumed = true)
+    });
+    (played, resumed)
+}
+
+#[test]
+fn who_plays_on_asks_what_there_is_and_sends_what_is_not_and_no_page_twice() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let vault = vault(dir.path());
+    for received in
+        [vec![], (0..PAGES).filter(|page| page % 7 < 3).collect::<Vec<u32>>(), (100..PAGES).collect(), (0..PAGES).collect()]
+    {
+        let has = |page: &u32| received.contains(page);
+        let early = (0..PAGES).find(|page| !page.is_multiple_of(3) && !has(page));
+        let zero = (0..PAGES).rfind(|page| page.is_multiple_of(3) && !has(page));
+        let (told, resumed) = played_on(&vault, |mut qemu| {
+            qemu.say_what_it_has(&received);
+            // Its threads wait for pages all the time.
+            early.iter().for_each(|page| qemu.ask(*page, 1));
+            qemu.hear_resume();
+            qemu.say(&ReturnMessage::ResumeAck(1));
+            early.iter().chain(&zero).chain(&zero).for_each(|page| qemu.ask(*page, 1));
+            // What it has was on its way to it when it asked.
+            received.first().iter().chain(&received.last()).for_each(|page| qemu.ask(**page, 1));
+            let pages = qemu.pages();
+            let mut numbers: Vec<u32> = pages.iter().map(|(page, _)| *page).collect();
+            assert_eq!(numbers.first().copied(), early.or(zero), "what is waited for comes first");
+            numbers.sort_unstable();
+            let along = numbers.iter().filter(|page| page.is_multiple_of(3)).count();
+            assert!(numbers.windows(2).all(|pages| pages[0] < pages[1]), "each once: {numbers:?}");
+            assert!(!numbers.iter().any(&has), "it has some: {numbers:?}");
+            assert!(zero.is_none_or(|zero| numbers.contains(&zero)) && along <= 1, "{numbers:?}");
+            let wanted = (0..PAGES).filter(|page| !page.is_multiple_of(3) && !has(page)).count();
+            assert_eq!(numbers.len() - along, wanted, "all that is not zeros");
+            for (page, found) in &pages {
+                let content = content(*page);
+                assert!(found[..] == content[..] || (found[..] == [0] && content == [0; PAGE_SIZE]), "page {page}");
+            }
+            qemu.say(&ReturnMessage::Shut(0));
+        });
+        told.expect("played");
+        assert!(resumed);
+    }
+}
+
+#[test]
+fn a_qemu_that_says_what_cannot_be_is_not_played_on_to() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let vault = vault(dir.path());
+    let all = bitmap(PAGES, &[]);
+    let mut behind = all.clone();
+    behind[PAGES as usize / 8] |= 1 << (PAGES % 8);
+    let say = |name: &'static str, bits: Vec<u8>| {
+        let (told, resumed) = played_on(&vault, move |mut qemu| {
+            qemu.say_bitmap(name, &bits);
+            while qemu.hear() {}
+        });
+        assert!(!resumed);
+        told
+    };
+    for bits in [all[8..].to_vec(), [&all[..], &[0; 8]].concat(), vec![0; 1 << 20], behind] {
+        let told = say("pc.ram", bits);
+        assert!(matches!(told, Err(PlayError::Received(_))), "{told:?}");
+    }
+    for name in ["pc.rom", "other"] {
+        let told = say(name, all.clone());
+        assert!(matches!(told, Err(PlayError::Unasked)), "{told:?}");
+    }
+    let answers = [ReturnMessage::Pong(3), ReturnMessage::Shut(0), ReturnMessage::ResumeAck(1)];
+    for message in &answers {
+        let (told, resumed) = played_on(&vault, |mut qemu| {
+            qemu.say(message);
+            while qemu.hear() {}
+        });
+        assert!(matches!(told, Err(PlayError::Unasked)) && !resumed, "{told:?}");
+    }
+    for message in [ReturnMessage::ResumeAck(0), ReturnMessage::Shut(0), ReturnMessage::Pong(1)] {
+        let (told, resumed) = played_on(&vault, |mut qemu| {
+            qemu.say_what_it_has(&[]);
+            qemu.hear_resume();
+            qemu.say(&message);
+            while qemu.hear() {}
+        });
+        assert!(matches!(told, Err(PlayError::Unasked)) && !resumed, "{told:?}");
+    }
+    // It asks and asks, and does not answer.
+    let (told, _) = played_on(&vault, |mut qemu| {
+        let mut out = BytesMut::new();
+        for page in 0..1_025 {
+            let (start, block) = (page * PAGE_SIZE as u64, BlockId::new(b"pc.ram").expect("a name"));
+            qemu.writer.write(&ReturnMessage::ReqPagesId { start, length: 4096, block }, &mut out).expect("a message");
+        }
+        let _ = qemu.socket.write_all(&out);
+        while qemu.hear() {}
+    });
+    assert!(matches!(told, Err(PlayError::Unasked)), "{told:?}");
+    // It ends in the middle of its answer.
+    let (told, _) = played_on(&vault, |mut qemu| {
+        let block = BlockId::new(b"pc.ram").expect("a name");
+        qemu.say(&ReturnMessage::RecvBitmap { block, size: bitmap(PAGES, &[]).len() as u64 });
+    });
+    assert!(matches!(told, Err(PlayError::Refused | PlayError::Socket(_))), "{told:?}");
 }
 
 /// Plays the snapshot of a vault to `qemu`.

@@ -91,6 +91,53 @@ async fn a_disk_goes_out_as_qcow2_and_comes_back_as_it_was() {
     fixture.assert_nothing_partial();
 }
 
+/// A small file system, until it is dropped.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn tmpfs(at: PathBuf, options: &std::ffi::CStr) -> Self {
+        rustix::mount::mount("godwit-test", &at, "tmpfs", rustix::mount::MountFlags::empty(), options).expect("mounted");
+        Self(at)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[tokio::test]
+async fn an_export_for_which_there_is_no_room_in_the_middle_leaves_nothing_and_the_older_one_as_it_was() {
+    let fixture = Fixture::new();
+    let begin = async || fixture.pools.begin_export(&named("p"), &named("red"), &named("one")).await.expect("begun");
+    let raw = fixture.pools.unnamed(&named("p")).await.expect("room");
+    let file = File::from(raw.descriptor().expect("a descriptor"));
+    file.set_len(8 * MIB).expect("length");
+    file.write_all_at(&[7; 4 << 20], MIB).expect("written");
+    let place = fixture.directory.path().join("p/exports/red");
+    fs::create_dir_all(&place).expect("directory");
+    let _small = Mount::tmpfs(place.clone(), c"size=2m");
+    let mut older = begin().await;
+    older.write("a", Cursor::new("older")).await.expect("written");
+    older.publish().await.expect("published");
+    for disk in [true, false] {
+        let mut export = begin().await;
+        export.write("a", Cursor::new("newer")).await.expect("there is room for it");
+        let written = if disk {
+            fixture.pools.export_disk(&mut export, "disk0.qcow2", &raw, Bytes::mib(8)).await
+        } else {
+            export.write("firmware.raw", Cursor::new(vec![7; 4 << 20])).await
+        };
+        assert_eq!(written.map_err(complete), Err(ErrorCode::NotEnoughSpace), "{disk}");
+        drop(export);
+        assert_eq!(exports(&fixture), ["one"], "{disk}");
+        assert_eq!(fs::read_to_string(place.join("one/a")).expect("read"), "older");
+    }
+    drop(raw);
+    fixture.assert_nothing_partial();
+}
+
 #[tokio::test]
 async fn what_is_brought_is_a_whole_file_that_leads_nowhere_else() {
     let fixture = Fixture::new();
