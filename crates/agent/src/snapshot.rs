@@ -9,6 +9,7 @@
 //! changed   QEMU (export of a disk with its bitmap) ──NBD──▶ what has changed on a disk since a snapshot: that a rollback looks at it alone
 //! restore   vault ──what differs──NBD──▶ QEMU (a disk, before its VM runs)
 //! play      vault ──stream of post-copy: device state first, pages as they are missed, the rest in order──▶ QEMU (incoming)
+//! lend      vault ──pages of memory──▶ carry (of a move to here), which the other host need not send
 //! unload    vault ──▶ file (the stream of a migration), file (raw)
 //! load      file (such a stream), file (raw) ──▶ vault
 //! ```
@@ -20,6 +21,7 @@ mod client;
 mod control;
 mod disk;
 mod export;
+mod lend;
 mod load;
 mod play;
 mod request;
@@ -31,7 +33,10 @@ mod worker;
 pub(crate) use changed::Changed;
 pub(crate) use client::Worker;
 pub(crate) use control::{BitmapOf, DiskFile, DiskOf, DiskTo, Job, Kept, Keyed, MemoryFile, Restored, Said};
-pub(crate) use request::{FromSnapshot, SnapshotJob, VaultAt, id_of, key_of};
+#[cfg(test)]
+pub(crate) use lend::lend;
+pub(crate) use lend::{END, MOST_BLOCKS, MOST_PAGES};
+pub(crate) use request::{FromSnapshot, MemoryInVault, SnapshotJob, VaultAt, id_of, key_of};
 pub use worker::{WorkerError, run};
 
 #[cfg(test)]

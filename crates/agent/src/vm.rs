@@ -14,6 +14,7 @@ mod destination;
 mod disks;
 mod forecast;
 mod images;
+mod lend;
 mod moving;
 mod placement;
 mod registry;

@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::destination::DestinationMove;
+use super::lend::EarlierMemory;
 use super::moving::{answer, vcpus};
 use super::registry::{answer_for_nobody, asks_how_it_ended};
 use super::restore::EndReason;
@@ -32,7 +33,7 @@ use crate::facts::Said;
 use crate::guest;
 use crate::host::{SharedHost, host_failed};
 use crate::journal::{Holding, VmRecord};
-use crate::snapshot::{FromSnapshot, SnapshotJob};
+use crate::snapshot::{FromSnapshot, MemoryInVault, SnapshotJob};
 
 /// All that can happen to a VM here.
 pub(crate) enum VmEvent {
@@ -81,6 +82,8 @@ pub(crate) enum VmCommand {
         spec: ResolvedSpec,
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
+        /// What a vault has of its memory.
+        snapshot: Option<Box<MemoryInVault>>,
         disks: Vec<TravellingDisk>,
     },
     Migrate {
@@ -501,8 +504,8 @@ impl Actor {
                     ..Answer::default()
                 })
             }
-            VmCommand::Prepare { grant, spec, policy, memory_key, disks } => {
-                self.prepare(grant, spec, policy, memory_key, disks).await
+            VmCommand::Prepare { grant, spec, policy, memory_key, snapshot, disks } => {
+                self.prepare(grant, spec, policy, EarlierMemory { memory_key, snapshot }, disks).await
             }
             VmCommand::Migrate { grant, address, policy, memory_key, past, disks } => {
                 self.migrate(grant, address, policy, memory_key, past, disks).await.map(|()| Answer::default())
