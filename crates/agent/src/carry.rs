@@ -22,6 +22,7 @@ mod feed;
 mod home;
 mod images;
 mod large;
+mod lent;
 mod memory;
 mod process;
 mod pump;
@@ -31,7 +32,7 @@ mod speed;
 
 pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
 pub(crate) use control::{
-    CarryConfig, CarryStatus, ImageFd, IndexedImageFds, KeptMemory, OwnDiskFacts, PlacedBlock, Placement, Role,
+    CarryConfig, CarryStatus, ImageFd, IndexedImageFds, KeptMemory, LentMemory, OwnDiskFacts, PlacedBlock, Placement, Role,
 };
 pub(crate) use memory::ProcessMemory;
 pub use process::{CarryError, run};

@@ -28,7 +28,7 @@ use crate::dial::{self, DialError};
 use crate::host::{SharedHost, ended_message, unix_now};
 use crate::identity::RenewError;
 use crate::network::{FleetNetwork, FleetNetworks, Kind};
-use crate::snapshot::{FromSnapshot, SnapshotJob, id_of};
+use crate::snapshot::{FromSnapshot, MemoryInVault, SnapshotJob, id_of};
 use crate::tls::TlsError;
 use crate::vm::{Answer, Registry, TurnBack, VmCommand, stays};
 use crate::{console, exports, grants, guest, vaults};
@@ -378,7 +378,9 @@ fn vm_command(
             let policy: MigrationPolicy = decode("policy", &prepare.policy)?;
             let memory_key = stays::key(&prepare.memory_key);
             let disks = travelling(&prepare.disks)?;
-            (grant.vm, VmCommand::Prepare { spec: decode("spec", &prepare.spec)?, grant, policy, memory_key, disks })
+            // What is only faster is no reason not to move.
+            let snapshot = prepare.snapshot.as_ref().and_then(|snapshot| MemoryInVault::read(snapshot).ok()).map(Box::new);
+            (grant.vm, VmCommand::Prepare { spec: decode("spec", &prepare.spec)?, grant, policy, memory_key, snapshot, disks })
         }
         Action::Migrate(migrate) => {
             let grant = granted(migrate.grant)?;

@@ -11,6 +11,7 @@
 //! serve     vault ──NBD──▶ QEMU (what a disk was, read while its volume is filled and the VM runs)
 //! play      vault ──stream of post-copy: device state first, pages as they are missed, the rest in order──▶ QEMU (incoming)
 //!           and again, to one that has lost whoever played: what it says that it does not have
+//! lend      vault ──pages of memory──▶ carry (of a move to here), which the other host need not send
 //! unload    vault ──▶ file (the stream of a migration), file (raw)
 //! load      file (such a stream), file (raw) ──▶ vault
 //! ```
@@ -22,6 +23,7 @@ mod client;
 mod control;
 mod disk;
 mod export;
+mod lend;
 mod load;
 mod play;
 mod request;
@@ -34,7 +36,10 @@ mod worker;
 pub(crate) use changed::Changed;
 pub(crate) use client::Worker;
 pub(crate) use control::{BitmapOf, DiskFile, DiskOf, DiskTo, Job, Kept, Keyed, MemoryFile, Restored, Said};
-pub(crate) use request::{FromSnapshot, SnapshotJob, VaultAt, id_of, key_of};
+#[cfg(test)]
+pub(crate) use lend::lend;
+pub(crate) use lend::{END, MOST_BLOCKS, MOST_PAGES};
+pub(crate) use request::{FromSnapshot, MemoryInVault, SnapshotJob, VaultAt, id_of, key_of};
 pub use worker::{WorkerError, run};
 
 #[cfg(test)]

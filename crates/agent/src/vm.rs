@@ -15,6 +15,7 @@ mod disks;
 mod fill;
 mod forecast;
 mod images;
+mod lend;
 mod moving;
 mod placement;
 mod playing;

@@ -165,6 +165,7 @@ pub(crate) mod tests {
             pool: name("shared"),
             identity: "one".into(),
             host: name("h1"),
+            generation: godwit_model::Generation(1),
             state: SnapshotState::Ready,
             salt: String::new(),
             request: SnapshotRequest { memory: true, quiesce: None },

@@ -267,6 +267,9 @@ pub(crate) struct SnapshotRow {
     pub(crate) identity: String,
     /// Where it was taken.
     pub(crate) host: Name,
+    /// On which generation the VM ran; 0: not known.
+    #[serde(default)]
+    pub(crate) generation: Generation,
     pub(crate) state: SnapshotState,
     /// What its key is derived with.
     pub(crate) salt: String,

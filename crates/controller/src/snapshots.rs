@@ -1,7 +1,8 @@
 //! Snapshots: what they are called, which pool holds them, which hosts see it, and where a VM can become what it was. Pure: facts in, answer out.
 
+use godwit_api::v1::SnapshotState;
 use godwit_model::name::MAX_NAME;
-use godwit_model::{Bytes, ErrorCode, Name, PoolFacts, Refusal, Retry, UnixMillis};
+use godwit_model::{Bytes, ErrorCode, Name, PoolFacts, Refusal, Retry, UnixMillis, VmId};
 
 use crate::checks::{Candidate, check_equal, check_restore, has_its_disks, takes_memory_later};
 use crate::clock;
@@ -61,6 +62,18 @@ pub(crate) fn choose_pool<'a>(
 /// What a host calls the pool with this identity, if it has it.
 pub(crate) fn pool_there<'a>(pools: &'a [PoolFacts], identity: &str) -> Option<&'a Name> {
     pools.iter().find(|pool| pool.identity == identity).map(|pool| &pool.name)
+}
+
+/// The newest snapshot with memory of a VM among those of its team that a host with these pools sees, and what it calls the pool: the host need not be sent
+/// what is in it. Of another VM none counts: what its memory holds nobody learns from a move.
+pub(crate) fn newest_memory<'a>(
+    snapshots: &'a [SnapshotRow],
+    vm: VmId,
+    pools: &'a [PoolFacts],
+) -> Option<(&'a SnapshotRow, &'a Name)> {
+    let own = |row: &&SnapshotRow| row.vm == vm && row.state == SnapshotState::Ready && row.has_memory();
+    let seen = |row: &'a SnapshotRow| Some((row, pool_there(pools, &row.identity)?));
+    snapshots.iter().filter(own).filter_map(seen).max_by_key(|(row, _)| row.created)
 }
 
 /// Everything that a VM becomes by a rollback, as far as it matters where.
@@ -157,7 +170,6 @@ pub(crate) fn not_ready(snapshot: &SnapshotRow) -> Refusal {
 
 #[cfg(test)]
 mod tests {
-    use godwit_api::v1::SnapshotState;
     use godwit_model::{
         HostBridge, HostCondition, HostFacts, HostLoad, NetworkId, NetworkKind, ResolvedNic, RunState, SnapshotId, SnapshotRequest,
     };
@@ -180,6 +192,7 @@ mod tests {
             pool: name("shared"),
             identity: "one".into(),
             host: name("h3"),
+            generation: godwit_model::Generation(1),
             state: SnapshotState::Ready,
             salt: String::new(),
             request: SnapshotRequest { memory: true, quiesce: None },
@@ -193,6 +206,28 @@ mod tests {
             schedule: None,
         };
         (vm, row)
+    }
+
+    #[test]
+    fn the_newest_memory_of_a_vm_is_its_own_whole_and_seen() {
+        type Change = fn(&mut SnapshotRow);
+        let found = |change: Change| {
+            let (vm, row) = snapshot();
+            let number =
+                |number: u64| SnapshotRow { created: UnixMillis(number), name: name(&format!("s{number}")), ..row.clone() };
+            let mut rows = [number(1), number(3), number(2)];
+            change(&mut rows[1]);
+            newest_memory(&rows, vm.id, &facts().pools).map(|(row, pool)| (row.name.to_string(), pool.to_string()))
+        };
+        let newest = |name: &str| Some((name.to_owned(), "shared".to_owned()));
+        assert_eq!(found(|_| {}), newest("s3"));
+        assert_eq!(found(|row| row.vm = VmId::new(uuid::Uuid::from_u128(7))), newest("s2"), "another VM's");
+        assert_eq!(found(|row| row.state = SnapshotState::Deleting), newest("s2"));
+        assert_eq!(found(|row| row.state = SnapshotState::Taking), newest("s2"));
+        assert_eq!(found(|row| row.request.memory = false), newest("s2"), "disks alone");
+        assert_eq!(found(|row| row.identity = "two".into()), newest("s2"), "in a pool that is not there");
+        let (vm, row) = snapshot();
+        assert_eq!(newest_memory(&[row], vm.id, &[]), None);
     }
 
     #[test]

@@ -62,6 +62,7 @@ pub(crate) enum Role {
         placement: Option<Placement>,
         advises: bool,
         kept: Option<KeptMemory>,
+        lent: Option<LentMemory>,
         images: Vec<ImageFd>,
         again: Option<u32>,
     },
@@ -123,6 +124,17 @@ pub(crate) struct KeptMemory {
     pub(crate) file_fd: RawFd,
     /// What it is sealed with.
     pub(crate) key: [u8; 32],
+}
+
+/// Memory of a snapshot of the VM.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct LentMemory {
+    /// What a vault worker writes of it.
+    pub(crate) from_fd: RawFd,
+    /// On which generation the VM ran when it was taken; 0 if that is not known.
+    pub(crate) generation: Generation,
+    /// How long it is waited for, once there is something to put it into.
+    pub(crate) within: Millis,
 }
 
 /// A block of guest memory in the address space of its QEMU.

@@ -26,20 +26,21 @@ use tokio_util::codec::{FramedRead, LinesCodec};
 use super::arrive::Arrival;
 use super::connect::{self, Acceptor, Dialler};
 use super::control::{
-    CarryConfig, CarryStatus, DiskStatus, FromCarry, ImageFd, IndexedImageFds, MAX_LINE, OwnDiskFacts, PageCounts, Placement,
-    PostCopyStatus, Role, ToCarry,
+    CarryConfig, CarryStatus, DiskStatus, FromCarry, ImageFd, IndexedImageFds, LentMemory, MAX_LINE, OwnDiskFacts, PageCounts,
+    Placement, PostCopyStatus, Role, ToCarry,
 };
 use super::deal::{DealError, Listening};
 use super::disk::DiskError;
 use super::disk::into::{DiskInto, WaitingDisk};
 use super::disk::out::{DiskOut, OwnDisk};
 use super::feed::{Feed, Heard, Holdings, Own};
+use super::home::{Earlier, Lent, bring_back};
 use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
 use super::pump::{Gauge, KeepAlive, Pump};
 use super::return_path::{from_qemu, return_path};
 use super::seal::{Sealers, SealersError};
-use super::{after, connections, deal, home};
+use super::{after, connections, deal};
 use crate::tls::Material;
 
 /// Time without any agent after which an orphan ends.
@@ -283,12 +284,14 @@ async fn move_bytes(
                 Err(error) = feed.run(&reader, holdings) => Err(text(error)),
             }
         }
-        Role::Destination { listen_fd, placement, advises, kept, images, again } => {
+        Role::Destination { listen_fd, placement, advises, kept, lent, images, again } => {
             let (reader, writer) = means.qemu.into_split();
             let mut acceptor = acceptor(listen_fd, peer, &material, wire)?;
             let images = images.into_iter().map(readable_image).collect();
             let mut memory = placement.map(|placement| memory(placement).with_images(images));
-            let mut kept = kept.map(|kept| (std::fs::File::from(take(kept.file_fd)), kept.key));
+            let stay = kept.map(|kept| (std::fs::File::from(take(kept.file_fd)), kept.key));
+            let lent = lent.map(self::lent).transpose().map_err(text)?;
+            let mut earlier = Earlier { stay, lent };
             let (told, key) = oneshot::channel();
             let (to_carry, from_qemu) = from_qemu(advises);
             let deal = async {
@@ -297,7 +300,7 @@ async fn move_bytes(
                     && again.is_none()
                     && let Some(memory) = &mut memory
                 {
-                    bring_back(kept.take(), memory).await;
+                    bring_back(std::mem::take(&mut earlier), memory).await;
                 }
                 let mut writer = writer;
                 if again.is_some() {
@@ -306,7 +309,7 @@ async fn move_bytes(
                     put_resume(&mut resume);
                     writer.write_all(&resume).await.map_err(DealError::Memory)?;
                 }
-                let prepare = async |memory: &mut ProcessMemory| bring_back(kept, memory).await;
+                let prepare = async |memory: &mut ProcessMemory| bring_back(earlier, memory).await;
                 let tell = |arrival: &Arrival| tell_arrival(status, arrival);
                 match key.await {
                     Ok(key) => {
@@ -342,14 +345,6 @@ pub(super) fn listen() -> (Listening, oneshot::Receiver<Holdings>, Heard) {
     let (told_missed, missed) = mpsc::unbounded_channel();
     let listening = Listening { advise, told, pieces: told_pieces, missed: told_missed };
     (listening, holdings, Heard { advise: advised, pieces, missed })
-}
-
-async fn bring_back(kept: Option<(std::fs::File, [u8; 32])>, memory: &mut ProcessMemory) {
-    if let Some((file, key)) = kept
-        && let Err(error) = home::bring_back(file, key, memory).await
-    {
-        tracing::info!(error = &error as &dyn std::error::Error, "what was kept of the memory is of no use");
-    }
 }
 
 /// How post-copy goes at the destination.
@@ -392,6 +387,10 @@ fn readable_image(ImageFd { fd, digest, pages }: ImageFd) -> ReadableImage {
 fn own_image(fds: IndexedImageFds) -> Option<OwnImage> {
     let image = OwnImage::read(take(fds.image_fd), take(fds.index_fd));
     image.inspect_err(|error| tracing::info!(error = error as &dyn std::error::Error, "an image is of no use")).ok()
+}
+
+fn lent(LentMemory { from_fd, generation, within }: LentMemory) -> std::io::Result<Lent> {
+    Ok(Lent { from: stream(from_fd)?, generation, within: Duration::from_millis(within.get()) })
 }
 
 fn memory(placement: Placement) -> ProcessMemory {

@@ -98,6 +98,8 @@ pub(crate) enum Job {
     Load { snapshot: Keyed, team: [u8; 32], known: Vec<Keyed>, memory: Option<MemoryFile>, disks: Vec<DiskFile>, about: Vec<u8> },
     /// Plays a VM to the QEMU that waits; or plays on, to one that lost whoever played before.
     Play { snapshot: Keyed, qemu_fd: RawFd, on: bool },
+    /// Writes its memory to the carry that waits for the VM.
+    Lend { snapshot: Keyed, to_fd: RawFd },
     /// Removes a snapshot.
     Delete { snapshot: SnapshotId },
     /// Says how much there is.

@@ -1,7 +1,7 @@
 //! What the controller asks for, read once.
 
 use godwit_link::{Malformed, convert, decode, v1};
-use godwit_model::{Name, SnapshotId, SnapshotRequest};
+use godwit_model::{Generation, Name, SnapshotId, SnapshotRequest};
 
 use super::control::Keyed;
 
@@ -34,6 +34,16 @@ pub(crate) struct FromSnapshot {
     pub(crate) fresh: bool,
 }
 
+/// The memory of a VM that is to come, as a snapshot has it.
+#[derive(Clone)]
+pub(crate) struct MemoryInVault {
+    pub(crate) pool: Name,
+    pub(crate) team: Name,
+    pub(crate) snapshot: Keyed,
+    /// On which the VM ran then; 0 if that is not known.
+    pub(crate) generation: Generation,
+}
+
 fn key(field: &'static str, bytes: &[u8]) -> Result<[u8; 32], Malformed> {
     bytes.try_into().map_err(|_| Malformed::Field { field })
 }
@@ -61,6 +71,15 @@ impl VaultAt {
             team: convert::name("team", &vault.team)?,
             key: key("key", &vault.key)?,
         })
+    }
+}
+
+impl MemoryInVault {
+    /// Reads it.
+    pub(crate) fn read(memory: &v1::MemoryInVault) -> Result<Self, Malformed> {
+        let v1::MemoryInVault { pool, team, snapshot, generation } = memory;
+        let (pool, team) = (convert::name("pool", pool)?, convert::name("team", team)?);
+        Ok(Self { pool, team, snapshot: one(snapshot.as_ref())?, generation: Generation(*generation) })
     }
 }
 

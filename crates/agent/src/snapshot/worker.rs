@@ -21,6 +21,7 @@ use serde::Serialize;
 use super::changed::Changed;
 use super::control::{BitmapOf, DiskFile, DiskOf, DiskTo, Job, Kept, Keyed, MemoryFile, Restored, Said, WorkerConfig};
 use super::disk::{TakeDiskError, take_changes, take_disk};
+use super::lend::{LendError, lend};
 use super::load::{LoadError, load_disk, load_memory};
 use super::play::{PlayError, play, play_on};
 use super::restore::{RestoreError, restore};
@@ -63,6 +64,8 @@ enum Failure {
     Unload(#[from] UnloadError),
     #[error(transparent)]
     Load(#[from] LoadError),
+    #[error(transparent)]
+    Lend(#[from] LendError),
     #[error("the snapshot cannot be written")]
     Write(#[source] io::Error),
     #[error("the snapshot has more disks, or larger ones, than can be kept")]
@@ -216,6 +219,13 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
                 play(own(qemu_fd).into(), contents, || drop(agent.say(&Said::Loaded)))?
             };
             tracing::info!(%id, asked = played.asked, background = played.background, on, "played");
+            Ok(serde_json::Value::Null)
+        }
+        Job::Lend { snapshot, to_fd } => {
+            let (id, key) = snapshot.opened();
+            let to = UnixStream::from(own(to_fd));
+            let lent = lend(&mut vault.snapshot(id, &key)?, &to)?;
+            tracing::info!(%id, pages = lent, "lent");
             Ok(serde_json::Value::Null)
         }
         Job::Delete { snapshot } => {
@@ -394,6 +404,8 @@ impl Failure {
             Self::Vault(VaultError::File { .. } | VaultError::Missing { .. }) => E::SnapshotDamaged,
             Self::Restore(RestoreError::Contents(error)) | Self::Play(PlayError::Contents(error)) => of_contents(error),
             Self::Unload(UnloadError::Contents(error)) | Self::Serve(ServeError::Contents(error)) => of_contents(error),
+            Self::Lend(LendError::Contents(error)) => of_contents(error),
+            Self::Lend(LendError::NoRam) => E::SnapshotDamaged,
             Self::Play(PlayError::Preamble(_) | PlayError::NoRam) | Self::Unload(UnloadError::Preamble(_)) => E::SnapshotDamaged,
             Self::Play(PlayError::Refused | PlayError::Answer(_)) => E::QemuFailed,
             Self::Restore(RestoreError::TooSmall { .. }) => E::VolumeTruncated,
@@ -405,7 +417,7 @@ impl Failure {
             Self::Restore(_) | Self::Play(_) | Self::Serve(_) => E::QemuFailed,
             Self::Load(LoadError::Read(_) | LoadError::Write(_)) | Self::Unload(_) => E::HostFailed,
             Self::Load(_) => E::SnapshotInvalid,
-            Self::Vault(_) | Self::Write(_) => E::HostFailed,
+            Self::Vault(_) | Self::Write(_) | Self::Lend(LendError::Write(_)) => E::HostFailed,
             Self::NoVault => E::Internal,
         }
     }

@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use super::destination::DestinationMove;
 use super::fill::Filling;
+use super::lend::EarlierMemory;
 use super::moving::{answer, vcpus};
 use super::playing::EndReason;
 use super::registry::{answer_for_nobody, asks_how_it_ended};
@@ -34,7 +35,7 @@ use crate::facts::Said;
 use crate::guest;
 use crate::host::{SharedHost, host_failed};
 use crate::journal::{Holding, VmRecord};
-use crate::snapshot::{FromSnapshot, SnapshotJob};
+use crate::snapshot::{FromSnapshot, MemoryInVault, SnapshotJob};
 
 /// All that can happen to a VM here.
 pub(crate) enum VmEvent {
@@ -83,6 +84,8 @@ pub(crate) enum VmCommand {
         spec: ResolvedSpec,
         policy: MigrationPolicy,
         memory_key: Option<StayKey>,
+        /// What a vault has of its memory.
+        snapshot: Option<Box<MemoryInVault>>,
         disks: Vec<TravellingDisk>,
     },
     Migrate {
@@ -508,8 +511,8 @@ impl Actor {
     async fn on_command(&mut self, command: VmCommand) -> Result<Answer, Refusal> {
         match command {
             VmCommand::Start { grant, spec, .. } => self.start(grant, spec, None).await.map(|_| Answer::default()),
-            VmCommand::Prepare { grant, spec, policy, memory_key, disks } => {
-                self.prepare(grant, spec, policy, memory_key, disks).await
+            VmCommand::Prepare { grant, spec, policy, memory_key, snapshot, disks } => {
+                self.prepare(grant, spec, policy, EarlierMemory { memory_key, snapshot }, disks).await
             }
             VmCommand::Migrate { grant, address, policy, memory_key, past, disks } => {
                 self.migrate(grant, address, policy, memory_key, past, disks).await.map(|()| Answer::default())

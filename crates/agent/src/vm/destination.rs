@@ -18,13 +18,13 @@ use godwit_qemu::qmp::commands::AnnounceSchedule;
 use godwit_qemu::qmp::views::MigrationStatus;
 use godwit_qemu::qmp::{COMMAND_LIMIT, Qmp, QmpError};
 use godwit_qemu::{PassedFds, Start};
-use godwit_vault::StayKey;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::actor::{Actor, Answer, Moving, RETRY, qemu_failed};
 use super::disks::{Lane, into};
+use super::lend::EarlierMemory;
 use super::moving::{Told, Watch, millis, tell};
 use super::placement::Access;
 use super::start_carry::LaneStart;
@@ -225,7 +225,7 @@ impl Actor {
         grant: Grant,
         spec: ResolvedSpec,
         policy: MigrationPolicy,
-        memory_key: Option<StayKey>,
+        earlier: EarlierMemory,
         disks: Vec<TravellingDisk>,
     ) -> Result<Answer, Refusal> {
         if let Some(record) = &self.record {
@@ -266,7 +266,7 @@ impl Actor {
             self.set_aside(&spec, &disks).await;
             return Err(refusal);
         }
-        match self.begin_destination(&grant, listener, policy, memory_key).await {
+        match self.begin_destination(&grant, listener, policy, earlier).await {
             Ok((carry, disks, blocks)) => {
                 let moving = DestinationMove { disks, blocks, ..DestinationMove::new(grant, Some(carry)) };
                 self.moving = Some(Moving::Destination(Box::new(moving)));
@@ -290,7 +290,7 @@ impl Actor {
         grant: &Grant,
         listener: TcpListener,
         policy: MigrationPolicy,
-        memory_key: Option<StayKey>,
+        earlier: EarlierMemory,
     ) -> Result<(CarryClient, Vec<Lane>, Option<Vec<PlacedBlock>>), Refusal> {
         let qmp = self.monitor()?.clone();
         let known = qmp.query_migrate_capabilities().await.map_err(qemu_failed)?;
@@ -308,9 +308,13 @@ impl Actor {
         let listen_fd = fds.pass(listener);
         let blocks = self.memory_blocks(&qmp).await;
         let placement = blocks.clone().and_then(|blocks| self.place(blocks, Access::Write, &mut fds));
-        let kept = memory_key.and_then(|key| self.lend_memory(&key, &mut fds));
+        let kept = earlier.memory_key.and_then(|key| self.lend_memory(&key, &mut fds));
+        let lent = match earlier.snapshot.filter(|_| placement.is_some()) {
+            Some(snapshot) => self.lend_snapshot(*snapshot, policy.stall, &mut fds).await,
+            None => None,
+        };
         let images = self.lend_images(&mut fds).await;
-        let role = Role::Destination { listen_fd, placement, advises, kept, images, again: None };
+        let role = Role::Destination { listen_fd, placement, advises, kept, lent, images, again: None };
         let carry = self.start_carry(role, grant, LaneStart::of_memory(&source, policy.stall), ours.into(), fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
             incoming.carry = Some(carry.identity().clone());
@@ -547,7 +551,7 @@ impl Actor {
         };
         let placement = blocks.and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
         let again = Some(section);
-        let role = Role::Destination { listen_fd, placement, advises: true, kept: None, images: Vec::new(), again };
+        let role = Role::Destination { listen_fd, placement, advises: true, kept: None, lent: None, images: Vec::new(), again };
         let stall = MigrationPolicy::default().stall;
         let carry = self.start_carry(role, &grant, LaneStart::of_memory(&source, stall), ours.into(), fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use godwit_api::v1::{SnapshotExportRequest, SnapshotImport, SnapshotState};
 use godwit_link::v1::{self, command::Action};
 use godwit_link::{decode, encode};
-use godwit_model::{ErrorCode, Name, Refusal, SnapshotExport, SnapshotId, SnapshotRequest, TaskId};
+use godwit_model::{ErrorCode, Generation, Name, Refusal, SnapshotExport, SnapshotId, SnapshotRequest, TaskId};
 
 use super::snapshot::Taken;
 use super::{Outcome, Tasks, conclude, note, patiently};
@@ -168,6 +168,7 @@ impl Tasks {
                 pool: asked.from.pool.clone(),
                 identity,
                 host: host.clone(),
+                generation: Generation(0),
                 state: SnapshotState::Taking,
                 salt: self.authority.draw_salt()?,
                 request: SnapshotRequest { memory: asked.memory, quiesce: None },

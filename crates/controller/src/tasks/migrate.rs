@@ -11,7 +11,7 @@
 
 use godwit_link::v1::{self, command::Action};
 use godwit_link::{decode, encode};
-use godwit_model::{ErrorCode, Grant, Millis, Refusal, TaskId, TravellingDisk};
+use godwit_model::{ErrorCode, Grant, Millis, Name, Refusal, TaskId, TravellingDisk};
 use tokio::time::{Duration, Instant};
 
 use super::admit::{copying, expiry};
@@ -20,6 +20,7 @@ use crate::clock;
 use crate::db::Fault;
 use crate::history;
 use crate::rows::{HostRow, MigrateWork, PendingGrant, Stage, TaskRow, VmRow, Work};
+use crate::snapshots::newest_memory;
 
 /// How often a migration is begun when QEMU reaches its switch-over before us.
 const ATTEMPTS: u32 = 3;
@@ -129,8 +130,10 @@ impl Tasks {
             Ok(key) => key,
             Err(refusal) => return self.give_up(id, Some(&refusal)).await,
         };
+        let known = self.memory_seen_by(destination, vm).await?;
+        let snapshot = known.as_ref().map(|(_, memory)| memory.clone());
         let (policy, disks) = (encode(&work.policy), if work.disks.is_empty() { vec![] } else { encode(&work.disks) });
-        let action = Action::Prepare(v1::PrepareIncoming { grant, spec: encode(spec), policy, memory_key, disks });
+        let action = Action::Prepare(v1::PrepareIncoming { grant, spec: encode(spec), policy, memory_key, snapshot, disks });
         let answer = self.command_until(id, destination, &format!("prepare {}", work.attempt), action, self.cancelled(id)).await?;
         let answer = match answer {
             None => return self.give_up(id, None).await,
@@ -145,6 +148,9 @@ impl Tasks {
         };
         let set = |task: &mut TaskRow, _: &mut VmRow| {
             note(task, format!("{destination} is ready"));
+            if let Some((snapshot, _)) = &known {
+                note(task, format!("what {destination} can read of its memory in snapshot {snapshot} need not travel"));
+            }
             // The last moment at which a cancel needs no word of the source.
             let stage = if task.cancel { Stage::Settle } else { Stage::MoveOut { port } };
             if let Some(work) = work_of(task) {
@@ -153,6 +159,18 @@ impl Tasks {
             }
         };
         self.edit(id, set).await.map(|_| ())
+    }
+
+    /// What the destination can read of the VM's memory in a vault, and in which snapshot.
+    async fn memory_seen_by(&self, destination: &Name, vm: &VmRow) -> Result<Option<(Name, v1::MemoryInVault)>, Fault> {
+        let Some(presence) = self.hub.presence(destination) else { return Ok(None) };
+        let snapshots = self.snapshots_of(&vm.team).await?;
+        let Some((row, pool)) = newest_memory(&snapshots, vm.id, &presence.facts.pools) else { return Ok(None) };
+        let key = self.key_of(row).inspect_err(|refusal| tracing::warn!(%refusal, snapshot = %row.name, "no key of a snapshot"));
+        Ok(key.ok().map(|key| {
+            let (pool, team) = (pool.to_string(), row.team.to_string());
+            (row.name.clone(), v1::MemoryInVault { pool, team, snapshot: Some(key), generation: row.generation.0 })
+        }))
     }
 
     /// Asks the source how large the disks are that travel; the grant lasts as long as their copying may. `Err(None)`: it is to be cancelled.

@@ -181,6 +181,7 @@ impl Tasks {
             pool: pool.name.clone(),
             identity: pool.identity.clone(),
             host,
+            generation: vm.generation,
             state: SnapshotState::Taking,
             salt: self.authority.draw_salt()?,
             request: new.request,

@@ -563,9 +563,13 @@ async fn a_move_waits_for_a_snapshot_and_a_snapshot_for_a_move_or_another_snapsh
     a1.tell(&again, &figures()).await;
     assert_eq!(cluster.ended(one.id).await.state, TaskState::Done);
 
-    // The move was first.
+    // The move was first; what is in the snapshot need not travel, since the host sees it.
     let prepare = a2.command().await;
-    assert!(matches!(prepare.action, Some(Action::Prepare(_))) && prepare.task == moves.id.to_string(), "{prepare:?}");
+    let Some(Action::Prepare(asked)) = &prepare.action else { panic!("{prepare:?}") };
+    assert_eq!(prepare.task, moves.id.to_string());
+    let (seen, vault) = (asked.snapshot.clone().expect("a snapshot"), take(&take_one).vault.clone().expect("a vault"));
+    assert_eq!((&seen.pool, &seen.team, seen.generation), (&vault.pool, &vault.team, 1));
+    assert!(seen.snapshot == take(&take_one).snapshot, "with the key that it was taken with");
     cluster.task_when(two.id, |task| task.step == format!("waits for task {} (Migrate) to end", moves.id)).await;
     assert_eq!(code(cluster.migrate("web1", "h2").await), ErrorCode::VmBusy, "a move does not wait for a move");
     a2.done(&prepare, 7).await;
@@ -573,7 +577,9 @@ async fn a_move_waits_for_a_snapshot_and_a_snapshot_for_a_move_or_another_snapsh
     a1.done(&out, 0).await;
     a1.ended(ended(&moves, &vm, 2, true, None)).await;
     a2.ended(ended(&moves, &vm, 2, false, None)).await;
-    assert_eq!(cluster.ended(moves.id).await.state, TaskState::Done);
+    let moved = cluster.ended(moves.id).await;
+    let said = moved.trail.iter().filter(|note| note.text.contains("in snapshot one need not travel")).count();
+    assert!(moved.state == TaskState::Done && said == 1, "{moved:?}");
     let command = a2.command().await;
     let asked = take(&command);
     assert_eq!((asked.generation, command.task.as_str()), (2, &*two.id.to_string()), "where the VM is now");
