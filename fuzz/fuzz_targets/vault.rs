@@ -25,13 +25,17 @@ fuzz_target!(|bytes: &[u8]| {
         }
     }
     UNSEALED.with_borrow_mut(|room| {
-        if let Ok(pack) = PackReader::open(bytes, &PackKey::new([0x55; 32])) {
-            for chunk in 0..pack.pages().div_ceil(16) {
-                let _ = pack.chunk(chunk, room);
+        for key in [0x55, 0x77] {
+            if let Ok(pack) = PackReader::open(bytes, &PackKey::new([key; 32])) {
+                for chunk in 0..pack.pages().div_ceil(16) {
+                    let _ = pack.chunk(chunk, room);
+                }
             }
         }
-        if let Ok(pages) = room.unpack(bytes, 3) {
-            assert_eq!(pages.len(), 3);
+        for differences in [0, 2] {
+            if let Ok(packed) = room.unpack(bytes, 3, differences) {
+                assert_eq!((packed.pages.len(), packed.checks.len()), (3, differences));
+            }
         }
     });
     if let Ok(leaf) = Leaf::decode(bytes, 300, |pack| if pack < 3 { PAGES } else { 0 }) {

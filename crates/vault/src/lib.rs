@@ -23,11 +23,10 @@ mod vault;
 pub use contents::{Contents, ContentsError};
 pub use image_index::{ImageIndex, ImageIndexError};
 pub use key::{PackKey, SnapshotKey, StayKey, TeamKey};
-pub use pack::{PackReader, PackWriter, Page, PageDigest, Unsealed};
+pub use pack::{PackId, PackReader, PackWriter, Packed, Page, PageDigest, Unsealed};
 pub use shelf::{Draft, Limits, Shelf, ShelfError, Usage};
 pub use snapshot::{
-    Earlier, InvalidSpaces, Kept, Keys, Known, Leaf, Located, PackId, Parts, SnapshotReader, SnapshotWriter, Space, SpaceKind,
-    Totals,
+    Earlier, InvalidSpaces, Kept, Keys, Known, Leaf, Located, Parts, SnapshotReader, SnapshotWriter, Space, SpaceKind, Totals,
 };
 pub use stay::{
     Block, Chunk, Identity, InvalidIdentity, MalformedStay, Sink, StayError, StayReader, StayWriter, Unpacker, VERSION,

@@ -9,22 +9,20 @@
 //! directory = for each leaf, in ascending order: u16 space  u32 leaf  u32 number of its record  u64 where its record begins
 //! end       = u64 bytes before the parts  u32 bytes of each of the four parts  u32 packs  u32 leaves
 //! ```
-//! A leaf that is not there is zero. Any page is found by one search in the directory, one read of a leaf and one of a chunk, whatever came before this
-//! snapshot: there is no chain.
+//! A leaf that is not there is zero. Any page is found by one search in the directory, one read of a leaf and one of a chunk, or two if it is a difference, whatever came before this
+//! snapshot: there is no chain. The list has the packs of bases, too.
 
+mod known;
 mod leaf;
 mod reader;
 mod spaces;
 mod writer;
 
+pub use known::{Earlier, Known};
 pub use leaf::Leaf;
 pub use reader::SnapshotReader;
 pub use spaces::{InvalidSpaces, Space, SpaceKind};
-pub use writer::{Earlier, Kept, Keys, Known, Parts, SnapshotWriter, Totals};
-
-use std::fmt;
-
-use uuid::Uuid;
+pub use writer::{Kept, Keys, Parts, SnapshotWriter, Totals};
 
 use crate::sealed::{Form, Kind};
 
@@ -62,36 +60,6 @@ const PARTS_IN_ORDER: [Record; PARTS] = [Record::About, Record::Preamble, Record
 impl Kind for Record {
     fn number(self) -> u8 {
         self as u8
-    }
-}
-
-/// Which pack.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PackId(Uuid);
-
-impl PackId {
-    /// The id that is `id`.
-    #[must_use]
-    pub const fn new(id: Uuid) -> Self {
-        Self(id)
-    }
-
-    /// The id.
-    #[must_use]
-    pub const fn uuid(self) -> Uuid {
-        self.0
-    }
-}
-
-impl fmt::Display for PackId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl fmt::Debug for PackId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "PackId({})", self.0)
     }
 }
 

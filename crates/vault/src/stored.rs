@@ -79,7 +79,10 @@ pub enum Malformed {
     /// A chunk of a wrong length, or one that does not decompress.
     #[error("a chunk is none")]
     Chunk,
-    /// A page that its pack does not have.
+    /// The list of differences, or a base that is a difference itself.
+    #[error("a difference is none")]
+    Differences,
+    /// A page that its pack does not have, or a base whose pack is not in the list.
     #[error("a page is in no pack")]
     Place,
     /// The list of spaces.

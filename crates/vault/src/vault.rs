@@ -22,8 +22,8 @@ use uuid::Uuid;
 
 use crate::contents::Contents;
 use crate::key::fill;
-use crate::pack::PackReader;
-use crate::snapshot::{Earlier, Keys, Known, PackId, SnapshotReader, SnapshotWriter, Space, Totals};
+use crate::pack::{PackId, PackReader};
+use crate::snapshot::{Earlier, Keys, Known, SnapshotReader, SnapshotWriter, Space, Totals};
 use crate::stored::FileError;
 use crate::{PackKey, SnapshotKey, TeamKey};
 
@@ -170,6 +170,14 @@ pub struct VaultUsage {
     pub bytes: Bytes,
 }
 
+/// What was verified.
+#[derive(Default)]
+struct Verified {
+    wrong: Vec<VaultError>,
+    /// Packs, with how many of their bases were missing when they were read.
+    packs: BTreeMap<PackId, usize>,
+}
+
 impl Vault {
     /// Opens, or begins, the vault in `dir`.
     ///
@@ -252,7 +260,7 @@ impl Vault {
         let snapshot = SnapshotReader::open(file, key).map_err(damaged(name))?;
         let packs = snapshot.packs().iter().map(|(pack, key, pages)| {
             let missing = VaultError::Missing { snapshot: id, pack: *pack };
-            self.pack(*pack, key)?.filter(|pack| pack.pages() >= *pages).ok_or(missing)
+            self.pack(*pack, key)?.filter(|pack| pack.pages() >= *pages).map(Some).ok_or(missing)
         });
         let packs = packs.collect::<Result<_, _>>()?;
         Contents::new(snapshot, packs).map_err(failed("read"))
@@ -264,30 +272,24 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Io`]
     pub fn known(&self, snapshots: &[(SnapshotId, SnapshotKey)], most: usize) -> Result<Known, VaultError> {
-        let (mut known, mut seen) = (Known::new(most), BTreeSet::new());
+        let mut known = Known::new(most);
         for (id, key) in snapshots {
-            let packs = match self.snapshot(*id, key) {
-                Ok(contents) => contents.into_packs(),
+            match self.snapshot(*id, key) {
+                Ok(contents) => known.add(&contents),
                 Err(error @ VaultError::Io { .. }) => return Err(error),
-                Err(_) => continue,
-            };
-            for ((pack, key, _), reader) in packs {
-                if seen.insert(pack) {
-                    // A pack whose digests cannot be read is as good as unknown.
-                    let _ = known.add(pack, &key, &reader);
-                }
+                Err(_) => {}
             }
         }
         Ok(known)
     }
 
-    /// Opens a snapshot from which a new one, whose writer knows `known`, takes pages over. None if it has packs that it cannot be known by. The new one's draft is
+    /// Opens a snapshot from which a new one, whose writer knows `known`, takes pages over, or to which it keeps differences. None if it has packs that it cannot be known by. The new one's draft is
     /// begun before: nothing that either refers to is pruned then.
     ///
     /// # Errors
     /// [`VaultError`]: as of [`Self::snapshot`].
     pub fn earlier(&self, id: SnapshotId, key: &SnapshotKey, known: &mut Known) -> Result<Option<Earlier<File>>, VaultError> {
-        Ok(known.earlier(self.snapshot(id, key)?.into_snapshot()))
+        Ok(known.earlier(self.snapshot(id, key)?))
     }
 
     /// Forsakes a snapshot that somebody else may still be writing, and removes it if it is there: whoever writes it does not come to a commit any more.
@@ -368,41 +370,55 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Io`] if the directory cannot be read.
     pub fn verify(&self, snapshots: &[(SnapshotId, SnapshotKey)], team: &TeamKey) -> Result<Vec<VaultError>, VaultError> {
-        let (mut wrong, mut seen) = (vec![], BTreeSet::new());
+        let mut verified = Verified::default();
         for (id, key) in snapshots {
-            let name = snapshot_name(*id);
-            let Some(file) = self.shared.find(&name).map_err(failed("read"))? else {
-                wrong.push(VaultError::NotFound(*id));
-                continue;
-            };
-            let read = SnapshotReader::open(file, key).and_then(|snapshot| {
-                for space in 0..snapshot.spaces().len() as u16 {
-                    snapshot.leaves(space).try_for_each(|page| snapshot.leaf(space, page).map(|_| ()))?;
-                }
-                Ok(snapshot)
-            });
-            let snapshot = match read {
-                Ok(snapshot) => snapshot,
-                Err(source) => {
-                    wrong.push(VaultError::File { name, source });
+            self.verify_one(*id, key, team, &mut verified)?;
+        }
+        Ok(verified.wrong)
+    }
+
+    fn verify_one(&self, id: SnapshotId, key: &SnapshotKey, team: &TeamKey, so_far: &mut Verified) -> Result<(), VaultError> {
+        let name = snapshot_name(id);
+        let Some(file) = self.shared.find(&name).map_err(failed("read"))? else {
+            so_far.wrong.push(VaultError::NotFound(id));
+            return Ok(());
+        };
+        let snapshot = match SnapshotReader::open(file, key) {
+            Ok(snapshot) => snapshot,
+            Err(source) => {
+                so_far.wrong.push(VaultError::File { name, source });
+                return Ok(());
+            }
+        };
+        let mut packs = vec![];
+        for (pack, key, pages) in snapshot.packs() {
+            let error = match self.pack(*pack, key) {
+                Ok(Some(reader)) if reader.pages() >= *pages => {
+                    packs.push(Some(reader));
                     continue;
                 }
+                Ok(_) => VaultError::Missing { snapshot: id, pack: *pack },
+                Err(error) => error,
             };
-            for (pack, key, pages) in snapshot.packs() {
-                if !seen.insert(*pack) {
-                    continue;
-                }
-                match self.pack(*pack, key) {
-                    Ok(Some(reader)) if reader.pages() >= *pages => {
-                        let verified = reader.verify(team);
-                        wrong.extend(verified.err().map(|source| VaultError::File { name: pack_name(*pack), source }));
-                    }
-                    Ok(_) => wrong.push(VaultError::Missing { snapshot: *id, pack: *pack }),
-                    Err(error) => wrong.push(error),
-                }
+            packs.push(None);
+            if so_far.packs.insert(*pack, 0).is_none() {
+                so_far.wrong.push(error);
             }
         }
-        Ok(wrong)
+        let mut contents = Contents::new(snapshot, packs).map_err(failed("read"))?;
+        so_far.wrong.extend(contents.verify_places().err().map(|source| VaultError::File { name, source }));
+        let listed: Vec<PackId> = contents.snapshot().packs().iter().map(|(pack, ..)| *pack).collect();
+        for (at, pack) in (0..).zip(listed) {
+            // One that was read with fewer of its bases is read again.
+            let unread = contents.unlisted(at);
+            if contents.pack(at).is_none() || so_far.packs.get(&pack).is_some_and(|before| *before <= unread) {
+                continue;
+            }
+            so_far.packs.insert(pack, unread);
+            let verified = contents.verify_pack(at, team);
+            so_far.wrong.extend(verified.err().map(|source| VaultError::File { name: pack_name(pack), source }));
+        }
+        Ok(())
     }
 
     fn pack(&self, id: PackId, key: &PackKey) -> Result<Option<PackReader<File>>, VaultError> {

@@ -79,7 +79,7 @@ pub(super) fn take_changes<S: Sink, P: Sink>(
     export: &str,
     space: u16,
     writer: &mut SnapshotWriter<S, P>,
-    (earlier, of): (&Earlier<File>, u16),
+    (earlier, of): (&mut Earlier<File>, u16),
 ) -> Result<u64, TakeDiskError> {
     let (mut disk, size) = Disk::open(socket, export, &dirty_bitmap(CHANGED), false)?;
     let changed = Changed::read_from(&mut disk, size)?;
@@ -113,7 +113,7 @@ pub(super) fn take_changes<S: Sink, P: Sink>(
                 let content = buffer.get_mut(..length as usize).unwrap_or_default();
                 disk.read(from, content)?;
                 read += length;
-                put(writer, space, from / PAGE, content).map_err(TakeDiskError::Write)?;
+                put_since(writer, space, from / PAGE, content, (&mut *earlier, of)).map_err(TakeDiskError::Write)?;
                 from += length;
             }
         }
@@ -125,10 +125,25 @@ pub(super) fn take_changes<S: Sink, P: Sink>(
 
 /// Writes consecutive pages; the last may be cut.
 fn put<S: Sink, P: Sink>(writer: &mut SnapshotWriter<S, P>, space: u16, first: u64, content: &[u8]) -> io::Result<()> {
+    whole_pages(first, content, |page, content| writer.page(space, page, content).map(drop))
+}
+
+/// The same of pages that may be differences to what the space `of` of an earlier snapshot has.
+fn put_since<S: Sink, P: Sink>(
+    writer: &mut SnapshotWriter<S, P>,
+    space: u16,
+    first: u64,
+    content: &[u8],
+    (earlier, of): (&mut Earlier<File>, u16),
+) -> io::Result<()> {
+    whole_pages(first, content, |page, content| writer.page_since(space, page, content, (&mut *earlier, of)).map(drop))
+}
+
+fn whole_pages(first: u64, content: &[u8], mut each: impl FnMut(u32, &[u8; PAGE_SIZE]) -> io::Result<()>) -> io::Result<()> {
     for (page, content) in (first..).zip(content.chunks(PAGE_SIZE)) {
         let mut whole = [0; PAGE_SIZE];
         whole[..content.len()].copy_from_slice(content);
-        writer.page(space, u32::try_from(page).map_err(|_| io::ErrorKind::FileTooLarge)?, &whole)?;
+        each(u32::try_from(page).map_err(|_| io::ErrorKind::FileTooLarge)?, &whole)?;
     }
     Ok(())
 }

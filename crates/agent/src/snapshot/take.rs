@@ -1,12 +1,13 @@
 //! Takes the stream of a background snapshot apart, and has its pages written.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::{Buf, Bytes, BytesMut};
 use godwit_stream::postcopy::{DeviceState, DeviceStateTooLong};
 use godwit_stream::{Element, PAGE_SIZE, PageContent, RamBlock, Reader, StreamError, WriteError, Writer};
-use godwit_vault::{Parts, Sink, SnapshotWriter, Space, SpaceKind};
+use godwit_vault::{Earlier, Parts, Sink, SnapshotWriter, Space, SpaceKind};
 
 /// Bytes that are read from QEMU at once, and how many such pieces may wait for being written: a guest that writes to a page which QEMU has not saved waits until
 /// QEMU has passed it on, and that is to be no longer than copying takes.
@@ -53,13 +54,14 @@ impl<S: Sink, P: Sink> std::fmt::Debug for Taken<S, P> {
     }
 }
 
-/// Reads the stream of a background snapshot to its end. `begin` gets the blocks of RAM when they are known, in QEMU's order; `started` is called when the first pages come: from then on
+/// Reads the stream of a background snapshot to its end. What is new may become differences to what `earlier` had in the same place. `begin` gets the blocks of RAM when they are known, in QEMU's order; `started` is called when the first pages come: from then on
 /// QEMU watches the guest's writes, and the guest may run. After an error, too, it returns when QEMU has written everything.
 ///
 /// # Errors
 /// [`TakeError`]
 pub(super) fn take<S: Sink, P: Sink>(
     from: impl Read + Send,
+    earlier: Option<&mut Earlier<File>>,
     begin: impl FnOnce(Vec<Space>) -> io::Result<SnapshotWriter<S, P>>,
     started: impl FnOnce(),
 ) -> Result<Taken<S, P>, TakeError> {
@@ -68,7 +70,7 @@ pub(super) fn take<S: Sink, P: Sink>(
         scope.spawn(move || read_pieces(from, &pieces));
         let outcome =
             Taking { reader: Reader::of_snapshot(), preamble: Some(Preamble::default()), devices: DeviceState::default() };
-        outcome.run(read, begin, started)
+        outcome.run(read, earlier.map(Before::new), begin, started)
     })
 }
 
@@ -111,6 +113,7 @@ impl Taking {
     fn run<S: Sink, P: Sink>(
         mut self,
         read: Receiver<io::Result<Bytes>>,
+        mut before: Option<Before<'_>>,
         begin: impl FnOnce(Vec<Space>) -> io::Result<SnapshotWriter<S, P>>,
         started: impl FnOnce(),
     ) -> Result<Taken<S, P>, TakeError> {
@@ -125,7 +128,7 @@ impl Taking {
                 match element {
                     Element::Page { block, page, content } => {
                         let writer = writer.as_mut().ok_or(TakeError::Cut)?;
-                        put(writer, block.0, page, &content).map_err(TakeError::Write)?;
+                        put(writer, block.0, page, &content, before.as_mut()).map_err(TakeError::Write)?;
                         continue;
                     }
                     Element::Opaque(bytes) => {
@@ -146,7 +149,10 @@ impl Taking {
                 if let Element::RamStart(start) = &element
                     && let Some(begin) = begin.take()
                 {
-                    let spaces = start.blocks.iter().map(space).collect::<Result<_, _>>()?;
+                    let spaces = start.blocks.iter().map(space).collect::<Result<Vec<_>, _>>()?;
+                    if let Some(before) = &mut before {
+                        before.find(&spaces);
+                    }
                     writer = Some(begin(spaces).map_err(TakeError::Write)?);
                 }
                 if let Some(preamble) = &mut self.preamble {
@@ -166,10 +172,41 @@ pub(super) fn space(block: &RamBlock) -> Result<Space, TakeError> {
     pages.map(|pages| Space { kind: SpaceKind::Ram, name: name.clone(), pages }).ok_or(TakeError::Block(name))
 }
 
-fn put<S: Sink, P: Sink>(writer: &mut SnapshotWriter<S, P>, block: u16, page: u64, content: &PageContent) -> io::Result<()> {
+/// An earlier snapshot of the same VM, and which of its spaces each block was.
+struct Before<'a> {
+    earlier: &'a mut Earlier<File>,
+    spaces: Vec<Option<u16>>,
+}
+
+impl<'a> Before<'a> {
+    const fn new(earlier: &'a mut Earlier<File>) -> Self {
+        Self { earlier, spaces: vec![] }
+    }
+
+    fn find(&mut self, blocks: &[Space]) {
+        self.spaces = blocks.iter().map(|block| self.earlier.space(SpaceKind::Ram, &block.name)).collect();
+    }
+
+    fn of(&mut self, block: u16) -> Option<(&mut Earlier<File>, u16)> {
+        let space = self.spaces.get(usize::from(block)).copied().flatten()?;
+        Some((&mut *self.earlier, space))
+    }
+}
+
+fn put<S: Sink, P: Sink>(
+    writer: &mut SnapshotWriter<S, P>,
+    block: u16,
+    page: u64,
+    content: &PageContent,
+    before: Option<&mut Before<'_>>,
+) -> io::Result<()> {
     // What is zero needs not be told.
     let PageContent::Data(data) = content else { return Ok(()) };
     let page = u32::try_from(page).map_err(|_| io::ErrorKind::InvalidData)?;
     let content: &[u8; PAGE_SIZE] = data[..].try_into().map_err(|_| io::ErrorKind::InvalidData)?;
-    writer.page(block, page, content).map(|_| ())
+    match before.and_then(|before| before.of(block)) {
+        Some(since) => writer.page_since(block, page, content, since)?,
+        None => writer.page(block, page, content)?,
+    };
+    Ok(())
 }

@@ -180,8 +180,9 @@ fn id(number: u8) -> SnapshotId {
 /// Takes a snapshot of a VM, with what the earlier ones have; how long the guest stood still is QEMU's affair here.
 async fn snapshot(vault: &Vault, vm: &Vm, number: u8, before: &[u8]) -> Totals {
     let before: Vec<_> = before.iter().map(|number| (id(*number), snapshot_key(*number))).collect();
-    let known = vault.known(&before, usize::MAX).expect("the vault is read");
+    let mut known = vault.known(&before, usize::MAX).expect("the vault is read");
     let draft = vault.begin(id(number)).expect("begun");
+    let mut base = before.last().map(|(id, key)| vault.earlier(*id, key, &mut known).expect("opened").expect("few packs"));
     vm.capabilities(&[("postcopy-ram", false), ("return-path", false), ("background-snapshot", true)]).await;
     let fast = MigrationParameters { max_bandwidth: Some(BytesPerSec(10 << 30)), ..MigrationParameters::default() };
     vm.qmp.set_migration_parameters(fast).await.expect("parameters");
@@ -190,7 +191,7 @@ async fn snapshot(vault: &Vault, vm: &Vm, number: u8, before: &[u8]) -> Totals {
     vm.qmp.migrate_fd("snapshot").await.expect("migrate");
     let keys = Keys { snapshot: snapshot_key(number), team: TeamKey::new([9; 32]), pack: PackKey::draw().expect("random bytes") };
     let taking = tokio::task::spawn_blocking(move || {
-        let taken = take(ours, |spaces| draft.writer(&keys, spaces, known, Bytes(u64::MAX)), || ()).expect("taken");
+        let taken = take(ours, base.as_mut(), |spaces| draft.writer(&keys, spaces, known, Bytes(u64::MAX)), || ()).expect("taken");
         let (_, _, totals) = taken.writer.finish(&taken.parts).expect("finished");
         draft.commit(&totals).expect("committed");
         totals
@@ -363,7 +364,7 @@ async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm, number: u8, earl
             spaces.push(of_disk());
             draft.writer(&keys(number), spaces, known, Bytes(u64::MAX))
         };
-        let taken = take(ours, begin, || told.send(()).expect("heard")).expect("taken");
+        let taken = take(ours, None, begin, || told.send(()).expect("heard")).expect("taken");
         (taken, draft, u16::try_from(blocks).expect("few"))
     });
     tokio::time::timeout(LIMIT, started).await.expect("in time").expect("started");
@@ -377,14 +378,14 @@ async fn snapshot_with_disk(dir: &Path, vault: &Vault, vm: &Vm, number: u8, earl
     let reading = tokio::task::spawn_blocking(move || {
         let connect = || UnixStream::connect(&served).expect("connected");
         let export = fleece_node("disk0");
-        let Some(base) = base else {
+        let Some(mut base) = base else {
             let read = take_disk(connect(), &export, space, &mut taken.writer).expect("read");
             let (_, _, totals) = taken.writer.finish(&taken.parts).expect("finished");
             draft.commit(&totals).expect("committed");
             return read;
         };
         let of = base.disk("disk0", DISK / 4096).expect("the disk");
-        let read = take_changes(connect(), &export, space, &mut taken.writer, (&base, of)).expect("read");
+        let read = take_changes(connect(), &export, space, &mut taken.writer, (&mut base, of)).expect("read");
         let (_, _, totals) = taken.writer.finish(&taken.parts).expect("finished");
         draft.commit(&totals).expect("committed");
         let mut writer = full.writer(&keys(FULL), vec![of_disk()], godwit_vault::Known::new(0), Bytes(u64::MAX)).expect("begun");

@@ -12,8 +12,8 @@ use godwit_model::{Bytes, ErrorCode, SnapshotId, VaultFile, VaultFindings, Vault
 use godwit_qemu::cage::worker::confine_to;
 use godwit_stream::PAGE_SIZE;
 use godwit_vault::{
-    ContentsError, Earlier, FileError, Keys, Known, PackKey, Parts, PrunePlan, SnapshotDraft, SnapshotKey, SnapshotWriter, Space,
-    SpaceKind, TeamKey, Vault, VaultError,
+    Contents, ContentsError, Earlier, FileError, Keys, Known, PackKey, Parts, PrunePlan, SnapshotDraft, SnapshotKey,
+    SnapshotWriter, Space, SpaceKind, TeamKey, Vault, VaultError,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde::Serialize;
@@ -31,6 +31,8 @@ use super::unload::{UnloadError, unload_disk, unload_memory};
 
 /// Pages of earlier snapshots that are known while one is taken: those of 64 GiB.
 const KNOWN: usize = 16 << 20;
+/// How many of these are looked through for one with memory.
+const BEFORE: usize = 8;
 /// How much of a vault's damage is told.
 const MOST_DAMAGE: usize = 1_000;
 
@@ -168,6 +170,9 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
             let memory = memory_fd.map(|fd| UnixStream::from(own(fd)));
             let mut new = New::begin(vault, &snapshot, team, &known, disks.iter().map(|disk| (&disk.node, disk.size)))?;
             new.open_earlier(vault, &known, &disks);
+            if memory.is_some() {
+                new.open_before(vault, &known);
+            }
             take_all(agent, new, memory, &disks, about)
         }
         Job::Restore { snapshot, disks } => {
@@ -273,8 +278,10 @@ struct New {
     disks: Vec<Space>,
     /// The number of the first disk's space, behind those of memory.
     first_disk: usize,
-    /// Snapshots from which pages are taken over.
+    /// Snapshots from which pages of disks are taken over.
     earlier: BTreeMap<SnapshotId, Earlier<File>>,
+    /// The one to which pages of memory may be differences.
+    before: Option<Earlier<File>>,
 }
 
 impl New {
@@ -298,7 +305,7 @@ impl New {
         let keys = Keys { snapshot: key, team: TeamKey::new(team), pack: PackKey::draw().map_err(Failure::Write)? };
         // The draft first: with it nothing is pruned that is known from here on.
         let draft = vault.begin(id)?;
-        Ok(Self { draft, known: vault.known(&known, KNOWN)?, keys, disks, first_disk: 0, earlier: BTreeMap::new() })
+        Ok(Self { draft, known: vault.known(&known, KNOWN)?, keys, disks, first_disk: 0, earlier: BTreeMap::new(), before: None })
     }
 
     /// Opens the snapshots since which what has changed on the disks is known. Of one that cannot be read nothing is taken over.
@@ -317,11 +324,20 @@ impl New {
         }
     }
 
+    /// Opens the snapshot to which pages of memory may be differences: the first of those that are known which has memory, since those of the same VM come first, the newest of
+    /// them before all. Without one, pages are written whole.
+    fn open_before(&mut self, vault: &Vault, known: &[Keyed]) {
+        let mut opened = known.iter().take(BEFORE).map(Keyed::opened).filter_map(|(id, key)| vault.snapshot(id, &key).ok());
+        let has_memory = |contents: &Contents| contents.spaces().iter().any(|space| space.kind == SpaceKind::Ram);
+        self.before = opened.find(has_memory).and_then(|contents| self.known.earlier(contents));
+    }
+
     /// The snapshot from which a disk's pages are taken over, and its space there: if it had the same size.
-    fn earlier(&self, disk: &DiskOf) -> Option<(&Earlier<File>, u16)> {
-        let earlier = self.earlier.get(&disk.since?)?;
+    fn earlier(&mut self, disk: &DiskOf) -> Option<(&mut Earlier<File>, u16)> {
+        let earlier = self.earlier.get_mut(&disk.since?)?;
         let pages = u32::try_from(disk.size.get().div_ceil(PAGE_SIZE as u64)).ok()?;
-        Some((earlier, earlier.disk(&disk.node, pages)?))
+        let space = earlier.disk(&disk.node, pages)?;
+        Some((earlier, space))
     }
 
     /// Its writer, once the spaces of memory are known. There is to be one.
@@ -355,7 +371,8 @@ fn take_all(
     agent.say(&Said::Ready).map_err(Failure::Alone)?;
     let (mut writer, parts) = match memory {
         Some(memory) => {
-            let taken = take(memory, |spaces| new.writer(spaces), || drop(agent.say(&Said::Began)))?;
+            let mut before = new.before.take();
+            let taken = take(memory, before.as_mut(), |spaces| new.writer(spaces), || drop(agent.say(&Said::Began)))?;
             (taken.writer, taken.parts)
         }
         None => (new.writer(vec![]).map_err(Failure::Write)?, Parts::default()),

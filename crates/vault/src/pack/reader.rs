@@ -3,22 +3,25 @@
 use std::io;
 
 use bytes::Buf;
+use godwit_stream::PAGE_SIZE;
 use zstd::bulk::Decompressor;
 
 use super::{
-    CHUNK_PAGES, DIGEST, DIGESTS_PIECE, END, FORM, LENGTH, LENGTHS_PIECE, MAX_BODY, MAX_CONTENT, NONE, Page, PageDigest, Record,
-    ZSTD,
+    BASE, BASES_PIECE, Base, CHECK, CHUNK_PAGES, Checker, DIGEST, DIGESTS_PIECE, Differences, END, FORM, LENGTH, LENGTHS_PIECE,
+    MAX_BODY, MAX_CONTENT, MAX_RUNS, NONE, PackId, Page, PageDigest, RUN, RUNS_PIECE, Record, ZSTD, difference,
 };
+use crate::PackKey;
 use crate::sealed::{HEAD, OVERHEAD};
 use crate::stored::{FileError, Malformed, Records, Stored, list_length};
-use crate::{PackKey, TeamKey};
 
 /// Shortest record of a chunk.
 const MIN_CHUNK: u64 = (OVERHEAD + 2) as u64;
 
-/// Reads a pack. In memory are eight bytes for each chunk, of which the file has at least 23.
+/// Reads a pack. In memory are eight bytes for each chunk, of which the file has at least 23, and twelve for each run of differences.
 pub struct PackReader<S> {
     records: Records<S>,
+    checker: Checker,
+    differences: Differences,
     /// Where each chunk begins, and where the last ends.
     offsets: Vec<u64>,
     pages: u32,
@@ -39,13 +42,22 @@ impl Unsealed {
         Ok(Self { record, body, decompressor: Decompressor::new()? })
     }
 
-    /// The pages of the content of a chunk's record, when it has been opened; `whole` is how many there are to be.
+    /// What is in the content of a chunk's record, when it has been opened; `pages` is how many there are to be, and `differences` how many of them are some.
     ///
     /// # Errors
     /// [`Malformed::Chunk`]
-    pub fn unpack<'a>(&'a mut self, content: &'a [u8], whole: usize) -> Result<&'a [Page], Malformed> {
-        unpack(content, whole, &mut self.decompressor, &mut self.body)
+    pub fn unpack<'a>(&'a mut self, content: &'a [u8], pages: usize, differences: usize) -> Result<Packed<'a>, Malformed> {
+        unpack(content, (pages, differences), &mut self.decompressor, &mut self.body)
     }
+}
+
+/// What is in a chunk.
+#[derive(Clone, Copy, Debug)]
+pub struct Packed<'a> {
+    /// Its pages; those that are differences, as such.
+    pub pages: &'a [Page],
+    /// The checks of those that are differences, in order.
+    pub checks: &'a [[u8; CHECK]],
 }
 
 impl std::fmt::Debug for Unsealed {
@@ -75,14 +87,18 @@ impl<S: Stored> PackReader<S> {
         let end: [u8; END] = records.end(Record::End)?;
         let mut end = &end[..];
         let (chunks, pages, before) = (end.get_u32(), end.get_u32(), end.get_u64());
+        let (bases, runs) = (u64::from(end.get_u32()) * BASE as u64, u64::from(end.get_u32()) * RUN as u64);
         let lengths = u64::from(chunks) * LENGTH as u64;
-        let lists = list_length(lengths, LENGTHS_PIECE) + list_length(u64::from(pages) * DIGEST as u64, DIGESTS_PIECE);
-        let length = before.saturating_add(lists).saturating_add((END + OVERHEAD) as u64);
+        let digests = list_length(u64::from(pages) * DIGEST as u64, DIGESTS_PIECE);
+        let lists = list_length(lengths, LENGTHS_PIECE) + digests;
+        let more = list_length(bases, BASES_PIECE) + list_length(runs, RUNS_PIECE);
+        let length = before.saturating_add(lists + more).saturating_add((END + OVERHEAD) as u64);
         let least = HEAD as u64 + u64::from(chunks) * MIN_CHUNK;
-        if chunks != chunks_of(pages) || before < least || length != records.length() {
+        let is_long = runs > (MAX_RUNS * RUN) as u64 || bases > u64::from(u16::MAX) * BASE as u64;
+        if chunks != chunks_of(pages) || before < least || length != records.length() || is_long {
             return Err(Malformed::Count.into());
         }
-        let (lengths, _) = records.list(Record::Lengths, before, lengths, LENGTHS_PIECE)?;
+        let (lengths, at_digests) = records.list(Record::Lengths, before, lengths, LENGTHS_PIECE)?;
         let mut at = HEAD as u64;
         let mut offsets = vec![at];
         let (lengths, _) = lengths.as_chunks::<LENGTH>();
@@ -93,7 +109,10 @@ impl<S: Stored> PackReader<S> {
         if at != before {
             return Err(Malformed::Count.into());
         }
-        Ok(Self { records, offsets, pages })
+        let (bases, at) = records.list(Record::Bases, at_digests + digests, bases, BASES_PIECE)?;
+        let (runs, _) = records.list(Record::Differences, at, runs, RUNS_PIECE)?;
+        let differences = Differences::decode(&bases, &runs, pages)?;
+        Ok(Self { records, checker: Checker::new(key), differences, offsets, pages })
     }
 
     /// How many pages it has.
@@ -108,11 +127,37 @@ impl<S: Stored> PackReader<S> {
         (page / CHUNK_PAGES as u32, page as usize % CHUNK_PAGES)
     }
 
-    /// The pages of a chunk.
+    /// The packs with which differences of this one are joined.
+    #[must_use]
+    pub fn bases(&self) -> &[PackId] {
+        self.differences.bases()
+    }
+
+    /// The base of a page, if it is a difference.
+    pub(crate) fn base_of(&self, page: u32) -> Option<Base> {
+        self.differences.of(page)
+    }
+
+    /// Joins a difference with its base; `check` is the difference's. What that makes is what was stored, or an error.
+    pub(crate) fn join(&self, page: u32, differs: &Page, check: &[u8; CHECK], base: &Page) -> Result<Page, FileError> {
+        let content = difference(differs, base);
+        if self.checker.of(&content) == *check { Ok(content) } else { Err(FileError::Digest(page)) }
+    }
+
+    /// How many pages of a chunk are differences, of those before the one at place `within`.
+    pub(crate) fn differences_before(&self, chunk: u32, within: usize) -> usize {
+        let first = chunk.saturating_mul(CHUNK_PAGES as u32);
+        if self.differences.bases().is_empty() {
+            return 0;
+        }
+        (first..).take(within).filter(|page| self.differences.of(*page).is_some()).count()
+    }
+
+    /// What is in a chunk.
     ///
     /// # Errors
     /// [`FileError`]
-    pub fn chunk<'a>(&self, chunk: u32, room: &'a mut Unsealed) -> Result<&'a [Page], FileError> {
+    pub fn chunk<'a>(&self, chunk: u32, room: &'a mut Unsealed) -> Result<Packed<'a>, FileError> {
         let place = |at: u32| self.offsets.get(at as usize).copied();
         let (Some(from), Some(to)) = (place(chunk), chunk.checked_add(1).and_then(place)) else {
             return Err(Malformed::Place.into());
@@ -120,14 +165,15 @@ impl<S: Stored> PackReader<S> {
         let length = usize::try_from(to - from).map_err(|_| Malformed::Chunk)?;
         let content = self.records.known(Record::Chunk, u64::from(chunk), (from, length), &mut room.record)?;
         let whole = (self.pages as usize - chunk as usize * CHUNK_PAGES).min(CHUNK_PAGES);
-        Ok(unpack(content, whole, &mut room.decompressor, &mut room.body)?)
+        let differences = self.differences_before(chunk, whole);
+        Ok(unpack(content, (whole, differences), &mut room.decompressor, &mut room.body)?)
     }
 
     /// The digests of all pages, in order.
     ///
     /// # Errors
     /// [`FileError`]
-    pub fn digests(&self) -> Result<impl Iterator<Item = PageDigest>, FileError> {
+    pub fn digests(&self) -> Result<impl Iterator<Item = PageDigest> + use<S>, FileError> {
         let before = self.offsets.last().copied().unwrap_or(HEAD as u64);
         let at = before + list_length(u64::from(chunks_of(self.pages)) * LENGTH as u64, LENGTHS_PIECE);
         let (digests, _) = self.records.list(Record::Digests, at, u64::from(self.pages) * DIGEST as u64, DIGESTS_PIECE)?;
@@ -136,33 +182,14 @@ impl<S: Stored> PackReader<S> {
             PageDigest(digests[page])
         }))
     }
-
-    /// Reads everything, and compares each page with its digest.
-    ///
-    /// # Errors
-    /// [`FileError`]
-    pub fn verify(&self, key: &TeamKey) -> Result<(), FileError> {
-        let mut digests = self.digests()?;
-        let mut room = Unsealed::new()?;
-        let mut number = 0;
-        for chunk in 0..chunks_of(self.pages) {
-            for page in self.chunk(chunk, &mut room)? {
-                if digests.next() != Some(PageDigest::of(key, page)) {
-                    return Err(FileError::Digest(number));
-                }
-                number += 1;
-            }
-        }
-        Ok(())
-    }
 }
 
 fn unpack<'a>(
     content: &'a [u8],
-    whole: usize,
+    (pages, differences): (usize, usize),
     decompressor: &mut Decompressor<'_>,
     room: &'a mut [u8],
-) -> Result<&'a [Page], Malformed> {
+) -> Result<Packed<'a>, Malformed> {
     let body = match content.split_first() {
         Some((&NONE, body)) => body,
         Some((&ZSTD, compressed)) => {
@@ -171,6 +198,7 @@ fn unpack<'a>(
         }
         _ => return Err(Malformed::Chunk),
     };
-    let (pages, odd) = body.as_chunks();
-    if odd.is_empty() && pages.len() == whole { Ok(pages) } else { Err(Malformed::Chunk) }
+    let (pages, checks) = body.split_at_checked(pages * PAGE_SIZE).ok_or(Malformed::Chunk)?;
+    let ((pages, _), (checks, odd)) = (pages.as_chunks(), checks.as_chunks());
+    if odd.is_empty() && checks.len() == differences { Ok(Packed { pages, checks }) } else { Err(Malformed::Chunk) }
 }

@@ -7,13 +7,18 @@ use godwit_model::Bytes;
 use godwit_stream::PAGE_SIZE;
 use zstd::bulk::Compressor;
 
-use super::{CHUNK_PAGES, DIGESTS_PIECE, END, FORM, LENGTHS_PIECE, MAX_BODY, NONE, Page, PageDigest, Record, ZSTD};
+use super::{
+    BASE, BASES_PIECE, CHUNK_PAGES, Checker, DIGESTS_PIECE, Differences, END, FORM, LENGTHS_PIECE, MAX_BODY, NONE, PackId, Page,
+    PageDigest, RUN, RUNS_PIECE, Record, ZSTD, difference,
+};
 use crate::records::RecordWriter;
 use crate::sealed::{Head, RECORD_HEAD, TAG};
 use crate::{PackKey, Sink};
 
 /// Of zstd: what a guest writes while its snapshot is taken waits for this.
 const LEVEL: i32 = 1;
+/// Bytes of a difference that is small without a trial.
+const FEW: usize = PAGE_SIZE / 16;
 /// Where the body begins in a record.
 const BODY: usize = RECORD_HEAD + 1;
 
@@ -25,6 +30,10 @@ pub struct PackWriter<W: Sink> {
     record: Vec<u8>,
     packed: Vec<u8>,
     gathered: usize,
+    /// Of the differences that are gathered.
+    checks: Vec<u8>,
+    checker: Checker,
+    differences: Differences,
     lengths: Vec<u8>,
     digests: Vec<u8>,
     chunks: u32,
@@ -54,6 +63,9 @@ impl<W: Sink> PackWriter<W> {
             record: vec![0; BODY + MAX_BODY + TAG],
             packed: vec![0; BODY + MAX_BODY + TAG],
             gathered: 0,
+            checks: vec![],
+            checker: Checker::new(key),
+            differences: Differences::default(),
             lengths: vec![],
             digests: vec![],
             chunks: 0,
@@ -78,6 +90,42 @@ impl<W: Sink> PackWriter<W> {
         Ok(number)
     }
 
+    /// Takes a page as its difference to a base, which is page `at.1` of the pack `at.0` and no difference itself, if that makes it smaller; its number then.
+    ///
+    /// # Errors
+    /// As of [`Self::put`].
+    pub(crate) fn put_difference(
+        &mut self,
+        content: &Page,
+        digest: &PageDigest,
+        base: &Page,
+        at: (PackId, u32),
+    ) -> io::Result<Option<u32>> {
+        let differs = difference(content, base);
+        if !self.is_smaller(&differs, content) || !self.differences.push(self.pages, at.0, at.1) {
+            return Ok(None);
+        }
+        // Before the page is put: that may write the chunk.
+        self.checks.extend_from_slice(&self.checker.of(content));
+        self.put(&differs, digest).map(Some)
+    }
+
+    /// Whether a difference takes so much less than the whole page that the second read is worth it.
+    fn is_smaller(&mut self, differs: &Page, content: &Page) -> bool {
+        let count = |page: &Page| page.iter().filter(|byte| **byte != 0).count();
+        let (changed, whole) = (count(differs), count(content));
+        if changed <= FEW && changed * 8 <= whole {
+            return true;
+        }
+        if changed > PAGE_SIZE / 8 * 7 {
+            return false;
+        }
+        let room = &mut self.packed[..PAGE_SIZE];
+        // What does not compress takes a page.
+        let mut length = |page: &Page| self.compressor.compress_to_buffer(page, room).unwrap_or(PAGE_SIZE);
+        length(differs) * 4 <= length(content) * 3
+    }
+
     /// How many pages it has.
     #[must_use]
     pub const fn pages(&self) -> u32 {
@@ -93,10 +141,16 @@ impl<W: Sink> PackWriter<W> {
         let before = self.records.written();
         self.records.list(Record::Lengths, &self.lengths, LENGTHS_PIECE)?;
         self.records.list(Record::Digests, &self.digests, DIGESTS_PIECE)?;
+        let (bases, runs) = self.differences.encode();
+        self.records.list(Record::Bases, &bases, BASES_PIECE)?;
+        self.records.list(Record::Differences, &runs, RUNS_PIECE)?;
+        let count = |bytes: &[u8], each: usize| u32::try_from(bytes.len() / each).expect("there are few");
         let mut end = Vec::with_capacity(END);
         end.put_u32(self.chunks);
         end.put_u32(self.pages);
         end.put_u64(before);
+        end.put_u32(count(&bases, BASE));
+        end.put_u32(count(&runs, RUN));
         self.records.record(Record::End, 0, &end)?;
         let length = Bytes(self.records.written());
         Ok((self.records.finish()?, length))
@@ -107,7 +161,10 @@ impl<W: Sink> PackWriter<W> {
         if self.gathered == 0 {
             return Ok(());
         }
-        let end = BODY + std::mem::take(&mut self.gathered) * PAGE_SIZE;
+        let pages = BODY + std::mem::take(&mut self.gathered) * PAGE_SIZE;
+        let end = pages + self.checks.len();
+        self.record[pages..end].copy_from_slice(&self.checks);
+        self.checks.clear();
         // With less room than the body takes, compressing fails if it does not make it smaller.
         let compressed = self.compressor.compress_to_buffer(&self.record[BODY..end], &mut self.packed[BODY..end - 1]);
         let (how, end, record) = match compressed {

@@ -6,9 +6,9 @@ use uuid::Uuid;
 use super::leaf::Leaf;
 use super::spaces::Space;
 use super::{
-    DIRECTORY_PIECE, END, ENTRY, FORM, MAX_LEAF, MAX_PART, PACK, PACKS_PIECE, PART_PIECE, PARTS_IN_ORDER, PackId, Parts, Record,
-    ZEROS,
+    DIRECTORY_PIECE, END, ENTRY, FORM, MAX_LEAF, MAX_PART, PACK, PACKS_PIECE, PART_PIECE, PARTS_IN_ORDER, Parts, Record, ZEROS,
 };
+use crate::pack::PackId;
 use crate::sealed::{HEAD, OVERHEAD};
 use crate::stored::{FileError, Malformed, Records, Stored, list_length};
 use crate::{PackKey, SnapshotKey};

@@ -4,10 +4,14 @@ use godwit_stream::PAGE_SIZE;
 use proptest::prelude::*;
 
 use super::*;
-use crate::pack::{PackReader, PackWriter, Page, Unsealed};
+use crate::contents::{Contents, ContentsError};
+use crate::pack::{PackId, PackReader, PackWriter, Page, Unsealed};
 use crate::stored::{FileError, Malformed};
 use crate::{PackKey, SnapshotKey, TeamKey};
 use godwit_model::Bytes;
+use uuid::Uuid;
+
+mod differences;
 
 const NO_LIMIT: Bytes = Bytes(u64::MAX);
 
@@ -52,32 +56,49 @@ fn write(id: u8, pages: &[(u16, u32, Page)], known: Known) -> Written {
     Written { id: pack, key: keys.pack, snapshot, pack: file.unwrap_or_default(), totals }
 }
 
-/// All pages of a snapshot that are not zero, from the packs in which they are said to be.
-fn read(snapshot: &[u8], packs: &[&Written]) -> Result<Vec<(u16, u32, Page)>, FileError> {
+/// A snapshot with its packs.
+fn opened<'a>(snapshot: &'a [u8], packs: &[&'a Written]) -> Result<Contents<&'a [u8]>, FileError> {
     let snapshot = SnapshotReader::open(snapshot, &keys(0).snapshot)?;
     let opened = snapshot.packs().iter().map(|(id, key, pages)| {
         let pack = packs.iter().find(|pack| pack.id == *id).expect("a pack that was written");
         let reader = PackReader::open(&pack.pack[..], key)?;
         assert_eq!(reader.pages(), *pages);
-        Ok(reader)
+        Ok(Some(reader))
     });
     let opened = opened.collect::<Result<Vec<_>, FileError>>()?;
-    let (mut out, mut room) = (vec![], Unsealed::new()?);
-    for space in 0..snapshot.spaces().len() as u16 {
-        for first in snapshot.leaves(space).collect::<Vec<_>>() {
-            for (page, at) in snapshot.leaf(space, first)?.located() {
-                let (chunk, within) = PackReader::<&[u8]>::chunk_of(at.page);
-                out.push((space, first + page, opened[usize::from(at.pack)].chunk(chunk, &mut room)?[within]));
+    Ok(Contents::new(snapshot, opened)?)
+}
+
+/// All pages of a snapshot that are not zero, from the packs in which they are said to be.
+fn read(snapshot: &[u8], packs: &[&Written]) -> Result<Vec<(u16, u32, Page)>, FileError> {
+    let mut contents = opened(snapshot, packs)?;
+    let mut out = vec![];
+    for space in 0..contents.spaces().len() as u16 {
+        for first in contents.snapshot().leaves(space).collect::<Vec<_>>() {
+            let located: Vec<u32> = contents.located(space, first).map_err(in_file)?.collect();
+            for page in located {
+                out.push((space, page, *contents.page(space, page).map_err(in_file)?.expect("it is located")));
             }
         }
     }
     Ok(out)
 }
 
+fn in_file(error: ContentsError) -> FileError {
+    match error {
+        ContentsError::Snapshot(error) | ContentsError::Pack { source: error, .. } => error,
+    }
+}
+
+fn verify(snapshot: &[u8], packs: &[&Written], team: &TeamKey) -> Result<(), FileError> {
+    let mut contents = opened(snapshot, packs)?;
+    contents.verify_places()?;
+    (0..contents.snapshot().packs().len() as u16).try_for_each(|pack| contents.verify_pack(pack, team))
+}
+
 fn known_of(written: &Written) -> Known {
     let mut known = Known::new(usize::MAX);
-    let reader = PackReader::open(&written.pack[..], &written.key).expect("a pack");
-    assert!(known.add(written.id, &written.key, &reader).expect("digests"));
+    known.add(&opened(&written.snapshot, &[written]).expect("whole"));
     known
 }
 
@@ -105,9 +126,8 @@ fn what_was_written_is_read() {
     // The forty that are alike are kept once.
     assert_eq!(written.totals.new, 7 + 1 + 1 + 41);
     assert_eq!(written.totals.known, 39);
-    let pack = PackReader::open(&written.pack[..], &written.key).expect("a pack");
-    pack.verify(&keys(0).team).expect("as it was written");
-    assert!(matches!(pack.verify(&TeamKey::new([0; 32])), Err(FileError::Digest(0))));
+    verify(&written.snapshot, &[&written], &keys(0).team).expect("as it was written");
+    assert!(matches!(verify(&written.snapshot, &[&written], &TeamKey::new([0; 32])), Err(FileError::Digest(0))));
 }
 
 #[test]
@@ -201,7 +221,7 @@ fn another_key_opens_nothing() {
 
 /// Reads all of it, and every leaf.
 fn everything(snapshot: &[u8], pack: &Written) -> Result<Vec<(u16, u32, Page)>, FileError> {
-    PackReader::open(&pack.pack[..], &pack.key)?.verify(&keys(0).team)?;
+    verify(snapshot, &[pack], &keys(0).team)?;
     read(snapshot, &[pack])
 }
 
@@ -305,6 +325,7 @@ fn the_specification_shows_the_bytes_that_are_written() {
     let parts = Parts { about: b"web1".to_vec(), ..Parts::default() };
     let (snapshot, pack, _) = writer.finish(&parts).expect("finished");
     let pack = pack.expect("a page");
+    let later = later_pack(id, &keys.team);
     let page = include_str!("../../../../docs/spec/vault.md");
     let (head, names) = (crate::sealed::HEAD, ["leaf", "about", "spaces", "packs", "directory", "end"]);
     let mut differ = vec![];
@@ -315,7 +336,9 @@ fn the_specification_shows_the_bytes_that_are_written() {
             differ.push(line);
         }
     };
-    for (file, bytes, names) in [("pack", &pack, &["chunk", "lengths", "digests", "end"][..]), ("snapshot", &snapshot, &names[..])]
+    let in_pack = ["chunk", "lengths", "digests", "end"];
+    let in_later = ["chunk", "lengths", "digests", "bases", "differences", "end"];
+    for (file, bytes, names) in [("pack", &pack, &in_pack[..]), ("snapshot", &snapshot, &names), ("later pack", &later, &in_later)]
     {
         check(&format!("{file} head"), &bytes[..head]);
         let mut at = head;
@@ -330,19 +353,32 @@ fn the_specification_shows_the_bytes_that_are_written() {
     assert!(differ.is_empty(), "docs/spec/vault.md shows something else than\n{}", differ.join("\n"));
 }
 
+/// A pack whose only page is a difference to the first of the example's.
+fn later_pack(base: PackId, team: &TeamKey) -> Vec<u8> {
+    let head = crate::sealed::Head::new(&crate::pack::FORM, [0x88; 32]);
+    let mut writer = PackWriter::begin_with(Vec::new(), &PackKey::new([0x77; 32]), NO_LIMIT, head).expect("begun");
+    let mut content = [b'G'; PAGE_SIZE];
+    content[..8].copy_from_slice(b"Godwit 1");
+    let digest = crate::pack::PageDigest::of(team, &content);
+    let page = writer.put_difference(&content, &digest, &[b'G'; PAGE_SIZE], (base, 0)).expect("written");
+    assert_eq!(page, Some(0));
+    writer.finish().expect("finished").0
+}
+
 /// The fuzzer starts from the same files; the keys are those of the specification's example.
 #[test]
 fn corpus_every_stored_file_is_taken_without_panic() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/vault");
     let mut room = Unsealed::new().expect("made");
-    let (mut packs, mut snapshots, mut chunks, mut leaves, mut lists) = (0, 0, 0, 0, 0);
+    let (mut packs, mut snapshots, mut chunks, mut differences, mut leaves, mut lists) = (0, 0, 0, 0, 0, 0);
     for entry in std::fs::read_dir(folder).expect("the corpus is checked in") {
         let bytes = std::fs::read(entry.expect("an entry").path()).expect("readable");
         packs +=
             usize::from(PackReader::open(&bytes[..], &PackKey::new([0x55; 32])).is_ok_and(|pack| pack.chunk(0, &mut room).is_ok()));
         let snapshot = SnapshotReader::open(&bytes[..], &SnapshotKey::new([0x22; 32]));
         snapshots += usize::from(snapshot.is_ok_and(|snapshot| snapshot.leaf(0, 67).is_ok()));
-        chunks += usize::from(room.unpack(&bytes, 3).is_ok());
+        chunks += usize::from(room.unpack(&bytes, 3, 0).is_ok());
+        differences += usize::from(room.unpack(&bytes, 3, 2).is_ok());
         if let Ok(leaf) = Leaf::decode(&bytes, 300, |_| 1_000) {
             assert_eq!(Leaf::decode(&leaf.encode(), 300, |_| 1_000), Ok(leaf));
             leaves += 1;
@@ -352,5 +388,5 @@ fn corpus_every_stored_file_is_taken_without_panic() {
             lists += 1;
         }
     }
-    assert!([packs, snapshots, chunks, leaves, lists].iter().all(|count| *count > 0), "something of each kind");
+    assert!([packs, snapshots, chunks, differences, leaves, lists].iter().all(|count| *count > 0), "something of each kind");
 }

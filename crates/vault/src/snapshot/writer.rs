@@ -1,104 +1,20 @@
 //! Writes a snapshot and the pack with what no other pack of the team has.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io;
 
 use bytes::BufMut;
 use godwit_model::Bytes;
 
+use super::known::{Earlier, Known, NONE, Place};
 use super::leaf::Leaf;
-use super::reader::SnapshotReader;
 use super::spaces::{InvalidSpaces, Space, SpaceKind};
-use super::{DIRECTORY_PIECE, END, FORM, Located, MAX_PART, PACKS_PIECE, PART_PIECE, PARTS_IN_ORDER, PackId, Record, ZEROS};
-use crate::pack::{PackReader, PackWriter, Page, PageDigest, is_zero};
+use super::{DIRECTORY_PIECE, END, FORM, Located, MAX_PART, PACKS_PIECE, PART_PIECE, PARTS_IN_ORDER, Record};
+use crate::pack::{PackId, PackWriter, Page, PageDigest, is_zero};
 use crate::records::RecordWriter;
 use crate::sealed::Head;
-use crate::stored::{FileError, Stored};
+use crate::stored::Stored;
 use crate::{PackKey, Sink, SnapshotKey, TeamKey};
-
-/// What is in the team's packs already, by digest. In memory it takes some forty bytes for each page.
-#[derive(Debug)]
-pub struct Known {
-    packs: Vec<(PackId, PackKey, u32)>,
-    pages: HashMap<u128, Located>,
-    most: usize,
-}
-
-impl Known {
-    /// Nothing; at most `most` pages are known.
-    #[must_use]
-    pub fn new(most: usize) -> Self {
-        Self { packs: vec![], pages: HashMap::new(), most }
-    }
-
-    /// Adds the pages of a pack; `false` if there are too many, and none is added. The packs that are likeliest to have what comes are added first.
-    ///
-    /// # Errors
-    /// [`FileError`]
-    pub fn add<S: Stored>(&mut self, id: PackId, key: &PackKey, pack: &PackReader<S>) -> Result<bool, FileError> {
-        let room = self.most.saturating_sub(self.pages.len());
-        let Some(number) = u16::try_from(self.packs.len()).ok().filter(|number| *number < ZEROS - 1) else { return Ok(false) };
-        if pack.pages() as usize > room {
-            return Ok(false);
-        }
-        for (page, digest) in (0..).zip(pack.digests()?) {
-            self.pages.entry(digest.short()).or_insert(Located { pack: number, page });
-        }
-        self.packs.push((id, key.clone(), pack.pages()));
-        Ok(true)
-    }
-
-    /// Makes a snapshot one from which pages are taken over: its packs are known from here on, also those whose pages are not. None if there are too many, or one that is
-    /// not the one that is known by its id.
-    pub fn earlier<S: Stored>(&mut self, snapshot: SnapshotReader<S>) -> Option<Earlier<S>> {
-        let mut packs = Vec::with_capacity(snapshot.packs().len());
-        for (id, key, pages) in snapshot.packs() {
-            let number = match self.packs.iter().position(|(known, ..)| known == id) {
-                Some(number) => {
-                    let (_, known, has) = &self.packs[number];
-                    (known.expose() == key.expose() && has >= pages).then_some(number)?
-                }
-                None if self.packs.len() >= usize::from(ZEROS - 1) => return None,
-                None => {
-                    self.packs.push((*id, key.clone(), *pages));
-                    self.packs.len() - 1
-                }
-            };
-            packs.push(u16::try_from(number).ok().filter(|number| *number < ZEROS - 1)?);
-        }
-        Some(Earlier { snapshot, packs })
-    }
-}
-
-/// An earlier snapshot, of which a new one takes over pages as they are. Only where those are is taken over: afterwards neither needs the other.
-pub struct Earlier<S> {
-    snapshot: SnapshotReader<S>,
-    /// Of each pack of its list, the number by which it is known.
-    packs: Vec<u16>,
-}
-
-impl<S> std::fmt::Debug for Earlier<S> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Earlier").field("snapshot", &self.snapshot).finish_non_exhaustive()
-    }
-}
-
-impl<S: Stored> Earlier<S> {
-    /// The disk of this name, if it has as many pages: the number of its space.
-    #[must_use]
-    pub fn disk(&self, name: &str, pages: u32) -> Option<u16> {
-        let is_it = |space: &Space| space.kind == SpaceKind::Disk && space.name == name && space.pages == pages;
-        self.snapshot.spaces().iter().position(is_it).and_then(|space| u16::try_from(space).ok())
-    }
-
-    /// Where the pages of a space are that are not zeros, of those in a leaf: for [`SnapshotWriter::take_over`].
-    ///
-    /// # Errors
-    /// [`FileError`]
-    pub fn leaf(&self, space: u16, page: u32) -> Result<Leaf, FileError> {
-        self.snapshot.leaf(space, page)
-    }
-}
 
 /// What became of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +47,8 @@ pub struct Totals {
     pub known: u64,
     /// Pages that are new.
     pub new: u64,
+    /// Of these, those that are kept as differences to what an earlier snapshot had in their place.
+    pub differences: u64,
     /// Length of the snapshot's file.
     pub snapshot: Bytes,
     /// Length of the pack's.
@@ -205,7 +123,7 @@ impl<S: Sink, P: Sink> SnapshotWriter<S, P> {
         limit: Bytes,
     ) -> io::Result<Self> {
         Space::encode_all(&spaces).map_err(invalid)?;
-        let places = vec![None; known.packs.len() + 1];
+        let places = vec![None; usize::from(known.count()) + 1];
         Ok(Self {
             records: RecordWriter::begin(file, &FORM, keys.snapshot.expose(), head, limit)?,
             pack,
@@ -228,29 +146,64 @@ impl<S: Sink, P: Sink> SnapshotWriter<S, P> {
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] for a page that is in no space, or behind its turn: it is not taken. After any other error the snapshot cannot be finished.
     pub fn page(&mut self, space: u16, page: u32, content: &Page) -> io::Result<Kept> {
+        self.take::<&[u8]>(space, page, content, None)
+    }
+
+    /// Takes a page as [`Self::page`] does; one that is new may be kept as a difference to what page `page` of the space `of` held in an earlier snapshot, or to what that was a
+    /// difference to. `earlier` was made with what this writer knows.
+    ///
+    /// # Errors
+    /// As of [`Self::page`].
+    pub fn page_since<B: Stored>(
+        &mut self,
+        space: u16,
+        page: u32,
+        content: &Page,
+        (earlier, of): (&mut Earlier<B>, u16),
+    ) -> io::Result<Kept> {
+        self.take(space, page, content, Some((earlier, of)))
+    }
+
+    fn take<B: Stored>(
+        &mut self,
+        space: u16,
+        page: u32,
+        content: &Page,
+        mut earlier: Option<(&mut Earlier<B>, u16)>,
+    ) -> io::Result<Kept> {
         self.come_to(space, page)?;
+        if let Some((earlier, _)) = &mut earlier {
+            earlier.came();
+        }
         if is_zero(content) {
             self.totals.zero += 1;
             return Ok(Kept::Zero);
         }
         let digest = PageDigest::of(&self.team, content);
-        let (at, kept) = match self.known.pages.get(&digest.short()) {
-            Some(at) => (*at, Kept::Known),
-            None => {
-                let pack = u16::try_from(self.known.packs.len()).expect("there are fewer than u16 can say");
-                let at = Located { pack, page: self.pack.put(content, &digest)? };
-                if self.known.pages.len() < self.known.most {
-                    self.known.pages.insert(digest.short(), at);
-                }
-                (at, Kept::New)
-            }
-        };
-        match kept {
-            Kept::New => self.totals.new += 1,
-            _ => self.totals.known += 1,
+        if let Some(place) = self.known.find(digest.number()) {
+            self.totals.known += 1;
+            self.put(space, page, place);
+            return Ok(Kept::Known);
         }
-        self.put(space, page, at);
-        Ok(kept)
+        let base = earlier.and_then(|(earlier, of)| earlier.base(of, page));
+        let place = self.put_new(content, &digest, base)?;
+        self.totals.new += 1;
+        self.known.learn(digest.number(), place);
+        self.put(space, page, place);
+        Ok(Kept::New)
+    }
+
+    /// Writes a new page into the own pack; as a difference, if there is a base and that makes it smaller.
+    fn put_new(&mut self, content: &Page, digest: &PageDigest, base: Option<(Place, &Page)>) -> io::Result<Place> {
+        let pack = self.known.count();
+        if let Some((at, base)) = base
+            && let Some((id, ..)) = self.known.pack(usize::from(at.pack))
+            && let Some(page) = self.pack.put_difference(content, digest, base, (id, at.page))?
+        {
+            self.totals.differences += 1;
+            return Ok(Place { page, pack, base: at.pack });
+        }
+        Ok(Place { page: self.pack.put(content, digest)?, pack, base: NONE })
     }
 
     /// Takes over a page that an earlier snapshot has at `at`, whatever it holds. Pages come as they come to [`Self::page`]. `earlier` was made with what this writer knows.
@@ -258,14 +211,13 @@ impl<S: Sink, P: Sink> SnapshotWriter<S, P> {
     /// # Errors
     /// As of [`Self::page`]; and [`io::ErrorKind::InvalidInput`] for a place that is none.
     pub fn take_over<B: Stored>(&mut self, space: u16, page: u32, earlier: &Earlier<B>, at: Located) -> io::Result<()> {
-        let pack = earlier.packs.get(usize::from(at.pack)).copied();
-        let has = |pack: &u16| self.known.packs.get(usize::from(*pack)).is_some_and(|(_, _, pages)| at.page < *pages);
-        let Some(pack) = pack.filter(has) else {
+        let known = |place: &Place| self.known.pack(usize::from(place.pack)).is_some_and(|(.., pages)| at.page < pages);
+        let Some(place) = earlier.place(at).filter(known) else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a page that is taken over is in no known pack"));
         };
         self.come_to(space, page)?;
         self.totals.known += 1;
-        self.put(space, page, Located { pack, ..at });
+        self.put(space, page, place);
         Ok(())
     }
 
@@ -286,9 +238,12 @@ impl<S: Sink, P: Sink> SnapshotWriter<S, P> {
         Ok(())
     }
 
-    /// Where a page is: `pack` is the number of a known one, or the own.
-    fn put(&mut self, space: u16, page: u32, at: Located) {
-        let at = Located { pack: self.listed(at.pack), ..at };
+    /// Where a page is. The pack of a base gets into the list, too: a snapshot names all that it needs.
+    fn put(&mut self, space: u16, page: u32, place: Place) {
+        let at = Located { pack: self.listed(place.pack), page: place.page };
+        if place.base != NONE {
+            self.listed(place.base);
+        }
         self.leaves.entry((space, page / Leaf::PAGES)).or_insert_with(Leaf::zeros).set(page % Leaf::PAGES, at);
     }
 
@@ -320,8 +275,7 @@ impl<S: Sink, P: Sink> SnapshotWriter<S, P> {
         }
         let mut packs = Vec::new();
         for number in &self.listed {
-            let (id, key, pages) =
-                self.known.packs.get(*number).map_or((&self.own.0, &self.own.1, own), |(id, key, pages)| (id, key, *pages));
+            let (id, key, pages) = self.known.pack(*number).unwrap_or((self.own.0, &self.own.1, own));
             packs.put_slice(id.uuid().as_bytes());
             packs.put_slice(key.expose());
             packs.put_u32(pages);

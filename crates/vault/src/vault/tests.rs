@@ -321,7 +321,7 @@ fn nothing_is_taken_over_from_what_is_damaged_or_gone() {
     // A pack of the same name that is another: one of a snapshot that was taken anew.
     take_disk(&vault, 1, &[1, 2, 3]);
     let mut known = vault.known(&listed(&[1]), 1000).expect("known");
-    let before = vault.snapshot(id(1), &key(1)).expect("opened").into_snapshot();
+    let before = vault.snapshot(id(1), &key(1)).expect("opened");
     known.earlier(before).expect("the same");
     vault.delete(id(1)).expect("deleted");
     let draft = vault.begin(id(1)).expect("begun");

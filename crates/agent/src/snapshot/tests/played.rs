@@ -73,7 +73,7 @@ fn writer(spaces: Vec<Space>, limit: Bytes) -> std::io::Result<SnapshotWriter<Ve
 fn what_qemu_writes_is_taken_and_the_guest_may_run_when_its_pages_begin() {
     let (stream, before) = stream();
     let mut started = 0;
-    let taken = take(&stream[..], |spaces| writer(spaces, Bytes(u64::MAX)), || started += 1).expect("taken");
+    let taken = take(&stream[..], None, |spaces| writer(spaces, Bytes(u64::MAX)), || started += 1).expect("taken");
     assert_eq!((started, &taken.parts.devices[..], &taken.parts.preamble[..]), (1, DEVICES, &stream[..before]));
     let totals = taken.writer.totals();
     assert_eq!(totals.new + totals.known, (0..PAGES).filter(|page| !page.is_multiple_of(3)).count() as u64);
@@ -84,18 +84,18 @@ fn a_stream_cut_anywhere_is_no_snapshot() {
     let (stream, _) = stream();
     let (last, step) = (stream.len() - 20, 4_999);
     for length in (0..last).step_by(step).chain(last..stream.len()) {
-        let taken = take(&stream[..length], |spaces| writer(spaces, Bytes(u64::MAX)), || ());
+        let taken = take(&stream[..length], None, |spaces| writer(spaces, Bytes(u64::MAX)), || ());
         assert!(matches!(taken, Err(TakeError::Cut)), "{length}: {taken:?}");
     }
     let mut odd = stream.clone();
     odd[0] = b'X';
-    assert!(matches!(take(&odd[..], |spaces| writer(spaces, Bytes(u64::MAX)), || ()), Err(TakeError::Stream(_))));
+    assert!(matches!(take(&odd[..], None, |spaces| writer(spaces, Bytes(u64::MAX)), || ()), Err(TakeError::Stream(_))));
 }
 
 #[test]
 fn a_vault_without_room_ends_it() {
     let (stream, _) = stream();
-    let taken = take(&stream[..], |spaces| writer(spaces, Bytes::mib(1)), || ());
+    let taken = take(&stream[..], None, |spaces| writer(spaces, Bytes::mib(1)), || ());
     assert!(matches!(&taken, Err(TakeError::Write(error)) if error.kind() == ErrorKind::FileTooLarge), "{taken:?}");
 }
 
@@ -104,7 +104,7 @@ fn vault(dir: &Path) -> Vault {
     let draft = vault.begin(id(1)).expect("begun");
     let (stream, _) = stream();
     let taken =
-        take(&stream[..], |spaces| draft.writer(&keys(), spaces, Known::new(10_000), Bytes(u64::MAX)), || ()).expect("taken");
+        take(&stream[..], None, |spaces| draft.writer(&keys(), spaces, Known::new(10_000), Bytes(u64::MAX)), || ()).expect("taken");
     let (_, _, totals) = taken.writer.finish(&taken.parts).expect("finished");
     draft.commit(&totals).expect("committed");
     vault
