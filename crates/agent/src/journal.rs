@@ -57,6 +57,9 @@ pub(crate) struct VmRecord {
     /// Nodes of disks that come out of a snapshot while it runs.
     #[serde(default)]
     pub(crate) filling: Vec<String>,
+    /// They all have: whoever asks once more that it begin out of it has not heard so.
+    #[serde(default)]
+    pub(crate) whole: bool,
 }
 
 /// What a snapshot must leave as it was.
@@ -87,6 +90,7 @@ impl VmRecord {
             snapshot: None,
             out_of_snapshot: false,
             filling: vec![],
+            whole: false,
         }
     }
 }

@@ -108,6 +108,14 @@ impl Qmp {
         Ok(self.size_of_disk(&room).await?.map(|_| Fill::Inserted))
     }
 
+    /// How large the disk is that is served.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn served_size(&self, disk: &str) -> Result<Option<Bytes>, QmpError> {
+        Ok(self.size_of_disk(&server(disk)).await?.map(|size| size.size))
+    }
+
     /// Brings the guest to the disk, which follows what it writes, and takes out what was in between.
     ///
     /// # Errors

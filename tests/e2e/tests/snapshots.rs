@@ -260,7 +260,7 @@ fn whoever_dies_while_a_snapshot_is_taken_the_vm_runs_on() -> Result<()> {
     cluster.turned_back("web")?;
     goes_on(&cluster, "web")?;
     cluster.check()?;
-    // Whoever brings its memory and its disks, twice, and then the agent: others go on, and the guest notices nothing.
+    // Whoever brings its memory and its disks, and then the agent: others go on, and the guest notices nothing.
     cluster.expect_log("another worker plays on");
     cluster.expect_log("another worker serves the disk");
     let task = cluster.begin_rollback("a1", Some("h2"))?;
@@ -274,21 +274,32 @@ fn whoever_dies_while_a_snapshot_is_taken_the_vm_runs_on() -> Result<()> {
         thread::sleep(Duration::from_millis(20));
     }
     let qemu = cluster.qemu("web", "h2")?;
-    for _ in 0..2 {
-        for pid in workers(&cluster, "h2")? {
-            let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
+    let all_send = |pids: &[i32], signal| {
+        for pid in pids.iter().filter_map(|pid| Pid::from_raw(*pid)) {
+            let _ = kill_process(pid, signal);
         }
-        thread::sleep(Duration::from_millis(500));
-    }
-    // When memory has come, those are left that serve disks.
-    while workers(&cluster, "h2")?.len() > 2 {
-        ensure!(Instant::now() < deadline, "memory does not come");
-        thread::sleep(Duration::from_millis(10));
-    }
+    };
+    let wait_for = |number| -> Result<Vec<i32>> {
+        loop {
+            let found = workers(&cluster, "h2")?;
+            if found.len() == number {
+                return Ok(found);
+            }
+            ensure!(Instant::now() < deadline, "there are not {number} workers, but {found:?}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    // Once: an old QEMU whose player is lost again before it goes on ends.
+    all_send(&wait_for(3)?, Signal::KILL);
+    wait_for(0)?;
+    wait_for(3)?;
+    // When memory has come, those are left that serve disks: they go with the agent.
+    let servers = wait_for(2)?;
     cluster.kill(Party::Agent("h2"))?;
+    all_send(&servers, Signal::KILL);
+    cluster.turned_back("web")?;
     cluster.run(&[Action::Restart(Party::Agent("h2"))])?;
     cluster.done(task, PATIENCE)?;
-    cluster.turned_back("web")?;
     goes_on(&cluster, "web")?;
     cluster.check()?;
     ensure!(cluster.qemu("web", "h2")? == qemu, "it was ended");

@@ -250,7 +250,7 @@ impl Actor {
                 exit = async { process.expect("guarded").exited().await }, if process.is_some() => self.on_exit(exit).await,
                 exit = async { tpm.expect("guarded").exited().await }, if tpm.is_some() => self.on_tpm_exit(exit).await,
                 ended = async { snapshot.as_mut().expect("guarded").ended().await }, if snapshot.is_some() => self.on_snapshot_ended(ended),
-                ended = async { filling.as_mut().expect("guarded").ended().await }, if filling.is_some() => self.on_filled(ended).await,
+                ended = async { filling.as_mut().expect("guarded").ended().await }, if filling.as_ref().is_some_and(Filling::is_at_work) => self.on_filled(ended).await,
                 notice = async { notices.as_mut().expect("guarded").next().await }, if notices.is_some() => self.on_notice(notice),
                 Some(notice) = carry_notices.1.recv() => self.on_carry(notice),
                 () = tokio::time::sleep_until(*wake) => self.on_wake().await,
@@ -403,6 +403,7 @@ impl Actor {
     /// The process is proven dead.
     async fn on_exit(&mut self, exit: Exit) {
         self.process = None;
+        self.forget_filling();
         self.end_tpm(TPM_GRACE).await;
         self.qmp = None;
         self.notices = None;

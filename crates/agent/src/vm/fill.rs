@@ -18,55 +18,80 @@ use godwit_model::{Bytes, ErrorCode, Refusal, ResolvedDisk, ResolvedSpec, Restor
 use godwit_qemu::PassedFds;
 use godwit_qemu::disks::disk_node;
 use godwit_qemu::fill::Fill;
-use godwit_qemu::qmp::Qmp;
 use godwit_qemu::qmp::views::RunStatus;
+use godwit_qemu::qmp::{Qmp, QmpError};
+use godwit_stream::PAGE_SIZE;
 use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::actor::{Actor, Answer, qemu_failed};
 use super::moving::millis;
-use super::snapshot::memory_is_whole;
+use super::playing::{PAUSES, is_for_good};
 use crate::host::{SharedHost, host_failed};
 use crate::snapshot::{FromSnapshot, Job, Said, Worker};
 
 /// How long disks wait for memory, which the guest needs sooner.
 const MEMORY_FIRST: Duration = Duration::from_secs(600);
 const LOOK: Duration = Duration::from_millis(20);
-/// Successors that the worker of one disk may have.
-const MOST_SUCCESSORS: u32 = 8;
+/// How often QEMU may refuse a step, and how long until it is said again.
+const MOST_REFUSALS: u32 = 3;
+const AGAIN: Duration = Duration::from_secs(1);
 
 pub(super) type Reply = oneshot::Sender<Result<Answer, Refusal>>;
 
 /// Disks that are being filled.
 pub(super) struct Filling {
-    work: JoinHandle<Result<(u64, Bytes), Refusal>>,
+    /// None while there is no session with QEMU.
+    work: Option<JoinHandle<Result<Filled, Stop>>>,
     /// Workers of this agent serve.
     is_served: bool,
     /// Who waits for it, and what is to be told.
-    waits: Option<(Reply, RestoreFigures)>,
+    waits: Vec<(Reply, RestoreFigures)>,
+}
+
+/// How long it took in milliseconds, and how many bytes there are.
+pub(super) type Filled = (u64, Bytes);
+
+/// Why it does not go on.
+pub(super) enum Stop {
+    /// The session with QEMU is lost. QEMU need not be.
+    Lost,
+    /// It cannot.
+    Failed(Refusal),
 }
 
 impl Filling {
-    fn begin(qmp: Qmp, disks: Vec<(usize, ResolvedDisk)>, servers: JoinSet<Refusal>) -> Self {
-        Self { is_served: !servers.is_empty(), work: tokio::spawn(fill(qmp, disks, servers)), waits: None }
+    pub(super) const fn is_at_work(&self) -> bool {
+        self.work.is_some()
     }
 
-    /// Answers when it has ended, with these figures and its own. Who waited before waits no more.
+    /// Answers when it has ended, with these figures and its own.
     pub(super) fn answer_later(&mut self, reply: Reply, figures: RestoreFigures) {
-        self.waits = Some((reply, figures));
+        self.waits.push((reply, figures));
     }
 
-    /// Waits for its end.
-    pub(super) async fn ended(&mut self) -> Result<(u64, Bytes), Refusal> {
+    /// Waits for the end of its work.
+    pub(super) async fn ended(&mut self) -> Result<Filled, Stop> {
+        let Some(work) = &mut self.work else { return std::future::pending().await };
         let unexpected = |error| Refusal::new(ErrorCode::Internal, format!("filling the VM's disks ended unexpectedly: {error}"));
-        (&mut self.work).await.unwrap_or_else(|error| Err(unexpected(error)))
+        work.await.unwrap_or_else(|error| Err(Stop::Failed(unexpected(error))))
+    }
+
+    fn answer(&mut self, ended: &Result<Filled, Refusal>) {
+        for (reply, figures) in self.waits.drain(..) {
+            let told = |(filled_ms, filled): &Filled| {
+                let figures = RestoreFigures { filled_ms: *filled_ms, filled: *filled, ..figures };
+                Answer { result: godwit_link::encode(&figures), ..Answer::default() }
+            };
+            let _ = reply.send(ended.as_ref().map(told).map_err(Clone::clone));
+        }
     }
 }
 
 impl Drop for Filling {
     fn drop(&mut self) {
-        self.work.abort();
+        self.work.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -106,6 +131,12 @@ impl Actor {
                 inserted = qmp.insert_fill(&node, &socket, room) => inserted.map_err(qemu_failed)?,
                 Some(Ok(refusal)) = servers.join_next() => return Err(refusal),
             }
+            let had = qmp.served_size(&node).await.map_err(qemu_failed)?.unwrap_or_default();
+            // The last page may be beyond the end of a disk that is no multiple of it.
+            if had.get() > size.get().next_multiple_of(PAGE_SIZE as u64) {
+                let message = format!("{} has {size}, and had {had} in the snapshot", disk.volume);
+                return Err(Refusal::new(ErrorCode::VolumeTruncated, message));
+            }
         }
         if !servers.is_empty() {
             qmp.stay_at_shutdown(true).await.map_err(qemu_failed)?;
@@ -138,15 +169,26 @@ impl Actor {
 
     /// The VM runs, and its disks follow.
     pub(super) fn begin_filling(&mut self, servers: JoinSet<Refusal>) -> Result<(), Refusal> {
-        if let Some(record) = self.record.as_ref().filter(|record| !record.filling.is_empty()) {
-            self.filling = Some(Filling::begin(self.monitor()?.clone(), to_fill(&record.spec, &record.filling), servers));
-        }
+        let Some(record) = self.record.as_ref().filter(|record| !record.filling.is_empty()) else { return Ok(()) };
+        let (is_served, disks) = (!servers.is_empty(), to_fill(&record.spec, &record.filling));
+        let work = tokio::spawn(fill(self.monitor()?.clone(), disks, servers));
+        // Whoever waited for it goes on waiting.
+        let waits = self.filling.take().map(|mut before| std::mem::take(&mut before.waits)).unwrap_or_default();
+        self.filling = Some(Filling { work: Some(work), is_served, waits });
         Ok(())
+    }
+
+    /// QEMU has ended, or is to begin anew: nobody waits for this any longer.
+    pub(super) fn forget_filling(&mut self) {
+        if let Some(mut filling) = self.filling.take() {
+            let ended = Refusal::new(ErrorCode::QemuFailed, "QEMU ended before the VM's disks had come out of the snapshot");
+            filling.answer(&Err(self.why_it_ended(ended.retry(Retry::Safe))));
+        }
     }
 
     /// Goes on where an agent that is no more has begun. Its workers go on by themselves.
     pub(super) fn see_to_filling(&mut self) {
-        if self.filling.is_some() || self.process.is_none() || self.qmp.is_none() {
+        if self.filling.as_ref().is_some_and(Filling::is_at_work) || self.process.is_none() || self.qmp.is_none() {
             return;
         }
         if let Err(refusal) = self.begin_filling(JoinSet::new()) {
@@ -155,32 +197,33 @@ impl Actor {
     }
 
     /// All of them have come, or they never will: then the VM is of no use.
-    pub(super) async fn on_filled(&mut self, ended: Result<(u64, Bytes), Refusal>) {
+    pub(super) async fn on_filled(&mut self, ended: Result<Filled, Stop>) {
         let Some(mut filling) = self.filling.take() else { return };
-        let answer = match ended {
+        let ended = match ended {
             Ok((filled_ms, filled)) => {
                 tracing::info!(filled_ms, %filled, "the disks have come out of the snapshot");
                 if let Some(record) = &mut self.record {
                     record.filling.clear();
+                    record.whole = true;
                 }
                 self.save_or_log();
                 self.end_what_has_shut_down().await;
                 Ok((filled_ms, filled))
             }
-            Err(refusal) => {
-                let refusal = self.why_it_ended(refusal);
-                if self.process.is_some() {
-                    tracing::error!(message = refusal.message, "the VM's disks cannot come out of the snapshot: it is ended");
-                    self.end_reason.set(format!("ended since its disks cannot come out of the snapshot: {}", refusal.message));
-                    self.end_process().await;
-                }
+            // It goes on with the next session; if QEMU has ended, that is heard.
+            Err(Stop::Lost) => {
+                filling.work = None;
+                self.filling = Some(filling);
+                return;
+            }
+            Err(Stop::Failed(refusal)) => {
+                tracing::error!(message = refusal.message, "the VM's disks cannot come out of the snapshot: it is ended");
+                self.end_reason.set(format!("ended since its disks cannot come out of the snapshot: {}", refusal.message));
+                self.end_process().await;
                 Err(refusal)
             }
         };
-        if let Some((reply, figures)) = filling.waits.take() {
-            let told = |(filled_ms, filled)| RestoreFigures { filled_ms, filled, ..figures };
-            let _ = reply.send(answer.map(|filled| Answer { result: godwit_link::encode(&told(filled)), ..Answer::default() }));
-        }
+        filling.answer(&ended);
     }
 
     /// That QEMU has ended says less than why this host has ended it.
@@ -194,14 +237,8 @@ impl Actor {
     /// A guest that has powered off meanwhile was kept for its disks.
     async fn end_what_has_shut_down(&self) {
         let Ok(qmp) = self.monitor() else { return };
-        let ended = async {
-            qmp.stay_at_shutdown(false).await?;
-            match qmp.query_status().await?.status {
-                RunStatus::Shutdown => qmp.quit().await,
-                _ => Ok(()),
-            }
-        };
-        if let Err(error) = ended.await {
+        let has_shut_down = qmp.query_status().await.is_ok_and(|status| status.status == RunStatus::Shutdown);
+        if has_shut_down && let Err(error) = qmp.quit().await {
             tracing::warn!(error = &error as &dyn std::error::Error, "QEMU was not told that it may end with its guest");
         }
     }
@@ -213,51 +250,79 @@ fn to_fill(spec: &ResolvedSpec, nodes: &[String]) -> Vec<(usize, ResolvedDisk)> 
     disks.filter(|(slot, _)| nodes.contains(&disk_node(*slot))).collect()
 }
 
-/// Follows QEMU from one disk to the next; how long it took in milliseconds, and their bytes. Wherever it stands, it goes on from there.
-async fn fill(qmp: Qmp, disks: Vec<(usize, ResolvedDisk)>, mut servers: JoinSet<Refusal>) -> Result<(u64, Bytes), Refusal> {
+/// Follows QEMU from one disk to the next. Wherever it stands, it goes on from there.
+async fn fill(qmp: Qmp, disks: Vec<(usize, ResolvedDisk)>, mut servers: JoinSet<Refusal>) -> Result<Filled, Stop> {
     let began = Instant::now();
     let filled = async {
-        has_begun(&qmp).await?;
-        if let Err(refusal) = memory_is_whole(&qmp, MEMORY_FIRST).await {
-            tracing::info!(message = refusal.message, "the disks do not wait any longer");
-        }
+        may_begin(&qmp).await?;
         let mut bytes = 0_u64;
         for (slot, disk) in &disks {
             bytes = bytes.saturating_add(fill_one(&qmp, *slot, disk).await?.get());
         }
+        while answered(qmp.stay_at_shutdown(false).await)?.is_none() {}
         Ok((millis(began.elapsed()).get(), Bytes(bytes)))
     };
     tokio::select! {
         filled = filled => filled,
-        Some(Ok(refusal)) = servers.join_next() => Err(refusal),
+        Some(Ok(refusal)) = servers.join_next() => Err(Stop::Failed(refusal)),
     }
 }
 
-/// Waits while the guest has never run: an agent that is no more may not have come to the end of its preparations.
-async fn has_begun(qmp: &Qmp) -> Result<(), Refusal> {
-    while matches!(qmp.query_status().await.map_err(qemu_failed)?.status, RunStatus::InMigrate | RunStatus::Prelaunch) {
+/// What QEMU has answered. None: it has not, and is asked again; it may wait for a page, or for what serves a disk.
+fn answered<T>(answer: Result<T, QmpError>) -> Result<Option<T>, Stop> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(QmpError::TimedOut { .. }) => Ok(None),
+        Err(QmpError::Ended { .. }) => Err(Stop::Lost),
+        Err(error) => Err(Stop::Failed(qemu_failed(error))),
+    }
+}
+
+/// Waits while the guest has never run, since an agent that is no more may not have come to the end of its preparations; and while memory comes.
+async fn may_begin(qmp: &Qmp) -> Result<(), Stop> {
+    let waits = |status: &RunStatus| matches!(status, RunStatus::InMigrate | RunStatus::Prelaunch);
+    while answered(qmp.query_status().await)?.is_none_or(|status| waits(&status.status)) {
+        tokio::time::sleep(LOOK).await;
+    }
+    let began = Instant::now();
+    while began.elapsed() < MEMORY_FIRST && answered(qmp.migration().await)?.is_none_or(|status| status.needs_pages()) {
         tokio::time::sleep(LOOK).await;
     }
     Ok(())
 }
 
-async fn fill_one(qmp: &Qmp, slot: usize, disk: &ResolvedDisk) -> Result<Bytes, Refusal> {
-    let node = disk_node(slot);
+async fn fill_one(qmp: &Qmp, slot: usize, disk: &ResolvedDisk) -> Result<Bytes, Stop> {
+    let (node, mut refusals) = (disk_node(slot), 0);
     loop {
-        match qmp.fill_state(&node).await.map_err(qemu_failed)? {
+        let Some(state) = answered(qmp.fill_state(&node).await)? else { continue };
+        let step = match state {
             None => break,
-            Some(Fill::Inserted) => qmp.begin_fill(slot, disk).await.map_err(qemu_failed)?,
-            Some(Fill::Comes { follows: false, .. }) => tokio::time::sleep(LOOK).await,
-            Some(Fill::Comes { follows: true, .. } | Fill::Ended(None)) => qmp.end_fill(&node).await.map_err(qemu_failed)?,
+            Some(Fill::Inserted) => qmp.begin_fill(slot, disk).await,
+            Some(Fill::Comes { follows: false, .. }) => {
+                tokio::time::sleep(LOOK).await;
+                continue;
+            }
+            Some(Fill::Comes { follows: true, .. } | Fill::Ended(None)) => qmp.end_fill(&node).await,
             Some(Fill::Ended(Some(why))) => {
                 let message = format!("QEMU could not fill {}: {why}", disk.volume);
-                return Err(Refusal::new(ErrorCode::QemuFailed, message)
-                    .hint("look at the VM's log on its host, and whether its pool has space")
-                    .retry(Retry::Safe));
+                let refusal = Refusal::new(ErrorCode::QemuFailed, message);
+                let hint = "look at the VM's log on its host, and whether its pool has space";
+                return Err(Stop::Failed(refusal.hint(hint).retry(Retry::Safe)));
             }
+        };
+        // What was said before an agent ended may have been done meanwhile.
+        if matches!(&step, Err(error) if error.refused().is_some()) && refusals < MOST_REFUSALS {
+            refusals += 1;
+            tokio::time::sleep(AGAIN).await;
+            continue;
+        }
+        answered(step)?;
+    }
+    loop {
+        if let Some(size) = answered(qmp.size_of_disk(&node).await)? {
+            return Ok(size.map_or(Bytes(0), |size| size.size));
         }
     }
-    Ok(qmp.size_of_disk(&node).await.map_err(qemu_failed)?.map_or(Bytes(0), |size| size.size))
 }
 
 /// The socket at which a disk is served. Its name is in the profile of the cage.
@@ -303,30 +368,45 @@ struct Server {
 impl Server {
     /// Until it cannot; why.
     async fn run(mut self) -> Refusal {
-        let mut successors = 0;
+        let (mut pauses, mut takes) = (PAUSES.iter(), false);
         loop {
             let refusal = tokio::select! {
-                connected = self.listener.accept() => match self.pass(connected) {
-                    Ok(()) => continue,
+                // One after the other: whoever connects and says nothing keeps nobody else waiting.
+                connected = self.listener.accept(), if takes => match self.pass(connected) {
+                    Ok(()) => {
+                        takes = false;
+                        continue;
+                    }
                     Err(refusal) => refusal,
                 },
                 said = self.worker.hear() => match said {
-                    Ok(_) => continue,
+                    Ok(said) => {
+                        takes |= matches!(said, Said::NextDisk);
+                        continue;
+                    }
                     Err(refusal) => refusal,
                 },
             };
-            // What is damaged is so for its successor.
-            if refusal.code != ErrorCode::HostFailed || successors == MOST_SUCCESSORS {
+            takes = false;
+            if let Err(refusal) = self.go_on(refusal, &mut pauses).await {
                 return refusal;
             }
-            successors += 1;
-            tracing::warn!(disk = self.node, message = refusal.message, "another worker serves the disk");
+        }
+    }
+
+    /// Another worker serves, unless none can, or there were too many.
+    async fn go_on(&mut self, mut failed: Refusal, pauses: &mut std::slice::Iter<'_, Duration>) -> Result<(), Refusal> {
+        loop {
+            let Some(pause) = pauses.next().filter(|_| !is_for_good(&failed)) else { return Err(failed) };
+            tracing::warn!(disk = self.node, failed = failed.message, "another worker serves the disk");
+            tokio::time::sleep(*pause).await;
             match start_worker(&self.host, &self.from, &self.node).await {
                 Ok(mut worker) => {
                     worker.outlive();
                     self.worker = worker;
+                    return Ok(());
                 }
-                Err(refusal) => return refusal,
+                Err(refusal) => failed = refusal,
             }
         }
     }

@@ -26,7 +26,7 @@ use crate::host::{SharedHost, host_failed};
 use crate::snapshot::{FromSnapshot, Job, Said, Worker};
 
 /// How long is waited before each try to play on.
-const PAUSES: [Duration; 5] =
+pub(super) const PAUSES: [Duration; 5] =
     [Duration::ZERO, Duration::from_millis(250), Duration::from_secs(1), Duration::from_secs(3), Duration::from_secs(10)];
 /// How long QEMU may take to notice that its connection is gone, to say where it is, and to say what it has.
 const NOTICING: Duration = Duration::from_secs(5);
@@ -118,10 +118,12 @@ impl Playing {
     async fn watch(&mut self) -> Result<(), Refusal> {
         self.spare = provide(&self.qmp, self.spare.take()).await;
         loop {
-            match self.qmp.migration().await.map_err(qemu_failed)? {
-                MigrationStatus::Completed => return Ok(()),
-                MigrationStatus::PostcopyPaused => return Err(Refusal::new(ErrorCode::HostFailed, "the vault worker is gone")),
-                _ => tokio::time::sleep(LOOK_AGAIN).await,
+            match self.qmp.migration().await {
+                Ok(MigrationStatus::Completed) => return Ok(()),
+                Ok(MigrationStatus::PostcopyPaused) => return Err(Refusal::new(ErrorCode::HostFailed, "the vault worker is gone")),
+                // It may wait for a page that comes.
+                Ok(_) | Err(QmpError::TimedOut { .. }) => tokio::time::sleep(LOOK_AGAIN).await,
+                Err(error) => return Err(qemu_failed(error)),
             }
         }
     }
@@ -178,7 +180,7 @@ impl Playing {
 }
 
 /// Nothing that is done once more would help.
-const fn is_for_good(failed: &Refusal) -> bool {
+pub(super) const fn is_for_good(failed: &Refusal) -> bool {
     matches!(failed.code, ErrorCode::SnapshotDamaged | ErrorCode::NotFound)
 }
 

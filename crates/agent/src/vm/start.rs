@@ -12,6 +12,7 @@ use godwit_migration::Outcome;
 use godwit_model::{Accelerator, ErrorCode, Grant, ImageRef, Numa, Refusal, ResolvedSpec, RestoreFigures, Retry, RunState, VmId};
 use godwit_qemu::cage::{self, CagePlan, DeviceNode, Limit, Network, PassedFds, Profile};
 use godwit_qemu::command::{DiskFds, qemu_arguments};
+use godwit_qemu::qmp::views::RunStatus;
 use godwit_qemu::{Qmp, Resources, Sockets, Start};
 
 use super::actor::{Actor, qemu_failed};
@@ -47,16 +48,21 @@ impl Actor {
                     format!("this host knows generation {held}, granted was {granted}"),
                 ));
             }
+            if from.is_some() && self.process.is_none() && record.generation == grant.generation && record.whole {
+                return Ok(Some(RestoreFigures::default()));
+            }
             if self.process.is_some() {
                 if record.generation != grant.generation {
                     return Err(Refusal::new(ErrorCode::VmRunning, "the VM already runs on this host on an older generation"));
                 }
+                // QEMU may answer nothing before it is served.
+                if let Some(from) = from
+                    && let Err(refusal) = self.serve_fills_again(from).await
+                {
+                    tracing::warn!(message = refusal.message, "the VM's disks are not served by this agent");
+                }
                 if from.is_none() || self.has_loaded().await {
-                    if let Some(from) = from {
-                        self.see_to_memory_again(from).await;
-                        self.serve_fills_again(from).await?;
-                    }
-                    return self.run_on().await.map(|()| from.map(|_| RestoreFigures::default()));
+                    return self.go_on(from).await;
                 }
                 // An agent that is no more was at it.
                 if let Some(record) = &mut self.record {
@@ -82,10 +88,24 @@ impl Actor {
         Ok(None)
     }
 
-    /// Lets a QEMU of ours run, unless it does already.
+    /// It has begun already, out of this snapshot if one is named; what an agent that is no more knew of that is known again.
+    async fn go_on(&mut self, from: Option<&FromSnapshot>) -> Result<Option<RestoreFigures>, Refusal> {
+        let Some(from) = from else { return self.run_on().await.map(|()| None) };
+        self.see_to_memory_again(from).await;
+        let fills = self.record.as_ref().is_some_and(|record| !record.filling.is_empty());
+        match self.run_on().await {
+            // Said of a VM that runs, it would begin from the snapshot anew the next time.
+            Err(refusal) if fills => tracing::warn!(message = refusal.message, "it is not known whether the VM runs"),
+            done => done?,
+        }
+        Ok(Some(RestoreFigures::default()))
+    }
+
+    /// Lets a QEMU of ours run, unless it does already, or its guest has powered off.
     pub(super) async fn run_on(&mut self) -> Result<(), Refusal> {
         self.refresh().await;
-        if self.state != RunState::Running {
+        let has_shut_down = async |qmp: &Qmp| qmp.query_status().await.is_ok_and(|status| status.status == RunStatus::Shutdown);
+        if self.state != RunState::Running && !has_shut_down(self.monitor()?).await {
             self.monitor()?.cont().await.map_err(qemu_failed)?;
             self.state = RunState::Running;
         }
@@ -97,7 +117,7 @@ impl Actor {
         let before = self.record.take();
         self.end_reason = EndReason::default();
         self.remembered = None;
-        self.filling = None;
+        self.forget_filling();
         record.uid = self.host.uids.take(self.vm)?;
         let memory = record.spec.memory_with_dimms();
         let begun = async {

@@ -8,9 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use godwit_api::v1::{SnapshotClone, VmDelete};
 use godwit_lab::layout::STATE_ROOT;
 use godwit_lab::{LabSpec, in_namespace};
-use godwit_model::{Bytes, DiskFormat, DiskSpec};
+use godwit_model::{Bytes, DiskFormat, DiskSpec, Name};
 use serde::Serialize;
 use serde_json::json;
 
@@ -20,6 +21,7 @@ use super::scenario::Scenario;
 use super::system::System;
 use crate::guest::command_line;
 use crate::labs::{self, OwnedNetwork};
+use crate::processes::ProcessRole;
 use crate::{Cluster, ClusterSpec, GuestSpec, Outside, godwit_binary, other_qemu};
 
 const HOST: &str = "h1";
@@ -29,6 +31,8 @@ const START: Duration = Duration::from_secs(20);
 const FILE: Duration = Duration::from_secs(300);
 /// The guest is left in peace before and after.
 const PEACE: Duration = Duration::from_secs(3);
+/// Clones of one snapshot.
+const CLONES: usize = 20;
 /// Pauses of which the median counts.
 const PAUSES: usize = 5;
 
@@ -60,7 +64,7 @@ impl Row {
 }
 
 /// Parts of the bench.
-pub const PARTS: [&str; 4] = ["pause", "bytes", "rollback", "disk"];
+pub const PARTS: [&str; 5] = ["pause", "bytes", "rollback", "disk", "clones"];
 
 /// Measures one of [`PARTS`]; `apart` is the time between two of ten snapshots.
 ///
@@ -71,6 +75,7 @@ pub fn measure(part: &str, apart: Duration, told: &dyn Fn(&Row)) -> Result<Vec<R
         "pause" => pause(told)?,
         "bytes" => bytes(apart, told)?,
         "rollback" => rollback(told)?,
+        "clones" => clones(told)?,
         _ => disk(told)?,
     };
     Ok(rows)
@@ -244,6 +249,63 @@ fn disk(told: &dyn Fn(&Row)) -> Result<Vec<Row>> {
     );
     told(&row);
     Ok(vec![row])
+}
+
+/// Clones with their memory, all asked for at once.
+fn clones(told: &dyn Fn(&Row)) -> Result<Vec<Row>> {
+    let mut cluster = cluster()?;
+    cluster.boot(&GuestSpec::small("one").memory(Bytes::mib(256)), HOST)?;
+    thread::sleep(PEACE);
+    let of_one = memory_of(cluster.qemu("one", HOST)?)?;
+    cluster.take("one", "first")?;
+    drop_caches()?;
+    let (mut vms, mut tasks, began) = (Vec::new(), Vec::new(), Instant::now());
+    for number in 1..=CLONES {
+        let name: Name = format!("clone{number}").parse()?;
+        let clone = SnapshotClone { name: name.clone(), host: Some(HOST.parse()?), start: true, memory: true, reason: None };
+        tasks.push(cluster.ask(cluster.client().clone_snapshot(&"first".parse()?, &clone))?.id);
+        vms.push(name);
+    }
+    for task in tasks {
+        cluster.done(task, BOOT)?;
+    }
+    let all_run = millis(began.elapsed());
+    thread::sleep(PEACE);
+    let mut of_all = 0;
+    for process in cluster.processes(HOST)? {
+        if matches!(process.role, ProcessRole::Qemu(_)) && process.pid != cluster.qemu("one", HOST)? {
+            of_all += memory_of(process.pid)?;
+        }
+    }
+    for vm in &vms {
+        let kill = cluster.ask(cluster.client().kill_vm(vm))?.id;
+        cluster.done(kill, BOOT)?;
+        let delete = cluster.ask(cluster.client().delete_vm(vm, &VmDelete { volumes: true }))?.id;
+        cluster.done(delete, BOOT)?;
+    }
+    // Clones say that they are it.
+    cluster.turned_back("one")?;
+    cluster.finish()?;
+    let shares = of_all as f64 / of_one as f64;
+    let rows = vec![
+        Row::new(
+            "20 clones of 256 MiB with memory, asked for at once, until all run, ms",
+            all_run,
+            None,
+            "at most 5000",
+            all_run <= 5000.0,
+        ),
+        Row::new("memory of 20 clones by that of one VM", shares, None, "at most 1.5", shares <= 1.5),
+    ];
+    rows.iter().for_each(told);
+    Ok(rows)
+}
+
+/// Memory that a process has, what it shares by its share of it.
+fn memory_of(pid: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).context("read a process's memory")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no such line")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
 }
 
 /// A plain QEMU with a guest, in a lab's host.

@@ -10,7 +10,7 @@ use godwit_e2e::bench::snapshot::{self, PARTS};
 use serde_json::json;
 
 const USAGE: &str = "\
-Usage: cargo xtask bench snapshot [--only pause,bytes,rollback,disk] [--apart SECONDS] [--out FILE]
+Usage: cargo xtask bench snapshot [--only pause,bytes,rollback,disk,clones] [--apart SECONDS] [--out FILE]
 
   --only PARTS      some of them
   --apart SECONDS   between two of ten snapshots [default: 60]
