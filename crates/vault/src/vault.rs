@@ -60,7 +60,7 @@ pub enum VaultError {
         #[source]
         source: FileError,
     },
-    /// A snapshot refers to a pack that is not there.
+    /// A snapshot refers to a pack that is not there, or not with as many pages.
     #[error("snapshot {snapshot} needs a pack that is missing: {pack}")]
     Missing {
         /// Whose pack.
@@ -260,7 +260,7 @@ impl Vault {
         let snapshot = SnapshotReader::open(file, key).map_err(damaged(name))?;
         let packs = snapshot.packs().iter().map(|(pack, key, pages)| {
             let missing = VaultError::Missing { snapshot: id, pack: *pack };
-            self.pack(*pack, key)?.filter(|pack| pack.pages() >= *pages).map(Some).ok_or(missing)
+            self.pack(*pack, key)?.filter(|pack| pack.pages() == *pages).map(Some).ok_or(missing)
         });
         let packs = packs.collect::<Result<_, _>>()?;
         Contents::new(snapshot, packs).map_err(failed("read"))
@@ -393,7 +393,7 @@ impl Vault {
         let mut packs = vec![];
         for (pack, key, pages) in snapshot.packs() {
             let error = match self.pack(*pack, key) {
-                Ok(Some(reader)) if reader.pages() >= *pages => {
+                Ok(Some(reader)) if reader.pages() == *pages => {
                     packs.push(Some(reader));
                     continue;
                 }

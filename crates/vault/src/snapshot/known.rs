@@ -50,13 +50,13 @@ impl Known {
         Self { packs: vec![], pages: HashMap::new(), most }
     }
 
-    /// Adds what the packs of a snapshot have. One that has more pages than there is room for, or whose digests cannot be read, is left out. The snapshots that are likeliest to
+    /// Adds what the packs of a snapshot have. One that is not as the list says, that has more pages than there is room for, or whose digests cannot be read, is left out. The snapshots that are likeliest to
     /// have what comes are added first.
     pub fn add<S: Stored>(&mut self, contents: &Contents<S>) {
-        let listed = contents.snapshot().packs();
-        let numbers: Vec<u16> = listed.iter().map(|(id, key, pages)| self.number(*id, key, *pages).unwrap_or(NONE)).collect();
+        let numbers = self.numbers(contents);
         for (at, number) in (0..).zip(&numbers) {
-            let Some(pack) = self.packs.get(usize::from(*number)) else { continue };
+            let Some(number) = *number else { continue };
+            let Some(pack) = self.packs.get(usize::from(number)) else { continue };
             if pack.is_read || pack.pages as usize > self.most.saturating_sub(self.pages.len()) {
                 continue;
             }
@@ -64,25 +64,39 @@ impl Known {
             let Some(Ok(digests)) = contents.pack(at).map(|pack| pack.digests()) else { continue };
             for (page, digest) in (0..).zip(digests) {
                 let base = match contents.base_of(Located { pack: at, page }) {
-                    Ok(base) => base.map_or(NONE, |base| numbers.get(usize::from(base.pack)).copied().unwrap_or(NONE)),
+                    Ok(None) => NONE,
+                    // Nobody could be told where it is without its base.
+                    Ok(Some(base)) => match numbers.get(usize::from(base.pack)) {
+                        Some(Some(base)) => *base,
+                        _ => continue,
+                    },
                     // A difference whose base this snapshot does not need, and so does not know.
                     Err(_) => continue,
                 };
-                self.pages.entry(digest.number()).or_insert(Place { page, pack: *number, base });
+                self.pages.entry(digest.number()).or_insert(Place { page, pack: number, base });
             }
-            if let Some(pack) = self.packs.get_mut(usize::from(*number)) {
+            if let Some(pack) = self.packs.get_mut(usize::from(number)) {
                 pack.is_read = true;
             }
         }
     }
 
     /// Makes a snapshot one from which pages are taken over, and that has bases: its packs are known from here on, also those whose pages are not. None if there are too many, or
-    /// one that is not the one that is known by its id.
+    /// one that is not the one that is known by its id, or not the one of the list.
     pub fn earlier<S: Stored>(&mut self, mut contents: Contents<S>) -> Option<Earlier<S>> {
-        let listed = contents.snapshot().packs().iter();
-        let packs = listed.map(|(id, key, pages)| self.number(*id, key, *pages)).collect::<Option<_>>()?;
+        let packs = self.numbers(&contents).into_iter().collect::<Option<_>>()?;
         contents.keep_chunks(RECENT_CHUNKS);
         Some(Earlier { contents, packs, asked: 0 })
+    }
+
+    /// The numbers of a snapshot's packs. A pack that cannot be read, or does not have as many pages as the list says, gets none: who writes lists a pack by what is known of it.
+    fn numbers<S: Stored>(&mut self, contents: &Contents<S>) -> Vec<Option<u16>> {
+        let listed = (0..).zip(contents.snapshot().packs());
+        let number = |(at, (id, key, pages)): (u16, &(PackId, PackKey, u32))| {
+            let pack = contents.pack(at).filter(|pack| pack.pages() == *pages)?;
+            self.number(*id, key, pack.pages())
+        };
+        listed.map(number).collect()
     }
 
     /// The number of a pack, which it gets now if it has none. None for one that is not the one that is known by its id, or if there are too many.
@@ -91,7 +105,7 @@ impl Known {
         let number = known.unwrap_or(self.packs.len());
         let number = u16::try_from(number).ok().filter(|number| *number < ZEROS - 1)?;
         match known.and_then(|at| self.packs.get(at)) {
-            Some(known) if known.key.expose() != key.expose() || known.pages < pages => None,
+            Some(known) if known.key.expose() != key.expose() || known.pages != pages => None,
             Some(_) => Some(number),
             None => {
                 self.packs.push(KnownPack { id, key: key.clone(), pages, is_read: false });

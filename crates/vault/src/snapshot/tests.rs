@@ -154,6 +154,28 @@ fn what_a_pack_has_is_not_written_again() {
 }
 
 #[test]
+fn a_list_with_too_few_pages_makes_nothing_unreadable_that_is_written_later() {
+    let pages: Vec<_> = (0..40).map(|page| (0, page, noise(page.into()))).collect();
+    let (whole, short) = (write(1, &pages, Known::new(1000)), write(1, &pages[..5], Known::new(1000)));
+    let wrong = || {
+        let snapshot = SnapshotReader::open(&short.snapshot[..], &keys(0).snapshot).expect("open");
+        Contents::new(snapshot, vec![Some(PackReader::open(&whole.pack[..], &whole.key).expect("open"))]).expect("made")
+    };
+    let mut known = Known::new(1000);
+    known.add(&wrong());
+    assert!(known.earlier(wrong()).is_none());
+    let later = write(2, &pages, known);
+    assert_eq!(later.totals.new, 40);
+    // Nor is it in the way of a list that is right.
+    let mut known = Known::new(1000);
+    known.add(&wrong());
+    known.add(&opened(&whole.snapshot, &[&whole]).expect("whole"));
+    let later = write(2, &pages, known);
+    assert_eq!(later.totals.known, 40);
+    assert_eq!(read(&later.snapshot, &[&whole]).expect("read"), pages);
+}
+
+#[test]
 fn a_page_out_of_its_space_or_turn_is_not_taken() {
     let files = (Vec::new(), Vec::new());
     let mut writer =

@@ -208,6 +208,20 @@ fn damage_is_found_and_named() {
 }
 
 #[test]
+fn a_snapshot_whose_list_counts_a_pack_otherwise_is_not_opened() {
+    let ((from, other), (dir, vault)) = (vault(), vault());
+    take(&other, 1, &[1, 2, 3], &[]).expect("taken");
+    take(&vault, 1, &[1, 2], &[]).expect("taken");
+    let pack = pack_name(PackId::new(id(1).uuid()));
+    fs::copy(from.path().join("vault").join(&pack), dir.path().join("vault").join(&pack)).expect("copied");
+    assert!(matches!(vault.snapshot(id(1), &key(1)), Err(VaultError::Missing { .. })));
+    let wrong = vault.verify(&listed(&[1]), &team()).expect("read");
+    assert!(matches!(wrong[..], [VaultError::Missing { snapshot, .. }] if snapshot == id(1)), "{wrong:?}");
+    assert_eq!(take(&vault, 2, &[1, 2], &[1]).expect("taken").new, 2);
+    assert_eq!(seeds(&vault, 2).expect("read"), [1, 2]);
+}
+
+#[test]
 fn what_is_not_ours_is_left_alone() {
     let (dir, vault) = vault();
     let place = dir.path().join("vault");

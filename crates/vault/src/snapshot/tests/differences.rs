@@ -114,6 +114,26 @@ fn a_difference_whose_base_its_reader_does_not_know_is_not_referred_to() {
 }
 
 #[test]
+fn a_difference_whose_base_has_no_number_is_not_known() {
+    let first = write(1, &working_set(40, 0), Known::new(100_000));
+    let mut pages = working_set(40, 1);
+    pages.push((0, 100, noise(5_000)));
+    let second = write_since(2, &pages, &[&first], &first);
+    // By the id of the first another pack is known already.
+    let (keys, id) = (keys(9), first.id);
+    let mut writer = SnapshotWriter::begin((Vec::new(), Vec::new()), id, &keys, spaces(), Known::new(0), NO_LIMIT).expect("begun");
+    writer.page(0, 0, &noise(6_000)).expect("taken");
+    let (snapshot, pack, totals) = writer.finish(&parts()).expect("finished");
+    let other = Written { id, key: keys.pack, snapshot, pack: pack.expect("a page"), totals };
+    let mut known = known_of(&other);
+    known.add(&opened(&second.snapshot, &[&first, &second]).expect("whole"));
+    let third = write(3, &pages, known);
+    assert_eq!((third.totals.known, third.totals.new), (1, 40));
+    assert_eq!(listed(&third), [third.id, second.id]);
+    assert_eq!(read(&third.snapshot, &[&second, &third]).expect("read"), pages);
+}
+
+#[test]
 fn a_base_that_is_another_or_damaged_gives_no_bytes() {
     let first = write(1, &working_set(40, 0), Known::new(100_000));
     let second = write_since(2, &working_set(40, 1), &[&first], &first);
