@@ -223,9 +223,9 @@ impl<S: Stored> Contents<S> {
         self.chunks.most = most;
     }
 
-    /// How many chunks were read, those that could not be among them.
-    pub(crate) const fn chunks_read(&self) -> u64 {
-        self.chunks.made
+    /// Whether the leaf of a page of a space is at hand.
+    pub(crate) fn has_leaf(&self, space: u16, page: u32) -> bool {
+        self.leaves.has((space, page / Leaf::PAGES))
     }
 
     /// Whether the chunk of a page is at hand.
@@ -238,12 +238,11 @@ impl<S: Stored> Contents<S> {
 struct Recent<K, V> {
     entries: VecDeque<(K, V)>,
     most: usize,
-    made: u64,
 }
 
 impl<K: PartialEq + Copy, V> Recent<K, V> {
     const fn new(most: usize) -> Self {
-        Self { entries: VecDeque::new(), most, made: 0 }
+        Self { entries: VecDeque::new(), most }
     }
 
     fn has(&self, key: K) -> bool {
@@ -258,7 +257,6 @@ impl<K: PartialEq + Copy, V> Recent<K, V> {
                 self.entries.push_front(entry);
             }
             None => {
-                self.made += 1;
                 let value = make()?;
                 self.entries.truncate(self.most - 1);
                 self.entries.push_front((key, value));

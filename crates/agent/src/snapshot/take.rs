@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Instant;
 
 use bytes::{Buf, Bytes, BytesMut};
 use godwit_stream::postcopy::{DeviceState, DeviceStateTooLong};
@@ -179,7 +180,9 @@ struct Before<'a> {
 }
 
 impl<'a> Before<'a> {
-    const fn new(earlier: &'a mut Earlier<File>) -> Self {
+    fn new(earlier: &'a mut Earlier<File>) -> Self {
+        let began = Instant::now();
+        earlier.hurry(move || began.elapsed());
         Self { earlier, spaces: vec![] }
     }
 

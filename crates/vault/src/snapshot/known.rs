@@ -1,6 +1,7 @@
 //! What the team's packs have already, and the earlier snapshots of which a new one makes use.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use super::leaf::Leaf;
 use super::spaces::SpaceKind;
@@ -14,9 +15,12 @@ use crate::{ContentsError, PackKey, Space};
 pub(super) const NONE: u16 = ZEROS;
 /// Chunks of earlier snapshots that are kept while a new one is written: 16 MiB.
 const RECENT_CHUNKS: usize = 256;
-/// Chunks that are read for bases beyond one for each chunk's worth of pages that came.
+/// Leaves and chunks that may be read for bases at once; of those that were, one more for each chunk's worth of pages that came.
 const READ_AHEAD: u64 = 1024;
 const PAGES_PER_READ: u64 = 16;
+/// How long reading for bases may take in all, and one time: the guest's writes wait for it.
+const READING: Duration = Duration::from_secs(2);
+const ONE_READING: Duration = Duration::from_millis(50);
 
 /// Where a page is, by the numbers of known packs; `base` is that of its base's pack if it is a difference, or [`NONE`].
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +90,7 @@ impl Known {
     pub fn earlier<S: Stored>(&mut self, mut contents: Contents<S>) -> Option<Earlier<S>> {
         let packs = self.numbers(&contents).into_iter().collect::<Option<_>>()?;
         contents.keep_chunks(RECENT_CHUNKS);
-        Some(Earlier { contents, packs, asked: 0 })
+        Some(Earlier { contents, packs, credit: READ_AHEAD * PAGES_PER_READ, clock: None, reading: Duration::ZERO })
     }
 
     /// The numbers of a snapshot's packs. A pack that cannot be read, or does not have as many pages as the list says, gets none: who writes lists a pack by what is known of it.
@@ -142,9 +146,16 @@ pub struct Earlier<S> {
     contents: Contents<S>,
     /// Of each pack of its list, the number by which it is known.
     packs: Vec<u16>,
-    /// Pages that came and may have asked for bases.
-    asked: u64,
+    /// How many pages' worth of reads are left until more pages come.
+    credit: u64,
+    /// None if nobody waits for bases.
+    clock: Option<Clock>,
+    /// How long reading for bases has taken.
+    reading: Duration,
 }
+
+/// Tells how long ago something was, the same thing always.
+type Clock = Box<dyn Fn() -> Duration + Send>;
 
 impl<S> std::fmt::Debug for Earlier<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -153,6 +164,13 @@ impl<S> std::fmt::Debug for Earlier<S> {
 }
 
 impl<S: Stored> Earlier<S> {
+    /// From now on bases are read for only so long in all as the guest's writes may wait, by this clock, which tells how long ago something was; and no more once a single reading has
+    /// taken long.
+    pub fn hurry(&mut self, clock: impl Fn() -> Duration + Send + 'static) {
+        self.clock = Some(Box::new(clock));
+        self.reading = Duration::ZERO;
+    }
+
     /// The number of the space of this kind and name.
     #[must_use]
     pub fn space(&self, kind: SpaceKind, name: &str) -> Option<u16> {
@@ -189,19 +207,37 @@ impl<S: Stored> Earlier<S> {
     /// What a new content of a page can be a difference to, and where that is: what the page held, or what that was a difference to. None if it was zero, cannot be read, or if as much
     /// has been read as taking a snapshot may wait for.
     pub(super) fn base(&mut self, space: u16, page: u32) -> Option<(Place, &Page)> {
-        let at = self.contents.located_at(space, page).ok().flatten()?;
+        if self.clock.is_some() && self.reading >= READING {
+            return None;
+        }
+        let located = if self.contents.has_leaf(space, page) {
+            self.contents.located_at(space, page)
+        } else {
+            self.read(|contents| contents.located_at(space, page))?
+        };
+        let at = located.ok().flatten()?;
         let at = self.contents.base_of(at).ok()?.unwrap_or(at);
         let place = self.place(at).filter(|place| place.base == NONE)?;
-        let may_read = self.contents.chunks_read() < READ_AHEAD + self.asked / PAGES_PER_READ;
-        if !may_read && !self.contents.has_chunk(at) {
-            return None;
+        if !self.contents.has_chunk(at) {
+            self.read(|contents| contents.content(at).map(drop))?.ok()?;
         }
         let content: Result<_, ContentsError> = self.contents.content(at);
         Some((place, content.ok()?))
     }
 
+    /// Reads a leaf or a chunk, if that may be waited for.
+    fn read<T>(&mut self, read: impl FnOnce(&mut Contents<S>) -> T) -> Option<T> {
+        self.credit = self.credit.checked_sub(PAGES_PER_READ)?;
+        let Some(clock) = &self.clock else { return Some(read(&mut self.contents)) };
+        let before = clock();
+        let outcome = read(&mut self.contents);
+        let took = clock().saturating_sub(before);
+        self.reading += if took > ONE_READING { READING } else { took };
+        Some(outcome)
+    }
+
     /// A page has come for which a base may be asked.
-    pub(super) const fn came(&mut self) {
-        self.asked += 1;
+    pub(super) fn came(&mut self) {
+        self.credit = (READ_AHEAD * PAGES_PER_READ).min(self.credit + 1);
     }
 }

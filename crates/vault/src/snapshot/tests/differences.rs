@@ -190,9 +190,39 @@ fn looking_for_bases_reads_no_more_than_taking_may_wait_for() {
         earlier.base(0, chunk * 16).map(|(at, base)| assert_eq!((at.page, *base), (chunk * 16, content(chunk * 16)))).is_some()
     };
     let first: Vec<u32> = (0..chunks).filter(|chunk| found(*chunk)).collect();
-    assert_eq!(first.len(), 1_024 + 1_300 / 16, "so many at once, and one for each sixteen pages");
+    assert!(
+        (1_050..1_085).contains(&first.len()),
+        "so many at once, leaves among them, and one for each sixteen pages: {}",
+        first.len()
+    );
     // What is at hand is read from memory.
     assert!((0..10).all(|_| found(first[first.len() - 1])));
+}
+
+#[test]
+fn a_slow_vault_is_not_looked_into_for_long() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
+
+    let wide = |pages| vec![Space { pages, ..spaces()[0].clone() }];
+    let (keys, own) = (keys(1), PackId::new(Uuid::from_bytes([1; 16])));
+    let pages = 512 * 16;
+    let mut writer =
+        SnapshotWriter::begin((Vec::new(), Vec::new()), own, &keys, wide(pages), Known::new(0), NO_LIMIT).expect("begun");
+    for page in 0..pages {
+        writer.page(0, page, &std::array::from_fn(|at| (page + 1).to_be_bytes()[at % 4])).expect("taken");
+    }
+    let (snapshot, pack, totals) = writer.finish(&parts()).expect("finished");
+    let written = Written { id: own, key: keys.pack, snapshot, pack: pack.expect("pages"), totals };
+    // By a clock that goes on by so many milliseconds with each look at it: a reading takes one step.
+    for (step, wanted) in [(0, 512..513), (20, 90..101), (60, 1..2)] {
+        let mut earlier = Known::new(0).earlier(opened(&written.snapshot, &[&written]).expect("whole")).expect("few packs");
+        let time = Arc::new(AtomicU64::new(0));
+        earlier.hurry(move || Duration::from_millis(time.fetch_add(step, Ordering::Relaxed)));
+        let found = (0..512).filter(|chunk| earlier.base(0, chunk * 16).is_some()).count();
+        assert!(wanted.contains(&found), "{found} with {step} ms");
+    }
 }
 
 proptest! {
