@@ -122,6 +122,10 @@ impl<S: Stored> Contents<S> {
         let Some(base) = self.base_of(at).map_err(|error| ContentsError::Snapshot(error.into()))? else {
             return self.chunk(at.pack, chunk)?.pages.get(within).ok_or_else(nowhere);
         };
+        // What is missing is said of the pack that is.
+        if self.pack(base.pack).is_none() {
+            return Err(self.wrong(base.pack, Malformed::Place.into()));
+        }
         // Whatever files say, no more than one base is looked for.
         if !matches!(self.base_of(base), Ok(None)) {
             return Err(self.wrong(at.pack, Malformed::Differences.into()));

@@ -10,8 +10,8 @@ use godwit_migration::{
     QemuView, Vcpus,
 };
 use godwit_model::{
-    Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, Refusal, ResolvedSpec, Retry, RunState,
-    TravellingDisk,
+    Bytes, ErrorCode, Generation, Grant, MigrationFigures, MigrationPolicy, Millis, PostCopy, Refusal, ResolvedSpec, Retry,
+    RunState, TravellingDisk,
 };
 use godwit_qemu::process::ProcessIdentity;
 use godwit_qemu::qmp::commands::AnnounceSchedule;
@@ -309,8 +309,10 @@ impl Actor {
         let blocks = self.memory_blocks(&qmp).await;
         let placement = blocks.clone().and_then(|blocks| self.place(blocks, Access::Write, &mut fds));
         let kept = earlier.memory_key.and_then(|key| self.lend_memory(&key, &mut fds));
-        let lent = match earlier.snapshot.filter(|_| placement.is_some()) {
-            Some(snapshot) => self.lend_snapshot(*snapshot, policy.stall, &mut fds).await,
+        // Who asks for post-copy at once does not wait for memory.
+        let is_lent = placement.is_some() && policy.postcopy != PostCopy::Now;
+        let lent = match earlier.snapshot.filter(|_| is_lent) {
+            Some(snapshot) => self.lend_snapshot(*snapshot, &policy, &mut fds).await,
             None => None,
         };
         let images = self.lend_images(&mut fds).await;

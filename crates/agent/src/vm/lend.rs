@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use godwit_model::{Millis, Refusal};
+use godwit_model::{MigrationPolicy, Millis, Refusal};
 use godwit_qemu::PassedFds;
 use godwit_vault::StayKey;
 
@@ -25,15 +25,22 @@ pub(super) struct EarlierMemory {
     pub(super) snapshot: Option<Box<MemoryInVault>>,
 }
 
+/// The source must not take it for a destination that stands still, and most of the time that the warm-up has is the warm-up's.
+fn within(policy: &MigrationPolicy) -> Millis {
+    Millis(LONGEST.get().min(policy.stall.get() / 4).min(policy.timeout.get() / 4))
+}
+
 impl Actor {
     /// Has a worker read the memory of a snapshot for the carry that waits for the VM. What is in the way of that is not in the way of anything else.
-    pub(super) async fn lend_snapshot(&self, memory: MemoryInVault, stall: Millis, fds: &mut PassedFds) -> Option<LentMemory> {
+    pub(super) async fn lend_snapshot(
+        &self,
+        memory: MemoryInVault,
+        policy: &MigrationPolicy,
+        fds: &mut PassedFds,
+    ) -> Option<LentMemory> {
         let (id, generation) = (memory.snapshot.id, memory.generation);
         match tokio::time::timeout(STARTING, self.start_lender(memory)).await {
-            // The source must not take it for a destination that stands still.
-            Ok(Ok(from)) => {
-                Some(LentMemory { from_fd: fds.pass(from), generation, within: Millis(LONGEST.get().min(stall.get() / 2)) })
-            }
+            Ok(Ok(from)) => Some(LentMemory { from_fd: fds.pass(from), generation, within: within(policy) }),
             Ok(Err(refusal)) => {
                 tracing::info!(%id, message = refusal.message, "a snapshot of the VM is not read");
                 None
@@ -59,5 +66,20 @@ impl Actor {
             }
         });
         Ok(carrys)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_move_that_must_be_quick_does_not_wait_for_a_vault() {
+        let of = |stall, timeout| {
+            within(&MigrationPolicy { stall: Millis(stall), timeout: Millis(timeout), ..MigrationPolicy::default() })
+        };
+        assert_eq!(of(120_000, 3_600_000), Millis(30_000));
+        assert_eq!(of(120_000, 1_000), Millis(250));
+        assert_eq!(of(u64::MAX, u64::MAX), LONGEST);
     }
 }

@@ -61,6 +61,25 @@ fn ten_snapshots_of_a_guest_that_writes_a_little_in_each_page_are_little_more_th
 }
 
 #[test]
+fn a_base_that_is_missing_is_said_of_its_pack_and_the_rest_is_verified() {
+    let first = write(1, &working_set(40, 0), Known::new(100_000));
+    let mut second = write_since(2, &working_set(40, 1), &[&first], &first);
+    let without_base = |second: &Written| {
+        let snapshot = SnapshotReader::open(&second.snapshot[..], &keys(0).snapshot).expect("open");
+        let own = snapshot.packs().iter().map(|(id, key, _)| (*id == second.id).then(|| PackReader::open(&second.pack[..], key)));
+        let packs = own.map(Option::transpose).collect::<Result<Vec<_>, _>>().expect("its own opens");
+        let place = packs.iter().position(Option::is_some).expect("its own") as u16;
+        let mut contents = Contents::new(snapshot, packs).expect("opened");
+        let error = contents.page(0, 3).expect_err("its base is missing");
+        assert!(matches!(error, ContentsError::Pack { pack, .. } if pack == first.id), "{error:?}");
+        contents.verify_pack(place, &keys(0).team)
+    };
+    without_base(&second).expect("nothing is wrong with what is there");
+    second.pack[200] ^= 1;
+    without_base(&second).expect_err("it is read all the same");
+}
+
+#[test]
 fn a_content_that_is_a_difference_is_found_and_not_written_again() {
     let first = write(1, &working_set(40, 0), Known::new(100_000));
     let second = write_since(2, &working_set(40, 1), &[&first], &first);
