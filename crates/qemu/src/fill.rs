@@ -81,7 +81,7 @@ impl Qmp {
     /// # Errors
     /// See [`QmpError`]. Before the guest's devices are loaded it is refused.
     pub async fn begin_fill(&self, slot: usize, disk: &ResolvedDisk) -> Result<(), QmpError> {
-        // QEMU 10.0 may still take a disk that nobody used for another host's when the guest runs, also if it is told that all are its own. Older ones do not know the command, nor do so.
+        // QEMU 10.0 may still take a disk that nobody used for another host's when the guest runs; that all nodes are its own was said in vain. Older ones do not know the command, nor do so.
         let active = json!({"node-name": disk_node(slot), "active": true});
         let _ = self.execute("blockdev-set-active", active).await;
         // What lies under room cannot be written to, until it is said anew.

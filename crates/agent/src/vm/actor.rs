@@ -596,11 +596,8 @@ impl Actor {
             record.ended_with_host = true;
         }
         self.save_or_log();
-        let qmp = self.monitor()?;
-        if self.state != RunState::Running {
-            // A guest that stands still hears no button.
-            qmp.cont().await.map_err(qemu_failed)?;
-        }
+        // A guest that stands still hears no button.
+        self.run_on().await?;
         self.ask(Qmp::system_powerdown).await
     }
 

@@ -28,15 +28,18 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::actor::{Actor, Answer, qemu_failed};
 use super::moving::millis;
 use super::playing::{PAUSES, is_for_good};
+use super::start::has_shut_down;
 use crate::host::{SharedHost, host_failed};
 use crate::snapshot::{FromSnapshot, Job, Said, Worker};
 
 /// How long disks wait for memory, which the guest needs sooner.
 const MEMORY_FIRST: Duration = Duration::from_secs(600);
-const LOOK: Duration = Duration::from_millis(20);
+const LOOK: Duration = Duration::from_millis(100);
 /// How often QEMU may refuse a step, and how long until it is said again.
 const MOST_REFUSALS: u32 = 3;
 const AGAIN: Duration = Duration::from_secs(1);
+
+const ONCE_MORE: &str = "roll it back, or start it, once more: it begins from the snapshot anew";
 
 pub(super) type Reply = oneshot::Sender<Result<Answer, Refusal>>;
 
@@ -135,7 +138,8 @@ impl Actor {
             // The last page may be beyond the end of a disk that is no multiple of it.
             if had.get() > size.get().next_multiple_of(PAGE_SIZE as u64) {
                 let message = format!("{} has {size}, and had {had} in the snapshot", disk.volume);
-                return Err(Refusal::new(ErrorCode::VolumeTruncated, message));
+                return Err(Refusal::new(ErrorCode::VolumeTruncated, message)
+                    .hint("make the volume as large as it was, or clone the snapshot: a clone gets disks of its own"));
             }
         }
         if !servers.is_empty() {
@@ -182,7 +186,7 @@ impl Actor {
     pub(super) fn forget_filling(&mut self) {
         if let Some(mut filling) = self.filling.take() {
             let ended = Refusal::new(ErrorCode::QemuFailed, "QEMU ended before the VM's disks had come out of the snapshot");
-            filling.answer(&Err(self.why_it_ended(ended.retry(Retry::Safe))));
+            filling.answer(&Err(self.why_it_ended(ended).hint(ONCE_MORE).retry(Retry::Safe)));
         }
     }
 
@@ -230,15 +234,16 @@ impl Actor {
     fn why_it_ended(&self, refusal: Refusal) -> Refusal {
         match self.end_reason.get() {
             reason if reason.is_empty() => refusal,
-            reason => Refusal::new(ErrorCode::QemuFailed, format!("the VM is no more: {reason}")).retry(Retry::Safe),
+            reason => Refusal::new(ErrorCode::QemuFailed, format!("the VM is no more: {reason}")),
         }
     }
 
     /// A guest that has powered off meanwhile was kept for its disks.
     async fn end_what_has_shut_down(&self) {
         let Ok(qmp) = self.monitor() else { return };
-        let has_shut_down = qmp.query_status().await.is_ok_and(|status| status.status == RunStatus::Shutdown);
-        if has_shut_down && let Err(error) = qmp.quit().await {
+        if has_shut_down(qmp).await
+            && let Err(error) = qmp.quit().await
+        {
             tracing::warn!(error = &error as &dyn std::error::Error, "QEMU was not told that it may end with its guest");
         }
     }

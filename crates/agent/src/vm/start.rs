@@ -104,7 +104,6 @@ impl Actor {
     /// Lets a QEMU of ours run, unless it does already, or its guest has powered off.
     pub(super) async fn run_on(&mut self) -> Result<(), Refusal> {
         self.refresh().await;
-        let has_shut_down = async |qmp: &Qmp| qmp.query_status().await.is_ok_and(|status| status.status == RunStatus::Shutdown);
         if self.state != RunState::Running && !has_shut_down(self.monitor()?).await {
             self.monitor()?.cont().await.map_err(qemu_failed)?;
             self.state = RunState::Running;
@@ -278,6 +277,11 @@ impl Actor {
         self.qmp = Some(qmp);
         Ok(())
     }
+}
+
+/// Whether the guest has powered off and its QEMU is still there.
+pub(super) async fn has_shut_down(qmp: &Qmp) -> bool {
+    qmp.query_status().await.is_ok_and(|status| status.status == RunStatus::Shutdown)
 }
 
 /// An image from the host's cache, fetched from the controller if need be.
