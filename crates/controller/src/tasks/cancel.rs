@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use godwit_api::v1::TaskState;
 use godwit_link::v1::{self, command::Action};
-use godwit_model::{ErrorCode, Name, Refusal, Retry, TaskId};
+use godwit_model::{ErrorCode, Generation, Name, Refusal, Retry, TaskId, VmId};
 
+use super::power::already;
 use super::{Tasks, note};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
@@ -14,13 +15,16 @@ use crate::rows::{MigrateWork, RollbackStage, SnapshotRow, Stage, SuspendStage, 
 
 /// How long the user waits for the source's answer to a cancel.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long after it was asked a host is asked again to end what begins.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Whether cancelling would still have an effect, as far as it is known here.
 pub(crate) fn cancellable(task: &TaskRow) -> bool {
     let possible = match &task.work {
         Work::Wait { .. } | Work::Stop { .. } | Work::Import { .. } | Work::Snapshot { .. } | Work::Verify { .. } => true,
         Work::SnapshotExport { .. } | Work::SnapshotImport { .. } => true,
-        Work::Rollback(work) => work.stage == RollbackStage::KeepPresent,
+        Work::Rollback(work) => work.stage != RollbackStage::End,
+        Work::Start { from, .. } => from.is_some(),
         Work::Suspend(work) => matches!(work.stage, SuspendStage::Pause | SuspendStage::Keep),
         Work::Migrate(work) => work.source_ended.is_none() && work.stage != Stage::Settle,
         _ => false,
@@ -50,7 +54,7 @@ impl Tasks {
         self.wake(id);
         let taken = match &flagged.work {
             Work::Snapshot { name, .. } => Some(name),
-            Work::Rollback(work) => work.present.as_ref(),
+            Work::Rollback(work) if work.stage == RollbackStage::KeepPresent => work.present.as_ref(),
             Work::Suspend(work) if work.stage == SuspendStage::Keep => Some(&work.name),
             _ => None,
         };
@@ -80,6 +84,46 @@ impl Tasks {
                 Err(refusal.retry(Retry::Never).into())
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Lets a VM begin from a snapshot, and ends it if that is cancelled before its disks have come. The host is waited for either way: only it knows whether there is a QEMU.
+    /// None: it was cancelled, and there is none.
+    pub(super) async fn begin_from(
+        &self,
+        id: TaskId,
+        host: &Name,
+        start: v1::StartVm,
+        (vm, generation): (VmId, Generation),
+    ) -> Result<Option<Result<Answer, Refusal>>, Fault> {
+        let kill = v1::KillVm { vm: vm.to_string(), generation: generation.0, ..Default::default() };
+        let answer = tokio::select! {
+            answer = self.command(id, host, "begin", Action::Start(start)) => answer?,
+            fault = self.end_once_cancelled(id, host, &kill) => return Err(fault),
+        };
+        if !self.task(id).await?.row.cancel {
+            return Ok(Some(answer));
+        }
+        // It may have begun wholly in the same moment.
+        match self.command(id, host, "end what has begun", Action::Kill(kill)).await? {
+            Err(refusal) if !already(&refusal) => Ok(Some(Err(refusal))),
+            _ => Ok(None),
+        }
+    }
+
+    /// Once the task is cancelled, ends what has begun as often as it takes: the host may not have come to begin it yet.
+    async fn end_once_cancelled(&self, id: TaskId, host: &Name, kill: &v1::KillVm) -> Fault {
+        let waker = self.waker(id);
+        loop {
+            match self.task(id).await {
+                Err(fault) => return fault,
+                Ok(task) if !task.row.cancel => waker.notified().await,
+                Ok(_) => {
+                    let tag = format!("end what begins, asked at {}", clock::now().0);
+                    self.one_command(id, host, &tag, Action::Kill(kill.clone()), PATIENCE).await;
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
         }
     }
 

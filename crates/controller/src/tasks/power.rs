@@ -58,8 +58,17 @@ impl Tasks {
             None => None,
         };
         let began = from.is_some();
-        let action = Action::Start(v1::StartVm { grant, spec: encode(spec), from });
-        match self.command(id, host, "start", action).await? {
+        let start = v1::StartVm { grant, spec: encode(spec), from };
+        let answer = if began {
+            let Some(answer) = self.begin_from(id, host, start, (vm.row.id, *generation)).await? else {
+                let said = "cancelled by request; the VM is stopped, and begins from the snapshot with its next start";
+                return self.finish_cancelled(id, *generation, said).await;
+            };
+            answer
+        } else {
+            self.command(id, host, "start", Action::Start(start)).await?
+        };
+        match answer {
             Ok(answer) => {
                 if let Some(origin) = suspended {
                     self.forget_suspended(id, generation, &origin).await?;
@@ -222,6 +231,17 @@ impl Tasks {
         self.finish(id, Outcome::Done, |_, vm| {
             if vm.generation == generation && vm.has_process() {
                 vm.set_state(state, now);
+            }
+        })
+        .await
+    }
+
+    /// Ends as cancelled, with a VM that does not run.
+    pub(super) async fn finish_cancelled(&self, id: TaskId, generation: Generation, said: impl Into<String>) -> Result<(), Fault> {
+        let (now, cancelled) = (clock::now(), Refusal::new(ErrorCode::Cancelled, said));
+        self.finish(id, Outcome::Cancelled(cancelled), |_, vm| {
+            if vm.generation == generation && vm.has_process() {
+                vm.set_state(RunState::Stopped, now);
             }
         })
         .await

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   KeepPresent ──taken──▶ End ──QEMU is gone──▶ Begin ──vCPUs run──▶ done
-//!      │refused, cancelled    │refused             │refused
+//!      │refused, cancelled    │refused             │refused, cancelled
 //!      └──▶ nothing changed ◀─┘                    └──▶ disks that may be half of the snapshot: only a rollback begins with them
 //! ```
 //! Everything that could stand in the way is looked at before it is recorded; names and addresses that it needs are claimed then.
@@ -240,13 +240,17 @@ impl Tasks {
             let from = self.snapshot_for(&snapshot, host, snapshot.has_memory(), false).await?;
             Ok(v1::StartVm { grant: Some(self.authority.grant(&grant)?), spec: encode(spec), from: Some(from) })
         };
-        let action = match signed.await {
+        let start = match signed.await {
             Err(Fault::Refused(refusal)) => return failed(refusal).await,
-            start => Action::Start(start?),
+            start => start?,
         };
-        let answer = match self.command(id, host, "begin", action).await? {
-            Ok(answer) => answer,
-            Err(refusal) => return failed(refusal).await,
+        let answer = match self.begin_from(id, host, start, (vm.id, *generation)).await? {
+            Some(Ok(answer)) => answer,
+            Some(Err(refusal)) => return failed(refusal).await,
+            None => {
+                let said = format!("cancelled by request; the VM is stopped, and begins as in {name} with another rollback");
+                return self.finish_cancelled(id, *generation, said).await;
+            }
         };
         let figures = decode::<RestoreFigures>("figures", &answer.result).ok();
         let now = clock::now();

@@ -47,6 +47,17 @@ async fn a_clone_is_another_vm_that_begins_from_the_disks_of_a_snapshot() {
     // Meanwhile the snapshot stays, and the names are taken.
     assert_eq!(code(admin.delete_snapshot(&name("one")).await), ErrorCode::InUse);
     assert_eq!(code(admin.clone_snapshot(&name("one"), &clone("web2")).await), ErrorCode::NameTaken);
+    // Cancelled while its disks come, it is ended, and is what it was.
+    admin.cancel_task(task.id).await.expect("cancelled");
+    let kill = agent.command().await;
+    assert!(matches!(&kill.action, Some(Action::Kill(kill)) if kill.vm == web2.id.to_string()), "{kill:?}");
+    agent.refuse(&begin, ErrorCode::QemuFailed).await;
+    let kill = agent.command().await;
+    agent.refuse(&kill, ErrorCode::VmNotRunning).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Cancelled);
+    let task = admin.start_vm(&name("web2"), &api::VmStart::default()).await.expect("accepted");
+    let begin = agent.command().await;
+    assert_eq!(start(&begin).from.as_ref(), Some(&from), "what it has not made it makes as before");
     agent.refuse(&begin, ErrorCode::InUse).await;
     assert_eq!(failed(&cluster, task.id).await, ErrorCode::InUse);
     let vm = cluster.vm("web2").await;
@@ -56,7 +67,7 @@ async fn a_clone_is_another_vm_that_begins_from_the_disks_of_a_snapshot() {
     // Its start is tried again, and from then on it is a VM like others.
     let task = admin.start_vm(&name("web2"), &api::VmStart::default()).await.expect("accepted");
     let begin = agent.command().await;
-    assert_eq!((start(&begin).from.as_ref(), grant(start(&begin)).generation), (Some(&from), Generation(2)));
+    assert_eq!((start(&begin).from.as_ref(), grant(start(&begin)).generation), (Some(&from), Generation(3)));
     agent.tell(&begin, &RESTORE).await;
     let ended = cluster.ended(task.id).await;
     assert_eq!((ended.state, ended.kind.as_str(), ended.restore), (TaskState::Done, "vm.clone", Some(RESTORE)));

@@ -461,6 +461,86 @@ async fn what_stands_in_the_way_of_a_rollback_is_said_before_anything_is_done() 
     assert!(refusal.code == ErrorCode::InUse && refusal.message.contains("snapshot one"), "{refusal:?}");
 }
 
+/// A rollback of web1 to `one` whose QEMU begins, and what its host is told.
+async fn beginning(cluster: &Cluster, agent: &mut Agent) -> (api::Task, v1::Command) {
+    let task = cluster.admin().rollback_snapshot(&name("one"), &rollback(true)).await.expect("accepted");
+    let kill = agent.command().await;
+    agent.done(&kill, 0).await;
+    (task, agent.command().await)
+}
+
+#[tokio::test]
+async fn a_rollback_whose_disks_are_still_coming_can_be_cancelled_and_begins_anew_with_the_next() {
+    let (mut cluster, host, mut agent) = running().await;
+    taken(&cluster, &mut agent, "one").await;
+    let vm = cluster.vm("web1").await;
+    let (task, begin) = beginning(&cluster, &mut agent).await;
+    assert_eq!(grant(start(&begin)).generation, Generation(2));
+    assert!(cluster.admin().task(task.id).await.expect("task").cancellable);
+    cluster.admin().cancel_task(task.id).await.expect("cancelled");
+    let ends = |command: &v1::Command| match &command.action {
+        Some(Action::Kill(kill)) => assert_eq!((kill.vm.as_str(), kill.generation), (vm.id.to_string().as_str(), 2)),
+        _ => panic!("{command:?}"),
+    };
+    // The host has not come to begin it yet: it is asked again.
+    let early = agent.command().await;
+    ends(&early);
+    agent.done(&early, 0).await;
+    // A controller that begins anew goes on with both.
+    cluster.stop().await;
+    drop(agent);
+    cluster.start().await;
+    let mut agent = cluster.connect(&host, vec![report(&vm, 1, RunState::Stopped, v1::Holding::Owner)]).await;
+    let (again, kill) = {
+        let (one, other) = (agent.command().await, agent.command().await);
+        if matches!(one.action, Some(Action::Kill(_))) { (other, one) } else { (one, other) }
+    };
+    assert_eq!(again.id, begin.id);
+    ends(&kill);
+    agent.done(&kill, 0).await;
+    agent.refuse(&again, ErrorCode::QemuFailed).await;
+    // Whatever the host did last, there is no QEMU when the task ends.
+    let mut asked = 0;
+    let ended = loop {
+        tokio::select! {
+            ended = cluster.ended(task.id) => break ended,
+            command = agent.command() => {
+                ends(&command);
+                asked += 1;
+                agent.done(&command, 0).await;
+            }
+        }
+    };
+    assert_eq!((ended.state, asked > 0), (TaskState::Cancelled, true));
+    let vm = cluster.vm("web1").await;
+    assert_eq!((vm.status.state, vm.status.generation, vm.status.activity), (RunState::Stopped, Generation(2), None));
+    assert_eq!(vm.status.conditions.iter().map(|condition| condition.name.as_str()).collect::<Vec<_>>(), ["disks_unfinished"]);
+    assert_eq!(code(cluster.admin().start_vm(&name("web1"), &api::VmStart::default()).await), ErrorCode::DisksUnfinished);
+    let task = cluster.admin().rollback_snapshot(&name("one"), &rollback(true)).await.expect("accepted");
+    let begin = agent.command().await;
+    assert_eq!(grant(start(&begin)).generation, Generation(3));
+    agent.tell(&begin, &RESTORE).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Done);
+    assert_eq!(cluster.vm("web1").await.status.conditions.len(), 0);
+}
+
+#[tokio::test]
+async fn one_that_has_come_in_the_moment_in_which_it_is_cancelled_is_ended_too() {
+    let (cluster, _, mut agent) = running().await;
+    taken(&cluster, &mut agent, "one").await;
+    let (task, begin) = beginning(&cluster, &mut agent).await;
+    cluster.admin().cancel_task(task.id).await.expect("cancelled");
+    let kill = agent.command().await;
+    assert!(matches!(kill.action, Some(Action::Kill(_))), "{kill:?}");
+    agent.tell(&begin, &RESTORE).await;
+    let kill = agent.command().await;
+    assert!(matches!(&kill.action, Some(Action::Kill(kill)) if kill.generation == 2), "{kill:?}");
+    assert!(!cluster.admin().task(task.id).await.expect("task").state.ended(), "not before its QEMU has");
+    agent.done(&kill, 0).await;
+    assert_eq!(cluster.ended(task.id).await.state, TaskState::Cancelled);
+    assert_eq!(cluster.vm("web1").await.status.state, RunState::Stopped);
+}
+
 #[tokio::test]
 async fn a_snapshot_under_way_can_be_cancelled_and_a_rollback_until_it_ends_qemu() {
     let (mut cluster, host, mut agent) = running().await;

@@ -12,8 +12,10 @@ fn joined() -> (super::hosts::Namespace, [Host; 2]) {
     let [h1, h2] = &hosts;
     let there = h2.namespace.path();
     h1.namespace.run("ip", &["link", "add", "up0", "type", "veth", "peer", "name", "up0", "netns", &there]);
-    for host in &hosts {
+    for (host, address) in hosts.iter().zip(["52:54:00:01:00:01", "52:54:00:01:00:02"]) {
         host.namespace.run("ip", &["link", "add", "br0", "type", "bridge"]);
+        // As a real port has one: a drawn one may be above that of a tap, and a bridge takes the lowest.
+        host.namespace.run("ip", &["link", "set", "up0", "address", address]);
         host.namespace.run("ip", &["link", "set", "up0", "master", "br0", "up"]);
         host.namespace.run("ip", &["link", "set", "br0", "up"]);
     }
