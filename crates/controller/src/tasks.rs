@@ -96,6 +96,7 @@ pub(crate) struct Tasks {
     written: Mutex<HashMap<TaskId, Instant>>,
     execs: Mutex<HashMap<VmId, usize>>,
     lines: wait::Lines,
+    turns: snapshot::Turns,
     /// VMs that are looked after until a golden snapshot is taken.
     watched: Mutex<HashSet<VmId>>,
     /// Schedules are to be looked at again.
@@ -138,6 +139,7 @@ impl Tasks {
             written: Mutex::default(),
             execs: Mutex::default(),
             lines: wait::Lines::default(),
+            turns: snapshot::Turns::default(),
             watched: Mutex::default(),
             scheduled: Notify::new(),
             clock,

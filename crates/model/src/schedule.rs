@@ -14,7 +14,7 @@ use crate::{ErrorCode, Millis, Name, Refusal};
 pub use retention::{Retention, plan_retention};
 pub use timetable::{Due, Timetable};
 
-/// Scheduled snapshots that are taken of the VMs of one host at a time; further ones wait for their turn.
+/// Snapshots that are taken of the VMs of one host at a time; further ones wait for their turn.
 pub const AT_ONCE: usize = 2;
 /// VMs that a schedule can name.
 pub const MOST_VMS: usize = 1_000;

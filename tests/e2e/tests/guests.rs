@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use godwit_api::v1::VmExec;
+use godwit_api::v1::{SnapshotCreate, VmExec};
 use godwit_e2e::{Action, Cluster, ClusterSpec, GuestSpec, godwit_binary};
 use godwit_model::{
     Bytes, CloudInit, DiskFormat, DiskSpec, ErrorCode, ExecOutcome, GuestFacts, ImportFormat, Millis, Name, Octets, Refusal,
@@ -92,6 +92,32 @@ fn a_guest_tells_its_addresses_and_runs_programs_also_while_it_moves() -> Result
     ensure!(clock.offset_ms <= i64::try_from(20 + clock.within_ms)?, "{clock:?}");
     let outcome = exec(&cluster, "web", &shell("echo here"))?;
     ensure!(outcome.stdout.0 == b"here\n", "{outcome:?}");
+
+    // Its agent says nothing when it is to bring its file systems to rest: that takes no longer than it may, and the snapshot is taken.
+    let silent =
+        "setsid sh -c 'sleep 1; kill -STOP $(pidof qemu-ga); sleep 15; kill -CONT $(pidof qemu-ga)' </dev/null >/dev/null 2>&1 &";
+    exec(&cluster, "web", &shell(silent))?;
+    thread::sleep(Duration::from_secs(2));
+    let quiesce = Some(Millis(2_000));
+    let wanted = SnapshotCreate {
+        vm: Name::new("web")?,
+        name: Some(Name::new("silent")?),
+        memory: true,
+        quiesce,
+        pool: None,
+        golden: false,
+        reason: None,
+    };
+    let task = cluster.ask(cluster.client().create_snapshot(&wanted))?.id;
+    cluster.done(task, Duration::from_secs(60))?;
+    let taken = cluster.ask(cluster.client().snapshot(&Name::new("silent")?))?;
+    let warnings = taken.figures.context("figures")?.warnings;
+    ensure!(warnings.len() == 1 && warnings[0].contains("as after a power cut"), "{warnings:?}");
+    let answers = Instant::now() + Duration::from_secs(60);
+    while let Err(refusal) = exec(&cluster, "web", &shell("true")) {
+        ensure!(Instant::now() < answers, "it never answers again: {refusal:?}");
+        thread::sleep(Duration::from_secs(1));
+    }
 
     // The command line ends as the program ends.
     let endpoint = cluster.client().endpoint();

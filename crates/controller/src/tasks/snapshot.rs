@@ -2,12 +2,16 @@
 //! none; where it is not known whether anything was written, it stays to be deleted.
 
 use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 use godwit_api::v1::{SnapshotCreate, SnapshotState};
 use godwit_link::v1::{self, command::Action};
 use godwit_link::{decode, encode};
+use godwit_model::schedule::AT_ONCE;
 use godwit_model::{ErrorCode, Name, Refusal, Retry, SnapshotFigures, SnapshotId, SnapshotRequest, TaskId, UnixMillis, VmSpec};
 use serde::Serialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::change::reclaim;
 use super::{Ask, Outcome, Tasks, conclude, host_down, note, patiently};
@@ -58,6 +62,17 @@ pub(super) struct NewSnapshot<'a> {
     pub(super) request: SnapshotRequest,
     pub(super) golden: bool,
     pub(super) reason: Option<String>,
+}
+
+/// Turns to have snapshots taken, of each host.
+#[derive(Default)]
+pub(super) struct Turns(Mutex<HashMap<Name, Arc<Semaphore>>>);
+
+impl Turns {
+    fn of(&self, host: &Name) -> Arc<Semaphore> {
+        let mut turns = self.0.lock().expect("no holder panics");
+        Arc::clone(turns.entry(host.clone()).or_insert_with(|| Arc::new(Semaphore::new(AT_ONCE))))
+    }
 }
 
 /// What became of it.
@@ -219,7 +234,7 @@ impl Tasks {
 
     /// Has the VM's host take the snapshot; nothing is written here.
     pub(super) async fn take(&self, id: TaskId, name: &Name, tag: &str) -> Result<Taken, Fault> {
-        let (_, vm) = self.both(id).await?;
+        let (task, vm) = self.both(id).await?;
         let Some(snapshot) = self.db.find::<SnapshotRow>(&format!("{}/{name}", vm.row.team)).await? else {
             return Ok(Taken::Refused(Refusal::new(ErrorCode::Internal, "the snapshot's row is gone")));
         };
@@ -228,9 +243,32 @@ impl Tasks {
             Err(Fault::Refused(refusal)) => return Ok(Taken::Refused(refusal)),
             action => action?,
         };
-        self.set_step(id, &format!("takes snapshot {name} on {}", snapshot.host)).await?;
+        let step = format!("takes snapshot {name} on {}", snapshot.host);
+        // What an earlier controller has sent is under way, and waits for nothing.
+        let turns = self.turns.of(&snapshot.host);
+        let _turn = match Arc::clone(&turns).try_acquire_owned() {
+            Ok(turn) => Some(turn),
+            Err(_) if task.row.step == step => None,
+            Err(_) => match self.turn(id, &snapshot.host, turns).await? {
+                Some(turn) => Some(turn),
+                None => {
+                    let cancelled = Refusal::new(ErrorCode::Cancelled, "cancelled by request, before anything was done");
+                    return Ok(Taken::Refused(cancelled));
+                }
+            },
+        };
+        self.set_step(id, &step).await?;
         let answer = self.command_until(id, &snapshot.host, tag, action, self.cancelled(id)).await?;
         Ok(Taken::of(answer, name, &snapshot.host))
+    }
+
+    /// Waits for a turn to have a snapshot taken on a host: all that are taken there at once have its disks and processors to share, and guests wait for them. None: cancelled.
+    async fn turn(&self, id: TaskId, host: &Name, turns: Arc<Semaphore>) -> Result<Option<OwnedSemaphorePermit>, Fault> {
+        self.set_step(id, &format!("waits for its turn: of the VMs of {host}, {AT_ONCE} snapshots are taken at a time")).await?;
+        tokio::select! {
+            turn = turns.acquire_owned() => Ok(turn.ok()),
+            cancelled = self.cancelled(id) => cancelled.map(|()| None),
+        }
     }
 
     /// What the VM's host is told.

@@ -608,6 +608,63 @@ async fn a_snapshot_under_way_can_be_cancelled_and_a_rollback_until_it_ends_qemu
 }
 
 #[tokio::test]
+async fn of_the_vms_of_a_host_two_snapshots_are_taken_at_a_time() {
+    let (mut cluster, host, mut agent) = running().await;
+    for vm in ["web2", "web3"] {
+        cluster.create_vm(vm, Bytes::mib(64)).await;
+    }
+    for vm in ["web0", "web2", "web3"] {
+        cluster.start_vm(vm, &mut agent).await;
+    }
+    let of = |vm: &str| api::SnapshotCreate { vm: name(vm), pool: Some(name("shared")), ..of_web1(Some(vm)) };
+    let mut tasks = vec![];
+    let mut commands = vec![];
+    for vm in ["web0", "web1"] {
+        tasks.push(cluster.admin().create_snapshot(&of(vm)).await.expect("accepted").id);
+        commands.push(agent.command().await);
+    }
+    for vm in ["web2", "web3"] {
+        let task = cluster.admin().create_snapshot(&of(vm)).await.expect("accepted").id;
+        let waits = cluster.task_when(task, |task| task.step.contains("waits for its turn")).await;
+        assert!(waits.step.contains("of the VMs of h1, 2 snapshots") && waits.cancellable, "{waits:?}");
+        tasks.push(task);
+    }
+    // One that waits has done nothing: nothing of it is left.
+    let admin = cluster.admin();
+    let (cancelled, ()) = tokio::join!(admin.cancel_task(tasks[2]), async {
+        let cancel = agent.command().await;
+        assert!(matches!(cancel.action, Some(Action::Cancel(_))), "{cancel:?}");
+        agent.refuse(&cancel, ErrorCode::NotFound).await;
+    });
+    cancelled.expect("cancelled");
+    assert_eq!(cluster.ended(tasks[2]).await.state, TaskState::Cancelled);
+    assert_eq!(code(cluster.admin().snapshot(&name("web2")).await), ErrorCode::NotFound);
+
+    agent.tell(&commands[0], &figures()).await;
+    assert_eq!(cluster.ended(tasks[0]).await.state, TaskState::Done);
+    let next = agent.command().await;
+    assert_eq!(take(&next).vm, cluster.vm("web3").await.id.to_string());
+
+    // A controller that begins anew goes on with what was begun.
+    let mut reports = vec![];
+    for vm in ["web0", "web1", "web2", "web3"] {
+        reports.push(report(&cluster.vm(vm).await, 1, RunState::Running, v1::Holding::Owner));
+    }
+    cluster.stop().await;
+    drop(agent);
+    cluster.start().await;
+    let mut agent = cluster.connect(&host, reports).await;
+    let again = [agent.command().await, agent.command().await];
+    assert!([&commands[1], &next].iter().all(|before| again.iter().any(|now| now.id == before.id)), "{again:?}");
+    for command in &again {
+        agent.tell(command, &figures()).await;
+    }
+    for task in [tasks[1], tasks[3]] {
+        assert_eq!(cluster.ended(task).await.state, TaskState::Done);
+    }
+}
+
+#[tokio::test]
 async fn a_move_waits_for_a_snapshot_and_a_snapshot_for_a_move_or_another_snapshot() {
     let (mut cluster, host, mut a1) = running().await;
     let (h2, mut a2) = cluster.agent("h2").await;
