@@ -25,11 +25,13 @@ fuzz_target!(|bytes: &[u8]| {
         }
     }
     UNSEALED.with_borrow_mut(|room| {
-        for key in [0x55, 0x77] {
+        for key in [0x55, 0x77, 0x99] {
             if let Ok(pack) = PackReader::open(bytes, &PackKey::new([key; 32])) {
-                for chunk in 0..pack.pages().div_ceil(16) {
+                for chunk in 0..pack.chunks() {
                     let _ = pack.chunk(chunk, room);
                 }
+                let kept = (0..pack.pages().min(PAGES)).filter_map(|page| pack.place_of(page));
+                assert!(kept.is_sorted() && pack.chunks() <= pack.pages().div_ceil(16));
             }
         }
         for differences in [0, 2] {

@@ -104,12 +104,16 @@ impl<S: Stored> Contents<S> {
     /// Where the base of a page is, if it is a difference.
     ///
     /// # Errors
-    /// [`Malformed`]: the base's pack is not in the snapshot's list, which so does not need this page.
+    /// [`Malformed`]: the page is not kept, or its base is not, or is in a pack that is not in the snapshot's list, which so does not need this page.
     pub(crate) fn base_of(&self, at: Located) -> Result<Option<Located>, Malformed> {
-        let pack = self.pack(at.pack).ok_or(Malformed::Place)?;
+        let pack = self.pack(at.pack).filter(|pack| pack.place_of(at.page).is_some()).ok_or(Malformed::Place)?;
         let Some(base) = pack.base_of(at.page) else { return Ok(None) };
         let places = self.bases.get(usize::from(at.pack)).ok_or(Malformed::Place)?;
         let place = places.get(usize::from(base.pack)).copied().flatten().ok_or(Malformed::Place)?;
+        // Of a pack that cannot be read nobody knows.
+        if self.pack(place).is_some_and(|pack| pack.place_of(base.page).is_none()) {
+            return Err(Malformed::Place);
+        }
         Ok(Some(Located { pack: place, page: base.page }))
     }
 
@@ -118,7 +122,7 @@ impl<S: Stored> Contents<S> {
     /// # Errors
     /// [`ContentsError`]
     pub(crate) fn content(&mut self, at: Located) -> Result<&Page, ContentsError> {
-        let (chunk, within) = PackReader::<S>::chunk_of(at.page);
+        let (chunk, within) = self.place(at).ok_or_else(nowhere)?;
         let Some(base) = self.base_of(at).map_err(|error| ContentsError::Snapshot(error.into()))? else {
             return self.chunk(at.pack, chunk)?.pages.get(within).ok_or_else(nowhere);
         };
@@ -130,7 +134,7 @@ impl<S: Stored> Contents<S> {
         if !matches!(self.base_of(base), Ok(None)) {
             return Err(self.wrong(at.pack, Malformed::Differences.into()));
         }
-        let (base_chunk, base_within) = PackReader::<S>::chunk_of(base.page);
+        let (base_chunk, base_within) = self.place(base).ok_or_else(nowhere)?;
         let whole = *self.chunk(base.pack, base_chunk)?.pages.get(base_within).ok_or_else(nowhere)?;
         let before = self.pack(at.pack).map_or(0, |pack| pack.differences_before(chunk, within));
         let opened = self.chunk(at.pack, chunk)?;
@@ -140,6 +144,11 @@ impl<S: Stored> Contents<S> {
         let joined = pack.join(at.page, &differs, &check, &whole);
         *self.joined = joined.map_err(|error| self.wrong(at.pack, error))?;
         Ok(&self.joined)
+    }
+
+    /// In which chunk of its pack a page is, and where there.
+    fn place(&self, at: Located) -> Option<(u32, usize)> {
+        self.pack(at.pack)?.place_of(at.page)
     }
 
     fn chunk(&mut self, pack: u16, chunk: u32) -> Result<&Opened, ContentsError> {
@@ -179,16 +188,20 @@ impl<S: Stored> Contents<S> {
         let reader = self.pack(pack).ok_or(Malformed::Place)?;
         let id = self.snapshot.packs().get(usize::from(pack)).map(|(id, ..)| *id).ok_or(Malformed::Place)?;
         let digests = reader.digests()?;
-        for (page, digest) in (0..).zip(digests) {
-            match self.content(Located { pack, page }) {
+        for (page, digest) in digests {
+            let at = Located { pack, page };
+            match self.content(at) {
                 Ok(content) if PageDigest::of(team, content) == digest => {}
                 Ok(_) => return Err(FileError::Digest(page)),
                 Err(ContentsError::Pack { pack, source }) if pack == id => return Err(source),
                 // It is said where that pack is verified. What it is to be joined with opens nevertheless.
-                Err(_) => match self.chunk(pack, PackReader::<S>::chunk_of(page).0) {
-                    Err(ContentsError::Snapshot(source) | ContentsError::Pack { source, .. }) => return Err(source),
-                    Ok(_) => {}
-                },
+                Err(_) => {
+                    let (chunk, _) = self.place(at).ok_or(Malformed::Place)?;
+                    match self.chunk(pack, chunk) {
+                        Err(ContentsError::Snapshot(source) | ContentsError::Pack { source, .. }) => return Err(source),
+                        Ok(_) => {}
+                    }
+                }
             }
         }
         Ok(())
@@ -234,7 +247,7 @@ impl<S: Stored> Contents<S> {
 
     /// Whether the chunk of a page is at hand.
     pub(crate) fn has_chunk(&self, at: Located) -> bool {
-        self.chunks.has((at.pack, PackReader::<S>::chunk_of(at.page).0))
+        self.place(at).is_some_and(|(chunk, _)| self.chunks.has((at.pack, chunk)))
     }
 }
 

@@ -32,4 +32,4 @@ pub use stay::{
     Block, Chunk, Identity, InvalidIdentity, MalformedStay, Sink, StayError, StayReader, StayWriter, Unpacker, VERSION,
 };
 pub use stored::{FileError, Malformed, Stored};
-pub use vault::{Draft as SnapshotDraft, PrunePlan, Vault, VaultError, VaultUsage};
+pub use vault::{Draft as SnapshotDraft, PrunePlan, Rewrite, Vault, VaultError, VaultUsage};

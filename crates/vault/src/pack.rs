@@ -1,22 +1,28 @@
 //! A pack: pages as they came, sixteen to a chunk that is compressed and sealed, each to be found by its number.
 //!
 //! ```text
-//! file        = head  chunks, numbered from 0  lengths  digests  bases  differences  end
+//! file        = head  chunks, numbered from 0  lengths  digests  bases  differences  kept  end
 //! chunk       = u8 compression (0 none, 1 zstd)  perhaps compressed: up to 16 pages, then 8 bytes of check for each of them that is a difference
 //! lengths     = u32 for each chunk: bytes of its record
 //! digests     = 16 bytes for each page
 //! bases       = 16 bytes id of each pack that has bases
 //! differences = runs: { u32 page  u16 pages  u16 base's pack, place in bases  u32 base, a page of that pack, of which the next are the next }
-//! end         = u32 chunks  u32 pages  u64 bytes before the lengths  u32 bases  u32 runs
+//! kept        = runs: { u32 page  u32 pages }, of a pack that was written anew without the others
+//! end         = u32 chunks  u32 pages  u64 bytes before the lengths  u32 bases  u32 runs of differences  u32 runs that are kept  u32 pages that are kept
 //! ```
-//! So a page is found by one look at the lengths, which are read once, and one read; one that is a difference by two. All chunks but the last have 16 pages.
+//! So a page is found by one look at the lengths, which are read once, and one read; one that is a difference by two. All chunks but the last have 16 pages. Pages keep
+//! their numbers when the pack is written anew; what is dense is their *position* among those that are kept.
 
 mod differences;
+mod kept;
 mod reader;
+mod rewrite;
 mod writer;
 
 pub(crate) use differences::{Base, Differences};
+pub(crate) use kept::KeptPages;
 pub use reader::{PackReader, Packed, Unsealed};
+pub(crate) use rewrite::RewriteError;
 pub use writer::PackWriter;
 
 use std::fmt;
@@ -36,14 +42,17 @@ const DIGEST: usize = 16;
 const CHECK: usize = 8;
 const BASE: usize = 16;
 const RUN: usize = 4 + 2 + 2 + 4;
-/// Most runs of differences, which are in memory as long as a pack is open: 12 MiB.
+/// A run of pages that are kept.
+const KEPT: usize = 4 + 4;
+/// Most runs of differences, and of pages that are kept, which are in memory as long as a pack is open: 12 MiB each.
 const MAX_RUNS: usize = 1 << 20;
 /// Bytes of a piece of the lengths, and of the digests.
 const LENGTHS_PIECE: usize = 256 << 10;
 const DIGESTS_PIECE: usize = 512 << 10;
 const BASES_PIECE: usize = 64 << 10;
 const RUNS_PIECE: usize = 16_384 * RUN;
-const END: usize = 4 + 4 + 8 + 4 + 4;
+const KEPT_PIECE: usize = 16_384 * KEPT;
+const END: usize = 4 + 4 + 8 + 4 + 4 + 4 + 4;
 
 const NONE: u8 = 0;
 const ZSTD: u8 = 1;
@@ -59,6 +68,7 @@ enum Record {
     End = 4,
     Bases = 5,
     Differences = 6,
+    Kept = 7,
 }
 
 impl Kind for Record {

@@ -82,7 +82,10 @@ pub enum Malformed {
     /// The list of differences, or a base that is a difference itself.
     #[error("a difference is none")]
     Differences,
-    /// A page that its pack does not have, or a base whose pack is not in the list.
+    /// The list of the pages that a pack still has.
+    #[error("the list of kept pages is none")]
+    Kept,
+    /// A page that its pack does not have, or not any more, or a base whose pack is not in the list.
     #[error("a page is in no pack")]
     Place,
     /// The list of spaces.

@@ -5,8 +5,12 @@
 //!                                                                         then the snapshot, directory synced
 //! ```
 //! After a crash at any step a snapshot is there whole or not at all, and of a pack that nobody refers to only its room is lost: [`Vault::plan_prune`]
-//! finds it. Snapshots go in any order; a pack goes when the last that refers to it is gone. Whoever writes holds the vault's lock with
-//! others; pruning holds it alone, so that it takes nothing from under a snapshot that is being written.
+//! finds it. Snapshots go in any order; a pack goes when the last that refers to it is gone, and is written anew when much of it is not needed any more. Whoever writes holds the
+//! vault's lock with others; pruning holds it alone, so that it takes nothing from under a snapshot that is being written.
+
+mod prune;
+
+pub use prune::{PrunePlan, Rewrite};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{DirBuilder, File};
@@ -98,6 +102,7 @@ struct Shared {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Create,
+    Write,
     Rename,
     Remove,
     SyncDirectory,
@@ -124,6 +129,12 @@ fn draft_name(name: &str, writer: u32) -> String {
     format!("{name}.{writer:08x}.draft")
 }
 
+fn draw_writer() -> io::Result<u32> {
+    let mut writer = [0; 4];
+    fill(&mut writer)?;
+    Ok(u32::from_be_bytes(writer))
+}
+
 /// Whatever else is in the directory is left alone.
 fn parse_name(name: &str) -> Option<Name> {
     let id = |text: &str| Uuid::parse_str(text).ok().filter(|id| id.hyphenated().to_string() == text);
@@ -136,27 +147,6 @@ fn parse_name(name: &str) -> Option<Name> {
         return id(text).map(|id| Name::Snapshot(SnapshotId::new(id)));
     }
     id(name.strip_suffix(".pack")?).map(|id| Name::Pack(PackId::new(id)))
-}
-
-/// What nobody refers to.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PrunePlan {
-    /// Snapshots whose key nobody has any more, with their length.
-    pub snapshots: Vec<(SnapshotId, Bytes)>,
-    /// Packs, with their length.
-    pub packs: Vec<(PackId, Bytes)>,
-    /// Files of writers that are no more, with their length.
-    pub drafts: Vec<(String, Bytes)>,
-}
-
-impl PrunePlan {
-    /// What is free afterwards that is not now.
-    #[must_use]
-    pub fn bytes(&self) -> Bytes {
-        let snapshots = self.snapshots.iter().map(|(_, bytes)| bytes.0);
-        let packs = self.packs.iter().map(|(_, bytes)| bytes.0);
-        Bytes(snapshots.chain(packs).chain(self.drafts.iter().map(|(_, bytes)| bytes.0)).sum())
-    }
 }
 
 /// How much a vault takes.
@@ -241,9 +231,7 @@ impl Vault {
         }
         // Ids are drawn: a pack that has the id of its snapshot is as unique.
         let pack = PackId::new(id.uuid());
-        let mut writer = [0; 4];
-        fill(&mut writer).map_err(failed("written"))?;
-        let writer = u32::from_be_bytes(writer);
+        let writer = draw_writer().map_err(failed("written"))?;
         let create = |name: &str| self.shared.create(&draft_name(name, writer)).map_err(failed("written"));
         let (snapshot_file, pack_file) = (create(&snapshot_name(id))?, create(&pack_name(pack))?);
         let shared = Arc::clone(&self.shared);
@@ -317,52 +305,6 @@ impl Vault {
     /// [`VaultError::Io`]; it is gone then, or there as before.
     pub fn delete(&self, id: SnapshotId) -> Result<(), VaultError> {
         self.shared.remove(&snapshot_name(id)).and_then(|()| self.shared.sync()).map_err(failed("changed"))
-    }
-
-    /// Finds what nobody refers to. The keys of all snapshots are needed, of those that are being taken, too: a snapshot whose key is not among them cannot be
-    /// read by anybody, and is nothing.
-    ///
-    /// # Errors
-    /// [`VaultError`]; also if one of the others cannot be read, since what it refers to is not known then: it must be mended or deleted first.
-    pub fn plan_prune(&self, keys: &BTreeMap<SnapshotId, SnapshotKey>) -> Result<PrunePlan, VaultError> {
-        let (mut referred, mut snapshots, mut packs, mut drafts) = (BTreeSet::new(), vec![], vec![], vec![]);
-        for (text, name) in self.shared.names().map_err(failed("read"))? {
-            match name {
-                Name::Snapshot(id) => {
-                    let Some(key) = keys.get(&id) else {
-                        snapshots.push((id, self.shared.length(&text).map_err(failed("read"))?));
-                        continue;
-                    };
-                    let Some(file) = self.shared.find(&text).map_err(failed("read"))? else { continue };
-                    let snapshot = SnapshotReader::open(file, key).map_err(damaged(text))?;
-                    referred.extend(snapshot.packs().iter().map(|(pack, _, _)| *pack));
-                }
-                Name::Pack(id) => packs.push((id, self.shared.length(&text).map_err(failed("read"))?)),
-                Name::Draft => drafts.push((text.clone(), self.shared.length(&text).map_err(failed("read"))?)),
-            }
-        }
-        packs.retain(|(pack, _)| !referred.contains(pack));
-        snapshots.sort_unstable();
-        packs.sort_unstable();
-        drafts.sort_unstable();
-        Ok(PrunePlan { snapshots, packs, drafts })
-    }
-
-    /// Removes what the plan names.
-    ///
-    /// # Errors
-    /// [`VaultError::Busy`] while a snapshot is written; [`VaultError::Changed`] if the plan would now be another; those of [`Self::plan_prune`]. After
-    /// [`VaultError::Io`] a part of it may be gone.
-    pub fn prune(&self, plan: &PrunePlan, keys: &BTreeMap<SnapshotId, SnapshotKey>) -> Result<(), VaultError> {
-        let _lock = self.shared.lock(FlockOperation::NonBlockingLockExclusive)?;
-        if self.plan_prune(keys)? != *plan {
-            return Err(VaultError::Changed);
-        }
-        let snapshots = plan.snapshots.iter().map(|(id, _)| snapshot_name(*id));
-        let packs = plan.packs.iter().map(|(pack, _)| pack_name(*pack));
-        let mut names = snapshots.chain(packs).chain(plan.drafts.iter().map(|(name, _)| name.clone()));
-        let removed = names.try_for_each(|name| self.shared.remove(&name));
-        removed.and_then(|()| self.shared.sync()).map_err(failed("changed"))
     }
 
     /// Reads everything that these snapshots refer to, and says what is wrong, each file once.

@@ -3,7 +3,7 @@
 use bytes::{Buf, BufMut};
 use uuid::Uuid;
 
-use super::{BASE, MAX_RUNS, PackId, RUN};
+use super::{BASE, KeptPages, MAX_RUNS, PackId, RUN};
 use crate::stored::Malformed;
 
 /// What a difference is joined with: a page, which is no difference, of a pack in the list of bases.
@@ -74,6 +74,23 @@ impl Differences {
         }
         self.runs.push(Run { first: page, pages: 1, base: Base { pack: place, page: base } });
         true
+    }
+
+    /// Those of pages that are kept, and the packs that have bases of these. A run may still go over pages that are not kept: so there are never more runs than there were.
+    pub(super) fn only(&self, kept: &KeptPages) -> Self {
+        let mut only = Self::default();
+        let mut places = vec![None; self.bases.len()];
+        for run in &self.runs {
+            let within = kept.first_from(run.first).zip(kept.last_before(run.end())).filter(|(first, last)| first <= last);
+            let Some((first, last)) = within else { continue };
+            let place = places[usize::from(run.base.pack)].get_or_insert_with(|| {
+                only.bases.push(self.bases[usize::from(run.base.pack)]);
+                u16::try_from(only.bases.len() - 1).expect("no more than there were")
+            });
+            let pages = u16::try_from(last - first + 1).expect("no longer than it was");
+            only.runs.push(Run { first, pages, base: Base { pack: *place, ..run.base_of(first) } });
+        }
+        only
     }
 
     /// The bytes of the two lists.

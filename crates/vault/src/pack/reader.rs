@@ -7,8 +7,9 @@ use godwit_stream::PAGE_SIZE;
 use zstd::bulk::Decompressor;
 
 use super::{
-    BASE, BASES_PIECE, Base, CHECK, CHUNK_PAGES, Checker, DIGEST, DIGESTS_PIECE, Differences, END, FORM, LENGTH, LENGTHS_PIECE,
-    MAX_BODY, MAX_CONTENT, MAX_RUNS, NONE, PackId, Page, PageDigest, RUN, RUNS_PIECE, Record, ZSTD, difference,
+    BASE, BASES_PIECE, Base, CHECK, CHUNK_PAGES, Checker, DIGEST, DIGESTS_PIECE, Differences, END, FORM, KEPT, KEPT_PIECE,
+    KeptPages, LENGTH, LENGTHS_PIECE, MAX_BODY, MAX_CONTENT, MAX_RUNS, NONE, PackId, Page, PageDigest, RUN, RUNS_PIECE, Record,
+    ZSTD, difference,
 };
 use crate::PackKey;
 use crate::sealed::{HEAD, OVERHEAD};
@@ -17,14 +18,16 @@ use crate::stored::{FileError, Malformed, Records, Stored, list_length};
 /// Shortest record of a chunk.
 const MIN_CHUNK: u64 = (OVERHEAD + 2) as u64;
 
-/// Reads a pack. In memory are eight bytes for each chunk, of which the file has at least 23, and twelve for each run of differences.
+/// Reads a pack. In memory are eight bytes for each chunk, of which the file has at least 23, and twelve for each run of differences and of kept pages.
 pub struct PackReader<S> {
     records: Records<S>,
     checker: Checker,
     differences: Differences,
     /// Where each chunk begins, and where the last ends.
     offsets: Vec<u64>,
+    /// How many there were when it was first written.
     pages: u32,
+    kept: KeptPages,
 }
 
 /// Room in which chunks are opened, one at a time.
@@ -88,14 +91,16 @@ impl<S: Stored> PackReader<S> {
         let mut end = &end[..];
         let (chunks, pages, before) = (end.get_u32(), end.get_u32(), end.get_u64());
         let (bases, runs) = (u64::from(end.get_u32()) * BASE as u64, u64::from(end.get_u32()) * RUN as u64);
+        let (kept_runs, count) = (u64::from(end.get_u32()) * KEPT as u64, end.get_u32());
         let lengths = u64::from(chunks) * LENGTH as u64;
-        let digests = list_length(u64::from(pages) * DIGEST as u64, DIGESTS_PIECE);
+        let digests = list_length(u64::from(count) * DIGEST as u64, DIGESTS_PIECE);
         let lists = list_length(lengths, LENGTHS_PIECE) + digests;
-        let more = list_length(bases, BASES_PIECE) + list_length(runs, RUNS_PIECE);
+        let more = list_length(bases, BASES_PIECE) + list_length(runs, RUNS_PIECE) + list_length(kept_runs, KEPT_PIECE);
         let length = before.saturating_add(lists + more).saturating_add((END + OVERHEAD) as u64);
         let least = HEAD as u64 + u64::from(chunks) * MIN_CHUNK;
-        let is_long = runs > (MAX_RUNS * RUN) as u64 || bases > u64::from(u16::MAX) * BASE as u64;
-        if chunks != chunks_of(pages) || before < least || length != records.length() || is_long {
+        let many = runs > (MAX_RUNS * RUN) as u64 || kept_runs > (MAX_RUNS * KEPT) as u64;
+        let is_long = many || bases > u64::from(u16::MAX) * BASE as u64;
+        if chunks != chunks_of(count) || before < least || length != records.length() || is_long {
             return Err(Malformed::Count.into());
         }
         let (lengths, at_digests) = records.list(Record::Lengths, before, lengths, LENGTHS_PIECE)?;
@@ -110,21 +115,39 @@ impl<S: Stored> PackReader<S> {
             return Err(Malformed::Count.into());
         }
         let (bases, at) = records.list(Record::Bases, at_digests + digests, bases, BASES_PIECE)?;
-        let (runs, _) = records.list(Record::Differences, at, runs, RUNS_PIECE)?;
+        let (runs, at) = records.list(Record::Differences, at, runs, RUNS_PIECE)?;
+        let (kept, _) = records.list(Record::Kept, at, kept_runs, KEPT_PIECE)?;
+        let kept = KeptPages::decode(&kept, pages, count)?;
         let differences = Differences::decode(&bases, &runs, pages)?;
-        Ok(Self { records, checker: Checker::new(key), differences, offsets, pages })
+        Ok(Self { records, checker: Checker::new(key), differences, offsets, pages, kept })
     }
 
-    /// How many pages it has.
+    /// How many pages it had when it was first written: their numbers are below this.
     #[must_use]
     pub const fn pages(&self) -> u32 {
         self.pages
     }
 
-    /// In which chunk a page is, and where there.
+    /// How many chunks it has.
     #[must_use]
-    pub const fn chunk_of(page: u32) -> (u32, usize) {
-        (page / CHUNK_PAGES as u32, page as usize % CHUNK_PAGES)
+    pub fn chunks(&self) -> u32 {
+        chunks_of(self.kept.count())
+    }
+
+    /// The pages that it has.
+    pub(crate) const fn kept(&self) -> &KeptPages {
+        &self.kept
+    }
+
+    /// In which chunk a page is, and where there; none if it is not kept.
+    #[must_use]
+    pub fn place_of(&self, page: u32) -> Option<(u32, usize)> {
+        let position = self.kept.position(page)?;
+        Some((position / CHUNK_PAGES as u32, position as usize % CHUNK_PAGES))
+    }
+
+    pub(super) const fn differences(&self) -> &Differences {
+        &self.differences
     }
 
     /// The packs with which differences of this one are joined.
@@ -133,7 +156,7 @@ impl<S: Stored> PackReader<S> {
         self.differences.bases()
     }
 
-    /// The base of a page, if it is a difference.
+    /// The base of a page that is kept, if it is a difference.
     pub(crate) fn base_of(&self, page: u32) -> Option<Base> {
         self.differences.of(page)
     }
@@ -150,7 +173,8 @@ impl<S: Stored> PackReader<S> {
         if self.differences.bases().is_empty() {
             return 0;
         }
-        (first..).take(within).filter(|page| self.differences.of(*page).is_some()).count()
+        let pages = (first..).take(within).map_while(|position| self.kept.page(position));
+        pages.filter(|page| self.differences.of(*page).is_some()).count()
     }
 
     /// What is in a chunk.
@@ -164,22 +188,22 @@ impl<S: Stored> PackReader<S> {
         };
         let length = usize::try_from(to - from).map_err(|_| Malformed::Chunk)?;
         let content = self.records.known(Record::Chunk, u64::from(chunk), (from, length), &mut room.record)?;
-        let whole = (self.pages as usize - chunk as usize * CHUNK_PAGES).min(CHUNK_PAGES);
+        let whole = (self.kept.count() as usize - chunk as usize * CHUNK_PAGES).min(CHUNK_PAGES);
         let differences = self.differences_before(chunk, whole);
         Ok(unpack(content, (whole, differences), &mut room.decompressor, &mut room.body)?)
     }
 
-    /// The digests of all pages, in order.
+    /// The pages that it has, in order, with their digests.
     ///
     /// # Errors
     /// [`FileError`]
-    pub fn digests(&self) -> Result<impl Iterator<Item = PageDigest> + use<S>, FileError> {
+    pub fn digests(&self) -> Result<impl Iterator<Item = (u32, PageDigest)> + use<S>, FileError> {
         let before = self.offsets.last().copied().unwrap_or(HEAD as u64);
-        let at = before + list_length(u64::from(chunks_of(self.pages)) * LENGTH as u64, LENGTHS_PIECE);
-        let (digests, _) = self.records.list(Record::Digests, at, u64::from(self.pages) * DIGEST as u64, DIGESTS_PIECE)?;
-        Ok((0..self.pages as usize).map(move |page| {
+        let at = before + list_length(u64::from(self.chunks()) * LENGTH as u64, LENGTHS_PIECE);
+        let (digests, _) = self.records.list(Record::Digests, at, u64::from(self.kept.count()) * DIGEST as u64, DIGESTS_PIECE)?;
+        Ok((0..).zip(self.kept.pages()).map(move |(position, page): (usize, u32)| {
             let (digests, _) = digests.as_chunks::<DIGEST>();
-            PageDigest(digests[page])
+            (page, PageDigest(digests[position]))
         }))
     }
 }

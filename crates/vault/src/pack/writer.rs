@@ -8,8 +8,8 @@ use godwit_stream::PAGE_SIZE;
 use zstd::bulk::Compressor;
 
 use super::{
-    BASE, BASES_PIECE, CHUNK_PAGES, Checker, DIGESTS_PIECE, Differences, END, FORM, LENGTHS_PIECE, MAX_BODY, NONE, PackId, Page,
-    PageDigest, RUN, RUNS_PIECE, Record, ZSTD, difference,
+    BASE, BASES_PIECE, CHECK, CHUNK_PAGES, Checker, DIGESTS_PIECE, Differences, END, FORM, KEPT, KEPT_PIECE, KeptPages,
+    LENGTHS_PIECE, MAX_BODY, NONE, PackId, Page, PageDigest, RUN, RUNS_PIECE, Record, ZSTD, difference,
 };
 use crate::records::RecordWriter;
 use crate::sealed::{Head, RECORD_HEAD, TAG};
@@ -37,7 +37,9 @@ pub struct PackWriter<W: Sink> {
     lengths: Vec<u8>,
     digests: Vec<u8>,
     chunks: u32,
+    /// The number of the next page.
     pages: u32,
+    kept: KeptPages,
 }
 
 impl<W: Sink> std::fmt::Debug for PackWriter<W> {
@@ -70,6 +72,7 @@ impl<W: Sink> PackWriter<W> {
             digests: vec![],
             chunks: 0,
             pages: 0,
+            kept: KeptPages::default(),
         })
     }
 
@@ -80,6 +83,7 @@ impl<W: Sink> PackWriter<W> {
     pub fn put(&mut self, content: &Page, digest: &PageDigest) -> io::Result<u32> {
         let number = self.pages;
         self.pages = number.checked_add(1).ok_or(io::ErrorKind::FileTooLarge)?;
+        self.kept.push(number);
         let at = BODY + self.gathered * PAGE_SIZE;
         self.record[at..at + PAGE_SIZE].copy_from_slice(content);
         self.digests.extend_from_slice(&digest.0);
@@ -110,6 +114,26 @@ impl<W: Sink> PackWriter<W> {
         self.put(&differs, digest).map(Some)
     }
 
+    /// The next page is the one of this number: those before it that were not taken are not kept.
+    pub(super) fn skip_to(&mut self, page: u32) {
+        debug_assert!(page >= self.pages, "pages ascend");
+        self.pages = page;
+    }
+
+    /// What is known of differences before their pages come, which are then put as they are kept.
+    pub(super) fn set_differences(&mut self, differences: Differences) {
+        self.differences = differences;
+    }
+
+    /// Takes the next page as another file of this pack has it; one that is a difference with its check.
+    ///
+    /// # Errors
+    /// As of [`Self::put`].
+    pub(super) fn put_as_kept(&mut self, content: &Page, digest: &PageDigest, check: Option<&[u8; CHECK]>) -> io::Result<()> {
+        self.checks.extend(check.into_iter().flatten());
+        self.put(content, digest).map(drop)
+    }
+
     /// Whether a difference takes so much less than the whole page that the second read is worth it.
     fn is_smaller(&mut self, differs: &Page, content: &Page) -> bool {
         let count = |page: &Page| page.iter().filter(|byte| **byte != 0).count();
@@ -126,7 +150,7 @@ impl<W: Sink> PackWriter<W> {
         length(differs) * 4 <= length(content) * 3
     }
 
-    /// How many pages it has.
+    /// How many pages it has, those that are not kept among them.
     #[must_use]
     pub const fn pages(&self) -> u32 {
         self.pages
@@ -144,6 +168,8 @@ impl<W: Sink> PackWriter<W> {
         let (bases, runs) = self.differences.encode();
         self.records.list(Record::Bases, &bases, BASES_PIECE)?;
         self.records.list(Record::Differences, &runs, RUNS_PIECE)?;
+        let kept = self.kept.encode(self.pages);
+        self.records.list(Record::Kept, &kept, KEPT_PIECE)?;
         let count = |bytes: &[u8], each: usize| u32::try_from(bytes.len() / each).expect("there are few");
         let mut end = Vec::with_capacity(END);
         end.put_u32(self.chunks);
@@ -151,6 +177,8 @@ impl<W: Sink> PackWriter<W> {
         end.put_u64(before);
         end.put_u32(count(&bases, BASE));
         end.put_u32(count(&runs, RUN));
+        end.put_u32(count(&kept, KEPT));
+        end.put_u32(self.kept.count());
         self.records.record(Record::End, 0, &end)?;
         let length = Bytes(self.records.written());
         Ok((self.records.finish()?, length))

@@ -66,7 +66,7 @@ impl Known {
             }
             // A pack whose digests cannot be read is as good as unknown.
             let Some(Ok(digests)) = contents.pack(at).map(|pack| pack.digests()) else { continue };
-            for (page, digest) in (0..).zip(digests) {
+            for (page, digest) in digests {
                 let base = match contents.base_of(Located { pack: at, page }) {
                     Ok(None) => NONE,
                     // Nobody could be told where it is without its base.
@@ -74,7 +74,7 @@ impl Known {
                         Some(Some(base)) => *base,
                         _ => continue,
                     },
-                    // A difference whose base this snapshot does not need, and so does not know.
+                    // A difference whose base this snapshot does not need, and so does not know, or that nobody needs, and whose base is not kept.
                     Err(_) => continue,
                 };
                 self.pages.entry(digest.number()).or_insert(Place { page, pack: number, base });

@@ -12,6 +12,7 @@ use godwit_model::Bytes;
 use uuid::Uuid;
 
 mod differences;
+mod rewritten;
 
 const NO_LIMIT: Bytes = Bytes(u64::MAX);
 
@@ -347,7 +348,7 @@ fn the_specification_shows_the_bytes_that_are_written() {
     let parts = Parts { about: b"web1".to_vec(), ..Parts::default() };
     let (snapshot, pack, _) = writer.finish(&parts).expect("finished");
     let pack = pack.expect("a page");
-    let later = later_pack(id, &keys.team);
+    let (later, rewritten) = (later_pack(id, &keys.team), rewritten_pack(&keys.team));
     let page = include_str!("../../../../docs/spec/vault.md");
     let (head, names) = (crate::sealed::HEAD, ["leaf", "about", "spaces", "packs", "directory", "end"]);
     let mut differ = vec![];
@@ -360,8 +361,14 @@ fn the_specification_shows_the_bytes_that_are_written() {
     };
     let in_pack = ["chunk", "lengths", "digests", "end"];
     let in_later = ["chunk", "lengths", "digests", "bases", "differences", "end"];
-    for (file, bytes, names) in [("pack", &pack, &in_pack[..]), ("snapshot", &snapshot, &names), ("later pack", &later, &in_later)]
-    {
+    let in_rewritten = ["chunk", "lengths", "digests", "kept", "end"];
+    let files = [
+        ("pack", &pack, &in_pack[..]),
+        ("snapshot", &snapshot, &names),
+        ("later pack", &later, &in_later),
+        ("rewritten pack", &rewritten, &in_rewritten),
+    ];
+    for (file, bytes, names) in files {
         check(&format!("{file} head"), &bytes[..head]);
         let mut at = head;
         for name in names {
@@ -387,16 +394,35 @@ fn later_pack(base: PackId, team: &TeamKey) -> Vec<u8> {
     writer.finish().expect("finished").0
 }
 
+/// Of a pack of forty pages, each full of its number's next, three.
+fn rewritten_pack(team: &TeamKey) -> Vec<u8> {
+    let key = PackKey::new([0x99; 32]);
+    let begun = |salt| {
+        let head = crate::sealed::Head::new(&crate::pack::FORM, [salt; 32]);
+        PackWriter::begin_with(Vec::new(), &key, NO_LIMIT, head).expect("begun")
+    };
+    let mut writer = begun(0x10);
+    for page in 1..=40 {
+        let content = [page; PAGE_SIZE];
+        writer.put(&content, &crate::pack::PageDigest::of(team, &content)).expect("written");
+    }
+    let (whole, _) = writer.finish().expect("finished");
+    let whole = PackReader::open(&whole[..], &key).expect("open");
+    whole.rewrite_into(begun(0xaa), &whole.kept().only(|page| [7, 16, 17].contains(&page))).expect("written")
+}
+
 /// The fuzzer starts from the same files; the keys are those of the specification's example.
 #[test]
 fn corpus_every_stored_file_is_taken_without_panic() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/vault");
     let mut room = Unsealed::new().expect("made");
-    let (mut packs, mut snapshots, mut chunks, mut differences, mut leaves, mut lists) = (0, 0, 0, 0, 0, 0);
+    let (mut packs, mut rewritten, mut snapshots, mut chunks, mut differences, mut leaves, mut lists) = (0, 0, 0, 0, 0, 0, 0);
     for entry in std::fs::read_dir(folder).expect("the corpus is checked in") {
         let bytes = std::fs::read(entry.expect("an entry").path()).expect("readable");
         packs +=
             usize::from(PackReader::open(&bytes[..], &PackKey::new([0x55; 32])).is_ok_and(|pack| pack.chunk(0, &mut room).is_ok()));
+        let pack = PackReader::open(&bytes[..], &PackKey::new([0x99; 32]));
+        rewritten += usize::from(pack.is_ok_and(|pack| pack.chunk(0, &mut room).is_ok() && pack.place_of(17) == Some((0, 2))));
         let snapshot = SnapshotReader::open(&bytes[..], &SnapshotKey::new([0x22; 32]));
         snapshots += usize::from(snapshot.is_ok_and(|snapshot| snapshot.leaf(0, 67).is_ok()));
         chunks += usize::from(room.unpack(&bytes, 3, 0).is_ok());
@@ -410,5 +436,8 @@ fn corpus_every_stored_file_is_taken_without_panic() {
             lists += 1;
         }
     }
-    assert!([packs, snapshots, chunks, differences, leaves, lists].iter().all(|count| *count > 0), "something of each kind");
+    assert!(
+        [packs, rewritten, snapshots, chunks, differences, leaves, lists].iter().all(|count| *count > 0),
+        "something of each kind"
+    );
 }

@@ -8,6 +8,8 @@ use super::*;
 use crate::pack::Page;
 use crate::snapshot::{Located, Parts, SpaceKind};
 
+mod prune;
+
 /// Fails the n-th step from now; a crash fails all that come after, too.
 #[derive(Debug, Default)]
 pub(super) struct Faults {

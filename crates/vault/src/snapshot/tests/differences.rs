@@ -3,7 +3,7 @@
 use super::*;
 
 /// Writes a snapshot whose pages may be differences to what `before` has, which is the last of `packs`, all of which are known.
-fn write_since(id: u8, pages: &[(u16, u32, Page)], known: &[&Written], before: &Written) -> Written {
+pub(super) fn write_since(id: u8, pages: &[(u16, u32, Page)], known: &[&Written], before: &Written) -> Written {
     let (keys, own) = (keys(id), PackId::new(Uuid::from_bytes([id; 16])));
     let mut all = Known::new(100_000);
     for (at, one) in (1..).zip(known) {
@@ -31,7 +31,7 @@ fn worn(page: u32, times: u64) -> Page {
     content
 }
 
-fn working_set(pages: u32, times: u64) -> Vec<(u16, u32, Page)> {
+pub(super) fn working_set(pages: u32, times: u64) -> Vec<(u16, u32, Page)> {
     (0..pages).map(|page| (0, page, worn(page, times))).collect()
 }
 
