@@ -8,6 +8,7 @@
 //! finds it. Snapshots go in any order; a pack goes when the last that refers to it is gone, and is written anew when much of it is not needed any more. Whoever writes holds the
 //! vault's lock with others; pruning holds it alone, so that it takes nothing from under a snapshot that is being written.
 
+mod first;
 mod prune;
 
 pub use prune::{PrunePlan, Rewrite};
@@ -112,12 +113,17 @@ enum Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Name {
     Snapshot(SnapshotId),
+    First(SnapshotId),
     Pack(PackId),
     Draft,
 }
 
 fn snapshot_name(id: SnapshotId) -> String {
     format!("{id}.snapshot")
+}
+
+fn first_name(id: SnapshotId) -> String {
+    format!("{id}.first")
 }
 
 fn pack_name(id: PackId) -> String {
@@ -145,6 +151,9 @@ fn parse_name(name: &str) -> Option<Name> {
     }
     if let Some(text) = name.strip_suffix(".snapshot") {
         return id(text).map(|id| Name::Snapshot(SnapshotId::new(id)));
+    }
+    if let Some(text) = name.strip_suffix(".first") {
+        return id(text).map(|id| Name::First(SnapshotId::new(id)));
     }
     id(name.strip_suffix(".pack")?).map(|id| Name::Pack(PackId::new(id)))
 }
@@ -213,7 +222,7 @@ impl Vault {
             match name {
                 Name::Snapshot(_) => usage.snapshots += 1,
                 Name::Pack(_) => usage.packs += 1,
-                Name::Draft => {}
+                Name::First(_) | Name::Draft => {}
             }
             usage.bytes.0 += self.shared.length(&text).map_err(failed("read"))?.0;
         }
@@ -304,7 +313,8 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Io`]; it is gone then, or there as before.
     pub fn delete(&self, id: SnapshotId) -> Result<(), VaultError> {
-        self.shared.remove(&snapshot_name(id)).and_then(|()| self.shared.sync()).map_err(failed("changed"))
+        let removed = self.shared.remove(&snapshot_name(id)).and_then(|()| self.shared.remove(&first_name(id)));
+        removed.and_then(|()| self.shared.sync()).map_err(failed("changed"))
     }
 
     /// Reads everything that these snapshots refer to, and says what is wrong, each file once.

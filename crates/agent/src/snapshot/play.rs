@@ -5,7 +5,8 @@
 //!                                                                  ◀── loaded ── asks for pages ──  shut
 //! ```
 //! A page that is asked for goes ahead of all others, and takes those around it along; those that hold zeros are sent only in that way. While the guest finds its feet, every page that
-//! nobody has asked for costs it time: such pages wait until it asks for nothing. No page goes twice: QEMU gives up over it.
+//! nobody has asked for costs it time: such pages wait until it asks for nothing. No page goes twice: QEMU gives up over it. What a VM has asked for first when it began from the snapshot before
+//! is sent while the devices are loaded, and after them.
 //!
 //! Who plays may die in the middle of it: QEMU waits then, and whoever plays on asks it what it has.
 //!
@@ -18,7 +19,7 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -46,6 +47,8 @@ const UNHEARD: usize = 1024;
 const MOST_ASKED: u64 = 512;
 /// Pages that are sent in the background before requests are looked at: those of a chunk.
 const BURST: usize = 16;
+/// Pages that are likely to be asked for that are sent before requests are looked at.
+const FEW: usize = 4;
 /// Pages, at a multiple of it, that go along with one of them: they are read with it, and likely to be wanted next.
 const AROUND: u32 = 16;
 /// Pages of zeros that go along with those before them: a guest that uses new memory uses more of it.
@@ -95,16 +98,31 @@ pub(super) struct Played {
     pub background: u64,
 }
 
+/// Who is told what was asked for first.
+type Keep<'a> = Box<dyn FnOnce(&[(u16, u32)]) + 'a>;
+
 /// What QEMU says, and that it says no more.
 type Said = Option<Result<ReturnMessage, PlayError>>;
 
 /// Plays a snapshot to a QEMU that waits for a post-copy migration on the other end of `socket`; `loaded` is called when it has taken the devices and may run. Returns
-/// when QEMU has all memory. It waits as long as QEMU lives: whoever gives up ends that.
+/// when QEMU has all memory. It waits as long as QEMU lives: whoever gives up ends that. The pages of `first`, as block and number, are likely to be wanted first; `keep` is told, after the guest's
+/// first moments, which others were.
 ///
 /// # Errors
 /// [`PlayError`]. Before `loaded` QEMU has ended, or is to be; after it the VM waits for the memory that it does not have, until somebody [plays on](play_on).
-pub(super) fn play(socket: UnixStream, contents: Contents, loaded: impl FnOnce()) -> Result<Played, PlayError> {
-    converse(&socket, |said| Player::begin(&socket, contents)?.run(said, Some(loaded)))
+pub(super) fn play(
+    socket: UnixStream,
+    contents: Contents,
+    first: &[(u16, u32)],
+    loaded: impl FnOnce(),
+    keep: impl FnOnce(&[(u16, u32)]),
+) -> Result<Played, PlayError> {
+    converse(&socket, |said| {
+        let mut player = Player::begin(&socket, contents)?;
+        player.keep = Some(Box::new(keep));
+        player.first = first.iter().map(|(block, page)| Place { block: *block, page: *page }).collect();
+        player.run(said, Some(loaded))
+    })
 }
 
 /// Plays on to a QEMU that has lost whoever played the snapshot to it after it had loaded the devices, and recovers on the other end of `socket`; `resumed` is called when it
@@ -174,6 +192,12 @@ struct Player<'a> {
     asked: Option<u16>,
     /// What QEMU asked for before it could be answered.
     early: VecDeque<ReturnMessage>,
+    /// What is likely to be asked for first; what was, and who is told of that.
+    first: VecDeque<Place>,
+    was_first: Vec<(u16, u32)>,
+    keep: Option<Keep<'a>>,
+    /// Since when the guest runs, as far as it is known.
+    ran: Option<Instant>,
     played: Played,
 }
 
@@ -197,8 +221,22 @@ impl<'a> Player<'a> {
                 }
             }
         }
-        let (section, early, played) = (start.section, VecDeque::new(), Played::default());
-        Ok((Self { socket, contents, ids, section, left, zeros, asked: None, early, played }, before, start))
+        let player = Self {
+            socket,
+            contents,
+            ids,
+            section: start.section,
+            left,
+            zeros,
+            asked: None,
+            early: VecDeque::new(),
+            first: VecDeque::new(),
+            was_first: vec![],
+            keep: None,
+            ran: None,
+            played: Played::default(),
+        };
+        Ok((player, before, start))
     }
 
     /// Says everything before the first page.
@@ -275,14 +313,20 @@ impl<'a> Player<'a> {
     /// Sends what is asked for, and all else, until QEMU has it.
     fn run(mut self, said: &Receiver<Said>, mut loaded: Option<impl FnOnce()>) -> Result<Played, PlayError> {
         let mut at = Place { block: 0, page: 0 };
-        let (mut began, mut has_ended) = (loaded.is_none().then(Instant::now), false);
+        self.ran = loaded.is_none().then(Instant::now);
+        let mut has_ended = false;
         loop {
+            if self.ran.is_some() && !self.is_in_first_moments() {
+                self.keep_first();
+            }
             // While there is something to send, whether something was said; then, what is said.
             let heard = if let Some(message) = self.early.pop_front() {
                 Some(Some(Ok(message)))
+            } else if !self.first.is_empty() {
+                said.try_recv().map_or_else(|why| (why == TryRecvError::Disconnected).then_some(None), Some)
             } else if self.left.is_empty() && has_ended || loaded.is_some() {
                 Some(said.recv().unwrap_or(None))
-            } else if began.is_some_and(|began| began.elapsed() < FIRST_MOMENTS) {
+            } else if self.is_in_first_moments() {
                 match said.recv_timeout(SILENCE) {
                     Err(RecvTimeoutError::Timeout) => None,
                     said => Some(said.unwrap_or(None)),
@@ -295,12 +339,15 @@ impl<'a> Player<'a> {
                 Some(None) => return Err(PlayError::Refused),
                 Some(Some(message)) => {
                     match message? {
-                        ReturnMessage::Shut(0) if has_ended => return Ok(self.played),
+                        ReturnMessage::Shut(0) if has_ended => {
+                            self.keep_first();
+                            return Ok(self.played);
+                        }
                         ReturnMessage::Shut(_) => return Err(PlayError::Refused),
                         ReturnMessage::Pong(LOADED) => {
                             if let Some(loaded) = loaded.take() {
                                 loaded();
-                                began = Some(Instant::now());
+                                self.ran = Some(Instant::now());
                             }
                         }
                         // It has asked for zeros before it heard the end, which gives it all zeros there are, and reads no more.
@@ -315,7 +362,9 @@ impl<'a> Player<'a> {
                     continue;
                 }
             }
-            if self.left.is_empty() {
+            if !self.first.is_empty() {
+                self.send_first()?;
+            } else if self.left.is_empty() {
                 let mut out = BytesMut::new();
                 put_end(&mut out, self.section);
                 self.send(&out)?;
@@ -326,6 +375,30 @@ impl<'a> Player<'a> {
         }
     }
 
+    fn is_in_first_moments(&self) -> bool {
+        self.ran.is_some_and(|ran| ran.elapsed() < FIRST_MOMENTS)
+    }
+
+    fn keep_first(&mut self) {
+        if let Some(keep) = self.keep.take() {
+            keep(&std::mem::take(&mut self.was_first));
+        }
+    }
+
+    /// Sends the next of what is likely to be asked for first.
+    fn send_first(&mut self) -> Result<(), PlayError> {
+        let mut places = Vec::with_capacity(FEW);
+        while places.len() < FEW
+            && let Some(place) = self.first.pop_front()
+        {
+            if self.left.remove(place) {
+                places.push(place);
+            }
+        }
+        self.played.background += places.len() as u64;
+        self.pages(&places)
+    }
+
     /// Sends pages that QEMU waits for, unless it has them; where to go on.
     fn answer(&mut self, start: u64, length: u32) -> Result<Option<Place>, PlayError> {
         let Some(block) = self.asked else { return Ok(None) };
@@ -334,8 +407,14 @@ impl<'a> Player<'a> {
         let pages = first..last.min(first.saturating_add(MOST_ASKED));
         let places: Vec<Place> = pages.filter_map(|page| Some(Place { block, page: u32::try_from(page).ok()? })).collect();
         let mut wanted = Vec::with_capacity(places.len());
+        let is_first = self.keep.is_some();
         for place in &places {
-            if self.left.remove(*place) || self.is_new_zero(*place)? {
+            if self.left.remove(*place) {
+                wanted.push(*place);
+                if is_first {
+                    self.was_first.push((place.block, place.page));
+                }
+            } else if self.is_new_zero(*place)? {
                 wanted.push(*place);
             }
         }

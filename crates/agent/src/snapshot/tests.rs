@@ -252,7 +252,7 @@ async fn resume(dir: &Path, vault: &Vault, number: u8, name: &str, binary: &Path
     let (told, loaded) = tokio::sync::oneshot::channel();
     let began = Instant::now();
     let socket = ours.try_clone().expect("a socket");
-    let playing = tokio::task::spawn_blocking(move || play(ours, contents, || told.send(()).expect("heard")));
+    let playing = tokio::task::spawn_blocking(move || play(ours, contents, &[], || told.send(()).expect("heard"), |_| ()));
     tokio::time::timeout(LIMIT, loaded).await.expect("in time").expect("loaded");
     let took = began.elapsed();
     let mut spares = vec![];

@@ -221,7 +221,9 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
             let played = if on {
                 play_on(own(qemu_fd).into(), contents, || drop(agent.say(&Said::Resumed)))?
             } else {
-                play(own(qemu_fd).into(), contents, || drop(agent.say(&Said::Loaded)))?
+                let first = vault.first_pages(id, &key);
+                let keep = |first: &[_]| keep_first(vault, id, &key, first);
+                play(own(qemu_fd).into(), contents, &first, || drop(agent.say(&Said::Loaded)), keep)?
             };
             tracing::info!(%id, asked = played.asked, background = played.background, on, "played");
             Ok(serde_json::Value::Null)
@@ -256,6 +258,13 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
             vault.prune(&now, &keys)?;
             Ok(json(&plan))
         }
+    }
+}
+
+/// What a VM has asked for first is sent ahead the next time. It comes without, too.
+fn keep_first(vault: &Vault, id: SnapshotId, key: &SnapshotKey, first: &[(u16, u32)]) {
+    if let Err(error) = vault.keep_first_pages(id, key, first) {
+        tracing::info!(%id, error = &error as &dyn std::error::Error, "what was asked for first is not kept");
     }
 }
 

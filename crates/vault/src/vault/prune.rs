@@ -29,7 +29,7 @@ pub struct PrunePlan {
     pub snapshots: Vec<(SnapshotId, Bytes)>,
     /// Packs, with their length.
     pub packs: Vec<(PackId, Bytes)>,
-    /// Files of writers that are no more, with their length.
+    /// Files of writers, and of snapshots, that are no more, with their length.
     pub drafts: Vec<(String, Bytes)>,
     /// Packs that are written anew with what is needed of them.
     pub rewrites: Vec<Rewrite>,
@@ -116,7 +116,8 @@ impl Vault {
                     None => plan.snapshots.push((id, length()?)),
                 },
                 Name::Pack(id) => drop(packs.insert(id, length()?)),
-                Name::Draft => plan.drafts.push((text.clone(), length()?)),
+                Name::First(id) if keys.contains_key(&id) => {}
+                Name::First(_) | Name::Draft => plan.drafts.push((text.clone(), length()?)),
             }
         }
         let mut keep = vec![];

@@ -8,6 +8,7 @@ use super::*;
 use crate::pack::Page;
 use crate::snapshot::{Located, Parts, SpaceKind};
 
+mod first;
 mod prune;
 
 /// Fails the n-th step from now; a crash fails all that come after, too.

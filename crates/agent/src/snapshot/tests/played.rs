@@ -329,12 +329,22 @@ fn a_qemu_that_says_what_cannot_be_is_not_played_on_to() {
 
 /// Plays the snapshot of a vault to `qemu`.
 fn played(vault: &Vault, qemu: impl FnOnce(Qemu) + Send) -> Result<Played, PlayError> {
+    played_with(vault, &[], qemu).0
+}
+
+/// What was asked for first, if it was told.
+type First = Option<Vec<(u16, u32)>>;
+
+/// The same; these pages are likely to be asked for first. Which others were?
+fn played_with(vault: &Vault, first: &[(u16, u32)], qemu: impl FnOnce(Qemu) + Send) -> (Result<Played, PlayError>, First) {
     let (ours, theirs) = UnixStream::pair().expect("sockets");
     let contents = vault.snapshot(id(1), &snapshot_key(1)).expect("opened");
-    thread::scope(|scope| {
+    let mut were = None;
+    let told = thread::scope(|scope| {
         scope.spawn(move || qemu(Qemu { socket: theirs, heard: vec![], writer: ReturnWriter::new() }));
-        play(ours, contents, || ())
-    })
+        play(ours, contents, first, || (), |first| were = Some(first.to_vec()))
+    });
+    (told, were)
 }
 
 #[test]
@@ -364,6 +374,41 @@ fn every_page_comes_once_what_is_asked_for_first_and_zeros_only_if_they_are_aske
         (told.asked, told.asked + told.background),
         (2, 1 + (0..PAGES).filter(|page| !page.is_multiple_of(3)).count() as u64)
     );
+}
+
+#[test]
+fn what_was_asked_for_first_before_comes_while_the_devices_are_loaded() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let vault = vault(dir.path());
+    let (told, first) = played_with(&vault, &[], |mut qemu| {
+        qemu.load();
+        qemu.ask(650, 2);
+        qemu.say(&ReturnMessage::Pong(3));
+        qemu.ask(100, 1);
+        qemu.pages();
+        qemu.say(&ReturnMessage::Shut(0));
+    });
+    told.expect("played");
+    let first = first.expect("it is told");
+    assert_eq!(first, [(0, 650), (0, 100)], "as they were asked for, without zeros");
+    // Hints may say anything: what is not there, zeros, what was sent.
+    let hints = [&first[..], &[(0, 651), (0, PAGES), (1, 0), (7, 7), (0, 100), (0, 401)]].concat();
+    let (told, first) = played_with(&vault, &hints, |mut qemu| {
+        qemu.load();
+        while qemu.heard.len() < 3 * PAGE_SIZE {
+            assert!(qemu.hear(), "they come before QEMU has its devices");
+        }
+        qemu.say(&ReturnMessage::Pong(3));
+        qemu.ask(650, 1);
+        qemu.ask(10, 1);
+        let mut numbers: Vec<u32> = qemu.pages().iter().map(|(page, _)| *page).collect();
+        assert_eq!(numbers[..3], [650, 100, 401]);
+        numbers.sort_unstable();
+        assert_eq!(numbers, (0..PAGES).filter(|page| !page.is_multiple_of(3)).collect::<Vec<_>>(), "each once");
+        qemu.say(&ReturnMessage::Shut(0));
+    });
+    told.expect("played");
+    assert_eq!(first, Some(vec![(0, 10)]), "what was not known");
 }
 
 #[test]
