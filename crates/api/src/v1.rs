@@ -682,11 +682,11 @@ pub struct Vault {
     pub usage: Option<VaultUsage>,
 }
 
-/// Asks for what no snapshot refers to to be removed from a vault, or what that would be.
+/// Asks for what no snapshot needs to be freed in a vault, or what that would be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VaultPrune {
-    /// Remove what `plan` names; otherwise nothing is changed.
+    /// Do what `plan` says; otherwise nothing is changed.
     #[serde(default)]
     pub apply: bool,
     /// The plan that was answered before: it is applied if it would still be the same.

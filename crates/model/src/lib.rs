@@ -42,7 +42,8 @@ pub use ownership::{Epoch, Generation, Grant};
 pub use policy::MigrationSettings;
 pub use schedule::{Retention, ScheduleSpec};
 pub use snapshot::{
-    RestoreFigures, SnapshotExport, SnapshotFigures, SnapshotRequest, SnapshotSize, VaultFile, VaultFindings, VaultPlan, VaultUsage,
+    RestoreFigures, SnapshotExport, SnapshotFigures, SnapshotRequest, SnapshotSize, VaultFile, VaultFindings, VaultPlan,
+    VaultRewrite, VaultUsage,
 };
 pub use spec::{
     Accelerator, Autostart, Boot, CacheMode, CdromSpec, CloudInit, Dimm, DimmAddress, Discard, DiskBus, DiskFormat, DiskSpec,

@@ -105,12 +105,15 @@ pub struct VaultFindings {
     pub damage: Vec<String>,
 }
 
-/// What in a vault nobody refers to.
+/// What in a vault no snapshot needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default)]
 pub struct VaultPlan {
     /// Files that would go, with their length.
     pub files: Vec<VaultFile>,
+    /// Packs that would be written anew, with those of their pages that are needed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rewrites: Vec<VaultRewrite>,
 }
 
 /// A file of a vault.
@@ -122,10 +125,28 @@ pub struct VaultFile {
     pub bytes: Bytes,
 }
 
+/// A file of a vault that would be written anew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct VaultRewrite {
+    /// Its name.
+    pub name: String,
+    /// Its length now.
+    pub bytes: Bytes,
+    /// What of that becomes free: an estimate, the share of the pages that go.
+    pub freed: Bytes,
+}
+
 impl VaultPlan {
-    /// What is free afterwards that is not now.
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty() && self.rewrites.is_empty()
+    }
+
+    /// What is free afterwards that is not now. Of files that are written anew it is an estimate.
     #[must_use]
     pub fn bytes(&self) -> Bytes {
-        Bytes(self.files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes.get())))
+        let freed = self.files.iter().map(|file| file.bytes).chain(self.rewrites.iter().map(|rewrite| rewrite.freed));
+        Bytes(freed.fold(0, |sum, bytes| sum.saturating_add(bytes.get())))
     }
 }

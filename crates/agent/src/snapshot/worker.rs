@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 
-use godwit_model::{Bytes, ErrorCode, SnapshotId, VaultFile, VaultFindings, VaultPlan};
+use godwit_model::{Bytes, ErrorCode, SnapshotId, VaultFile, VaultFindings, VaultPlan, VaultRewrite};
 use godwit_qemu::cage::worker::confine_to;
 use godwit_stream::PAGE_SIZE;
 use godwit_vault::{
@@ -276,7 +276,12 @@ fn shown(plan: &PrunePlan) -> VaultPlan {
     let snapshots = plan.snapshots.iter().map(|(id, bytes)| VaultFile { name: format!("{id}.snapshot"), bytes: *bytes });
     let packs = plan.packs.iter().map(|(pack, bytes)| VaultFile { name: format!("{pack}.pack"), bytes: *bytes });
     let drafts = plan.drafts.iter().map(|(name, bytes)| VaultFile { name: name.clone(), bytes: *bytes });
-    VaultPlan { files: snapshots.chain(packs).chain(drafts).collect() }
+    let rewrites = plan.rewrites.iter().map(|rewrite| VaultRewrite {
+        name: format!("{}.pack", rewrite.pack),
+        bytes: rewrite.bytes,
+        freed: rewrite.freed(),
+    });
+    VaultPlan { files: snapshots.chain(packs).chain(drafts).collect(), rewrites: rewrites.collect() }
 }
 
 /// A snapshot that is being written.

@@ -20,9 +20,10 @@ pub(crate) enum Verb {
         #[command(flatten)]
         wait: WaitArgs,
     },
-    /// Say what no snapshot needs any more, and remove it if asked to
+    /// Say what no snapshot needs any more, and free what it takes if asked to
     #[command(
-        after_help = "Without --apply nothing is changed. With it, what the plan names is removed, if the plan is still the same then.
+        after_help = "Without --apply nothing is changed. With it, what the plan names is removed, or written anew without what is not needed of it,
+if the plan is still the same then. How much writing anew frees is an estimate. No snapshot can be taken meanwhile.
 
 Examples:
   godwit vault prune shared
@@ -31,7 +32,7 @@ Examples:
     Prune {
         #[command(flatten)]
         vault: VaultArgs,
-        /// Remove what the plan names
+        /// Do what the plan says
         #[arg(long)]
         apply: bool,
     },
@@ -78,33 +79,49 @@ async fn status(session: &Session) -> Result<(), Failure> {
 async fn prune(session: &Session, vault: &VaultArgs, apply: bool) -> Result<(), Failure> {
     let VaultArgs { pool, host } = vault;
     let plan = session.client.prune_vault(pool, host.as_ref(), &VaultPrune::default()).await?;
-    if !apply || plan.files.is_empty() {
-        return print_data(session.format, &plan, || told(&plan, "would be removed"));
+    if !apply || plan.is_empty() {
+        return print_data(session.format, &plan, || told(&plan));
     }
     if session.format == Format::Table {
         print(&files(&plan))?;
     }
     let request = VaultPrune { apply: true, plan: Some(plan) };
     let done = session.client.prune_vault(pool, host.as_ref(), &request).await?;
-    print_data(session.format, &done, || sum(&done, "removed"))
+    print_data(session.format, &done, || sum(&done, ["removed", "written anew"]))
 }
 
+/// What goes, and what is written anew.
 fn files(plan: &VaultPlan) -> String {
-    let mut table = Table::new(&["FILE", "SIZE"]);
-    for file in &plan.files {
-        table.row([file.name.clone(), file.bytes.to_string()]);
+    let mut out = String::new();
+    if !plan.files.is_empty() {
+        let mut table = Table::new(&["FILE", "SIZE"]);
+        for file in &plan.files {
+            table.row([file.name.clone(), file.bytes.to_string()]);
+        }
+        out += &table.render();
     }
-    table.render()
+    if !plan.rewrites.is_empty() {
+        let mut table = Table::new(&["WRITTEN ANEW", "SIZE", "FREES ABOUT"]);
+        for rewrite in &plan.rewrites {
+            table.row([rewrite.name.clone(), rewrite.bytes.to_string(), rewrite.freed.to_string()]);
+        }
+        out += &table.render();
+    }
+    out
 }
 
-fn sum(plan: &VaultPlan, what: &str) -> String {
-    let count = plan.files.len();
-    format!("{count} {} {what}, {}", if count == 1 { "file" } else { "files" }, plan.bytes())
+fn sum(plan: &VaultPlan, [removed, rewritten]: [&str; 2]) -> String {
+    let count = |files: usize| format!("{files} {}", if files == 1 { "file" } else { "files" });
+    let parts = [(plan.files.len(), removed), (plan.rewrites.len(), rewritten)];
+    let parts: Vec<_> =
+        parts.iter().filter(|(files, _)| *files > 0).map(|(files, what)| format!("{} {what}", count(*files))).collect();
+    let about = if plan.rewrites.is_empty() { "" } else { "about " };
+    format!("{}, {about}{}", parts.join(", "), plan.bytes())
 }
 
-fn told(plan: &VaultPlan, what: &str) -> String {
-    if plan.files.is_empty() {
+fn told(plan: &VaultPlan) -> String {
+    if plan.is_empty() {
         return "every file is needed".to_owned();
     }
-    format!("{}{}", files(plan), sum(plan, what))
+    format!("{}{}", files(plan), sum(plan, ["would be removed", "would be written anew"]))
 }

@@ -1,7 +1,7 @@
 //! Snapshots and vaults.
 
 use godwit_api::v1::{Snapshot, SnapshotState, Task, TaskState};
-use godwit_model::{Bytes, RestoreFigures, SnapshotExport, VaultFile, VaultPlan};
+use godwit_model::{Bytes, RestoreFigures, SnapshotExport, VaultFile, VaultPlan, VaultRewrite};
 use serde_json::{Value, json};
 
 use crate::fake::{Fake, Script, name, snapshot, task};
@@ -132,7 +132,7 @@ fn snapshots_are_deleted_only_on_purpose() {
 #[test]
 fn a_vault_is_looked_at_and_pruned_by_the_plan_that_was_shown() {
     let file = |name: &str, mib| VaultFile { name: name.into(), bytes: Bytes::mib(mib) };
-    let plan = VaultPlan { files: vec![file("a.pack", 3), file("b\u{1b}.draft", 1)] };
+    let plan = VaultPlan { files: vec![file("a.pack", 3), file("b\u{1b}.draft", 1)], rewrites: vec![] };
     let fake = Fake::start(Script { plan, task: Some(task("vault.verify", TaskState::Done, 1)), ..Script::default() });
     let table = "\
 POOL    SNAPSHOTS  PACKS  SIZE     HOST
@@ -150,6 +150,16 @@ local   -          -      -        -
     assert_eq!(body(&fake, "POST", "/vaults/shared/prune")["plan"]["files"][0]["name"], "a.pack");
     let told: VaultPlan = serde_json::from_str(&fake.run(&["vault", "prune", "shared", "-o", "json"]).stdout).expect("JSON");
     assert_eq!(told.files.len(), 2);
+    let rewrite = VaultRewrite { name: "c.pack".into(), bytes: Bytes::mib(8), freed: Bytes::mib(6) };
+    fake.script().plan = VaultPlan { files: vec![file("a.pack", 3)], rewrites: vec![rewrite.clone()] };
+    let files = "FILE    SIZE\na.pack  3 MiB\nWRITTEN ANEW  SIZE   FREES ABOUT\nc.pack        8 MiB  6 MiB\n";
+    let told = format!("{files}1 file would be removed, 1 file would be written anew, about 9 MiB\n");
+    assert_eq!(fake.run(&["vault", "prune", "shared"]).stdout, told);
+    // Also if nothing is removed.
+    fake.script().plan = VaultPlan { files: vec![], rewrites: vec![rewrite.clone(), rewrite] };
+    let applied = fake.run(&["vault", "prune", "shared", "--apply"]);
+    assert!(applied.stdout.ends_with("6 MiB\n2 files written anew, about 12 MiB\n"), "{}", applied.stdout);
+    assert_eq!(body(&fake, "POST", "/vaults/shared/prune")["plan"]["rewrites"][1]["freed"], 6 << 20);
     fake.script().plan = VaultPlan::default();
     assert_eq!(fake.run(&["vault", "prune", "shared", "--apply"]).stdout, "every file is needed\n");
 }

@@ -59,7 +59,9 @@ pub(super) async fn vault_verify(
     Ok((StatusCode::ACCEPTED, Json(views::task(&task))))
 }
 
-/// Removes from a vault what no snapshot refers to, or says what that would be
+/// Frees what no snapshot needs in a vault, or says what that would be
+///
+/// Files to which none refers are removed; packs of which much is not needed are written anew without that. No snapshot can be begun in the vault meanwhile.
 ///
 /// Without `apply` the answer is the plan. With it, `plan` is what was answered before: it is applied if it would still be the same, and refused with
 /// `revision_conflict` otherwise.

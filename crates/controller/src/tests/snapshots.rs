@@ -6,7 +6,8 @@ use godwit_link::status::refusal_of;
 use godwit_link::v1::{self, command::Action, look_at_vault::What};
 use godwit_model::{
     Bytes, DiskFormat, DiskSpec, ErrorCode, Generation, Grant, Millis, NicSpec, PoolFacts, ResolvedSpec, RestoreFigures, RunState,
-    SnapshotExport, SnapshotFigures, SnapshotRequest, TaskId, VaultFile, VaultFindings, VaultPlan, VaultUsage, VmSpec,
+    SnapshotExport, SnapshotFigures, SnapshotRequest, TaskId, VaultFile, VaultFindings, VaultPlan, VaultRewrite, VaultUsage,
+    VmSpec,
 };
 use serde_json::Value;
 
@@ -811,7 +812,8 @@ async fn vaults_are_looked_at_read_and_pruned_by_a_plan_that_still_holds() {
     admin.cancel_task(endless.id).await.expect("cancelled");
     assert_eq!(cluster.ended(endless.id).await.state, TaskState::Cancelled);
 
-    let plan = VaultPlan { files: vec![VaultFile { name: "a.pack".into(), bytes: Bytes::mib(1) }] };
+    let rewrite = VaultRewrite { name: "b.pack".into(), bytes: Bytes::mib(3), freed: Bytes::mib(2) };
+    let plan = VaultPlan { files: vec![VaultFile { name: "a.pack".into(), bytes: Bytes::mib(1) }], rewrites: vec![rewrite] };
     let prune = |apply, plan: Option<&VaultPlan>| {
         let request = api::VaultPrune { apply, plan: plan.cloned() };
         let (admin, shared) = (&admin, &shared);
