@@ -1,7 +1,8 @@
 //! VMs that go on before all of their memory is there.
 
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, other_qemu};
@@ -88,7 +89,12 @@ fn what_was_left_follows_whoever_dies_meanwhile() -> Result<()> {
         into_the_rest(&mut cluster, "web", to)?;
         for party in dead {
             eprintln!("-- {party:?} dies");
-            cluster.run(&[Action::Kill(*party)])?;
+            // One whose other side has just died may be about to be followed by another.
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while let Err(error) = cluster.kill(*party) {
+                ensure!(Instant::now() < deadline, "{error:#}");
+                thread::sleep(Duration::from_millis(20));
+            }
         }
         for party in dead.iter().filter(|party| matches!(party, Party::Agent(_))) {
             cluster.run(&[Action::Restart(*party)])?;

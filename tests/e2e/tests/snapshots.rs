@@ -181,6 +181,40 @@ fn a_vm_goes_back_to_what_it_was_on_any_host_and_any_version_of_qemu() -> Result
     there_and_back(other.as_deref().map(|other| (other, &["h2"][..])))
 }
 
+/// Waits until a VM runs on a host.
+fn runs_on(cluster: &Cluster, vm: &str, host: &str) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let status = cluster.ask(cluster.client().vm(&name(vm)))?.status;
+        if status.state == RunState::Running && status.host == Some(name(host)) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{vm} does not run on {host}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Cancels a rollback whose disks do not come, since the vault says nothing.
+fn cancelled_while_nothing_comes(cluster: &Cluster, vm: &str, snapshot: &str, host: &str) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    let task = cluster.begin_rollback(snapshot, Some(host))?;
+    runs_on(cluster, vm, host)?;
+    let silent = workers(cluster, host)?;
+    let send = |signal| silent.iter().filter_map(|pid| Pid::from_raw(*pid)).all(|pid| kill_process(pid, signal).is_ok());
+    ensure!(!silent.is_empty() && send(Signal::STOP), "its disks have come: {silent:?}");
+    let cancelled = cluster.ask(cluster.client().cancel_task(task)).map(|_| cluster.ended(task, PATIENCE));
+    send(Signal::CONT);
+    let ended = cancelled??;
+    ensure!(ended.state == TaskState::Cancelled, "{ended:?}");
+    let state = cluster.ask(cluster.client().vm(&name(vm)))?.status.state;
+    ensure!(state == RunState::Stopped, "{state:?}");
+    while !workers(cluster, host)?.is_empty() {
+        ensure!(Instant::now() < deadline, "a worker is left");
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
 #[test]
 fn snapshots_and_moves_of_a_vm_take_turns_and_a_clone_is_a_vm_of_its_own() -> Result<()> {
     let mut cluster = cluster(2, None)?;
@@ -265,14 +299,7 @@ fn whoever_dies_while_a_snapshot_is_taken_the_vm_runs_on() -> Result<()> {
     cluster.expect_log("another worker serves the disk");
     let task = cluster.begin_rollback("a1", Some("h2"))?;
     let deadline = Instant::now() + PATIENCE;
-    let runs = || -> Result<bool> {
-        let vm = cluster.ask(cluster.client().vm(&name("web")))?;
-        Ok(vm.status.state == RunState::Running && vm.status.host == Some(name("h2")))
-    };
-    while !runs()? {
-        ensure!(Instant::now() < deadline, "it does not run");
-        thread::sleep(Duration::from_millis(20));
-    }
+    runs_on(&cluster, "web", "h2")?;
     let qemu = cluster.qemu("web", "h2")?;
     let all_send = |pids: &[i32], signal| {
         for pid in pids.iter().filter_map(|pid| Pid::from_raw(*pid)) {
@@ -303,6 +330,10 @@ fn whoever_dies_while_a_snapshot_is_taken_the_vm_runs_on() -> Result<()> {
     goes_on(&cluster, "web")?;
     cluster.check()?;
     ensure!(cluster.qemu("web", "h2")? == qemu, "it was ended");
+    // Nobody dies, but nothing comes either: whoever asked for it can end it, and it begins again.
+    cancelled_while_nothing_comes(&cluster, "web", "a1", "h1")?;
+    cluster.roll_back("web", "a1", Some("h2"))?;
+    goes_on(&cluster, "web")?;
     // QEMU itself: the VM is lost, the snapshot with it, and an earlier one brings it back.
     let task = cluster.begin_snapshot("web", "q")?;
     wait_for_worker(&cluster, "h2")?;

@@ -27,7 +27,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::actor::{Actor, Answer, qemu_failed};
 use super::moving::millis;
-use super::playing::{PAUSES, is_for_good};
+use super::playing::{PAUSES, is_for_good, opened};
 use super::start::has_shut_down;
 use crate::host::{SharedHost, host_failed};
 use crate::snapshot::{FromSnapshot, Job, Said, Worker};
@@ -231,7 +231,7 @@ impl Actor {
     }
 
     /// That QEMU has ended says less than why this host has ended it.
-    fn why_it_ended(&self, refusal: Refusal) -> Refusal {
+    pub(super) fn why_it_ended(&self, refusal: Refusal) -> Refusal {
         match self.end_reason.get() {
             reason if reason.is_empty() => refusal,
             reason => Refusal::new(ErrorCode::QemuFailed, format!("the VM is no more: {reason}")),
@@ -355,10 +355,8 @@ async fn start_worker(host: &SharedHost, from: &FromSnapshot, disk: &str) -> Res
     let directory = host.pools.vault(&from.vault.pool, &from.vault.team, host.vault_uid()).await?;
     let job = Job::Serve { snapshot: from.snapshot.clone(), disk: disk.to_owned() };
     let mut worker = Worker::start(host, directory, job, PassedFds::new()).await?;
-    match worker.hear().await? {
-        Said::Ready => Ok(worker),
-        _ => Err(Refusal::new(ErrorCode::Internal, "the vault worker said what nobody expects")),
-    }
+    opened(&mut worker).await?;
+    Ok(worker)
 }
 
 /// Serves one disk to QEMU.

@@ -32,6 +32,8 @@ pub(super) const PAUSES: [Duration; 5] =
 const NOTICING: Duration = Duration::from_secs(5);
 const ANSWERING: Duration = Duration::from_secs(1);
 const RESUMING: Duration = Duration::from_secs(30);
+/// How long a snapshot may take to be opened: of a large one some MB are read, from wherever its pool is.
+const OPENING: Duration = Duration::from_secs(120);
 /// How long a QEMU that closes its connection may take to end.
 const ENDING: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(20);
@@ -205,8 +207,17 @@ pub(super) async fn player(host: &SharedHost, from: &FromSnapshot, socket: UnixS
     let job = Job::Play { snapshot: from.snapshot.clone(), qemu_fd: fds.pass(socket), on };
     let directory = host.pools.vault(&from.vault.pool, &from.vault.team, host.vault_uid()).await?;
     let mut player = Worker::start(host, directory, job, fds).await?;
-    wait_for(&mut player, &Said::Ready).await?;
+    opened(&mut player).await?;
     Ok(player)
+}
+
+/// Waits until a worker has opened its snapshot. A vault that says nothing holds up nobody for longer.
+pub(super) async fn opened(worker: &mut Worker) -> Result<(), Refusal> {
+    let late = |_| {
+        let message = format!("the snapshot could not be opened within {OPENING:?}");
+        Err(Refusal::new(ErrorCode::HostFailed, message).hint("look whether its pool answers on this host").retry(Retry::Safe))
+    };
+    tokio::time::timeout(OPENING, wait_for(worker, &Said::Ready)).await.unwrap_or_else(late)
 }
 
 /// What a worker must say next.

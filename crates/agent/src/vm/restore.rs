@@ -17,7 +17,7 @@ use super::change::{open_disk, open_flash};
 use super::disks::{self, nodes};
 use super::fill::{Reply, ToFill};
 use super::moving::millis;
-use super::playing::{Playing, player, unexpected, wait_for};
+use super::playing::{Playing, opened, player, unexpected, wait_for};
 use crate::host::{host_failed, unix_now};
 use crate::journal::{Holding, VmRecord};
 use crate::snapshot::{Changed, DiskTo, FromSnapshot, Job, Restored, Said, Worker};
@@ -121,7 +121,8 @@ impl Actor {
             }
             self.end_process().await;
             self.forsake_tpm().await;
-            return Err(refusal);
+            // It may have been ended because its memory cannot come: that is said, and not that QEMU is gone.
+            return Err(self.why_it_ended(refusal));
         }
         Ok(figures)
     }
@@ -182,7 +183,7 @@ impl Actor {
             let directory = host.pools.vault(&from.vault.pool, &from.vault.team, host.vault_uid()).await?;
             let job = Job::Restore { snapshot: from.snapshot.clone(), disks: to };
             let mut worker = Worker::start(host, directory, job, PassedFds::new()).await?;
-            wait_for(&mut worker, &Said::Ready).await?;
+            opened(&mut worker).await?;
             disks = Some((worker, made));
         }
         if !from.memory {
