@@ -251,11 +251,7 @@ fn work(vault: &Vault, job: Job, agent: &Agent) -> Result<serde_json::Value, Fai
         Job::PlanPrune { snapshots } => Ok(json(&shown(&vault.plan_prune(&keyed(&snapshots).into_iter().collect())?))),
         Job::Prune { snapshots, plan } => {
             let keys: BTreeMap<SnapshotId, SnapshotKey> = keyed(&snapshots).into_iter().collect();
-            let now = vault.plan_prune(&keys)?;
-            if shown(&now) != plan {
-                return Err(VaultError::Changed.into());
-            }
-            vault.prune(&now, &keys)?;
+            vault.prune_if(&keys, |now| shown(now) == plan)?;
             Ok(json(&plan))
         }
     }

@@ -234,7 +234,8 @@ impl Actor {
     pub(super) fn why_it_ended(&self, refusal: Refusal) -> Refusal {
         match self.end_reason.get() {
             reason if reason.is_empty() => refusal,
-            reason => Refusal::new(ErrorCode::QemuFailed, format!("the VM is no more: {reason}")),
+            reason => Refusal::new(ErrorCode::QemuFailed, format!("the VM is no more: {reason}"))
+                .hint("`godwit vault verify` says whether the snapshot is damaged; begin from it once more, or from another"),
         }
     }
 

@@ -104,9 +104,9 @@ impl Tasks {
         if !self.task(id).await?.row.cancel {
             return Ok(Some(answer));
         }
-        // It may have begun wholly in the same moment.
+        // It may have begun wholly in the same moment. Where it cannot be ended, what the host has said of it holds.
         match self.command(id, host, "end what has begun", Action::Kill(kill)).await? {
-            Err(refusal) if !already(&refusal) => Ok(Some(Err(refusal))),
+            Err(refusal) if !already(&refusal) => Ok(Some(answer)),
             _ => Ok(None),
         }
     }

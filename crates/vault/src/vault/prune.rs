@@ -92,9 +92,22 @@ impl Vault {
     /// [`VaultError::Busy`] while a snapshot is written; [`VaultError::Changed`] if the plan would now be another; those of [`Self::plan_prune`]. After
     /// [`VaultError::Io`], or [`VaultError::File`] of a pack that turns out to be damaged, a part of it may be done; what is there is whole, and a new plan has the rest.
     pub fn prune(&self, plan: &PrunePlan, keys: &BTreeMap<SnapshotId, SnapshotKey>) -> Result<(), VaultError> {
+        self.prune_if(keys, |now| now == plan)
+    }
+
+    /// As [`Self::prune`], if the plan as it is now is wanted.
+    ///
+    /// # Errors
+    /// Those of [`Self::prune`]; [`VaultError::Changed`] if it is not.
+    pub fn prune_if(
+        &self,
+        keys: &BTreeMap<SnapshotId, SnapshotKey>,
+        is_wanted: impl FnOnce(&PrunePlan) -> bool,
+    ) -> Result<(), VaultError> {
         let _lock = self.shared.lock(FlockOperation::NonBlockingLockExclusive)?;
         let survey = self.survey(keys)?;
-        if survey.plan != *plan {
+        let plan = &survey.plan;
+        if !is_wanted(plan) {
             return Err(VaultError::Changed);
         }
         let snapshots = plan.snapshots.iter().map(|(id, _)| snapshot_name(*id));
