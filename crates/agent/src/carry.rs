@@ -19,6 +19,7 @@ mod control;
 mod deal;
 mod disk;
 mod feed;
+mod holdings;
 mod home;
 mod images;
 mod large;

@@ -9,7 +9,7 @@ use godwit_carrier::pages::{Encoding, GuestMemory, PAGE_SIZE, PageSet, Place, Re
 use godwit_carrier::{Frame, Level};
 use tokio::sync::mpsc;
 
-use super::feed::Holdings;
+use super::holdings::Holdings;
 use super::memory::ProcessMemory;
 use super::pump::Pump;
 use super::seal::{Sealers, Seals};

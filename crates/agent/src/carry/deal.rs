@@ -4,9 +4,8 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use godwit_carrier::frame::{Block, MAX_DIGESTS, MAX_RUNS};
-use godwit_carrier::pages::digest::ZERO;
-use godwit_carrier::pages::{Applier, ApplyError, Digest, Digester, GuestMemory, PAGE_SIZE};
+use godwit_carrier::frame::MAX_RUNS;
+use godwit_carrier::pages::{Applier, ApplyError, Digester, GuestMemory, PAGE_SIZE, Place};
 use godwit_carrier::{Frame, Image};
 use godwit_stream::{ReturnError, ReturnMessage, ReturnReader, ReturnWriteError, ReturnWriter};
 use rustix::net::Shutdown;
@@ -16,7 +15,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::after::MissedPages;
 use super::arrive::{Arrival, NotItsPart};
-use super::feed::{Holdings, ToldPieces};
+use super::feed::ToldPieces;
+use super::holdings::{Hearing, Holdings, Telling, told_blocks};
+use super::home::Bringing;
 use super::images::ReadableImage;
 use super::memory::ProcessMemory;
 use super::pump::{ADVISED, LOADED, Pump};
@@ -88,20 +89,22 @@ struct Destination<'a> {
     applier: Applier,
     /// The memory of a QEMU that waits; none once the VM may run.
     memory: Option<ProcessMemory>,
+    /// As long as not all was told that is in it.
+    telling: Option<Telling>,
     images: Vec<Image>,
     /// Of post-copy, if that is possible.
     arrival: Option<Arrival>,
     ended: bool,
 }
 
-/// The destination: never returns but with an error. `prepare` brings back what was kept of the memory; `tell` is told what post-copy costs the guest.
+/// The destination: never returns but with an error. `prepare` begins to bring back what was kept of the memory; `tell` is told what post-copy costs the guest.
 pub(super) async fn at_destination(
     pump: &Pump,
     qemu: OwnedWriteHalf,
     mut frames: mpsc::UnboundedReceiver<Frame>,
     digester: Digester,
     (mut memory, mut from_qemu): (Option<ProcessMemory>, FromQemu),
-    prepare: impl AsyncFnOnce(&mut ProcessMemory),
+    prepare: impl AsyncFnOnce(&mut ProcessMemory) -> Bringing,
     tell: impl Fn(&Arrival),
 ) -> Result<std::convert::Infallible, DealError> {
     let mut qemu = ToQemu { qemu, gone: false };
@@ -109,16 +112,23 @@ pub(super) async fn at_destination(
         pump.push(&Frame::Advise, 0);
         wait_for_advice(pump, &mut qemu, &mut frames, &mut from_qemu.advised).await?;
     }
-    if let Some(memory) = &mut memory {
-        prepare(memory).await;
-    }
-    tell_holdings(pump, &digester, memory.as_mut()).await?;
+    let telling = match &mut memory {
+        Some(memory) => {
+            let bringing = prepare(memory).await;
+            Some(Telling::begin(pump, memory, bringing))
+        }
+        None => {
+            pump.push(&Frame::Memory(vec![]), 0);
+            pump.push(&Frame::HeldEnd, 0);
+            None
+        }
+    };
     let blocks = memory.as_ref().map(told_blocks).unwrap_or_default();
     let images: Vec<Image> = memory.iter().flat_map(ProcessMemory::images).map(ReadableImage::told).collect();
     let applier = Applier::new(digester.clone(), blocks.iter().map(|block| block.pages).collect());
     let applier = applier.with_images(images.iter().map(|image| image.pages).collect());
     let arrival = Arrival::new(&blocks).filter(|_| from_qemu.advises);
-    let destination = Destination { pump, qemu, digester, applier, memory, images, arrival, ended: false };
+    let destination = Destination { pump, qemu, digester, applier, memory, telling, images, arrival, ended: false };
     destination.run(frames, from_qemu.asks, tell).await
 }
 
@@ -146,7 +156,8 @@ pub(super) async fn at_destination_again(
     let applier = Applier::new(digester.clone(), blocks.iter().map(|block| block.pages).collect());
     let arrival = Arrival::again(&blocks, section, absent);
     let qemu = ToQemu { qemu, gone: false };
-    let destination = Destination { pump, qemu, digester, applier, memory: None, images: Vec::new(), arrival, ended: false };
+    let (memory, telling, images) = (None, None, Vec::new());
+    let destination = Destination { pump, qemu, digester, applier, memory, telling, images, arrival, ended: false };
     destination.run(frames, from_qemu.asks, tell).await
 }
 
@@ -192,6 +203,8 @@ impl Destination<'_> {
                     // What QEMU did not take was not dealt with: the source must not go on.
                     self.pump.on_dealt(frame.memory(), !self.qemu.gone);
                 }
+                // Pages come while it tells, for places that it has told.
+                () = tokio::task::yield_now(), if self.telling.is_some() => self.tell()?,
                 else => return std::future::pending().await,
             }
             // Before the switch it is seen to have failed.
@@ -203,6 +216,18 @@ impl Destination<'_> {
                 self.arrival.iter().for_each(&tell);
             }
         }
+    }
+
+    fn tell(&mut self) -> Result<(), DealError> {
+        let done = match (&mut self.telling, &mut self.memory) {
+            (Some(telling), Some(memory)) => telling.step(self.pump, &self.digester, memory)?,
+            // A VM that may run writes to its memory itself.
+            _ => true,
+        };
+        if done {
+            self.telling = None;
+        }
+        Ok(())
     }
 
     async fn deal(&mut self, frame: &Frame) -> Result<(), DealError> {
@@ -286,61 +311,6 @@ impl Destination<'_> {
     }
 }
 
-fn told_blocks(memory: &ProcessMemory) -> Vec<Block> {
-    memory.blocks().iter().map(|block| Block { id: Bytes::from(block.id.clone()), pages: block.pages }).collect()
-}
-
-/// Says where pages are placed and what is there already: a QEMU that waits has hardly touched its memory.
-async fn tell_holdings(pump: &Pump, digester: &Digester, memory: Option<&mut ProcessMemory>) -> Result<(), DealError> {
-    let Some(memory) = memory else {
-        pump.push(&Frame::Memory(vec![]), 0);
-        pump.push(&Frame::HeldEnd, 0);
-        return Ok(());
-    };
-    let blocks = told_blocks(memory);
-    let lengths: Vec<u32> = blocks.iter().map(|block| block.pages).collect();
-    pump.push(&Frame::Memory(blocks), 0);
-    let images: Vec<Image> = memory.images().iter().map(ReadableImage::told).collect();
-    if !images.is_empty() {
-        pump.push(&Frame::Images(images), 0);
-    }
-    for (block, pages) in (0..).zip(lengths) {
-        let mut next = 0;
-        while next < pages {
-            let (touched, then) = memory.touched(block, next)?;
-            next = then;
-            let mut run: Option<(u32, Vec<Digest>)> = None;
-            for page in touched {
-                let mut content = [0; PAGE_SIZE];
-                memory.read(block, page, &mut content)?;
-                let digest = digester.page(&content);
-                run = match run.take() {
-                    Some((first, mut digests)) if first + digests.len() as u32 == page && digests.len() < MAX_DIGESTS => {
-                        digests.push(digest);
-                        Some((first, digests))
-                    }
-                    before => {
-                        tell_run(pump, block, before);
-                        Some((page, vec![digest]))
-                    }
-                };
-            }
-            tell_run(pump, block, run);
-            tokio::task::yield_now().await;
-        }
-    }
-    pump.push(&Frame::HeldEnd, 0);
-    Ok(())
-}
-
-fn tell_run(pump: &Pump, block: u16, run: Option<(u32, Vec<Digest>)>) {
-    if let Some((first, digests)) = run
-        && digests.iter().any(|digest| *digest != ZERO)
-    {
-        pump.push(&Frame::Held { block, first, digests }, 0);
-    }
-}
-
 /// The return path: the answers to our own questions are taken out, everything else is QEMU's.
 #[derive(Default)]
 struct Answers {
@@ -392,9 +362,7 @@ pub(super) async fn at_source(
     let mut answers = Answers::default();
     let mut advise = Some(advise);
     let mut missed_left = pages;
-    let mut listening = Some(told);
-    let mut holdings: Option<Holdings> = None;
-    let mut digests_left = pages;
+    let mut hearing = Hearing::new(told, pages);
     let mut ended = false;
     while let Some(frame) = frames.recv().await {
         let frame_size = frame.memory();
@@ -408,7 +376,7 @@ pub(super) async fn at_source(
                 tokio::time::sleep(LINGER).await;
                 qemu.close(Shutdown::Both);
             }
-            Frame::Advise if holdings.is_none() && advise.is_some() => {
+            Frame::Advise if hearing.is_new() && advise.is_some() => {
                 // Nobody listens any more: then QEMU has closed before it began. The same below.
                 let _ = advise.take().map(|advise| advise.send(true));
             }
@@ -420,43 +388,17 @@ pub(super) async fn at_source(
                     .ok_or(DealError::Unexpected("pages that it cannot miss"))?;
                 let _ = missed.send((block, pages));
             }
-            Frame::Memory(blocks) if holdings.is_none() && listening.is_some() => {
+            Frame::Memory(blocks) if hearing.is_new() => {
                 let _ = advise.take().map(|advise| advise.send(false));
                 pump.on_qemu_answered(ADVISED);
-                let told: u64 = blocks.iter().map(|block| u64::from(block.pages)).sum();
-                if told > pages {
-                    return Err(DealError::Unexpected("more memory than the VM has"));
-                }
-                holdings = Some(Holdings { blocks, ..Holdings::default() });
+                hearing.on_memory(blocks).map_err(DealError::Unexpected)?;
             }
             Frame::Held { block, first, digests } => {
-                let holdings = holdings.as_mut().ok_or(DealError::Unexpected("digests of no memory"))?;
-                let pages = holdings.blocks.get(usize::from(block)).map_or(0, |block| u64::from(block.pages));
-                if u64::from(first) + digests.len() as u64 > pages {
-                    return Err(DealError::Unexpected("digests of pages beyond a block"));
-                }
-                digests_left = digests_left
-                    .checked_sub(digests.len() as u64)
-                    .ok_or(DealError::Unexpected("more digests than the VM has pages"))?;
-                holdings.held.push((block, first, digests));
+                hearing.on_held(Place { block, page: first }, digests).map_err(DealError::Unexpected)?;
             }
-            Frame::Absent { block, runs } => {
-                let holdings = holdings.as_mut().filter(|_| pump.is_switched());
-                // One without pages would cost nothing of what a destination may say.
-                let pages: u64 = runs.iter().map(|(_, pages)| u64::from(*pages).max(1)).sum();
-                digests_left = digests_left.checked_sub(pages).ok_or(DealError::Unexpected("more pages than the VM has"))?;
-                holdings.ok_or(DealError::Unexpected("pages that are absent"))?.absent.push((block, runs));
-            }
-            Frame::Images(images) => {
-                let holdings = holdings.as_mut().filter(|holdings| holdings.images.is_empty());
-                holdings.ok_or(DealError::Unexpected("images of no memory"))?.images = images;
-            }
-            Frame::HeldEnd => {
-                let (Some(holdings), Some(listening)) = (holdings.take(), listening.take()) else {
-                    return Err(DealError::Unexpected("an end of digests"));
-                };
-                let _ = listening.send(holdings);
-            }
+            Frame::Absent { block, runs } if pump.is_switched() => hearing.on_absent(block, runs).map_err(DealError::Unexpected)?,
+            Frame::Images(images) => hearing.on_images(images).map_err(DealError::Unexpected)?,
+            Frame::HeldEnd => hearing.on_end().map_err(DealError::Unexpected)?,
             Frame::Pieces { block, pages } => {
                 if !pump.on_pieces(pages.len()) {
                     return Err(DealError::Unexpected("pieces of pages that it was not asked for"));

@@ -3,16 +3,17 @@
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use godwit_carrier::Frame;
 use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
 use godwit_carrier::pages::digest::ZERO;
-use godwit_carrier::pages::{Batch, Digest, Digester, Encoder, EncoderLimits, Encoding, PAGE_SIZE, Page, Pieces, Place};
-use godwit_carrier::{Frame, Image};
+use godwit_carrier::pages::{Batch, Digester, Encoder, EncoderLimits, Encoding, PAGE_SIZE, Page, Pieces, Place};
 use godwit_stream::postcopy::{DeviceState, DeviceStateTooLong, put_advise, put_package};
 use godwit_stream::{Element, PageContent, RamStart, Reader, StreamError, WriteError, Writer};
 use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{mpsc, oneshot};
 
 use super::after::{After, MissedPages, OwnMemory, name_left};
+use super::holdings::{Held, Holdings};
 use super::images::{OwnImage, SharedImages};
 use super::memory::ProcessMemory;
 use super::pump::{ADVISED, LOADED, Pump};
@@ -91,19 +92,6 @@ pub(super) struct Own {
     pub(super) emulated: bool,
 }
 
-/// What the destination has said of its memory.
-#[derive(Debug, Default)]
-pub(super) struct Holdings {
-    /// Where it places pages itself.
-    pub(super) blocks: Vec<Block>,
-    /// Images that it can read.
-    pub(super) images: Vec<Image>,
-    /// Digests of consecutive pages: block, first page.
-    pub(super) held: Vec<(u16, u32, Vec<Digest>)>,
-    /// Pages that it does not have, in a session that goes on after a switch: block, runs.
-    pub(super) absent: Vec<(u16, Vec<(u32, u32)>)>,
-}
-
 /// Pages of a block with the hashes of their pieces, as the destination has told them.
 pub(super) type ToldPieces = (u16, Vec<(u32, Pieces)>);
 
@@ -139,6 +127,9 @@ pub(super) struct Feed<'a> {
     /// What the destination's QEMU is to read, not yet in a frame.
     forward: BytesMut,
     encoder: Option<Encoder>,
+    /// What the destination holds, as long as it tells more of it; what it holds before this place is known.
+    held_there: Option<mpsc::UnboundedReceiver<Held>>,
+    known: Place,
     seals: Seals<'a>,
     heard: Heard,
     /// Names of the blocks that the destination places.
@@ -199,6 +190,8 @@ impl<'a> Feed<'a> {
             writer: Writer::new(),
             forward: BytesMut::new(),
             encoder: None,
+            held_there: None,
+            known: Place::default(),
             seals: Seals::new(pump, sealers),
             heard,
             told: Vec::new(),
@@ -241,8 +234,9 @@ impl<'a> Feed<'a> {
                     && let Some(holdings) = holdings.take()
                 {
                     let advised = self.advise().await;
-                    self.begin(start, holdings.await, advised);
+                    self.begin(start, holdings.await, advised).await;
                 }
+                self.wait_until_told(&element).await;
                 self.pass(element)?;
             }
             if let Some(devices) = self.devices.take() {
@@ -492,8 +486,60 @@ impl<'a> Feed<'a> {
         }
     }
 
-    /// Learns which blocks the destination places, and what it holds of them.
-    fn begin(&mut self, start: &RamStart, holdings: Holdings, advised: bool) {
+    /// Waits until it is known what the destination holds where this page belongs.
+    async fn wait_until_told(&mut self, element: &Element) {
+        let Element::Page { block, page, .. } = element else { return };
+        while let Some(held_there) = &mut self.held_there {
+            let place = self.placed.get(usize::from(block.0)).copied().flatten().zip(u32::try_from(*page).ok());
+            if place.is_none_or(|(block, page)| (Place { block, page }) < self.known) {
+                return;
+            }
+            match held_there.try_recv() {
+                Ok(held) => self.on_held(held),
+                Err(mpsc::error::TryRecvError::Disconnected) => self.held_there = None,
+                Err(mpsc::error::TryRecvError::Empty) => self.wait_for_held().await,
+            }
+        }
+    }
+
+    /// Waits until the destination has told more of what it holds. What was taken in goes out meanwhile.
+    async fn wait_for_held(&mut self) {
+        self.flush();
+        let began = Instant::now();
+        while let Some(held_there) = &mut self.held_there {
+            tokio::select! {
+                held = held_there.recv() => {
+                    match held {
+                        Some(held) => self.on_held(held),
+                        None => self.held_there = None,
+                    }
+                    break;
+                }
+                Some(told) = self.heard.pieces.recv() => self.on_pieces(&told),
+                sealed = self.seals.settle() => self.on_sealed(&sealed),
+            }
+        }
+        self.aside += began.elapsed();
+        self.waited.destination += began.elapsed();
+    }
+
+    fn on_held(&mut self, (first, digests): Held) {
+        let Some(encoder) = &mut self.encoder else { return };
+        let mut place = first;
+        for mut digest in digests {
+            if !self.held && self.probing < PROBE && digest != ZERO {
+                self.probing += 1;
+                // It holds something there that is nothing of ours.
+                digest = digest.map(|byte| !byte);
+            }
+            encoder.on_held(place, digest);
+            place.page = place.page.saturating_add(1);
+        }
+        self.known = place;
+    }
+
+    /// Learns which blocks the destination places. What it holds of them is learnt as it is told; all of it at once where QEMU's pace depends on that.
+    async fn begin(&mut self, start: &RamStart, holdings: Holdings, advised: bool) {
         let number = |id: &[u8], pages: u64| {
             let same = |block: &Block| block.id == id && u64::from(block.pages) == pages;
             holdings.blocks.iter().position(same).and_then(|number| u16::try_from(number).ok())
@@ -507,20 +553,12 @@ impl<'a> Feed<'a> {
         if let Some(shared) = SharedImages::new(std::mem::take(&mut self.images), &holdings.images) {
             encoder.set_images(Box::new(shared));
         }
-        let pages = usize::try_from(start.blocks.iter().map(|block| block.pages()).sum::<u64>()).unwrap_or(usize::MAX);
-        let held: usize = holdings.held.iter().map(|(_, _, digests)| digests.len()).sum();
-        let part = if held > pages / HOME { UNHELD_HOME } else { 1 };
-        self.pace = (!self.held).then_some((pages / part).max(1));
-        let most = if self.held { 0 } else { PROBE };
-        for (block, first, digests) in holdings.held {
-            for (page, mut digest) in (first..).zip(digests) {
-                if self.probing < most && digest != ZERO {
-                    self.probing += 1;
-                    // It holds something there that is nothing of ours.
-                    digest = digest.map(|byte| !byte);
-                }
-                encoder.on_held(Place { block, page }, digest);
-            }
+        self.encoder = Some(encoder);
+        self.held_there = holdings.held;
+        if !self.held {
+            let pages = usize::try_from(start.blocks.iter().map(|block| block.pages()).sum::<u64>()).unwrap_or(usize::MAX);
+            let held = self.learn_all_held().await;
+            self.pace = Some((pages / if held > pages / HOME { UNHELD_HOME } else { 1 }).max(1));
         }
         let (placed, told) = (self.placed.iter().flatten().count(), lengths.len());
         self.section_number = start.section;
@@ -538,7 +576,21 @@ impl<'a> Feed<'a> {
             );
         }
         tracing::info!(blocks = start.blocks.len(), placed, "memory begins");
-        self.encoder = Some(encoder);
+    }
+
+    /// Learns all that the destination holds, but for the first pages, which are to be sent; how many there are.
+    async fn learn_all_held(&mut self) -> usize {
+        let mut pages = 0;
+        while let Some(held_there) = &mut self.held_there {
+            match held_there.recv().await {
+                Some(held) => {
+                    pages += held.1.len();
+                    self.on_held(held);
+                }
+                None => self.held_there = None,
+            }
+        }
+        pages
     }
 
     fn pass(&mut self, element: Element) -> Result<(), FeedError> {

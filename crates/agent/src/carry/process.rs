@@ -33,8 +33,9 @@ use super::deal::{DealError, Listening};
 use super::disk::DiskError;
 use super::disk::into::{DiskInto, WaitingDisk};
 use super::disk::out::{DiskOut, OwnDisk};
-use super::feed::{Feed, Heard, Holdings, Own};
-use super::home::{Earlier, Lent, bring_back};
+use super::feed::{Feed, Heard, Own};
+use super::holdings::Holdings;
+use super::home::{Bringing, Earlier, Lent};
 use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
 use super::pump::{Gauge, KeepAlive, Pump};
@@ -291,16 +292,17 @@ async fn move_bytes(
             let mut memory = placement.map(|placement| memory(placement).with_images(images));
             let stay = kept.map(|kept| (std::fs::File::from(take(kept.file_fd)), kept.key));
             let lent = lent.map(self::lent).transpose().map_err(text)?;
-            let mut earlier = Earlier { stay, lent };
-            let (told, key) = oneshot::channel();
+            let earlier = Earlier { stay, lent };
+            let (told, mut key) = oneshot::channel();
             let (to_carry, from_qemu) = from_qemu(advises);
             let deal = async {
                 // A QEMU that is advised of post-copy forgets what is in its memory.
+                let (mut bringing, mut earlier) = (None, Some(earlier));
                 if !advises
                     && again.is_none()
-                    && let Some(memory) = &mut memory
+                    && let (Some(memory), Some(earlier)) = (&mut memory, earlier.take())
                 {
-                    bring_back(std::mem::take(&mut earlier), memory).await;
+                    bringing = Some(Bringing::begin(earlier, memory).await);
                 }
                 let mut writer = writer;
                 if again.is_some() {
@@ -309,9 +311,20 @@ async fn move_bytes(
                     put_resume(&mut resume);
                     writer.write_all(&resume).await.map_err(DealError::Memory)?;
                 }
-                let prepare = async |memory: &mut ProcessMemory| bring_back(earlier, memory).await;
+                let key = match (&mut bringing, &mut memory) {
+                    (Some(bringing), Some(memory)) => tokio::select! {
+                        key = &mut key => key,
+                        never = bringing.go_on(memory) => match never {},
+                    },
+                    _ => key.await,
+                };
+                let prepare = async |memory: &mut ProcessMemory| match (bringing, earlier) {
+                    (Some(bringing), _) => bringing,
+                    (None, Some(earlier)) => Bringing::begin(earlier, memory).await,
+                    (None, None) => Bringing::default(),
+                };
                 let tell = |arrival: &Arrival| tell_arrival(status, arrival);
-                match key.await {
+                match key {
                     Ok(key) => {
                         let digester = Digester::new(&key);
                         if let Some(section) = again {

@@ -217,7 +217,7 @@ impl Pump {
         let window = session.window();
         let stalled = if session.is_settled() { Duration::ZERO } else { self.now().saturating_sub(window.last_applied()) };
         // What it may take counts from the moment at which that is said, not when it has been measured.
-        let link_rate = window.rate().min(self.pace.borrow().rate.map_or(u64::MAX, BytesPerSec::get));
+        let link_rate = self.link_rate().unwrap_or(0);
         Gauge {
             stream_bytes: self.stream_bytes.get(),
             rate: self.rate(link_rate, window.wire_sent()),
@@ -234,6 +234,12 @@ impl Pump {
             left: self.after.left.get(),
             left_at_switch: self.after.left_at_switch.get(),
         }
+    }
+
+    /// Bytes per second that the link takes, as far as that is known.
+    pub(super) fn link_rate(&self) -> Option<u64> {
+        let rate = self.session.borrow().window().rate();
+        (rate > 0).then(|| rate.min(self.pace.borrow().rate.map_or(u64::MAX, BytesPerSec::get)))
     }
 
     /// A page takes its time on the link, and its time in QEMU and this process.

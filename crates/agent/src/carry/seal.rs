@@ -30,7 +30,18 @@ pub(super) struct Sealers {
 struct Job {
     batch: Batch,
     level: Level,
-    done: oneshot::Sender<(Batch, Bytes)>,
+    /// At which it is compressed, too, to see how long it would be.
+    trial: Option<Level>,
+    done: oneshot::Sender<Sealed>,
+}
+
+/// A batch, and what it came to.
+#[derive(Debug)]
+struct Sealed {
+    batch: Batch,
+    level: Level,
+    payload: Bytes,
+    tried: Option<usize>,
 }
 
 impl Sealers {
@@ -71,10 +82,11 @@ fn work(queue: &Mutex<mpsc::Receiver<Job>>) {
     let mut sealer = Sealer::new();
     loop {
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { batch, level, done }) = job else { return };
+        let Ok(Job { batch, level, trial, done }) = job else { return };
         let payload = sealer.seal(&batch, level);
+        let tried = trial.map(|trial| sealer.seal(&batch, trial).len());
         // Whoever waited may be gone.
-        let _ = done.send((batch, payload));
+        let _ = done.send(Sealed { batch, level, payload, tried });
     }
 }
 
@@ -82,7 +94,7 @@ fn work(queue: &Mutex<mpsc::Receiver<Job>>) {
 enum Leaving {
     Frame(Frame, u64),
     /// A batch that is being compressed.
-    Batch(oneshot::Receiver<(Batch, Bytes)>),
+    Batch(oneshot::Receiver<Sealed>),
 }
 
 /// The queue, and the threads.
@@ -93,12 +105,14 @@ pub(super) struct Seals<'a> {
     sealing: usize,
     sealers: Sealers,
     choice: LevelChoice,
+    /// Bytes given to compression since the choice was told.
+    given: u64,
     told: Instant,
 }
 
 impl<'a> Seals<'a> {
     pub(super) fn new(pump: &'a Pump, sealers: Sealers) -> Self {
-        Self { pump, leaving: VecDeque::new(), sealing: 0, sealers, choice: LevelChoice::default(), told: Instant::now() }
+        Self { pump, leaving: VecDeque::new(), sealing: 0, sealers, choice: LevelChoice::default(), given: 0, told: Instant::now() }
     }
 
     /// A frame leaves, after all that came before.
@@ -121,7 +135,9 @@ impl<'a> Seals<'a> {
     /// A batch leaves, when it is compressed.
     pub(super) fn seal(&mut self, batch: Batch) {
         let (done, sealed) = oneshot::channel();
-        let job = Job { batch, level: self.choice.level(), done };
+        let (level, trial) = self.choice.next_batch();
+        self.given += batch.length() as u64;
+        let job = Job { batch, level, trial, done };
         self.sealers.jobs.send(job).expect("the threads live as long as this");
         self.leaving.push_back(Leaving::Batch(sealed));
         self.sealing += 1;
@@ -132,7 +148,8 @@ impl<'a> Seals<'a> {
         let all = self.told.elapsed();
         self.told += all;
         let all = all.saturating_sub(held);
-        self.choice.on_spent(Spent { all, link, compression });
+        let spent = Spent { all, link, compression, bytes: std::mem::take(&mut self.given) };
+        self.choice.on_spent(spent, self.pump.link_rate());
     }
 
     /// Whether one more batch would find no thread.
@@ -151,8 +168,11 @@ impl<'a> Seals<'a> {
         let sealed = sealed.await;
         self.leaving.pop_front();
         self.sealing -= 1;
-        let (batch, payload) = sealed.expect("no thread that compresses panics");
+        let Sealed { batch, level, payload, tried } = sealed.expect("no thread that compresses panics");
         let length = payload.len();
+        if let Some(tried) = tried {
+            self.choice.on_trial((level, length), tried);
+        }
         self.pump.push(&Frame::Pages(payload), batch.raw);
         while let Some(Leaving::Frame(..)) = self.leaving.front() {
             if let Some(Leaving::Frame(frame, raw)) = self.leaving.pop_front() {

@@ -28,6 +28,7 @@ use super::connections::{self, SessionError};
 use super::control::PlacedBlock;
 use super::deal;
 use super::feed::{Feed, Own};
+use super::home::Bringing;
 use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
 use super::pump::{KeepAlive, Pump, PumpError};
@@ -133,7 +134,7 @@ fn destination_at(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_al
         let (to_carry, from_qemu) = super::return_path::from_qemu(advises);
         let dealing = async {
             let digester = Digester::new(&key.await.expect("a session"));
-            deal::at_destination(&pump, writer, frames, digester, (memory, from_qemu), async |_| (), |_| ()).await
+            deal::at_destination(&pump, writer, frames, digester, (memory, from_qemu), async |_| Bringing::default(), |_| ()).await
         };
         tokio::select! {
             error = connections::of_destination(&pump, &mut acceptor, told, PATIENCE, &mut from_agent, |_| ()) => error,
@@ -741,6 +742,55 @@ async fn a_vm_that_comes_home_finds_its_memory_there() {
             (0..).zip(&pages[..500]).for_each(|(number, content)| assert!(*content == now(number), "page {number}"));
             let moved = wire.load(Ordering::Relaxed);
             assert!(moved < 25 * PAGE_SIZE as u64, "{moved} bytes for a hundred pages that differ in a piece");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_source_relies_on_what_was_told_so_far_and_waits_for_the_rest() {
+    LocalSet::new()
+        .run_until(async {
+            let materials = cluster(&["h1", "h2"]);
+            let (listener, address) = listener().await;
+            let mut acceptor = acceptor(listener, "h1", &materials[0], &materials[1]);
+            let source = source(dialler(address, "h2", &materials[1], &materials[0]), IDENTITY);
+            let (_from_qemu, mut qemu) = source.qemu.into_split();
+            let Greeted { connection, decoder, greeting } = acceptor.next().await.expect("a source");
+            let mut destination = ByHand { connection, decoder };
+            let digester = Digester::new(&KEY);
+            let held = |pages: std::ops::Range<u32>| {
+                let digests = pages.clone().map(|number| digester.page(&noise(u64::from(number)))).collect();
+                Frame::Held { block: 0, first: pages.start, digests }
+            };
+            let block = Block { id: Bytes::from_static(b"pc.ram"), pages: PAGES.0 };
+            destination.send(&[Frame::Welcome(greeting), Frame::Memory(vec![block]), held(0..100)]).await;
+            let mut stream = Stream::new();
+            let all: Vec<Element> =
+                (0..300).map(|number| page(0, number, &noise(if number == 50 { 1_000 } else { number }))).collect();
+            stream.part(&all);
+            stream.end();
+            // More than its socket holds: the source stops reading.
+            tokio::task::spawn_local(async move { qemu.write_all(&stream.take()).await.map(|()| qemu) });
+            let wanted = loop {
+                match destination.next_but_pings().await.expect("a session") {
+                    Frame::Wanted { block: 0, pages } => break pages,
+                    Frame::Forward(_) | Frame::Ack(_) => {}
+                    other => panic!("{other:?} before all was told"),
+                }
+            };
+            assert_eq!(wanted, [50], "of what was told one page is another");
+            // Nothing is held of what lies between.
+            destination.send(&[held(120..300), Frame::HeldEnd]).await;
+            let mut bytes = 0;
+            loop {
+                match destination.next_but_pings().await.expect("a session") {
+                    Frame::Pages(payload) => bytes += payload.len(),
+                    Frame::Forward(data) if data.ends_with(DEVICES) => break,
+                    Frame::Forward(_) | Frame::Ack(_) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+            assert!((21 * PAGE_SIZE..22 * PAGE_SIZE).contains(&bytes), "{bytes} bytes for 21 pages");
         })
         .await;
 }

@@ -14,7 +14,7 @@ use super::watched::Watched;
 use super::{Digest, Digester, PAGE_SIZE, PIECE, PIECES, Page};
 
 /// A page of a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     /// Number of the block.
     pub block: u16,
@@ -134,6 +134,12 @@ struct Shares {
 }
 
 impl Batch {
+    /// Bytes without compression.
+    #[must_use]
+    pub fn length(&self) -> usize {
+        self.body.len()
+    }
+
     /// Of pages that are not sent again.
     pub(super) fn after(body: Bytes, raw: u64) -> Self {
         Self { body, raw, shares: Shares::default() }

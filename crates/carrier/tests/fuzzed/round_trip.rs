@@ -47,7 +47,7 @@ impl Move {
     /// A byte for the limits, and one for each page: what the destination holds, and what it tells of it.
     fn begin(bytes: &mut impl Iterator<Item = u8>) -> Self {
         let limits = bytes.next().unwrap_or(0xff);
-        let level = Level::all().nth(usize::from(limits % 7)).unwrap_or_default();
+        let level = Level::all().cycle().nth(usize::from(limits)).unwrap_or_default();
         let limits = EncoderLimits { signatures: u64::from(limits & 15) * 520, contents: u64::from(limits >> 4) * 40 };
         let mut encoder = Encoder::new(digester(), &BLOCKS, limits);
         encoder.set_images(Box::new(Known));

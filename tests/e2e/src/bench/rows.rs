@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use super::journey::LIMIT;
+
 /// `target/bench/migration.json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Bench {
@@ -81,6 +83,13 @@ impl BenchFile {
     pub fn has(&self, scenario: &str, system: &str, link: &str, pair: u32) -> bool {
         let key = (scenario, system, link, pair);
         self.bench.rows.iter().any(|row| row.key() == key && row.was_measured())
+    }
+
+    /// Whether it was cut off over this link before. Nobody who writes as much as before ends the next time: that need not be waited for again.
+    #[must_use]
+    pub fn was_cut_off(&self, scenario: &str, system: &str, link: &str) -> bool {
+        let mut rows = self.bench.rows.iter().filter(|row| (&*row.scenario, &*row.system, &*row.link) == (scenario, system, link));
+        rows.any(|row| !row.completed && row.seconds >= LIMIT.as_secs_f64())
     }
 
     /// Adds a row, in the place of one in which nothing was measured, and writes the file in one step.
@@ -177,6 +186,17 @@ mod tests {
         }
         fs::write(&path, "[]").unwrap();
         assert!(BenchFile::open(&path).is_err());
+    }
+
+    #[test]
+    fn who_was_cut_off_is_known() {
+        let limit = LIMIT.as_secs_f64();
+        let rows = vec![Row { seconds: limit, ..row("A", "x", 1) }, Row { seconds: limit, completed: true, ..row("A", "y", 1) }];
+        let file = BenchFile { path: PathBuf::new(), bench: Bench { rows, ..Bench::default() } };
+        assert!(file.was_cut_off("A", "x", "1gbit"));
+        for (scenario, system, link) in [("A", "y", "1gbit"), ("B8", "x", "1gbit"), ("A", "x", "200mbit")] {
+            assert!(!file.was_cut_off(scenario, system, link));
+        }
     }
 
     #[test]

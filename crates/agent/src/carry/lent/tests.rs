@@ -10,7 +10,7 @@ use tokio::net::UnixStream;
 use uuid::Uuid;
 
 use super::super::PlacedBlock;
-use super::super::home::{Earlier, Lent, bring_back};
+use super::super::home::{Bringing, Earlier, Lent};
 use super::*;
 use crate::snapshot::lend;
 
@@ -218,6 +218,13 @@ async fn a_vault_that_does_not_answer_is_not_waited_for_and_whoever_has_enough_e
     assert!(lending.join().expect("no panic"), "it ended, and that is no error");
 }
 
+async fn bring_all_back(earlier: Earlier, memory: &mut ProcessMemory) {
+    let mut bringing = Bringing::begin(earlier, memory).await;
+    while bringing.through().is_some() {
+        bringing.next(memory);
+    }
+}
+
 /// A stay of this generation, whose pages are none of the snapshot's.
 fn stay(generation: u64) -> (File, [u8; 32]) {
     let blocks = vec![godwit_vault::Block { id: "pc.ram".into(), pages: PAGES }];
@@ -237,7 +244,7 @@ async fn of_a_stay_and_a_snapshot_the_newer_is_brought_back_and_the_other_if_tha
         let (from, lending) = lender(&vault);
         let lent = Some(Lent { from, generation: Generation(taken_on), within: LONG });
         let mut memory = memory(&[("pc.ram", PAGES)]);
-        bring_back(Earlier { stay: left_on.map(stay), lent }, &mut memory).await;
+        bring_all_back(Earlier { stay: left_on.map(stay), lent }, &mut memory).await;
         assert!(lending.join().expect("no panic"));
         assert!((read(&mut memory, 0, 3) == noise(0x3000)) == by_stay, "{left_on:?} {taken_on}");
         assert!((read(&mut memory, 0, 4) == content(4)) != by_stay, "{left_on:?} {taken_on}");
@@ -246,6 +253,6 @@ async fn of_a_stay_and_a_snapshot_the_newer_is_brought_back_and_the_other_if_tha
     let (from, _) = lender(&vault);
     let mut memory = memory(&[("pc.ram", PAGES)]);
     let lent = Some(Lent { from, generation: Generation(3), within: LONG });
-    bring_back(Earlier { stay: Some(stay(2)), lent }, &mut memory).await;
+    bring_all_back(Earlier { stay: Some(stay(2)), lent }, &mut memory).await;
     assert!(read(&mut memory, 0, 3) == noise(0x3000));
 }
