@@ -12,6 +12,7 @@
 
 mod after;
 mod arrive;
+mod behind;
 mod client;
 mod connect;
 mod connections;
@@ -30,6 +31,7 @@ mod pump;
 mod return_path;
 mod seal;
 mod speed;
+mod workers;
 
 pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
 pub(crate) use control::{

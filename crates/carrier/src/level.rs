@@ -6,13 +6,15 @@ use std::time::Duration;
 const LADDER: [Option<i32>; 6] = [None, Some(-5), Some(-1), Some(1), Some(3), Some(6)];
 /// How long is measured before anything is changed.
 const SPAN: Duration = Duration::from_millis(500);
-/// While the link is waited for one batch in so many is compressed at the next level, too: memory does not get smaller at a higher level as a rule, and
-/// now and then larger.
-const TRIED: u32 = 4;
-/// After so many trials it is known what that level saves. It is worth its work from one byte in so many on.
+/// While the link is waited for one batch in so many is compressed at another level, too: memory does not get smaller at a higher level as a rule, and now and then
+/// larger. After a series that changed nothing it is one in [`SELDOM`], since memory may be another further on.
+const OFTEN: u32 = 4;
+const SELDOM: u32 = 64;
+/// A series of trials, which shows what the work is worth: it is from one byte in so many on.
 const TRIALS: u32 = 8;
 const WORTH: u64 = 100;
-/// Compression becomes less only if the link takes so many times what goes into compression now: else it is bytes that cost the time, or would.
+/// Compression becomes less than the ordinary only if the link takes so many times what it comes to: a step doubles what goes into it, and may bring almost
+/// twice the bytes for it.
 const IDLE_LINK: u64 = 4;
 
 /// A level of compression.
@@ -56,7 +58,7 @@ pub struct Spent {
     pub link: Duration,
     /// Nothing more could be read, since compression was behind.
     pub compression: Duration,
-    /// Bytes that were given to compression.
+    /// What compression came to.
     pub bytes: u64,
 }
 
@@ -68,15 +70,36 @@ pub struct LevelChoice {
     /// The link was what was waited for lately.
     link_is_full: bool,
     batches: u32,
-    trials: Trials,
+    series: Series,
 }
 
 /// Batches that were compressed at two levels.
-#[derive(Clone, Copy, Debug, Default)]
-struct Trials {
+#[derive(Clone, Copy, Debug)]
+struct Series {
+    /// One batch in so many.
+    every: u32,
+    /// The other level is the lower one.
+    lower: bool,
     count: u32,
     here: u64,
-    higher: u64,
+    there: u64,
+}
+
+impl Series {
+    const fn new(every: u32, lower: bool) -> Self {
+        Self { every, lower, count: 0, here: 0, there: 0 }
+    }
+}
+
+impl Default for Series {
+    fn default() -> Self {
+        Self::new(OFTEN, false)
+    }
+}
+
+/// Whether what takes `less` saves enough.
+const fn saves(less: u64, more: u64) -> bool {
+    less < more - more / WORTH
 }
 
 impl LevelChoice {
@@ -84,22 +107,43 @@ impl LevelChoice {
     #[must_use]
     pub fn next_batch(&mut self) -> (Level, Option<Level>) {
         self.batches = self.batches.wrapping_add(1);
-        let higher = Some(self.level.higher()).filter(|higher| *higher > self.level);
-        (self.level, higher.filter(|_| self.link_is_full && self.batches.is_multiple_of(TRIED)))
+        let is_due = self.link_is_full && self.batches.is_multiple_of(self.series.every);
+        (self.level, Some(self.other()).filter(|other| is_due && *other != self.level))
     }
 
-    /// A batch took so many bytes at the level that was chosen for it, and so many at that of its trial.
-    pub const fn on_trial(&mut self, (level, here): (Level, usize), higher: usize) {
-        if level.0 == self.level.0 {
-            self.trials.count = self.trials.count.saturating_add(1);
-            self.trials.here = self.trials.here.saturating_add(here as u64);
-            self.trials.higher = self.trials.higher.saturating_add(higher as u64);
+    fn other(&self) -> Level {
+        if self.series.lower { self.level.lower() } else { self.level.higher() }
+    }
+
+    /// A batch took so many bytes at the level that was chosen for it, and so many at that of its trial. The level is higher when trials have shown that it
+    /// saves something, and lower, down to the ordinary one, when they have shown that it does not.
+    pub fn on_trial(&mut self, (level, here): (Level, usize), (other, there): (Level, usize)) {
+        if level != self.level || other != self.other() {
+            return;
+        }
+        let series = &mut self.series;
+        series.count += 1;
+        series.here = series.here.saturating_add(here as u64);
+        series.there = series.there.saturating_add(there as u64);
+        let Series { lower, count, here, there, .. } = *series;
+        if count < TRIALS {
+            return;
+        }
+        match lower {
+            false if saves(there, here) => self.set(other),
+            true if !saves(here, there) => self.set(other),
+            _ => self.series = Series::new(SELDOM, !lower && level > Level::default() || level.higher() == level),
         }
     }
 
-    /// So much time was spent, over a link that takes so many bytes per second, if that is known. The level is higher when the link was waited for most of
-    /// the time, compression hardly ever, and trials have shown that it saves something; lower when it is compression that was waited for, and the link could
-    /// take the bytes; and stays otherwise.
+    fn set(&mut self, level: Level) {
+        self.level = level;
+        self.series = Series::new(OFTEN, level.higher() == level);
+    }
+
+    /// So much time was spent, over a link that takes so many bytes per second, if that is known. While the link was waited for most of the time, and
+    /// compression hardly ever, other levels are tried. The level is lower when it is compression that was waited for: below the ordinary one only if the link
+    /// could take what that comes to.
     pub fn on_spent(&mut self, spent: Spent, link_rate: Option<u64>) {
         self.spent.all += spent.all;
         self.spent.link += spent.link;
@@ -110,19 +154,12 @@ impl LevelChoice {
             return;
         }
         self.spent = Spent::default();
-        let is_idle = |rate: u64| rate as f64 * all.as_secs_f64() >= bytes.saturating_mul(IDLE_LINK) as f64;
         self.link_is_full = link > all / 2 && compression < all / 20;
-        if compression > link && compression > all / 4 && link_rate.is_some_and(is_idle) {
-            (self.level, self.trials) = (self.level.lower(), Trials::default());
-        } else if self.link_is_full && self.trials.saves() {
-            (self.level, self.trials) = (self.level.higher(), Trials::default());
+        let is_idle = |rate: u64| rate as f64 * all.as_secs_f64() >= bytes.saturating_mul(IDLE_LINK) as f64;
+        let may_fall = self.level > Level::default() || link_rate.is_some_and(is_idle);
+        if compression > link && compression > all / 4 && may_fall {
+            self.set(self.level.lower());
         }
-    }
-}
-
-impl Trials {
-    const fn saves(&self) -> bool {
-        self.count >= TRIALS && self.higher < self.here - self.here / WORTH
     }
 }
 
@@ -132,34 +169,63 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// The levels after half seconds of waiting for the link and for compression; trials come to so much, where there are any. 10 MiB go into compression each
-    /// time.
-    fn after(spent: &[(u64, u64)], link_rate: Option<u64>, tried: usize) -> Vec<Option<i32>> {
+    /// The levels after half seconds of waiting for the link and for compression, of memory that gets so many bytes per thousand smaller with each level. Each
+    /// half second 320 batches become 10 MiB.
+    fn after(spent: &[(u64, u64)], link_rate: Option<u64>, smaller: i64) -> Vec<Option<i32>> {
         let mut choice = LevelChoice::default();
-        let each = spent.iter().map(|(link, compression)| {
-            let millis = Duration::from_millis;
-            for _ in 0..32 {
-                if let (level, Some(higher)) = choice.next_batch() {
-                    assert!(higher > level);
-                    choice.on_trial((level, 1000), tried);
-                }
-            }
-            let spent = Spent { all: millis(500), link: millis(*link), compression: millis(*compression), bytes: 10 * MIB };
-            choice.on_spent(spent, link_rate);
-            choice.level.zstd()
-        });
+        let each = spent.iter().map(|(link, compression)| run(&mut choice, (*link, *compression), link_rate, smaller));
         each.collect()
+    }
+
+    fn run(choice: &mut LevelChoice, (link, compression): (u64, u64), link_rate: Option<u64>, smaller: i64) -> Option<i32> {
+        let millis = Duration::from_millis;
+        let length = |level: Level| usize::try_from(100_000 - smaller * 100 * i64::from(level.0)).unwrap_or(0);
+        for _ in 0..320 {
+            if let (level, Some(other)) = choice.next_batch() {
+                choice.on_trial((level, length(level)), (other, length(other)));
+            }
+        }
+        let spent = Spent { all: millis(500), link: millis(link), compression: millis(compression), bytes: 10 * MIB };
+        choice.on_spent(spent, link_rate);
+        choice.level.zstd()
     }
 
     #[test]
     fn who_waits_for_the_link_compresses_more_up_to_a_limit() {
-        assert_eq!(after(&[(400, 0); 5], Some(20 * MIB), 980), [Some(1), Some(3), Some(6), Some(6), Some(6)]);
+        assert_eq!(after(&[(400, 0); 4], Some(20 * MIB), 15), [Some(1), Some(6), Some(6), Some(6)]);
     }
 
     #[test]
     fn more_work_that_saves_nothing_is_not_done() {
-        assert_eq!(after(&[(400, 0); 5], Some(20 * MIB), 995), [Some(1); 5]);
-        assert_eq!(after(&[(400, 0); 5], Some(20 * MIB), 1_100), [Some(1); 5]);
+        assert_eq!(after(&[(400, 0); 9], Some(20 * MIB), 5), [Some(1); 9]);
+        assert_eq!(after(&[(400, 0); 9], Some(20 * MIB), -50), [Some(1); 9]);
+    }
+
+    #[test]
+    fn work_that_saves_nothing_any_more_is_given_up() {
+        let mut choice = LevelChoice::default();
+        for smaller in [15, 15, 15] {
+            run(&mut choice, (400, 0), Some(20 * MIB), smaller);
+        }
+        assert_eq!(choice.level.zstd(), Some(6));
+        // What seldom happens takes its time.
+        let levels: Vec<_> = (0..12).map(|_| run(&mut choice, (400, 0), Some(20 * MIB), -5)).collect();
+        assert_eq!(levels.last(), Some(&Some(1)), "{levels:?}");
+        assert_eq!(run(&mut choice, (400, 0), Some(20 * MIB), -5), Some(1));
+    }
+
+    #[test]
+    fn trials_become_seldom_when_they_change_nothing() {
+        let mut choice = LevelChoice::default();
+        run(&mut choice, (400, 0), None, 0);
+        let mut trials = 0;
+        for _ in 0..640 {
+            if let (level, Some(other)) = choice.next_batch() {
+                trials += 1;
+                choice.on_trial((level, 1_000), (other, 1_000));
+            }
+        }
+        assert!((8..=20).contains(&trials), "{trials} trials of 640 batches");
     }
 
     #[test]
@@ -167,6 +233,12 @@ mod tests {
         assert_eq!(after(&[(0, 400); 5], Some(80 * MIB), 0), [Some(-1), Some(-5), None, None, None]);
         assert_eq!(after(&[(0, 400); 5], Some(79 * MIB), 0), [Some(1); 5]);
         assert_eq!(after(&[(0, 400); 5], None, 0), [Some(1); 5]);
+    }
+
+    #[test]
+    fn above_the_ordinary_level_compression_that_is_waited_for_falls_whatever_the_link_takes() {
+        let spent = [(400, 0), (400, 0), (0, 400), (0, 400), (0, 400)];
+        assert_eq!(after(&spent, Some(20 * MIB), 15), [Some(1), Some(6), Some(3), Some(1), Some(1)]);
     }
 
     #[test]
@@ -190,7 +262,10 @@ mod tests {
     #[test]
     fn what_was_tried_at_another_level_does_not_count() {
         let mut choice = LevelChoice::default();
-        choice.on_trial((Level::default().lower(), 1000), 1);
-        assert_eq!(choice.trials.count, 0);
+        for _ in 0..100 {
+            choice.on_trial((Level::default().lower(), 1000), (Level::default().higher(), 1));
+            choice.on_trial((Level::default(), 1000), (Level::default(), 1));
+        }
+        assert_eq!((choice.level, choice.series.count), (Level::default(), 0));
     }
 }

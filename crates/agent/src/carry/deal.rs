@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::after::MissedPages;
 use super::arrive::{Arrival, NotItsPart};
+use super::behind::WriteBehind;
 use super::feed::ToldPieces;
 use super::holdings::{Hearing, Holdings, Telling, told_blocks};
 use super::home::Bringing;
@@ -88,7 +89,7 @@ struct Destination<'a> {
     digester: Digester,
     applier: Applier,
     /// The memory of a QEMU that waits; none once the VM may run.
-    memory: Option<ProcessMemory>,
+    memory: Option<WriteBehind>,
     /// As long as not all was told that is in it.
     telling: Option<Telling>,
     images: Vec<Image>,
@@ -103,8 +104,8 @@ pub(super) async fn at_destination(
     qemu: OwnedWriteHalf,
     mut frames: mpsc::UnboundedReceiver<Frame>,
     digester: Digester,
-    (mut memory, mut from_qemu): (Option<ProcessMemory>, FromQemu),
-    prepare: impl AsyncFnOnce(&mut ProcessMemory) -> Bringing,
+    (mut memory, mut from_qemu): (Option<WriteBehind>, FromQemu),
+    prepare: impl AsyncFnOnce(&mut WriteBehind) -> Bringing,
     tell: impl Fn(&Arrival),
 ) -> Result<std::convert::Infallible, DealError> {
     let mut qemu = ToQemu { qemu, gone: false };
@@ -115,7 +116,7 @@ pub(super) async fn at_destination(
     let telling = match &mut memory {
         Some(memory) => {
             let bringing = prepare(memory).await;
-            Some(Telling::begin(pump, memory, bringing))
+            Some(Telling::begin(pump, memory.memory(), bringing))
         }
         None => {
             pump.push(&Frame::Memory(vec![]), 0);
@@ -123,8 +124,9 @@ pub(super) async fn at_destination(
             None
         }
     };
-    let blocks = memory.as_ref().map(told_blocks).unwrap_or_default();
-    let images: Vec<Image> = memory.iter().flat_map(ProcessMemory::images).map(ReadableImage::told).collect();
+    let placed = memory.as_ref().map(WriteBehind::memory);
+    let blocks = placed.map(told_blocks).unwrap_or_default();
+    let images: Vec<Image> = placed.into_iter().flat_map(ProcessMemory::images).map(ReadableImage::told).collect();
     let applier = Applier::new(digester.clone(), blocks.iter().map(|block| block.pages).collect());
     let applier = applier.with_images(images.iter().map(|image| image.pages).collect());
     let arrival = Arrival::new(&blocks).filter(|_| from_qemu.advises);
@@ -199,6 +201,9 @@ impl Destination<'_> {
                 Some(message) = asks.recv() => self.on_asked(&message).await,
                 Some(frame) = frames.recv() => {
                     self.deal(&frame).await?;
+                    if frames.is_empty() && let Some(memory) = &mut self.memory {
+                        memory.hand_over()?;
+                    }
                     turns = matches!(frame, Frame::Switch { .. } | Frame::ForwardEnd);
                     // What QEMU did not take was not dealt with: the source must not go on.
                     self.pump.on_dealt(frame.memory(), !self.qemu.gone);
@@ -218,6 +223,11 @@ impl Destination<'_> {
         }
     }
 
+    /// Waits until memory has all that came for it.
+    fn settle(&mut self) -> io::Result<()> {
+        self.memory.as_mut().map_or(Ok(()), WriteBehind::settle)
+    }
+
     fn tell(&mut self) -> Result<(), DealError> {
         let done = match (&mut self.telling, &mut self.memory) {
             (Some(telling), Some(memory)) => telling.step(self.pump, &self.digester, memory)?,
@@ -234,6 +244,8 @@ impl Destination<'_> {
         let pump = self.pump;
         match frame {
             Frame::Forward(data) => {
+                // QEMU may rely on what came before.
+                self.settle()?;
                 self.qemu.write(data).await;
                 pump.on_read(data.len() as u64);
             }
@@ -251,15 +263,20 @@ impl Destination<'_> {
                 pump.push(&Frame::Pieces { block: *block, pages: told }, 0);
             }
             Frame::Left { block, runs } => {
+                // QEMU is to forget pages: nothing but what comes from the source is put where it may have forgotten one.
+                self.telling.iter_mut().for_each(Telling::bring_no_more);
+                self.settle()?;
                 let told = self.arrival()?.on_left(*block, runs).map_err(DealError::Unexpected)?;
                 self.qemu.write(&told).await;
             }
             Frame::Switch { section } => {
+                self.settle()?;
                 self.arrival()?.on_switch(*section).map_err(DealError::Unexpected)?;
                 // A look at a page that is missing would wait for it, and with it all that could bring it.
                 self.memory = None;
             }
             Frame::ForwardEnd if !self.ended => {
+                self.settle()?;
                 self.ended = true;
                 // The VM may run from here on: nobody writes to its memory any more.
                 self.memory = None;
@@ -392,13 +409,18 @@ pub(super) async fn at_source(
                 let _ = advise.take().map(|advise| advise.send(false));
                 pump.on_qemu_answered(ADVISED);
                 hearing.on_memory(blocks).map_err(DealError::Unexpected)?;
+                pump.on_told(true);
             }
-            Frame::Held { block, first, digests } => {
+            Frame::Held { block, first, digests } if !pump.is_switched() => {
+                pump.on_told(true);
                 hearing.on_held(Place { block, page: first }, digests).map_err(DealError::Unexpected)?;
             }
             Frame::Absent { block, runs } if pump.is_switched() => hearing.on_absent(block, runs).map_err(DealError::Unexpected)?,
             Frame::Images(images) => hearing.on_images(images).map_err(DealError::Unexpected)?,
-            Frame::HeldEnd => hearing.on_end().map_err(DealError::Unexpected)?,
+            Frame::HeldEnd => {
+                hearing.on_end().map_err(DealError::Unexpected)?;
+                pump.on_told(false);
+            }
             Frame::Pieces { block, pages } => {
                 if !pump.on_pieces(pages.len()) {
                     return Err(DealError::Unexpected("pieces of pages that it was not asked for"));

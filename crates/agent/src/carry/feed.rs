@@ -169,6 +169,8 @@ pub(super) struct Feed<'a> {
     next_look: Instant,
     /// Of the time since the last read what neither QEMU nor this process needed for it.
     aside: Duration,
+    /// Of the time since the level of compression was chosen what the destination was waited for to tell what it holds.
+    not_told: Duration,
     waited: Waited,
     asked: Instant,
 }
@@ -216,6 +218,7 @@ impl<'a> Feed<'a> {
             idle_pause: FIRST_PAUSE,
             next_look: Instant::now(),
             aside: Duration::ZERO,
+            not_told: Duration::ZERO,
             waited: Waited::default(),
             asked: Instant::now(),
         }
@@ -234,7 +237,10 @@ impl<'a> Feed<'a> {
                     && let Some(holdings) = holdings.take()
                 {
                     let advised = self.advise().await;
-                    self.begin(start, holdings.await, advised).await;
+                    let asked = Instant::now();
+                    let holdings = holdings.await;
+                    self.on_waited_for_held(asked.elapsed());
+                    self.begin(start, holdings, advised).await;
                 }
                 self.wait_until_told(&element).await;
                 self.pass(element)?;
@@ -264,6 +270,7 @@ impl<'a> Feed<'a> {
     /// Reads what there is, and answers how many bytes; what was read before goes out if there is nothing. `None` at the end.
     async fn read(&mut self, qemu: &OwnedReadHalf) -> Result<Option<u64>, FeedError> {
         self.wait_for_room().await;
+        self.hear_held();
         if self.idle && !self.ended && self.section == Section::None && self.encoder.is_some() {
             self.flush();
             self.settle_all().await;
@@ -422,7 +429,8 @@ impl<'a> Feed<'a> {
             self.waited.destination += link;
         }
         self.waited.compression += compression;
-        self.seals.on_waited(link, compression, held);
+        let for_link = if link_is_full { link } else { Duration::ZERO };
+        self.seals.on_waited(for_link, compression, held + std::mem::take(&mut self.not_told));
     }
 
     async fn settle_until(&mut self, done: impl Future<Output = ()>) {
@@ -494,10 +502,21 @@ impl<'a> Feed<'a> {
             if place.is_none_or(|(block, page)| (Place { block, page }) < self.known) {
                 return;
             }
+            if held_there.is_empty() && !held_there.is_closed() {
+                self.wait_for_held().await;
+            } else {
+                self.hear_held();
+            }
+        }
+    }
+
+    /// Learns what the destination has told meanwhile.
+    fn hear_held(&mut self) {
+        while let Some(held_there) = &mut self.held_there {
             match held_there.try_recv() {
                 Ok(held) => self.on_held(held),
                 Err(mpsc::error::TryRecvError::Disconnected) => self.held_there = None,
-                Err(mpsc::error::TryRecvError::Empty) => self.wait_for_held().await,
+                Err(mpsc::error::TryRecvError::Empty) => return,
             }
         }
     }
@@ -519,8 +538,14 @@ impl<'a> Feed<'a> {
                 sealed = self.seals.settle() => self.on_sealed(&sealed),
             }
         }
-        self.aside += began.elapsed();
-        self.waited.destination += began.elapsed();
+        self.on_waited_for_held(began.elapsed());
+    }
+
+    /// Time in which nothing could be sent says nothing about how quickly that is done.
+    fn on_waited_for_held(&mut self, time: Duration) {
+        self.aside += time;
+        self.not_told += time;
+        self.waited.destination += time;
     }
 
     fn on_held(&mut self, (first, digests): Held) {
@@ -580,7 +605,7 @@ impl<'a> Feed<'a> {
 
     /// Learns all that the destination holds, but for the first pages, which are to be sent; how many there are.
     async fn learn_all_held(&mut self) -> usize {
-        let mut pages = 0;
+        let (mut pages, began) = (0, Instant::now());
         while let Some(held_there) = &mut self.held_there {
             match held_there.recv().await {
                 Some(held) => {
@@ -590,6 +615,7 @@ impl<'a> Feed<'a> {
                 None => self.held_there = None,
             }
         }
+        self.on_waited_for_held(began.elapsed());
         pages
     }
 

@@ -13,13 +13,16 @@ use godwit_carrier::{Frame, Image};
 use tokio::sync::{mpsc, oneshot};
 
 use super::arrive::NotItsPart;
+use super::behind::WriteBehind;
 use super::home::Bringing;
 use super::images::ReadableImage;
 use super::memory::ProcessMemory;
 use super::pump::Pump;
 
-/// So many pages must have been brought back for it to be worth while to look at them.
-const WORTH_TELLING: u32 = 2048;
+/// So many pages must have been brought back for it to be worth while to look at them, and so many are told at once.
+const WORTH_TELLING: u32 = 1024;
+/// The last that were brought are still on their way.
+const ON_THEIR_WAY: u32 = 512;
 
 /// What the destination has said of its memory.
 #[derive(Debug, Default)]
@@ -137,8 +140,13 @@ impl Telling {
         Self { bringing, lengths, at: Place::default() }
     }
 
+    /// What was not brought back so far stays away.
+    pub(super) fn bring_no_more(&mut self) {
+        self.bringing = Bringing::default();
+    }
+
     /// Brings some of what is to be brought back, or tells some of what is there for good. Whether that was all.
-    pub(super) fn step(&mut self, pump: &Pump, digester: &Digester, memory: &mut ProcessMemory) -> io::Result<bool> {
+    pub(super) fn step(&mut self, pump: &Pump, digester: &Digester, memory: &mut WriteBehind) -> io::Result<bool> {
         let Place { block, page } = self.at;
         let Some(length) = self.lengths.get(usize::from(block)).copied() else {
             pump.push(&Frame::HeldEnd, 0);
@@ -146,7 +154,7 @@ impl Telling {
         };
         let end = match self.bringing.through() {
             Some(through) if through.block < block => 0,
-            Some(through) if through.block == block => through.page,
+            Some(through) if through.block == block => through.page.saturating_sub(ON_THEIR_WAY),
             _ => length,
         };
         if page >= length {
@@ -161,11 +169,16 @@ impl Telling {
 }
 
 /// Tells what pages hold, up to `end` or as far as is looked at in one go; with which to go on.
-fn tell(pump: &Pump, digester: &Digester, memory: &mut ProcessMemory, from: Place, end: u32) -> io::Result<u32> {
-    let (touched, next) = memory.touched(from.block, from.page)?;
-    let end = end.min(next);
+fn tell(pump: &Pump, digester: &Digester, memory: &mut WriteBehind, from: Place, end: u32) -> io::Result<u32> {
+    memory.wait_for(from, end.saturating_sub(from.page))?;
+    let (mut touched, next) = memory.memory().touched(from.block, from.page)?;
+    let mut end = end.min(next);
+    if let Some(next) = touched.get(WORTH_TELLING as usize) {
+        end = end.min(*next);
+    }
+    touched.retain(|page| *page < end);
     let mut run: Option<Held> = None;
-    for page in touched.into_iter().take_while(|page| *page < end) {
+    for page in touched {
         let mut content = [0; PAGE_SIZE];
         memory.read(from.block, page, &mut content)?;
         let digest = digester.page(&content);
@@ -265,7 +278,8 @@ mod tests {
         let open =
             |name: &str| File::options().read(true).write(name == "mem").open(format!("/proc/self/{name}")).expect("own memory");
         let placed = PlacedBlock { id: "pc.ram".into(), address: address as u64, pages: PAGES };
-        let mut memory = ProcessMemory::new(open("mem").into(), open("pagemap").into(), vec![placed]);
+        let memory = ProcessMemory::new(open("mem").into(), open("pagemap").into(), vec![placed]);
+        let mut memory = WriteBehind::new(memory, crate::carry::tests::workers());
         let blocks = vec![godwit_vault::Block { id: "pc.ram".into(), pages: PAGES }];
         let identity = godwit_vault::Identity { vm: VmId::new(Uuid::nil()), generation: Generation(1), blocks };
         let file = tempfile::tempfile().expect("a file");
@@ -279,7 +293,7 @@ mod tests {
         let (pump, _) = Pump::new(Side::Destination, identity, keep_alive, None, mpsc::channel(1).0);
         let earlier = Earlier { stay: Some((file, [4; 32])), lent: None };
         let bringing = Bringing::begin(earlier, &mut memory).await;
-        let mut telling = Telling::begin(&pump, &memory, bringing);
+        let mut telling = Telling::begin(&pump, memory.memory(), bringing);
         let (digester, mut early) = (Digester::new(&[7; 32]), 0);
         while !telling.step(&pump, &digester, &mut memory).expect("its own memory") {
             if let Some(through) = telling.bringing.through() {

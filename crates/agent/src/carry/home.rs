@@ -10,6 +10,7 @@ use godwit_model::Generation;
 use godwit_vault::{StayError, StayKey, StayReader};
 use tokio::net::UnixStream;
 
+use super::behind::WriteBehind;
 use super::lent::bring_lent;
 use super::memory::ProcessMemory;
 
@@ -43,13 +44,15 @@ struct Stay {
     reader: StayReader<File>,
     /// For each of its blocks the number of that of the same name and length here.
     blocks: Vec<Option<u16>>,
+    /// They have the same order here, and so have their pages.
+    in_order: bool,
     pages: u64,
 }
 
 impl Bringing {
     /// Begins with what is newer, or else with the other. A snapshot is here when this returns, a stay is to be [brought](Bringing::next). What cannot be
     /// read is done without.
-    pub(super) async fn begin(earlier: Earlier, memory: &mut ProcessMemory) -> Self {
+    pub(super) async fn begin(earlier: Earlier, memory: &mut WriteBehind) -> Self {
         let Earlier { stay, lent } = earlier;
         let open = |(file, key)| StayReader::open(file, &StayKey::new(key)).inspect_err(no_use).ok();
         let stay = stay.and_then(open);
@@ -60,7 +63,7 @@ impl Bringing {
         {
             return Self::default();
         }
-        Self { stay: stay.map(|reader| Stay::new(reader, memory)), through: Place::default() }
+        Self { stay: stay.map(|reader| Stay::new(reader, memory.memory())), through: Place::default() }
     }
 
     /// Nothing before this place will be written to any more; `None` if nothing will be at all.
@@ -69,7 +72,7 @@ impl Bringing {
     }
 
     /// Brings a part of what is missing.
-    pub(super) fn next(&mut self, memory: &mut ProcessMemory) {
+    pub(super) fn next(&mut self, memory: &mut WriteBehind) {
         let Some(stay) = &mut self.stay else { return };
         match stay.next(self.through, memory) {
             Ok(Some(through)) => self.through = through,
@@ -85,7 +88,7 @@ impl Bringing {
     }
 
     /// Brings one part after the other, for as long as it is let.
-    pub(super) async fn go_on(&mut self, memory: &mut ProcessMemory) -> Infallible {
+    pub(super) async fn go_on(&mut self, memory: &mut WriteBehind) -> Infallible {
         while self.stay.is_some() {
             self.next(memory);
             tokio::task::yield_now().await;
@@ -100,22 +103,23 @@ impl Stay {
             let same = memory.blocks().iter().position(|here| here.id == block.id && here.pages == block.pages);
             same.and_then(|number| u16::try_from(number).ok())
         };
-        let blocks = reader.identity().blocks.iter().map(here).collect();
-        Self { reader, blocks, pages: 0 }
+        let blocks: Vec<Option<u16>> = reader.identity().blocks.iter().map(here).collect();
+        let in_order = blocks.iter().flatten().is_sorted();
+        Self { reader, blocks, in_order, pages: 0 }
     }
 
-    /// Writes the next chunk but what lies before `through`, which can only be if the blocks have another order than here; through where, or `None` at the
-    /// end. Every page is compared by its digest afterwards, wherever it came from.
-    fn next(&mut self, mut through: Place, memory: &mut ProcessMemory) -> Result<Option<Place>, StayError> {
-        let Self { reader, blocks, pages } = self;
+    /// Writes the next chunk; through where there is all that comes back, or `None` at the end. Every page is compared by its digest afterwards, wherever it
+    /// came from.
+    fn next(&mut self, mut through: Place, memory: &mut WriteBehind) -> Result<Option<Place>, StayError> {
+        let Self { reader, blocks, in_order, pages } = self;
         let Some(chunk) = reader.next_chunk()? else { return Ok(None) };
         let Some(Some(block)) = blocks.get(usize::from(chunk.block())).copied() else { return Ok(Some(through)) };
         for (page, run) in chunk.runs() {
-            if (Place { block, page }) < through {
-                continue;
-            }
             memory.write(block, page, run.as_flattened())?;
             *pages += run.len() as u64;
+            if !*in_order {
+                continue;
+            }
             through = Place { block, page: page.saturating_add(u32::try_from(run.len()).unwrap_or(u32::MAX)) };
         }
         Ok(Some(through))

@@ -6,6 +6,7 @@ use std::time::Duration;
 use godwit_carrier::pages::{GuestMemory, PAGE_SIZE};
 use tokio::io::{AsyncRead, AsyncReadExt, BufReader};
 
+use super::behind::WriteBehind;
 use super::memory::ProcessMemory;
 use crate::snapshot::{END, MOST_BLOCKS, MOST_PAGES};
 
@@ -28,7 +29,7 @@ pub(super) enum LentError {
 
 /// Puts the pages of a snapshot into the blocks of the same names and lengths, for so long at most, and answers how many there were. What did not come is not
 /// there, and travels; what came is compared by its digest afterwards.
-pub(super) async fn bring_lent(from: impl AsyncRead + Unpin, within: Duration, memory: &mut ProcessMemory) -> u64 {
+pub(super) async fn bring_lent(from: impl AsyncRead + Unpin, within: Duration, memory: &mut WriteBehind) -> u64 {
     let mut count = 0;
     let brought = tokio::time::timeout(within, bring_all(from, memory, &mut count)).await;
     match brought.unwrap_or(Err(LentError::Late)) {
@@ -40,9 +41,9 @@ pub(super) async fn bring_lent(from: impl AsyncRead + Unpin, within: Duration, m
     count
 }
 
-async fn bring_all(from: impl AsyncRead + Unpin, memory: &mut ProcessMemory, count: &mut u64) -> Result<(), LentError> {
+async fn bring_all(from: impl AsyncRead + Unpin, memory: &mut WriteBehind, count: &mut u64) -> Result<(), LentError> {
     let mut from = BufReader::with_capacity(ROOM, from);
-    let blocks = read_blocks(&mut from, memory).await?;
+    let blocks = read_blocks(&mut from, memory.memory()).await?;
     let mut content = vec![0; MOST_PAGES * PAGE_SIZE];
     loop {
         let block = from.read_u16().await?;

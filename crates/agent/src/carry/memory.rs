@@ -112,10 +112,17 @@ impl ProcessMemory {
     }
 }
 
-impl GuestMemory for ProcessMemory {
-    type Error = io::Error;
+impl ProcessMemory {
+    /// Whether this is a whole number of pages, of a block that has them.
+    pub(super) fn check(&self, block: u16, page: u32, bytes: usize) -> io::Result<()> {
+        if !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.address(block, page, (bytes / PAGE_SIZE) as u64).map(drop)
+    }
 
-    fn read(&mut self, block: u16, page: u32, into: &mut Page) -> io::Result<()> {
+    /// Reads a page, also of an image.
+    pub(super) fn get(&self, block: u16, page: u32, into: &mut Page) -> io::Result<()> {
         if let Some(image) = block.checked_sub(FIRST_IMAGE) {
             return self.images.get(usize::from(image)).ok_or(io::ErrorKind::InvalidInput)?.read(page, into);
         }
@@ -123,7 +130,8 @@ impl GuestMemory for ProcessMemory {
         read_whole(&self.memory, into, address)
     }
 
-    fn write(&mut self, block: u16, page: u32, mut content: &[u8]) -> io::Result<()> {
+    /// Writes consecutive pages.
+    pub(super) fn put(&self, block: u16, page: u32, mut content: &[u8]) -> io::Result<()> {
         let mut address = self.address(block, page, content.len().div_ceil(PAGE_SIZE) as u64)?;
         while !content.is_empty() {
             match pwrite(&self.memory, content, address) {
@@ -137,6 +145,18 @@ impl GuestMemory for ProcessMemory {
             }
         }
         Ok(())
+    }
+}
+
+impl GuestMemory for ProcessMemory {
+    type Error = io::Error;
+
+    fn read(&mut self, block: u16, page: u32, into: &mut Page) -> io::Result<()> {
+        self.get(block, page, into)
+    }
+
+    fn write(&mut self, block: u16, page: u32, content: &[u8]) -> io::Result<()> {
+        self.put(block, page, content)
     }
 }
 

@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::arrive::Arrival;
+use super::behind::WriteBehind;
 use super::connect::{self, Acceptor, Dialler};
 use super::control::{
     CarryConfig, CarryStatus, DiskStatus, FromCarry, ImageFd, IndexedImageFds, LentMemory, MAX_LINE, OwnDiskFacts, PageCounts,
@@ -40,7 +41,8 @@ use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
 use super::pump::{Gauge, KeepAlive, Pump};
 use super::return_path::{from_qemu, return_path};
-use super::seal::{Sealers, SealersError};
+use super::seal::Sealers;
+use super::workers::{Workers, WorkersError};
 use super::{after, connections, deal};
 use crate::tls::Material;
 
@@ -83,17 +85,17 @@ pub fn run(config_fd: RawFd) -> Result<(), CarryError> {
     // The runtime makes its own descriptors while it may.
     share_one_heap().ok_or(CarryError::Heap)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CarryError::Descriptor)?;
-    let sealers = match config.role {
-        Role::Source { .. } | Role::DiskSource { .. } => {
-            Some(Sealers::start(|| relay::confine(None).map(drop)).map_err(|error| match error {
-                SealersError::Thread(error) => CarryError::Thread(error),
-                SealersError::Confine(error) => CarryError::Confine(error),
+    let workers = match config.role {
+        Role::Source { .. } | Role::DiskSource { .. } | Role::Destination { .. } => {
+            Some(Workers::start(|| relay::confine(None).map(drop)).map_err(|error| match error {
+                WorkersError::Thread(error) => CarryError::Thread(error),
+                WorkersError::Confine(error) => CarryError::Confine(error),
             })?)
         }
-        Role::Destination { .. } | Role::DiskDestination { .. } => None,
+        Role::DiskDestination { .. } => None,
     };
     confine(&config).map_err(CarryError::Confine)?;
-    runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config, sealers)))
+    runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config, workers)))
 }
 
 /// With a heap for each thread the C library would open a file of /proc when it makes one smaller, which is not allowed later.
@@ -129,11 +131,11 @@ fn take(fd: RawFd) -> OwnedFd {
 /// What a carry works with.
 struct Means {
     qemu: UnixStream,
-    /// Of a source.
-    sealers: Option<Sealers>,
+    /// Of all but the destination of a disk.
+    workers: Option<Workers>,
 }
 
-async fn serve(config: CarryConfig, sealers: Option<Sealers>) -> Result<(), CarryError> {
+async fn serve(config: CarryConfig, workers: Option<Workers>) -> Result<(), CarryError> {
     let control = StdUnixListener::from(take(config.control_fd));
     control.set_nonblocking(true).map_err(CarryError::Descriptor)?;
     let control = UnixListener::from_std(control).map_err(CarryError::Descriptor)?;
@@ -151,7 +153,7 @@ async fn serve(config: CarryConfig, sealers: Option<Sealers>) -> Result<(), Carr
     let (pump, frames) = Pump::new(side, identity, KEEP_ALIVE, bandwidth, to_agent);
     let pump = Rc::new(pump);
     let mover =
-        tokio::task::spawn_local(carry(config, Means { qemu, sealers }, Rc::clone(&pump), frames, from_agent, Rc::clone(&status)));
+        tokio::task::spawn_local(carry(config, Means { qemu, workers }, Rc::clone(&pump), frames, from_agent, Rc::clone(&status)));
     answer_agents(control, to_peer, from_peer, &status, &pump).await;
     mover.abort();
     Ok(())
@@ -229,7 +231,7 @@ async fn move_bytes(
         Role::DiskSource { address, disk_fd, disk, images, .. } => {
             let key = session_key()?;
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
-            let sealers = means.sealers.ok_or("a source has threads that compress")?;
+            let sealers = Sealers::new(means.workers.ok_or("a source has threads that compress")?);
             let images = images.into_iter().filter_map(own_image).collect();
             let OwnDiskFacts { export, size, since } = disk;
             let out = DiskOut::new(pump, sealers, Digester::new(&key), images, OwnDisk { export, size, since }).map_err(text)?;
@@ -265,7 +267,7 @@ async fn move_bytes(
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
             let (listening, holdings, heard) = listen();
             let holdings = async { holdings.await.unwrap_or_default() };
-            let sealers = means.sealers.ok_or("a source has threads that compress")?;
+            let sealers = Sealers::new(means.workers.ok_or("a source has threads that compress")?);
             if again {
                 let own = memory(own.ok_or("a source that goes on has the VM's memory")?);
                 pump.on_switched(0);
@@ -289,27 +291,31 @@ async fn move_bytes(
             let (reader, writer) = means.qemu.into_split();
             let mut acceptor = acceptor(listen_fd, peer, &material, wire)?;
             let images = images.into_iter().map(readable_image).collect();
-            let mut memory = placement.map(|placement| memory(placement).with_images(images));
+            let memory = placement.map(|placement| memory(placement).with_images(images));
             let stay = kept.map(|kept| (std::fs::File::from(take(kept.file_fd)), kept.key));
             let lent = lent.map(self::lent).transpose().map_err(text)?;
             let earlier = Earlier { stay, lent };
             let (told, mut key) = oneshot::channel();
             let (to_carry, from_qemu) = from_qemu(advises);
+            let tell_post_copy = |arrival: &Arrival| tell_arrival(status, arrival);
+            let workers = means.workers.ok_or("a destination has threads that write")?;
             let deal = async {
-                // A QEMU that is advised of post-copy forgets what is in its memory.
-                let (mut bringing, mut earlier) = (None, Some(earlier));
-                if !advises
-                    && again.is_none()
-                    && let (Some(memory), Some(earlier)) = (&mut memory, earlier.take())
-                {
-                    bringing = Some(Bringing::begin(earlier, memory).await);
-                }
                 let mut writer = writer;
-                if again.is_some() {
+                if let Some(section) = again {
                     // It is to find this when it gets the connection: with nothing on it, or none any more, an old one ends.
                     let mut resume = BytesMut::new();
                     put_resume(&mut resume);
                     writer.write_all(&resume).await.map_err(DealError::Memory)?;
+                    let memory = (memory.ok_or(DealError::Unexpected("pages for no memory"))?, section);
+                    let Ok(key) = key.await else { return std::future::pending().await };
+                    let digester = Digester::new(&key);
+                    return deal::at_destination_again(pump, writer, frames, digester, memory, from_qemu, tell_post_copy).await;
+                }
+                let mut memory = memory.map(|memory| WriteBehind::new(memory, workers));
+                // A QEMU that is advised of post-copy forgets what is in its memory.
+                let (mut bringing, mut earlier) = (None, Some(earlier));
+                if !advises && let (Some(memory), Some(earlier)) = (&mut memory, earlier.take()) {
+                    bringing = Some(Bringing::begin(earlier, memory).await);
                 }
                 let key = match (&mut bringing, &mut memory) {
                     (Some(bringing), Some(memory)) => tokio::select! {
@@ -318,23 +324,13 @@ async fn move_bytes(
                     },
                     _ => key.await,
                 };
-                let prepare = async |memory: &mut ProcessMemory| match (bringing, earlier) {
+                let prepare = async |memory: &mut WriteBehind| match (bringing, earlier) {
                     (Some(bringing), _) => bringing,
                     (None, Some(earlier)) => Bringing::begin(earlier, memory).await,
                     (None, None) => Bringing::default(),
                 };
-                let tell = |arrival: &Arrival| tell_arrival(status, arrival);
-                match key {
-                    Ok(key) => {
-                        let digester = Digester::new(&key);
-                        if let Some(section) = again {
-                            let memory = (memory.ok_or(DealError::Unexpected("pages for no memory"))?, section);
-                            return deal::at_destination_again(pump, writer, frames, digester, memory, from_qemu, tell).await;
-                        }
-                        deal::at_destination(pump, writer, frames, digester, (memory, from_qemu), prepare, tell).await
-                    }
-                    Err(_) => std::future::pending().await,
-                }
+                let Ok(key) = key else { return std::future::pending().await };
+                deal::at_destination(pump, writer, frames, Digester::new(&key), (memory, from_qemu), prepare, tell_post_copy).await
             };
             tokio::select! {
                 error = connections::of_destination(pump, &mut acceptor, told, patience, from_agent, tell) => Err(text(error)),

@@ -108,6 +108,8 @@ pub(super) struct Pump {
     looked_at: Cell<usize>,
     /// Pages whose pieces were asked for and not told yet.
     wanted: Cell<usize>,
+    /// The destination tells what it holds, and is not through with that.
+    telling: Cell<bool>,
     /// Of a disk: its mirror runs.
     begun: Cell<bool>,
     begins: Notify,
@@ -197,6 +199,7 @@ impl Pump {
             waiting: Cell::new(0),
             looked_at: Cell::new(0),
             wanted: Cell::new(0),
+            telling: Cell::new(false),
             begun: Cell::new(false),
             begins: Notify::new(),
             after: After::default(),
@@ -215,7 +218,11 @@ impl Pump {
     pub(super) fn gauge(&self) -> Gauge {
         let session = self.session.borrow();
         let window = session.window();
-        let stalled = if session.is_settled() { Duration::ZERO } else { self.now().saturating_sub(window.last_applied()) };
+        let stalled = if session.is_settled() && !self.telling.get() {
+            Duration::ZERO
+        } else {
+            self.now().saturating_sub(window.last_applied())
+        };
         // What it may take counts from the moment at which that is said, not when it has been measured.
         let link_rate = self.link_rate().unwrap_or(0);
         Gauge {
@@ -248,7 +255,8 @@ impl Pump {
             // No page takes the link.
             return self.speed.get().per_second();
         }
-        if link_rate == 0 {
+        // As long as pages wait for what the destination has still to tell, neither link nor processor is what they take their time for.
+        if link_rate == 0 || self.telling.get() {
             return 0;
         }
         let page = PAGE_SIZE as f64;
@@ -474,6 +482,14 @@ impl Pump {
     /// Bytes of a disk that the peer has dealt with, all in all.
     pub(super) fn raw_applied(&self) -> u64 {
         self.session.borrow().window().raw_applied()
+    }
+
+    /// The destination begins, goes on, or ends to tell what it holds. What the link takes was measured while it had other things to do.
+    pub(super) fn on_told(&self, goes_on: bool) {
+        self.on_sign_of_work();
+        if self.telling.replace(goes_on) && !goes_on {
+            self.session.borrow_mut().forget_rate();
+        }
     }
 
     /// The peer is at work, although it acknowledges nothing.

@@ -1,92 +1,58 @@
 //! Frames on their way from the feed to the pump: batches are compressed by other threads meanwhile, and all leave in the order in which they came.
 
 use std::collections::VecDeque;
-use std::io;
-use std::num::NonZero;
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::thread::{self, available_parallelism};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use godwit_carrier::pages::{Batch, Sealer};
 use godwit_carrier::{Frame, Level, LevelChoice, Spent};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::pump::Pump;
+use super::workers::Workers;
 
-/// Most threads that compress for one move.
-const MOST_THREADS: usize = 4;
-/// Nothing that they call goes deep.
-const STACK: usize = 256 << 10;
-
-/// Threads that compress, until this is dropped.
+/// Threads that compress, and what they do it with.
 #[derive(Debug)]
 pub(super) struct Sealers {
-    jobs: mpsc::Sender<Job>,
-    threads: usize,
-}
-
-#[derive(Debug)]
-struct Job {
-    batch: Batch,
-    level: Level,
-    /// At which it is compressed, too, to see how long it would be.
-    trial: Option<Level>,
-    done: oneshot::Sender<Sealed>,
+    workers: Workers,
+    /// Those that nobody uses now.
+    idle: Arc<Mutex<Vec<Sealer>>>,
 }
 
 /// A batch, and what it came to.
 #[derive(Debug)]
 struct Sealed {
     batch: Batch,
-    level: Level,
     payload: Bytes,
-    tried: Option<usize>,
 }
+
+/// What a batch came to at the level that was chosen, and at another.
+type Trial = ((Level, usize), (Level, usize));
 
 impl Sealers {
-    /// Starts as many as there are processors, four at most. Each confines itself by `confine` before it takes anything.
-    pub(super) fn start<E: Send + 'static>(confine: fn() -> Result<(), E>) -> Result<Self, SealersError<E>> {
-        let threads = available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS);
-        let (jobs, queue) = mpsc::channel();
-        let queue = Arc::new(Mutex::new(queue));
-        let (ready, confined) = mpsc::channel();
-        for _ in 0..threads {
-            let (queue, ready) = (Arc::clone(&queue), ready.clone());
-            let body = move || {
-                let confined = confine();
-                let confined_well = confined.is_ok();
-                if ready.send(confined).is_ok() && confined_well {
-                    work(&queue);
-                }
-            };
-            thread::Builder::new().name("sealer".into()).stack_size(STACK).spawn(body).map_err(SealersError::Thread)?;
-        }
-        for confined in confined.iter().take(threads) {
-            confined.map_err(SealersError::Confine)?;
-        }
-        Ok(Self { jobs, threads })
+    pub(super) fn new(workers: Workers) -> Self {
+        let idle = std::iter::repeat_with(Sealer::new).take(workers.threads()).collect();
+        Self { workers, idle: Arc::new(Mutex::new(idle)) }
     }
-}
 
-/// Why there are none.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum SealersError<E> {
-    #[error("a thread cannot be started")]
-    Thread(#[source] io::Error),
-    #[error("a thread cannot be confined")]
-    Confine(#[source] E),
-}
-
-fn work(queue: &Mutex<mpsc::Receiver<Job>>) {
-    let mut sealer = Sealer::new();
-    loop {
-        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { batch, level, trial, done }) = job else { return };
-        let payload = sealer.seal(&batch, level);
-        let tried = trial.map(|trial| sealer.seal(&batch, trial).len());
-        // Whoever waited may be gone.
-        let _ = done.send(Sealed { batch, level, payload, tried });
+    /// Has a batch compressed at a level, and, for a trial, at another one behind that.
+    fn seal(&self, batch: Batch, level: Level, trial: Option<(Level, mpsc::UnboundedSender<Trial>)>) -> oneshot::Receiver<Sealed> {
+        let (done, sealed) = oneshot::channel();
+        let idle = Arc::clone(&self.idle);
+        self.workers.run(move || {
+            let sealers = || idle.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut sealer = sealers().pop().unwrap_or_default();
+            let payload = sealer.seal(&batch, level);
+            let (length, again) = (payload.len(), trial.is_some().then(|| batch.clone()));
+            // Whoever waited may be gone. The same below.
+            let _ = done.send(Sealed { batch, payload });
+            if let (Some(batch), Some((other, told))) = (again, trial) {
+                let _ = told.send(((level, length), (other, sealer.seal(&batch, other).len())));
+            }
+            sealers().push(sealer);
+        });
+        sealed
     }
 }
 
@@ -105,14 +71,16 @@ pub(super) struct Seals<'a> {
     sealing: usize,
     sealers: Sealers,
     choice: LevelChoice,
-    /// Bytes given to compression since the choice was told.
-    given: u64,
+    trials: (mpsc::UnboundedSender<Trial>, mpsc::UnboundedReceiver<Trial>),
+    /// What compression came to since the choice was told.
+    bytes: u64,
     told: Instant,
 }
 
 impl<'a> Seals<'a> {
     pub(super) fn new(pump: &'a Pump, sealers: Sealers) -> Self {
-        Self { pump, leaving: VecDeque::new(), sealing: 0, sealers, choice: LevelChoice::default(), given: 0, told: Instant::now() }
+        let (choice, trials) = (LevelChoice::default(), mpsc::unbounded_channel());
+        Self { pump, leaving: VecDeque::new(), sealing: 0, sealers, choice, trials, bytes: 0, told: Instant::now() }
     }
 
     /// A frame leaves, after all that came before.
@@ -134,12 +102,13 @@ impl<'a> Seals<'a> {
 
     /// A batch leaves, when it is compressed.
     pub(super) fn seal(&mut self, batch: Batch) {
-        let (done, sealed) = oneshot::channel();
-        let (level, trial) = self.choice.next_batch();
-        self.given += batch.length() as u64;
-        let job = Job { batch, level, trial, done };
-        self.sealers.jobs.send(job).expect("the threads live as long as this");
-        self.leaving.push_back(Leaving::Batch(sealed));
+        let (mut level, mut trial) = self.choice.next_batch();
+        if self.pump.is_hurried() || self.pump.is_switched() {
+            // The guest waits.
+            (level, trial) = (level.min(Level::default()), None);
+        }
+        let trial = trial.map(|trial| (trial, self.trials.0.clone()));
+        self.leaving.push_back(Leaving::Batch(self.sealers.seal(batch, level, trial)));
         self.sealing += 1;
     }
 
@@ -148,13 +117,16 @@ impl<'a> Seals<'a> {
         let all = self.told.elapsed();
         self.told += all;
         let all = all.saturating_sub(held);
-        let spent = Spent { all, link, compression, bytes: std::mem::take(&mut self.given) };
+        while let Ok((here, there)) = self.trials.1.try_recv() {
+            self.choice.on_trial(here, there);
+        }
+        let spent = Spent { all, link, compression, bytes: std::mem::take(&mut self.bytes) };
         self.choice.on_spent(spent, self.pump.link_rate());
     }
 
     /// Whether one more batch would find no thread.
     pub(super) fn is_full(&self) -> bool {
-        self.sealing >= self.sealers.threads
+        self.sealing >= self.sealers.workers.threads()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -168,11 +140,9 @@ impl<'a> Seals<'a> {
         let sealed = sealed.await;
         self.leaving.pop_front();
         self.sealing -= 1;
-        let Sealed { batch, level, payload, tried } = sealed.expect("no thread that compresses panics");
+        let Sealed { batch, payload } = sealed.expect("no thread that compresses panics");
         let length = payload.len();
-        if let Some(tried) = tried {
-            self.choice.on_trial((level, length), tried);
-        }
+        self.bytes += length as u64;
         self.pump.push(&Frame::Pages(payload), batch.raw);
         while let Some(Leaving::Frame(..)) = self.leaving.front() {
             if let Some(Leaving::Frame(frame, raw)) = self.leaving.pop_front() {
@@ -180,16 +150,5 @@ impl<'a> Seals<'a> {
             }
         }
         (batch, length)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn threads_that_cannot_be_confined_compress_nothing() {
-        assert!(matches!(Sealers::start(|| Err("refused")), Err(SealersError::Confine("refused"))));
-        assert!(Sealers::start(|| Ok::<_, ()>(())).is_ok());
     }
 }

@@ -1,5 +1,6 @@
 //! Where a QEMU has the guest's memory, so that carry reads it, or writes pages straight into that of a QEMU that waits.
 
+use std::cmp::Reverse;
 use std::fs::File;
 use std::io;
 
@@ -29,7 +30,7 @@ pub(super) enum Access {
     Write,
 }
 
-/// Finds the RAM and the DIMMs of `spec` in its QEMU.
+/// Finds the RAM and the DIMMs of `spec` in its QEMU, the largest first: in that order QEMU goes through them when the VM moves.
 async fn blocks(qmp: &Qmp, spec: &ResolvedSpec) -> Result<Vec<PlacedBlock>, NoPlacement> {
     let dimms = spec.dimms().iter().map(|dimm| (dimm.address.0, dimm.size.get()));
     let mut blocks = Vec::new();
@@ -39,6 +40,7 @@ async fn blocks(qmp: &Qmp, spec: &ResolvedSpec) -> Result<Vec<PlacedBlock>, NoPl
         let Ok(pages) = u32::try_from(size / PAGE) else { continue };
         blocks.push(PlacedBlock { id, address, pages });
     }
+    blocks.sort_by_key(|block| Reverse(block.pages));
     Ok(blocks)
 }
 

@@ -134,12 +134,6 @@ struct Shares {
 }
 
 impl Batch {
-    /// Bytes without compression.
-    #[must_use]
-    pub fn length(&self) -> usize {
-        self.body.len()
-    }
-
     /// Of pages that are not sent again.
     pub(super) fn after(body: Bytes, raw: u64) -> Self {
         Self { body, raw, shares: Shares::default() }

@@ -10,6 +10,7 @@ use tokio::net::UnixStream;
 use uuid::Uuid;
 
 use super::super::PlacedBlock;
+use super::super::behind::WriteBehind;
 use super::super::home::{Bringing, Earlier, Lent};
 use super::*;
 use crate::snapshot::lend;
@@ -40,7 +41,7 @@ const fn zeros(pages: u32) -> u32 {
 }
 
 /// Blocks of this very process.
-fn memory(blocks: &[(&str, u32)]) -> ProcessMemory {
+fn memory(blocks: &[(&str, u32)]) -> WriteBehind {
     let placed = |(id, pages): &(&str, u32)| {
         let bytes: &'static [u8] = Vec::leak(vec![0; (*pages as usize + 1) * PAGE_SIZE]);
         let at = bytes.as_ptr().addr() + bytes.as_ptr().align_offset(PAGE_SIZE);
@@ -48,17 +49,18 @@ fn memory(blocks: &[(&str, u32)]) -> ProcessMemory {
     };
     let memory = File::options().read(true).write(true).open("/proc/self/mem").expect("own memory");
     let map = File::open("/proc/self/pagemap").expect("own page map");
-    ProcessMemory::new(memory.into(), map.into(), blocks.iter().map(placed).collect())
+    let memory = ProcessMemory::new(memory.into(), map.into(), blocks.iter().map(placed).collect());
+    WriteBehind::new(memory, crate::carry::tests::workers())
 }
 
-fn read(memory: &mut ProcessMemory, block: u16, page: u32) -> Page {
+fn read(memory: &mut WriteBehind, block: u16, page: u32) -> Page {
     let mut content = [0; PAGE_SIZE];
     memory.read(block, page, &mut content).expect("read");
     content
 }
 
 /// How many pages of a block are what the snapshot has and not zero; all others are zero.
-fn placed(memory: &mut ProcessMemory, block: u16) -> u32 {
+fn placed(memory: &mut WriteBehind, block: u16) -> u32 {
     let mut count = 0;
     for page in 0..PAGES {
         let here = read(memory, block, page);
@@ -218,7 +220,7 @@ async fn a_vault_that_does_not_answer_is_not_waited_for_and_whoever_has_enough_e
     assert!(lending.join().expect("no panic"), "it ended, and that is no error");
 }
 
-async fn bring_all_back(earlier: Earlier, memory: &mut ProcessMemory) {
+async fn bring_all_back(earlier: Earlier, memory: &mut WriteBehind) {
     let mut bringing = Bringing::begin(earlier, memory).await;
     while bringing.through().is_some() {
         bringing.next(memory);

@@ -1,0 +1,95 @@
+//! The threads of a carry beside its first one. All are begun, and confined, before the first byte from outside is read.
+
+use std::io;
+use std::num::NonZero;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::{self, available_parallelism};
+
+/// Most threads of one carry.
+const MOST_THREADS: usize = 4;
+/// Nothing that they call goes deep.
+const STACK: usize = 256 << 10;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Threads that take one job after the other, in the order in which they are given, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Workers {
+    jobs: mpsc::Sender<Job>,
+    threads: usize,
+}
+
+impl Workers {
+    /// Starts as many as there are processors, four at most. Each confines itself by `confine` before it takes anything.
+    pub(super) fn start<E: Send + 'static>(confine: fn() -> Result<(), E>) -> Result<Self, WorkersError<E>> {
+        let threads = available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS);
+        let (jobs, queue) = mpsc::channel();
+        let queue = Arc::new(Mutex::new(queue));
+        let (ready, confined) = mpsc::channel();
+        for _ in 0..threads {
+            let (queue, ready) = (Arc::clone(&queue), ready.clone());
+            let body = move || {
+                let confined = confine();
+                let confined_well = confined.is_ok();
+                if ready.send(confined).is_ok() && confined_well {
+                    work(&queue);
+                }
+            };
+            thread::Builder::new().name("worker".into()).stack_size(STACK).spawn(body).map_err(WorkersError::Thread)?;
+        }
+        for confined in confined.iter().take(threads) {
+            confined.map_err(WorkersError::Confine)?;
+        }
+        Ok(Self { jobs, threads })
+    }
+
+    pub(super) const fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// One of them does this.
+    pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
+        self.jobs.send(Box::new(job)).expect("the threads live as long as this");
+    }
+}
+
+/// Why there are none.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum WorkersError<E> {
+    #[error("a thread cannot be started")]
+    Thread(#[source] io::Error),
+    #[error("a thread cannot be confined")]
+    Confine(#[source] E),
+}
+
+fn work(queue: &Mutex<mpsc::Receiver<Job>>) {
+    loop {
+        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(job) = job else { return };
+        job();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_cannot_be_confined_do_nothing() {
+        assert!(matches!(Workers::start(|| Err("refused")), Err(WorkersError::Confine("refused"))));
+    }
+
+    #[test]
+    fn every_job_is_done() {
+        let workers = Workers::start(|| Ok::<_, ()>(())).expect("threads");
+        let (done, all) = mpsc::channel();
+        for number in 0..100_u32 {
+            let done = done.clone();
+            workers.run(move || done.send(number).expect("heard"));
+        }
+        drop(done);
+        let mut all: Vec<u32> = all.iter().collect();
+        all.sort_unstable();
+        assert_eq!(all, (0..100).collect::<Vec<u32>>());
+    }
+}
