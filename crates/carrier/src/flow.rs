@@ -181,11 +181,6 @@ impl Window {
         self.last_sign = now;
     }
 
-    /// What frames took lately was the destination's time, not the link's. How much may be in flight stays as it is.
-    pub const fn forget_rate(&mut self) {
-        (self.rate, self.busy, self.busy_bytes) = (0, Duration::ZERO, 0);
-    }
-
     /// What was applied stands for.
     #[must_use]
     pub const fn raw_applied(&self) -> u64 {
@@ -325,19 +320,6 @@ mod tests {
         small.on_sent(10_000, 0, Duration::from_secs(5));
         small.on_applied(10_000, 0, Duration::from_millis(5_100));
         assert_eq!(small.rate(), 100_000, "better than nothing");
-    }
-
-    #[test]
-    fn a_rate_that_was_forgotten_is_no_longer_in_the_way_of_a_better_one() {
-        let mut window = Window::new(Duration::ZERO);
-        window.on_sent(10_000, 0, Duration::ZERO);
-        window.on_applied(10_000, 0, Duration::from_millis(1));
-        window.on_sent(MIB, 0, Duration::from_millis(1));
-        window.on_applied(MIB, 0, Duration::from_millis(1_001));
-        assert_eq!(window.rate(), MIB);
-        let limit = window.limit();
-        window.forget_rate();
-        assert_eq!((window.rate(), window.limit()), (10_000_000, limit), "the quickest burst counts again");
     }
 
     #[test]

@@ -130,15 +130,15 @@ impl LevelChoice {
             return;
         }
         match lower {
-            false if saves(there, here) => self.set(other),
-            true if !saves(here, there) => self.set(other),
+            false if saves(there, here) => self.set(other, OFTEN),
+            true if !saves(here, there) => self.set(other, OFTEN),
             _ => self.series = Series::new(SELDOM, !lower && level > Level::default() || level.higher() == level),
         }
     }
 
-    fn set(&mut self, level: Level) {
+    fn set(&mut self, level: Level, every: u32) {
         self.level = level;
-        self.series = Series::new(OFTEN, level.higher() == level);
+        self.series = Series::new(every, level.higher() == level);
     }
 
     /// So much time was spent, over a link that takes so many bytes per second, if that is known. While the link was waited for most of the time, and
@@ -158,7 +158,8 @@ impl LevelChoice {
         let is_idle = |rate: u64| rate as f64 * all.as_secs_f64() >= bytes.saturating_mul(IDLE_LINK) as f64;
         let may_fall = self.level > Level::default() || link_rate.is_some_and(is_idle);
         if compression > link && compression > all / 4 && may_fall {
-            self.set(self.level.lower());
+            // A higher one was too slow, and is not tried again soon.
+            self.set(self.level.lower(), SELDOM);
         }
     }
 }

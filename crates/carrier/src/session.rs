@@ -61,11 +61,6 @@ impl Session {
         self.window.on_sign_of_work(now);
     }
 
-    /// What was measured of the link lately says nothing about it.
-    pub fn forget_rate(&mut self) {
-        self.window.forget_rate();
-    }
-
     /// Adds an encoded sequenced frame. `raw` is how much guest memory or stream it stands for.
     pub fn push(&mut self, bytes: Bytes, raw: u64, now: Duration) {
         self.window.on_sent(bytes.len() as u64, raw, now);

@@ -28,6 +28,8 @@ pub(super) struct WriteBehind {
     busy: PageSet,
     /// Room of earlier pieces.
     spare: Vec<Writes>,
+    /// Something was not written, and whoever relies on it is told so, however often it is asked.
+    failed: Option<(io::ErrorKind, String)>,
 }
 
 /// Pages that follow each other, several times, and their contents one after the other.
@@ -42,7 +44,14 @@ impl WriteBehind {
         let lengths: Vec<u32> = memory.blocks().iter().map(|block| block.pages).collect();
         let busy = PageSet::new(&lengths);
         let (gathered, under_way, spare) = (Writes::default(), VecDeque::new(), Vec::new());
-        Self { memory: Arc::new(memory), workers, gathered, under_way, busy, spare }
+        Self { memory: Arc::new(memory), workers, gathered, under_way, busy, spare, failed: None }
+    }
+
+    /// More pages than can be on their way at a time.
+    pub(super) fn most_pages(&self) -> u32 {
+        let pieces = (self.workers.threads() * UNDER_WAY + 1) as u32;
+        // A piece is handed over when it has reached its size: the last run of it may be as long again.
+        pieces * 2 * (GATHERED / PAGE_SIZE) as u32
     }
 
     /// The memory, of which nothing that was written may be missing yet.
@@ -57,18 +66,22 @@ impl WriteBehind {
     pub(super) fn settle(&mut self) -> io::Result<()> {
         self.hand_over()?;
         while !self.under_way.is_empty() {
-            self.settle_first()?;
+            self.settle_first();
         }
-        Ok(())
+        self.result()
+    }
+
+    fn result(&self) -> io::Result<()> {
+        self.failed.as_ref().map_or(Ok(()), |(kind, text)| Err(io::Error::new(*kind, text.clone())))
     }
 
     /// Has a thread write what was gathered.
     pub(super) fn hand_over(&mut self) -> io::Result<()> {
         if self.gathered.runs.is_empty() {
-            return Ok(());
+            return self.result();
         }
         while self.under_way.len() >= self.workers.threads() * UNDER_WAY {
-            self.settle_first()?;
+            self.settle_first();
         }
         let room = self.spare.pop().unwrap_or_default();
         let writes = std::mem::replace(&mut self.gathered, room);
@@ -80,24 +93,35 @@ impl WriteBehind {
             let _ = done.send((writes, result));
         });
         self.under_way.push_back(written);
-        Ok(())
+        self.result()
     }
 
-    fn settle_first(&mut self) -> io::Result<()> {
-        let Some(written) = self.under_way.pop_front() else { return Ok(()) };
-        let (mut writes, result) = written.recv().map_err(|_| io::Error::other("a thread that writes has ended"))?;
+    /// Waits for the piece that was handed over first.
+    fn settle_first(&mut self) {
+        let Some(written) = self.under_way.pop_front() else { return };
+        let (mut writes, result) =
+            written.recv().unwrap_or_else(|_| (Writes::default(), Err(io::Error::other("a thread that writes has ended"))));
+        if let Err(error) = result {
+            self.failed.get_or_insert_with(|| (error.kind(), error.to_string()));
+        }
         for place in writes.places() {
             self.busy.remove(place);
         }
         writes.runs.clear();
         writes.contents.clear();
         self.spare.push(writes);
-        result
     }
 
-    /// Waits for everything if one of these pages is on its way.
+    /// Waits until none of these pages is on its way.
     pub(super) fn wait_for(&mut self, first: Place, pages: u32) -> io::Result<()> {
-        if run(first, pages).any(|place| self.busy.contains(place)) { self.settle() } else { Ok(()) }
+        let is_busy = |busy: &PageSet| !busy.is_empty() && run(first, pages).any(|place| busy.contains(place));
+        if is_busy(&self.busy) {
+            self.hand_over()?;
+        }
+        while !self.under_way.is_empty() && is_busy(&self.busy) {
+            self.settle_first();
+        }
+        self.result()
     }
 }
 
@@ -234,6 +258,7 @@ mod tests {
         let mut behind = WriteBehind::new(memory, workers());
         behind.write(0, 3, &content(1)).expect("taken");
         assert!(behind.settle().is_err(), "nothing is mapped there");
-        assert!(behind.settle().is_ok(), "it is told once");
+        let told_again = [behind.settle(), behind.hand_over(), behind.write(0, 5, &content(1)), behind.read(0, 6, &mut content(1))];
+        assert!(told_again.iter().all(Result::is_err), "{told_again:?}");
     }
 }

@@ -409,17 +409,17 @@ pub(super) async fn at_source(
                 let _ = advise.take().map(|advise| advise.send(false));
                 pump.on_qemu_answered(ADVISED);
                 hearing.on_memory(blocks).map_err(DealError::Unexpected)?;
-                pump.on_told(true);
+                pump.set_telling(true);
             }
             Frame::Held { block, first, digests } if !pump.is_switched() => {
-                pump.on_told(true);
+                pump.on_sign_of_work();
                 hearing.on_held(Place { block, page: first }, digests).map_err(DealError::Unexpected)?;
             }
             Frame::Absent { block, runs } if pump.is_switched() => hearing.on_absent(block, runs).map_err(DealError::Unexpected)?,
             Frame::Images(images) => hearing.on_images(images).map_err(DealError::Unexpected)?,
             Frame::HeldEnd => {
                 hearing.on_end().map_err(DealError::Unexpected)?;
-                pump.on_told(false);
+                pump.set_telling(false);
             }
             Frame::Pieces { block, pages } => {
                 if !pump.on_pieces(pages.len()) {

@@ -16,13 +16,11 @@ use super::arrive::NotItsPart;
 use super::behind::WriteBehind;
 use super::home::Bringing;
 use super::images::ReadableImage;
-use super::memory::ProcessMemory;
+use super::memory::{ENTRIES, ProcessMemory};
 use super::pump::Pump;
 
 /// So many pages must have been brought back for it to be worth while to look at them, and so many are told at once.
 const WORTH_TELLING: u32 = 1024;
-/// The last that were brought are still on their way.
-const ON_THEIR_WAY: u32 = 512;
 
 /// What the destination has said of its memory.
 #[derive(Debug, Default)]
@@ -152,9 +150,10 @@ impl Telling {
             pump.push(&Frame::HeldEnd, 0);
             return Ok(true);
         };
+        // The last that were brought are still on their way.
         let end = match self.bringing.through() {
             Some(through) if through.block < block => 0,
-            Some(through) if through.block == block => through.page.saturating_sub(ON_THEIR_WAY),
+            Some(through) if through.block == block => through.page.saturating_sub(memory.most_pages()),
             _ => length,
         };
         if page >= length {
@@ -170,9 +169,9 @@ impl Telling {
 
 /// Tells what pages hold, up to `end` or as far as is looked at in one go; with which to go on.
 fn tell(pump: &Pump, digester: &Digester, memory: &mut WriteBehind, from: Place, end: u32) -> io::Result<u32> {
+    let mut end = end.min(from.page.saturating_add(ENTRIES));
     memory.wait_for(from, end.saturating_sub(from.page))?;
-    let (mut touched, next) = memory.memory().touched(from.block, from.page)?;
-    let mut end = end.min(next);
+    let (mut touched, _) = memory.memory().touched(from.block, from.page)?;
     if let Some(next) = touched.get(WORTH_TELLING as usize) {
         end = end.min(*next);
     }

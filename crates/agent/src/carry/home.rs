@@ -63,7 +63,7 @@ impl Bringing {
         {
             return Self::default();
         }
-        Self { stay: stay.map(|reader| Stay::new(reader, memory.memory())), through: Place::default() }
+        Self { stay: stay.and_then(|reader| Stay::new(reader, memory.memory())), through: Place::default() }
     }
 
     /// Nothing before this place will be written to any more; `None` if nothing will be at all.
@@ -98,14 +98,15 @@ impl Bringing {
 }
 
 impl Stay {
-    fn new(reader: StayReader<File>, memory: &ProcessMemory) -> Self {
+    /// None if it has none of today's blocks.
+    fn new(reader: StayReader<File>, memory: &ProcessMemory) -> Option<Self> {
         let here = |block: &godwit_vault::Block| {
             let same = memory.blocks().iter().position(|here| here.id == block.id && here.pages == block.pages);
             same.and_then(|number| u16::try_from(number).ok())
         };
         let blocks: Vec<Option<u16>> = reader.identity().blocks.iter().map(here).collect();
         let in_order = blocks.iter().flatten().is_sorted();
-        Self { reader, blocks, in_order, pages: 0 }
+        blocks.iter().any(Option::is_some).then_some(Self { reader, blocks, in_order, pages: 0 })
     }
 
     /// Writes the next chunk; through where there is all that comes back, or `None` at the end. Every page is compared by its digest afterwards, wherever it

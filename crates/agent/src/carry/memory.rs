@@ -16,7 +16,7 @@ const SWAPPED: u64 = 1 << 62;
 /// Nobody else has it: what was only ever read is the kernel's page, or two MiB, of zeros, which everybody has.
 pub(super) const EXCLUSIVE: u64 = 1 << 56;
 /// Entries of a page map that are read at once.
-const ENTRIES: u32 = 8192;
+pub(super) const ENTRIES: u32 = 8192;
 
 /// Blocks of the memory of a process, and images beside them.
 pub(crate) struct ProcessMemory {

@@ -218,11 +218,7 @@ impl Pump {
     pub(super) fn gauge(&self) -> Gauge {
         let session = self.session.borrow();
         let window = session.window();
-        let stalled = if session.is_settled() && !self.telling.get() {
-            Duration::ZERO
-        } else {
-            self.now().saturating_sub(window.last_applied())
-        };
+        let stalled = if session.is_settled() { Duration::ZERO } else { self.now().saturating_sub(window.last_applied()) };
         // What it may take counts from the moment at which that is said, not when it has been measured.
         let link_rate = self.link_rate().unwrap_or(0);
         Gauge {
@@ -343,6 +339,7 @@ impl Pump {
         self.after.left.set(pages);
         self.after.left_at_switch.set(pages);
         self.after.switched.set(true);
+        self.telling.set(false);
     }
 
     pub(super) fn is_switched(&self) -> bool {
@@ -484,12 +481,9 @@ impl Pump {
         self.session.borrow().window().raw_applied()
     }
 
-    /// The destination begins, goes on, or ends to tell what it holds. What the link takes was measured while it had other things to do.
-    pub(super) fn on_told(&self, goes_on: bool) {
-        self.on_sign_of_work();
-        if self.telling.replace(goes_on) && !goes_on {
-            self.session.borrow_mut().forget_rate();
-        }
+    /// The destination begins, or has ended, to tell what it holds.
+    pub(super) fn set_telling(&self, telling: bool) {
+        self.telling.set(telling);
     }
 
     /// The peer is at work, although it acknowledges nothing.
