@@ -43,4 +43,4 @@ pub(crate) use request::{FromSnapshot, MemoryInVault, SnapshotJob, VaultAt, id_o
 pub use worker::{WorkerError, run};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

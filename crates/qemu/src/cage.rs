@@ -193,4 +193,10 @@ impl PassedFds {
         self.fds.push((number, fd.into()));
         number
     }
+
+    /// Those that are passed.
+    #[cfg(test)]
+    pub(crate) fn all(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.fds.iter().map(|(_, fd)| fd)
+    }
 }

@@ -153,7 +153,11 @@ impl Sockets {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-            Ok(fds.pass(UnixListener::bind(path)?))
+            let listener = UnixListener::bind(path)?;
+            // Two of QEMU's threads may take the first connection at the same time while it hands its monitor over: the one that comes too late is not to wait
+            // for another, and with it all of QEMU.
+            listener.set_nonblocking(true)?;
+            Ok(fds.pass(listener))
         };
         Ok(ChannelFds { qmp: listen(&self.qmp)?, console: listen(&self.console)?, guest_agent: listen(&self.guest_agent)? })
     }

@@ -1,7 +1,7 @@
 //! Real QEMUs, of both versions: what one writes of a guest that goes on, another runs at once out of the vault.
 
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -76,6 +76,15 @@ struct Said {
     disk_errors: u64,
 }
 
+/// A socket of a monitor, and the arguments for a QEMU that takes it over; see `godwit_qemu::Sockets::listen` for why it must not wait.
+pub(crate) fn monitor(at: &Path) -> (UnixListener, [String; 4]) {
+    let listener = UnixListener::bind(at).expect("a socket");
+    listener.set_nonblocking(true).expect("a socket");
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).expect("a socket");
+    let chardev = format!("socket,id=qmp,fd={},server=on,wait=off", listener.as_raw_fd());
+    (listener, ["-chardev".into(), chardev, "-mon".into(), "chardev=qmp,mode=control".into()])
+}
+
 impl Vm {
     async fn start(dir: &Path, name: &str, binary: &Path, more: &[&str]) -> Self {
         let (console, socket) = (dir.join(format!("{name}.console")), dir.join(format!("{name}.qmp")));
@@ -86,6 +95,7 @@ impl Vm {
         };
         let words =
             format!("console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on guest.working_set=16M guest.dirty=8M {disk}");
+        let (listener, monitor) = monitor(&socket);
         // It ends with the test, however that ends.
         let process = Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
@@ -97,25 +107,14 @@ impl Vm {
             .arg("-initrd")
             .arg(guest_file("initramfs.cpio.gz"))
             .args(["-append", &words])
-            .args([
-                "-serial",
-                &format!("file:{}", console.display()),
-                "-qmp",
-                &format!("unix:{},server=on,wait=off", socket.display()),
-            ])
+            .args(["-serial", &format!("file:{}", console.display())])
+            .args(monitor)
             .args(more)
             .stdin(Stdio::null())
             .spawn()
             .expect("QEMU starts");
-        let connecting = async {
-            loop {
-                match Qmp::connect(&socket, LIMIT).await {
-                    Ok(qmp) => return qmp,
-                    Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
-                }
-            }
-        };
-        let qmp = tokio::time::timeout(LIMIT, connecting).await.expect("QEMU answers");
+        drop(listener);
+        let qmp = Qmp::connect(&socket, LIMIT).await.expect("QEMU answers");
         Self { process, qmp, console }
     }
 

@@ -429,3 +429,15 @@ fn a_seed_is_a_read_only_disk_at_a_place_of_its_own() {
         assert!(text.lines().any(|other| other == line), "{line} is not in {text}");
     }
 }
+
+#[test]
+fn nobody_waits_for_a_connection_that_another_has_taken() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut fds = PassedFds::new();
+    Sockets::in_dir(dir.path()).listen(&mut fds).expect("sockets");
+    assert_eq!(fds.all().count(), 3);
+    for fd in fds.all() {
+        let flags = rustix::fs::fcntl_getfl(fd).expect("flags");
+        assert!(flags.contains(rustix::fs::OFlags::NONBLOCK), "{flags:?}");
+    }
+}

@@ -59,16 +59,10 @@ impl Qemu {
         command.args(["-machine", "none", "-nodefaults", "-display", "none", "-S"]);
         command.args(["-blockdev", &format!("driver=file,node-name=file,filename={},discard=unmap", file.display())]);
         command.args(["-blockdev", &format!("driver={format},node-name={DISK},file=file,discard=unmap")]);
-        command.args(["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
-        let process = command.spawn().expect("QEMU is installed");
-        let began = Instant::now();
-        let qmp = loop {
-            match Qmp::connect(&monitor, LIMIT).await {
-                Ok(qmp) => break qmp,
-                Err(error) => assert!(began.elapsed() < LIMIT, "{error}"),
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        };
+        let (listener, arguments) = crate::snapshot::tests::monitor(&monitor);
+        let process = command.args(arguments).spawn().expect("QEMU is installed");
+        drop(listener);
+        let qmp = Qmp::connect(&monitor, LIMIT).await.expect("QEMU answers");
         std::fs::remove_file(&monitor).expect("a socket");
         Self { process, qmp, served: dir.join(format!("{name}.nbd")) }
     }
