@@ -31,7 +31,7 @@ mod pump;
 mod return_path;
 mod seal;
 mod speed;
-mod workers;
+mod threads;
 
 pub(crate) use client::{CarryClient, CarryNotice, CarryStart};
 pub(crate) use control::{

@@ -243,17 +243,15 @@ fn what_a_move_will_cost_is_told_before_it_begins_and_learned_from_those_before(
         let expected = figures.forecast.context("a forecast beside what it cost")?;
         ensure!(expected.learned_from == learned && expected.blackout.most >= expected.blackout.expected, "{expected:?}");
     }
-    // Its hosts measure what it writes, wherever it is.
-    let mut measured = None;
-    for _ in 0..30 {
-        measured = cluster.ask(cluster.client().vm(&"web".parse()?))?.status.dirty_rate;
-        if measured.is_some() {
-            break;
-        }
+    // Its hosts measure what it writes, wherever it is; a guest that got no processor for a second wrote nothing in it.
+    let mut measured = Vec::new();
+    let plausible = |rate: &BytesPerSec| (BytesPerSec(2 << 20)..BytesPerSec(100 << 20)).contains(rate);
+    while measured.len() < 30 && !measured.iter().flatten().any(plausible) {
+        measured.push(cluster.ask(cluster.client().vm(&"web".parse()?))?.status.dirty_rate);
         thread::sleep(Duration::from_secs(1));
     }
-    let measured = measured.context("nothing is known of what it writes")?;
-    ensure!(measured > BytesPerSec(1 << 20) && measured < BytesPerSec(100 << 20), "{measured} is not what it writes");
+    ensure!(measured.iter().flatten().any(plausible), "that is not what it writes: {measured:?}");
+    ensure!(measured.iter().flatten().all(|rate| *rate < BytesPerSec(100 << 20)), "it never wrote so much: {measured:?}");
     let impossible = MigrationPolicy { max_blackout: Millis(50), ..policy };
     let needs = forecast(&cluster, "h2", impossible)?.needs.context("less than what a switch takes")?;
     ensure!(needs.max_blackout > impossible.max_blackout && needs.bandwidth.is_none(), "{needs:?}");

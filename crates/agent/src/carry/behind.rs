@@ -11,7 +11,7 @@ use std::sync::{Arc, mpsc};
 use godwit_carrier::pages::{GuestMemory, PAGE_SIZE, Page, PageSet, Place};
 
 use super::memory::ProcessMemory;
-use super::workers::Workers;
+use super::threads::Threads;
 
 /// So much is gathered before a thread is given it.
 const GATHERED: usize = 256 << 10;
@@ -21,7 +21,7 @@ const UNDER_WAY: usize = 2;
 /// Memory, and what is on its way there.
 pub(super) struct WriteBehind {
     memory: Arc<ProcessMemory>,
-    workers: Workers,
+    threads: Threads,
     gathered: Writes,
     under_way: VecDeque<mpsc::Receiver<(Writes, io::Result<()>)>>,
     /// Pages of all of that.
@@ -40,16 +40,16 @@ struct Writes {
 }
 
 impl WriteBehind {
-    pub(super) fn new(memory: ProcessMemory, workers: Workers) -> Self {
+    pub(super) fn new(memory: ProcessMemory, threads: Threads) -> Self {
         let lengths: Vec<u32> = memory.blocks().iter().map(|block| block.pages).collect();
         let busy = PageSet::new(&lengths);
         let (gathered, under_way, spare) = (Writes::default(), VecDeque::new(), Vec::new());
-        Self { memory: Arc::new(memory), workers, gathered, under_way, busy, spare, failed: None }
+        Self { memory: Arc::new(memory), threads, gathered, under_way, busy, spare, failed: None }
     }
 
     /// More pages than can be on their way at a time.
     pub(super) fn most_pages(&self) -> u32 {
-        let pieces = (self.workers.threads() * UNDER_WAY + 1) as u32;
+        let pieces = (self.threads.count() * UNDER_WAY + 1) as u32;
         // A piece is handed over when it has reached its size: the last run of it may be as long again.
         pieces * 2 * (GATHERED / PAGE_SIZE) as u32
     }
@@ -80,14 +80,14 @@ impl WriteBehind {
         if self.gathered.runs.is_empty() {
             return self.result();
         }
-        while self.under_way.len() >= self.workers.threads() * UNDER_WAY {
+        while self.under_way.len() >= self.threads.count() * UNDER_WAY {
             self.settle_first();
         }
         let room = self.spare.pop().unwrap_or_default();
         let writes = std::mem::replace(&mut self.gathered, room);
         let (done, written) = mpsc::channel();
         let memory = Arc::clone(&self.memory);
-        self.workers.run(move || {
+        self.threads.run(move || {
             let result = writes.write_to(&memory);
             // Whoever waited may be gone.
             let _ = done.send((writes, result));
@@ -174,7 +174,7 @@ mod tests {
 
     use super::super::control::PlacedBlock;
     use super::*;
-    use crate::carry::tests::workers;
+    use crate::carry::tests::threads;
 
     const PAGES: [u32; 2] = [2_000, 64];
 
@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_wherever_it_is() {
-        let mut behind = WriteBehind::new(memory(), workers());
+        let mut behind = WriteBehind::new(memory(), threads());
         let mut expected = PAGES.map(|pages| vec![0_u64; pages as usize]);
         let (mut random, mut on_its_way) = (random_of(7), 0);
         for version in 1..20_000_u64 {
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn what_is_no_page_is_refused_at_once_and_what_cannot_be_written_later() {
-        let mut behind = WriteBehind::new(memory(), workers());
+        let mut behind = WriteBehind::new(memory(), threads());
         for (block, page, bytes) in [(0, 1_999, 2 * PAGE_SIZE), (2, 0, PAGE_SIZE), (0, u32::MAX, PAGE_SIZE), (0, 0, 100)] {
             assert!(behind.write(block, page, &vec![1; bytes]).is_err(), "{block} {page} {bytes}");
         }
@@ -255,7 +255,7 @@ mod tests {
         let gone = PlacedBlock { id: "none".into(), address: 4096, pages: 8 };
         let open = |name: &str| File::options().read(true).write(name == "mem").open(format!("/proc/self/{name}")).expect("own");
         let memory = ProcessMemory::new(open("mem").into(), open("pagemap").into(), vec![gone]);
-        let mut behind = WriteBehind::new(memory, workers());
+        let mut behind = WriteBehind::new(memory, threads());
         behind.write(0, 3, &content(1)).expect("taken");
         assert!(behind.settle().is_err(), "nothing is mapped there");
         let told_again = [behind.settle(), behind.hand_over(), behind.write(0, 5, &content(1)), behind.read(0, 6, &mut content(1))];

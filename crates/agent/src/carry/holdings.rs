@@ -278,7 +278,7 @@ mod tests {
             |name: &str| File::options().read(true).write(name == "mem").open(format!("/proc/self/{name}")).expect("own memory");
         let placed = PlacedBlock { id: "pc.ram".into(), address: address as u64, pages: PAGES };
         let memory = ProcessMemory::new(open("mem").into(), open("pagemap").into(), vec![placed]);
-        let mut memory = WriteBehind::new(memory, crate::carry::tests::workers());
+        let mut memory = WriteBehind::new(memory, crate::carry::tests::threads());
         let blocks = vec![godwit_vault::Block { id: "pc.ram".into(), pages: PAGES }];
         let identity = godwit_vault::Identity { vm: VmId::new(Uuid::nil()), generation: Generation(1), blocks };
         let file = tempfile::tempfile().expect("a file");

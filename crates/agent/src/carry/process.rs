@@ -42,7 +42,7 @@ use super::memory::ProcessMemory;
 use super::pump::{Gauge, KeepAlive, Pump};
 use super::return_path::{from_qemu, return_path};
 use super::seal::Sealers;
-use super::workers::{Workers, WorkersError};
+use super::threads::{Threads, ThreadsError};
 use super::{after, connections, deal};
 use crate::tls::Material;
 
@@ -85,17 +85,17 @@ pub fn run(config_fd: RawFd) -> Result<(), CarryError> {
     // The runtime makes its own descriptors while it may.
     share_one_heap().ok_or(CarryError::Heap)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CarryError::Descriptor)?;
-    let workers = match config.role {
+    let threads = match config.role {
         Role::Source { .. } | Role::DiskSource { .. } | Role::Destination { .. } => {
-            Some(Workers::start(|| relay::confine(None).map(drop)).map_err(|error| match error {
-                WorkersError::Thread(error) => CarryError::Thread(error),
-                WorkersError::Confine(error) => CarryError::Confine(error),
+            Some(Threads::start(|| relay::confine(None).map(drop)).map_err(|error| match error {
+                ThreadsError::Thread(error) => CarryError::Thread(error),
+                ThreadsError::Confine(error) => CarryError::Confine(error),
             })?)
         }
         Role::DiskDestination { .. } => None,
     };
     confine(&config).map_err(CarryError::Confine)?;
-    runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config, workers)))
+    runtime.block_on(tokio::task::LocalSet::new().run_until(serve(config, threads)))
 }
 
 /// With a heap for each thread the C library would open a file of /proc when it makes one smaller, which is not allowed later.
@@ -132,10 +132,10 @@ fn take(fd: RawFd) -> OwnedFd {
 struct Means {
     qemu: UnixStream,
     /// Of all but the destination of a disk.
-    workers: Option<Workers>,
+    threads: Option<Threads>,
 }
 
-async fn serve(config: CarryConfig, workers: Option<Workers>) -> Result<(), CarryError> {
+async fn serve(config: CarryConfig, threads: Option<Threads>) -> Result<(), CarryError> {
     let control = StdUnixListener::from(take(config.control_fd));
     control.set_nonblocking(true).map_err(CarryError::Descriptor)?;
     let control = UnixListener::from_std(control).map_err(CarryError::Descriptor)?;
@@ -153,7 +153,7 @@ async fn serve(config: CarryConfig, workers: Option<Workers>) -> Result<(), Carr
     let (pump, frames) = Pump::new(side, identity, KEEP_ALIVE, bandwidth, to_agent);
     let pump = Rc::new(pump);
     let mover =
-        tokio::task::spawn_local(carry(config, Means { qemu, workers }, Rc::clone(&pump), frames, from_agent, Rc::clone(&status)));
+        tokio::task::spawn_local(carry(config, Means { qemu, threads }, Rc::clone(&pump), frames, from_agent, Rc::clone(&status)));
     answer_agents(control, to_peer, from_peer, &status, &pump).await;
     mover.abort();
     Ok(())
@@ -231,7 +231,7 @@ async fn move_bytes(
         Role::DiskSource { address, disk_fd, disk, images, .. } => {
             let key = session_key()?;
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
-            let sealers = Sealers::new(means.workers.ok_or("a source has threads that compress")?);
+            let sealers = Sealers::new(means.threads.ok_or("a source has threads that compress")?);
             let images = images.into_iter().filter_map(own_image).collect();
             let OwnDiskFacts { export, size, since } = disk;
             let out = DiskOut::new(pump, sealers, Digester::new(&key), images, OwnDisk { export, size, since }).map_err(text)?;
@@ -267,7 +267,7 @@ async fn move_bytes(
             let dialler = Dialler::new(address, peer, &material, wire).map_err(text)?;
             let (listening, holdings, heard) = listen();
             let holdings = async { holdings.await.unwrap_or_default() };
-            let sealers = Sealers::new(means.workers.ok_or("a source has threads that compress")?);
+            let sealers = Sealers::new(means.threads.ok_or("a source has threads that compress")?);
             if again {
                 let own = memory(own.ok_or("a source that goes on has the VM's memory")?);
                 pump.on_switched(0);
@@ -298,7 +298,7 @@ async fn move_bytes(
             let (told, mut key) = oneshot::channel();
             let (to_carry, from_qemu) = from_qemu(advises);
             let tell_post_copy = |arrival: &Arrival| tell_arrival(status, arrival);
-            let workers = means.workers.ok_or("a destination has threads that write")?;
+            let threads = means.threads.ok_or("a destination has threads that write")?;
             let deal = async {
                 let mut writer = writer;
                 if let Some(section) = again {
@@ -311,7 +311,7 @@ async fn move_bytes(
                     let digester = Digester::new(&key);
                     return deal::at_destination_again(pump, writer, frames, digester, memory, from_qemu, tell_post_copy).await;
                 }
-                let mut memory = memory.map(|memory| WriteBehind::new(memory, workers));
+                let mut memory = memory.map(|memory| WriteBehind::new(memory, threads));
                 // A QEMU that is advised of post-copy forgets what is in its memory.
                 let (mut bringing, mut earlier) = (None, Some(earlier));
                 if !advises && let (Some(memory), Some(earlier)) = (&mut memory, earlier.take()) {

@@ -10,12 +10,12 @@ use godwit_carrier::{Frame, Level, LevelChoice, Spent};
 use tokio::sync::{mpsc, oneshot};
 
 use super::pump::Pump;
-use super::workers::Workers;
+use super::threads::Threads;
 
 /// Threads that compress, and what they do it with.
 #[derive(Debug)]
 pub(super) struct Sealers {
-    workers: Workers,
+    threads: Threads,
     /// Those that nobody uses now.
     idle: Arc<Mutex<Vec<Sealer>>>,
 }
@@ -31,16 +31,16 @@ struct Sealed {
 type Trial = ((Level, usize), (Level, usize));
 
 impl Sealers {
-    pub(super) fn new(workers: Workers) -> Self {
-        let idle = std::iter::repeat_with(Sealer::new).take(workers.threads()).collect();
-        Self { workers, idle: Arc::new(Mutex::new(idle)) }
+    pub(super) fn new(threads: Threads) -> Self {
+        let idle = std::iter::repeat_with(Sealer::new).take(threads.count()).collect();
+        Self { threads, idle: Arc::new(Mutex::new(idle)) }
     }
 
     /// Has a batch compressed at a level, and, for a trial, at another one behind that.
     fn seal(&self, batch: Batch, level: Level, trial: Option<(Level, mpsc::UnboundedSender<Trial>)>) -> oneshot::Receiver<Sealed> {
         let (done, sealed) = oneshot::channel();
         let idle = Arc::clone(&self.idle);
-        self.workers.run(move || {
+        self.threads.run(move || {
             let sealers = || idle.lock().unwrap_or_else(PoisonError::into_inner);
             let mut sealer = sealers().pop().unwrap_or_default();
             let payload = sealer.seal(&batch, level);
@@ -126,7 +126,7 @@ impl<'a> Seals<'a> {
 
     /// Whether one more batch would find no thread.
     pub(super) fn is_full(&self) -> bool {
-        self.sealing >= self.sealers.workers.threads()
+        self.sealing >= self.sealers.threads.count()
     }
 
     pub(super) fn is_empty(&self) -> bool {

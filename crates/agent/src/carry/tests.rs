@@ -34,7 +34,7 @@ use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
 use super::pump::{KeepAlive, Pump, PumpError};
 use super::seal::Sealers;
-use super::workers::Workers;
+use super::threads::Threads;
 use crate::tls::Material;
 use crate::tls::tests::cluster;
 
@@ -47,8 +47,8 @@ const KEY: [u8; 32] = [4; 32];
 /// Pages of the block that the destination places, and of the one that it does not.
 const PAGES: (u32, u64) = (600, 2);
 
-pub(super) fn workers() -> Workers {
-    Workers::start(|| Ok::<_, std::convert::Infallible>(())).expect("threads")
+pub(super) fn threads() -> Threads {
+    Threads::start(|| Ok::<_, std::convert::Infallible>(())).expect("threads")
 }
 
 fn name(text: &str) -> Name {
@@ -102,7 +102,7 @@ fn source_at(
         let (reader, writer) = ours.into_split();
         let (listening, holdings, heard) = super::process::listen();
         let own = own.map(|memory| Own { memory, emulated: true });
-        let sealers = Sealers::new(workers());
+        let sealers = Sealers::new(threads());
         let feed = Feed::new(&pump, sealers, Digester::new(&KEY), own, images, held, heard);
         let feeding = async {
             feed.run(&reader, async { holdings.await.unwrap_or_default() }).await.expect("a stream");
@@ -140,7 +140,7 @@ fn destination_at(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_al
         let (to_carry, from_qemu) = super::return_path::from_qemu(advises);
         let dealing = async {
             let digester = Digester::new(&key.await.expect("a session"));
-            let memory = memory.map(|memory| WriteBehind::new(memory, workers()));
+            let memory = memory.map(|memory| WriteBehind::new(memory, threads()));
             deal::at_destination(&pump, writer, frames, digester, (memory, from_qemu), async |_| Bringing::default(), |_| ()).await
         };
         tokio::select! {

@@ -113,7 +113,7 @@ fn source(dialler: Dialler, wire: Arc<AtomicU64>, disk: UnixStream, mirror: Unix
     let pump = Rc::new(pump);
     let own = Rc::clone(&pump);
     let ended = tokio::task::spawn_local(async move {
-        let sealers = Sealers::new(crate::carry::tests::workers());
+        let sealers = Sealers::new(crate::carry::tests::threads());
         let described = OwnDisk { export: DISK.into(), size: SIZE, since };
         let out = DiskOut::new(&own, sealers, Digester::new(&KEY), Vec::new(), described).expect("a disk");
         let (_keep, mut from_agent) = mpsc::channel(1);

@@ -50,7 +50,7 @@ fn memory(blocks: &[(&str, u32)]) -> WriteBehind {
     let memory = File::options().read(true).write(true).open("/proc/self/mem").expect("own memory");
     let map = File::open("/proc/self/pagemap").expect("own page map");
     let memory = ProcessMemory::new(memory.into(), map.into(), blocks.iter().map(placed).collect());
-    WriteBehind::new(memory, crate::carry::tests::workers())
+    WriteBehind::new(memory, crate::carry::tests::threads())
 }
 
 fn read(memory: &mut WriteBehind, block: u16, page: u32) -> Page {

@@ -14,19 +14,19 @@ type Job = Box<dyn FnOnce() + Send>;
 
 /// Threads that take one job after the other, in the order in which they are given, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Workers {
+pub(super) struct Threads {
     jobs: mpsc::Sender<Job>,
-    threads: usize,
+    count: usize,
 }
 
-impl Workers {
+impl Threads {
     /// Starts as many as there are processors, four at most. Each confines itself by `confine` before it takes anything.
-    pub(super) fn start<E: Send + 'static>(confine: fn() -> Result<(), E>) -> Result<Self, WorkersError<E>> {
-        let threads = available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS);
+    pub(super) fn start<E: Send + 'static>(confine: fn() -> Result<(), E>) -> Result<Self, ThreadsError<E>> {
+        let count = available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS);
         let (jobs, queue) = mpsc::channel();
         let queue = Arc::new(Mutex::new(queue));
         let (ready, confined) = mpsc::channel();
-        for _ in 0..threads {
+        for _ in 0..count {
             let (queue, ready) = (Arc::clone(&queue), ready.clone());
             let body = move || {
                 let confined = confine();
@@ -35,16 +35,16 @@ impl Workers {
                     work(&queue);
                 }
             };
-            thread::Builder::new().name("worker".into()).stack_size(STACK).spawn(body).map_err(WorkersError::Thread)?;
+            thread::Builder::new().name("carry".into()).stack_size(STACK).spawn(body).map_err(ThreadsError::Thread)?;
         }
-        for confined in confined.iter().take(threads) {
-            confined.map_err(WorkersError::Confine)?;
+        for confined in confined.iter().take(count) {
+            confined.map_err(ThreadsError::Confine)?;
         }
-        Ok(Self { jobs, threads })
+        Ok(Self { jobs, count })
     }
 
-    pub(super) const fn threads(&self) -> usize {
-        self.threads
+    pub(super) const fn count(&self) -> usize {
+        self.count
     }
 
     /// One of them does this.
@@ -55,7 +55,7 @@ impl Workers {
 
 /// Why there are none.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum WorkersError<E> {
+pub(super) enum ThreadsError<E> {
     #[error("a thread cannot be started")]
     Thread(#[source] io::Error),
     #[error("a thread cannot be confined")]
@@ -76,16 +76,16 @@ mod tests {
 
     #[test]
     fn threads_that_cannot_be_confined_do_nothing() {
-        assert!(matches!(Workers::start(|| Err("refused")), Err(WorkersError::Confine("refused"))));
+        assert!(matches!(Threads::start(|| Err("refused")), Err(ThreadsError::Confine("refused"))));
     }
 
     #[test]
     fn every_job_is_done() {
-        let workers = Workers::start(|| Ok::<_, ()>(())).expect("threads");
+        let threads = Threads::start(|| Ok::<_, ()>(())).expect("threads");
         let (done, all) = mpsc::channel();
         for number in 0..100_u32 {
             let done = done.clone();
-            workers.run(move || done.send(number).expect("heard"));
+            threads.run(move || done.send(number).expect("heard"));
         }
         drop(done);
         let mut all: Vec<u32> = all.iter().collect();
