@@ -54,7 +54,7 @@ impl WriteBehind {
         pieces * 2 * (GATHERED / PAGE_SIZE) as u32
     }
 
-    /// The memory, of which nothing that was written may be missing yet.
+    /// The memory itself: what was written and not waited for may be missing there.
     pub(super) fn memory(&self) -> &ProcessMemory {
         &self.memory
     }

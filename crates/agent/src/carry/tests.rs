@@ -681,6 +681,18 @@ async fn against_a_source_by_hand(keep_alive: KeepAlive, memory: Option<ProcessM
     (running, source)
 }
 
+/// A source, and its destination by hand, after the greeting.
+async fn against_a_destination_by_hand() -> (Running, ByHand) {
+    let materials = cluster(&["h1", "h2"]);
+    let (listener, address) = listener().await;
+    let mut acceptor = acceptor(listener, "h1", &materials[0], &materials[1]);
+    let running = source(dialler(address, "h2", &materials[1], &materials[0]), IDENTITY);
+    let Greeted { connection, decoder, greeting } = acceptor.next().await.expect("a source");
+    let mut destination = ByHand { connection, decoder };
+    destination.send(&[Frame::Welcome(greeting)]).await;
+    (running, destination)
+}
+
 #[tokio::test]
 async fn a_destination_says_what_it_holds_already() {
     LocalSet::new()
@@ -757,20 +769,15 @@ async fn a_vm_that_comes_home_finds_its_memory_there() {
 async fn a_source_relies_on_what_was_told_so_far_and_waits_for_the_rest() {
     LocalSet::new()
         .run_until(async {
-            let materials = cluster(&["h1", "h2"]);
-            let (listener, address) = listener().await;
-            let mut acceptor = acceptor(listener, "h1", &materials[0], &materials[1]);
-            let source = source(dialler(address, "h2", &materials[1], &materials[0]), IDENTITY);
+            let (source, mut destination) = against_a_destination_by_hand().await;
             let (_from_qemu, mut qemu) = source.qemu.into_split();
-            let Greeted { connection, decoder, greeting } = acceptor.next().await.expect("a source");
-            let mut destination = ByHand { connection, decoder };
             let digester = Digester::new(&KEY);
             let held = |pages: std::ops::Range<u32>| {
                 let digests = pages.clone().map(|number| digester.page(&noise(u64::from(number)))).collect();
                 Frame::Held { block: 0, first: pages.start, digests }
             };
             let block = Block { id: Bytes::from_static(b"pc.ram"), pages: PAGES.0 };
-            destination.send(&[Frame::Welcome(greeting), Frame::Memory(vec![block]), held(0..100)]).await;
+            destination.send(&[Frame::Memory(vec![block]), held(0..100)]).await;
             let mut stream = Stream::new();
             let all: Vec<Element> =
                 (0..300).map(|number| page(0, number, &noise(if number == 50 { 1_000 } else { number }))).collect();
@@ -806,13 +813,7 @@ async fn a_source_relies_on_what_was_told_so_far_and_waits_for_the_rest() {
 async fn pieces_that_nobody_asked_for_end_the_session() {
     LocalSet::new()
         .run_until(async {
-            let materials = cluster(&["h1", "h2"]);
-            let (listener, address) = listener().await;
-            let mut acceptor = acceptor(listener, "h1", &materials[0], &materials[1]);
-            let source = source(dialler(address, "h2", &materials[1], &materials[0]), IDENTITY);
-            let Greeted { connection, decoder, greeting } = acceptor.next().await.expect("a source");
-            let mut destination = ByHand { connection, decoder };
-            destination.send(&[Frame::Welcome(greeting)]).await;
+            let (source, mut destination) = against_a_destination_by_hand().await;
             destination.send(&[Frame::Memory(vec![]), Frame::Pieces { block: 0, pages: vec![(0, [0; 64])] }]).await;
             let ended = source.ended.await;
             assert!(ended.is_err_and(|error| error.is_panic()), "it went on");
