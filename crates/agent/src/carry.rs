@@ -26,6 +26,7 @@ mod images;
 mod large;
 mod lent;
 mod memory;
+mod neighbours;
 mod process;
 mod pump;
 mod return_path;

@@ -318,9 +318,13 @@ impl Sessions {
         if let Action::ImportSnapshot(import) = action {
             return exports::import(&self.host, import).await;
         }
-        let (vm, command) =
+        let named = neighbours_of(&action);
+        let (vm, mut command) =
             vm_command(&command.task, action, |grant| grants::open(&self.host.identity.material(), grant, unix_now()))?;
         grants::check(&command, &self.host.identity.name, unix_now())?;
+        if let VmCommand::Prepare { neighbours, .. } = &mut command {
+            *neighbours = self.vms.neighbours(vm, &named).await;
+        }
         self.vms.command(vm, command).await
     }
 }
@@ -330,6 +334,12 @@ fn reply(id: u64, answer: Result<Answer, Refusal>) -> v1::CommandReply {
         Ok(answer) => v1::CommandReply { id, refusal: None, carry_port: u32::from(answer.carry_port), result: answer.result },
         Err(refusal) => v1::CommandReply { id, refusal: Some((&refusal).into()), carry_port: 0, result: vec![] },
     }
+}
+
+/// The VMs with which one that is to come may have something in common. What is only faster is no reason not to move.
+fn neighbours_of(action: &Action) -> Vec<VmId> {
+    let Action::Prepare(prepare) = action else { return Vec::new() };
+    prepare.neighbours.iter().filter_map(|vm| convert::vm_id(vm).ok()).collect()
 }
 
 fn volume_ref(volume: &v1::DeleteVolume) -> Result<VolumeRef, Malformed> {
@@ -380,7 +390,8 @@ fn vm_command(
             let disks = travelling(&prepare.disks)?;
             // What is only faster is no reason not to move.
             let snapshot = prepare.snapshot.as_ref().and_then(|snapshot| MemoryInVault::read(snapshot).ok()).map(Box::new);
-            (grant.vm, VmCommand::Prepare { spec: decode("spec", &prepare.spec)?, grant, policy, memory_key, snapshot, disks })
+            let (spec, neighbours) = (decode("spec", &prepare.spec)?, Arc::default());
+            (grant.vm, VmCommand::Prepare { spec, grant, policy, memory_key, snapshot, neighbours, disks })
         }
         Action::Migrate(migrate) => {
             let grant = granted(migrate.grant)?;

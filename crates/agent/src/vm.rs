@@ -17,6 +17,7 @@ mod forecast;
 mod images;
 mod lend;
 mod moving;
+mod neighbours;
 mod placement;
 mod playing;
 mod registry;

@@ -569,6 +569,11 @@ impl Client {
         self.post("/teams", request).await
     }
 
+    /// Changes a team.
+    pub async fn set_team(&self, team: &Name, request: &v1::TeamSet) -> Result<v1::Team> {
+        self.json(self.request(Method::PATCH, &format!("/teams/{}", segment(team))).json(request)).await
+    }
+
     /// Every API token, without secrets.
     pub async fn tokens(&self) -> Result<Vec<v1::Token>> {
         self.list("/tokens").await

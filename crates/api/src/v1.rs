@@ -868,6 +868,8 @@ pub struct Team {
     pub name: Name,
     /// When it was created.
     pub created: UnixMillis,
+    /// Whether what its VMs have in common in memory does not travel to a host on which one of them runs already.
+    pub share_memory: bool,
 }
 
 /// Asks for a new team.
@@ -876,6 +878,17 @@ pub struct Team {
 pub struct TeamCreate {
     /// Its name.
     pub name: Name,
+    /// See [`Team::share_memory`].
+    #[serde(default)]
+    pub share_memory: bool,
+}
+
+/// Asks for a change of a team.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TeamSet {
+    /// See [`Team::share_memory`]. Counts for migrations that begin from then on.
+    pub share_memory: bool,
 }
 
 /// What a token's bearer may do.

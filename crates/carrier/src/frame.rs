@@ -5,10 +5,10 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use crate::pages::{MAX_PAYLOAD, PIECES, Pieces};
+use crate::pages::{Digest, MAX_PAYLOAD, PIECES, Pieces};
 
 /// Version of the format; both sides must name the same.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 
 /// Largest payload of a data frame.
 pub const MAX_DATA: usize = 256 << 10;
@@ -24,6 +24,9 @@ pub const MAX_IMAGES: usize = 16;
 
 /// Most digests in one frame.
 pub const MAX_DIGESTS: usize = 4096;
+
+/// Most pages that a destination has in common with other VMs, in all frames.
+pub const MAX_COMMON: usize = 32_768;
 
 /// Most pages whose pieces are asked for, or told, in one frame.
 pub const MAX_WANTED: usize = 256;
@@ -138,6 +141,9 @@ pub enum Frame {
     Memory(Vec<Block>),
     /// The images from which pages can be copied, in the order of their numbers, see [`crate::pages::images`].
     Images(Vec<Image>),
+    /// Digests of pages of other VMs that the destination holds, too; they are numbered in the order in which they are told, see
+    /// [`crate::pages::COMMON`].
+    Common(Vec<Digest>),
     /// Digests of what consecutive pages of a block hold at the destination already. What is not named is zero.
     Held {
         /// Number of the block.
@@ -145,7 +151,7 @@ pub enum Frame {
         /// The first page.
         first: u32,
         /// A digest for each page.
-        digests: Vec<[u8; DIGEST]>,
+        digests: Vec<Digest>,
     },
     /// The destination has told all that it holds.
     HeldEnd,
@@ -252,6 +258,7 @@ mod kind {
     pub(super) const ZEROS: u8 = 23;
     pub(super) const BASE: u8 = 24;
     pub(super) const COMPARE: u8 = 25;
+    pub(super) const COMMON: u8 = 26;
 }
 
 impl Frame {
@@ -271,6 +278,7 @@ impl Frame {
             | Self::ReturnEnd
             | Self::Memory(_)
             | Self::Images(_)
+            | Self::Common(_)
             | Self::Held { .. }
             | Self::HeldEnd
             | Self::Pieces { .. }
@@ -288,7 +296,7 @@ impl Frame {
         const ITSELF: usize = 128;
         let content = match self {
             Self::Forward(data) | Self::Return(data) | Self::Pages(data) | Self::Control(data) => data.len(),
-            Self::Held { digests, .. } => digests.len() * DIGEST,
+            Self::Held { digests, .. } | Self::Common(digests) => digests.len() * DIGEST,
             Self::Memory(blocks) => blocks.len() * 64,
             Self::Images(images) => images.len() * size_of::<Image>(),
             Self::Wanted { pages, .. } | Self::Missed { pages, .. } => pages.len() * PAGE,
@@ -325,6 +333,7 @@ impl Frame {
                 }
                 put(out, kind::IMAGES, &payload);
             }
+            Self::Common(digests) => put(out, kind::COMMON, digests.as_flattened()),
             Self::Held { block, first, digests } => {
                 let mut payload = BytesMut::with_capacity(HELD_HEADER + digests.len() * DIGEST);
                 payload.put_u16(*block);
@@ -443,6 +452,7 @@ impl Decoder {
             kind::PAGES => (1..=MAX_PAYLOAD).contains(&size),
             kind::MEMORY => (2..=MAX_MEMORY).contains(&size),
             kind::IMAGES => is_list(size, 0, IMAGE, MAX_IMAGES),
+            kind::COMMON => is_list(size, 0, DIGEST, MAX_DIGESTS),
             kind::HELD => is_list(size, HELD_HEADER, DIGEST, MAX_DIGESTS),
             kind::WANTED => is_list(size, BLOCK, PAGE, MAX_WANTED),
             kind::PIECES => is_list(size, BLOCK, PAGE + PIECE_HASHES, MAX_WANTED),
@@ -473,6 +483,7 @@ impl Decoder {
             kind::PONG => Frame::Pong(payload.get_u64()),
             kind::PAGES => Frame::Pages(payload),
             kind::MEMORY => Frame::Memory(blocks(payload).ok_or(MalformedFrame::List(kind))?),
+            kind::COMMON => Frame::Common(payload.as_chunks().0.to_vec()),
             kind::HELD => held(payload),
             kind::WANTED => {
                 let (block, pages) = pages(payload);

@@ -31,7 +31,7 @@ pub use apply::{Applied, Applier, ApplyError, GuestMemory};
 pub use batch::{MAX_PAYLOAD, MalformedBatch};
 pub use digest::{Digest, Digester};
 pub use encode::{Batch, Encoder, EncoderLimits, Encoding, Place};
-pub use images::{FIRST_IMAGE, Images};
+pub use images::{COMMON, FIRST_IMAGE, Images};
 pub use plain::PlainEncoder;
 pub use rest::{PageSet, Rest};
 pub use seal::Sealer;

@@ -366,7 +366,7 @@ mod tests {
         let old = Db::open(store.clone(), false).await.expect("first");
         let new = Db::open(store, false).await.expect("second");
         assert!(new.epoch() > old.epoch());
-        let team = TeamRow { name: Name::new("red").expect("name"), created: now() };
+        let team = TeamRow { name: Name::new("red").expect("name"), created: now(), share_memory: false };
         assert!(matches!(old.commit(Batch::default().create(&team)).await, Err(Fault::Deposed)));
         assert!(new.find::<TeamRow>("red").await.expect("read").is_none());
         new.commit(Batch::default().create(&team)).await.expect("the newer one may");

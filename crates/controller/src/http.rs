@@ -117,6 +117,7 @@ fn operations() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(tasks::task_throttle))
         .routes(routes!(events::event_watch))
         .routes(routes!(teams::team_list, teams::team_create))
+        .routes(routes!(teams::team_set))
         .routes(routes!(teams::token_list, teams::token_create))
         .routes(routes!(teams::token_delete))
 }

@@ -109,6 +109,9 @@ pub(crate) struct RestoreRow {
 pub(crate) struct TeamRow {
     pub(crate) name: Name,
     pub(crate) created: UnixMillis,
+    /// Whether its VMs share memory where they move.
+    #[serde(default)]
+    pub(crate) share_memory: bool,
 }
 
 /// An API token; of its secret only the hash.

@@ -316,7 +316,7 @@ async fn first_start(db: &Db, dir: &Path) -> Result<(), ServeError> {
     let (token, text) = new_token(team.clone(), Role::Admin, "made at the first start".into());
     let path = dir.join(ADMIN_TOKEN);
     write_durably(&path, text.as_bytes(), 0o600).map_err(|source| ServeError::Data { path: path.clone(), source })?;
-    db.commit(Batch::default().create(&TeamRow { name: team, created: clock::now() }).create(&token)).await?;
+    db.commit(Batch::default().create(&TeamRow { name: team, created: clock::now(), share_memory: false }).create(&token)).await?;
     tracing::info!(path = %path.display(), "the administrator's token was made");
     Ok(())
 }

@@ -48,6 +48,7 @@ mod rollback;
 mod schedule;
 mod snapshot;
 mod suspend;
+mod turns;
 mod vault;
 mod wait;
 
@@ -96,7 +97,8 @@ pub(crate) struct Tasks {
     written: Mutex<HashMap<TaskId, Instant>>,
     execs: Mutex<HashMap<VmId, usize>>,
     lines: wait::Lines,
-    turns: snapshot::Turns,
+    snapshot_turns: snapshot::Turns,
+    turns: turns::Turns,
     /// VMs that are looked after until a golden snapshot is taken.
     watched: Mutex<HashSet<VmId>>,
     /// Schedules are to be looked at again.
@@ -139,7 +141,8 @@ impl Tasks {
             written: Mutex::default(),
             execs: Mutex::default(),
             lines: wait::Lines::default(),
-            turns: snapshot::Turns::default(),
+            snapshot_turns: snapshot::Turns::default(),
+            turns: turns::Turns::default(),
             watched: Mutex::default(),
             scheduled: Notify::new(),
             clock,
@@ -157,7 +160,12 @@ impl Tasks {
     /// Goes on with every task that had not ended.
     pub(crate) async fn resume(self: &Arc<Self>) -> Result<(), Fault> {
         let all = self.db.all::<TaskRow>().await?;
-        all.iter().filter(|task| !task.row.state.ended()).for_each(|task| self.lines.join(&task.row));
+        for task in all.iter().filter(|task| !task.row.state.ended()) {
+            self.lines.join(&task.row);
+            if let (Work::Migrate(work), Some(vm)) = (&task.row.work, task.row.vm) {
+                self.turns.resume(task.row.id, vm, work);
+            }
+        }
         for task in all {
             if !task.row.state.ended() {
                 tracing::info!(task = %task.row.id, kind = task.row.work.kind(), "resumed");
@@ -195,6 +203,7 @@ impl Tasks {
                     tracing::error!(task = %id, error = &fault as &dyn std::error::Error, "the task rests until the next start of the controller");
                 }
             }
+            tasks.give_turn_back(id);
             if let Err(fault) = tasks.go_on_after(id).await {
                 tracing::warn!(task = %id, error = &fault as &dyn std::error::Error, "a VM waits to be started until its host connects again");
             }
@@ -375,6 +384,7 @@ impl Tasks {
             // A session that just ended may still be in the hub for a moment; the next turn sees that.
             tokio::task::yield_now().await;
             if self.hub.presence(host).is_none() {
+                self.wake_next();
                 self.set_step(id, &self.waiting_for(host)).await?;
                 tokio::select! {
                     () = self.hub.connected(host) => {}

@@ -330,7 +330,7 @@ pub(crate) fn task(stored: &Stored<TaskRow>) -> v1::Task {
 
 /// A team.
 pub(crate) fn team(row: &TeamRow) -> v1::Team {
-    v1::Team { name: row.name.clone(), created: row.created }
+    v1::Team { name: row.name.clone(), created: row.created, share_memory: row.share_memory }
 }
 
 /// A token, without its secret.

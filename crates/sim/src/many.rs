@@ -72,11 +72,11 @@ pub(crate) fn main(arguments: &[&str]) -> Option<ExitCode> {
     }
     let Sum { seeds, events, moved, seen, simulated, longest: (longest, slowest), broken } = sum;
     let Seen { faults, connections, kept, old_greetings, full: _, pages, streamed } = seen;
-    let Encoding { same, zero, copy, image, patch, data } = pages;
+    let Encoding { same, zero, copy, image: _, common, patch, data } = pages;
     let stayed = seeds - moved - broken.len() as u64;
     println!("{faults} faults, {connections} connections, {kept} frames kept for the next, {old_greetings} greetings out of date");
     println!(
-        "pages: {same} same, {zero} zero, {copy} copies, {image} of images, {patch} patches, {data} data, {streamed} in QEMU's stream"
+        "pages: {same} same, {zero} zero, {copy} copies, {common} of other VMs, {patch} patches, {data} data, {streamed} in QEMU's stream"
     );
     println!(
         "{moved} moved, {stayed} stayed; {:.0} s simulated, the longest {:.1} s (seed {slowest})",

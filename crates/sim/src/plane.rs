@@ -97,11 +97,12 @@ impl std::ops::AddAssign for Seen {
         self.old_greetings += old_greetings;
         self.full += full;
         self.streamed += streamed;
-        let Encoding { same, zero, copy, image, patch, data } = pages;
+        let Encoding { same, zero, copy, image, common, patch, data } = pages;
         self.pages.same += same;
         self.pages.zero += zero;
         self.pages.copy += copy;
         self.pages.image += image;
+        self.pages.common += common;
         self.pages.patch += patch;
         self.pages.data += data;
     }

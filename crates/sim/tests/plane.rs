@@ -24,7 +24,7 @@ fn prop_a_hundred_moves_keep_every_rule() {
     assert!(moved > 50 && stayed > 10, "too many or too few faults to prove anything: {moved} moved, {stayed} stayed");
     let Seen { faults, connections, kept, old_greetings, full, pages, streamed } = seen;
     let rare = [connections - 100, old_greetings, full, kept, faults];
-    let often = [pages.same, pages.zero, pages.copy, pages.patch, pages.data, streamed];
+    let often = [pages.same, pages.zero, pages.copy, pages.common, pages.patch, pages.data, streamed];
     assert!(
         rare.iter().all(|count| *count > 0) && often.iter().all(|count| *count > 100),
         "something hardly ever happens: {seen:?}"

@@ -5,10 +5,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use godwit_api::v1::{HostSet, VmMigrate};
+use godwit_api::v1::{HostSet, TeamSet, VmMigrate};
 use godwit_e2e::{Action, Cluster, ClusterSpec, Ending, GuestSpec, Party, ProcessRole, other_qemu};
 use godwit_lab::LinkState;
-use godwit_model::{Bytes, BytesPerSec, DiskFormat, DiskSpec, ErrorCode, MigrationForecast, MigrationPolicy, Millis};
+use godwit_model::{Bytes, BytesPerSec, DiskFormat, DiskSpec, ErrorCode, MigrationForecast, MigrationPolicy, Millis, Name};
 
 #[test]
 fn a_vm_with_a_shared_disk_moves_there_and_back_and_nobody_notices() -> Result<()> {
@@ -313,5 +313,26 @@ fn a_vm_moves_between_two_versions_of_qemu_and_back() -> Result<()> {
         Action::Migrate("old", "h1"),
         Action::Migrate("new", "h2"),
     ])?;
+    cluster.finish()
+}
+
+#[test]
+fn what_a_vm_has_in_common_with_a_neighbour_does_not_travel_where_the_team_shares_memory() -> Result<()> {
+    let spec = ClusterSpec::new(2)?;
+    let mut cluster = other_qemu().iter().fold(spec, |spec, qemu| spec.qemu("h2", qemu)).up()?;
+    let guest = |name| GuestSpec::small(name).knob("touch_total=8M");
+    cluster.boot_all(&[(guest("web"), "h1"), (guest("db"), "h1"), (guest("near"), "h2")])?;
+    let mut bytes = |vm: &str, to: &str, shares: bool| -> Result<Bytes> {
+        let team = Name::new("default")?;
+        cluster.ask(cluster.client().set_team(&team, &TeamSet { share_memory: shares }))?;
+        let task = cluster.migrate(vm, to)?;
+        let named = task.trail.iter().any(|note| note.text.contains("in common with VMs of its team"));
+        ensure!(named == shares, "{:?}", task.trail);
+        cluster.check()?;
+        Ok(task.figures.context("figures")?.wire_bytes)
+    };
+    let (alone, beside) = (bytes("web", "h2", false)?, bytes("db", "h2", true)?);
+    eprintln!("{alone} without a neighbour, {beside} with two");
+    ensure!(beside.get() * 10 < alone.get() * 7, "{beside} beside a neighbour, {alone} without");
     cluster.finish()
 }

@@ -85,7 +85,7 @@ fn a_controller_whose_disk_is_full_refuses_changes_loses_nothing_and_goes_on_whe
     let mut acknowledged = Vec::new();
     let refusal = loop {
         let name = Name::new(format!("team{}", acknowledged.len()))?;
-        match cluster.ask(cluster.client().create_team(&TeamCreate { name: name.clone() })) {
+        match cluster.ask(cluster.client().create_team(&TeamCreate { name: name.clone(), share_memory: false })) {
             Ok(_) => acknowledged.push(name),
             Err(refusal) => break refusal,
         }
@@ -102,7 +102,7 @@ fn a_controller_whose_disk_is_full_refuses_changes_loses_nothing_and_goes_on_whe
         ensure!(teams.iter().any(|team| team.name == *name), "{name} was acknowledged and is lost");
     }
     ensure!(teams.len() <= acknowledged.len() + 1, "{} teams are there, {} were acknowledged", teams.len(), acknowledged.len());
-    cluster.ask(cluster.client().create_team(&TeamCreate { name: Name::new("after")? }))?;
+    cluster.ask(cluster.client().create_team(&TeamCreate { name: Name::new("after")?, share_memory: false }))?;
     cluster.migrate("web", "h2")?;
     cluster.finish()
 }

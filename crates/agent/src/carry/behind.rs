@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, mpsc};
 
-use godwit_carrier::pages::{GuestMemory, PAGE_SIZE, Page, PageSet, Place};
+use godwit_carrier::pages::{COMMON, GuestMemory, PAGE_SIZE, Page, PageSet, Place};
 
 use super::memory::ProcessMemory;
 use super::threads::Threads;
@@ -21,6 +21,8 @@ const UNDER_WAY: usize = 2;
 /// Memory, and what is on its way there.
 pub(super) struct WriteBehind {
     memory: Arc<ProcessMemory>,
+    /// Pages of other VMs, which are read as those of [`COMMON`].
+    common: Vec<Page>,
     threads: Threads,
     gathered: Writes,
     under_way: VecDeque<mpsc::Receiver<(Writes, io::Result<()>)>>,
@@ -44,7 +46,12 @@ impl WriteBehind {
         let lengths: Vec<u32> = memory.blocks().iter().map(|block| block.pages).collect();
         let busy = PageSet::new(&lengths);
         let (gathered, under_way, spare) = (Writes::default(), VecDeque::new(), Vec::new());
-        Self { memory: Arc::new(memory), threads, gathered, under_way, busy, spare, failed: None }
+        Self { memory: Arc::new(memory), common: Vec::new(), threads, gathered, under_way, busy, spare, failed: None }
+    }
+
+    /// Copies of pages of other VMs.
+    pub(super) const fn common(&mut self) -> &mut Vec<Page> {
+        &mut self.common
     }
 
     /// More pages than can be on their way at a time.
@@ -125,6 +132,16 @@ impl WriteBehind {
     }
 }
 
+impl Drop for WriteBehind {
+    /// The VM stands still when its memory is given up, and does not wait until the kernel has taken so many pages back.
+    fn drop(&mut self) {
+        let common = std::mem::take(&mut self.common);
+        if !common.is_empty() {
+            self.threads.run(move || drop(common));
+        }
+    }
+}
+
 fn run(first: Place, pages: u32) -> impl Iterator<Item = Place> {
     (first.page..first.page.saturating_add(pages)).map(move |page| Place { page, ..first })
 }
@@ -149,6 +166,10 @@ impl GuestMemory for WriteBehind {
     type Error = io::Error;
 
     fn read(&mut self, block: u16, page: u32, into: &mut Page) -> io::Result<()> {
+        if block == COMMON {
+            *into = *self.common.get(page as usize).ok_or(io::ErrorKind::InvalidInput)?;
+            return Ok(());
+        }
         self.wait_for(Place { block, page }, 1)?;
         self.memory.get(block, page, into)
     }

@@ -55,7 +55,7 @@ pub(crate) enum Role {
         images: Vec<IndexedImageFds>,
         again: bool,
     },
-    /// Accepts connections on this listening descriptor. `advises` says that its QEMU is set up for post-copy. `again` is the number of the RAM
+    /// Accepts connections on this listening descriptor. `neighbours` are other VMs, which run, and whose memory is read. `advises` says that its QEMU is set up for post-copy. `again` is the number of the RAM
     /// section, of a QEMU that runs and waits for pages.
     Destination {
         listen_fd: RawFd,
@@ -64,6 +64,7 @@ pub(crate) enum Role {
         kept: Option<KeptMemory>,
         lent: Option<LentMemory>,
         images: Vec<ImageFd>,
+        neighbours: Vec<Placement>,
         again: Option<u32>,
     },
     /// Dials, for a disk. `disk_fd` is a connection to the NBD server of the QEMU that has it.
@@ -226,6 +227,8 @@ pub(crate) struct PageCounts {
     pub(crate) copy: u64,
     #[serde(default)]
     pub(crate) image: u64,
+    #[serde(default)]
+    pub(crate) common: u64,
     pub(crate) patch: u64,
     pub(crate) data: u64,
 }

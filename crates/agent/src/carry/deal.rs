@@ -21,6 +21,7 @@ use super::holdings::{Hearing, Holdings, Telling, told_blocks};
 use super::home::Bringing;
 use super::images::ReadableImage;
 use super::memory::ProcessMemory;
+use super::neighbours::Neighbours;
 use super::pump::{ADVISED, LOADED, Pump};
 
 /// How long the source's QEMU may keep its socket after the destination's QEMU closed: longer than it needs to close by itself.
@@ -98,14 +99,14 @@ struct Destination<'a> {
     ended: bool,
 }
 
-/// The destination: never returns but with an error. `prepare` begins to bring back what was kept of the memory; `tell` is told what post-copy costs the guest.
+/// The destination: never returns but with an error. `prepare` begins to bring back what was kept of the memory, and names the neighbours; `tell` is told what post-copy costs the guest.
 pub(super) async fn at_destination(
     pump: &Pump,
     qemu: OwnedWriteHalf,
     mut frames: mpsc::UnboundedReceiver<Frame>,
     digester: Digester,
     (mut memory, mut from_qemu): (Option<WriteBehind>, FromQemu),
-    prepare: impl AsyncFnOnce(&mut WriteBehind) -> Bringing,
+    prepare: impl AsyncFnOnce(&mut WriteBehind) -> (Bringing, Neighbours),
     tell: impl Fn(&Arrival),
 ) -> Result<std::convert::Infallible, DealError> {
     let mut qemu = ToQemu { qemu, gone: false };
@@ -115,8 +116,8 @@ pub(super) async fn at_destination(
     }
     let telling = match &mut memory {
         Some(memory) => {
-            let bringing = prepare(memory).await;
-            Some(Telling::begin(pump, memory.memory(), bringing))
+            let (bringing, neighbours) = prepare(memory).await;
+            Some(Telling::begin(pump, memory.memory(), bringing, neighbours))
         }
         None => {
             pump.push(&Frame::Memory(vec![]), 0);
@@ -230,7 +231,11 @@ impl Destination<'_> {
 
     fn tell(&mut self) -> Result<(), DealError> {
         let done = match (&mut self.telling, &mut self.memory) {
-            (Some(telling), Some(memory)) => telling.step(self.pump, &self.digester, memory)?,
+            (Some(telling), Some(memory)) => {
+                let done = telling.step(self.pump, &self.digester, memory)?;
+                self.applier.set_common(u32::try_from(memory.common().len()).unwrap_or(u32::MAX));
+                done
+            }
             // A VM that may run writes to its memory itself.
             _ => true,
         };
@@ -252,6 +257,9 @@ impl Destination<'_> {
             Frame::Pages(payload) => self.apply(payload).await?,
             Frame::Wanted { block, pages } => {
                 let memory = self.memory.as_mut().ok_or(DealError::Unexpected("questions about pages after the end"))?;
+                if usize::from(*block) >= memory.memory().blocks().len() {
+                    return Err(DealError::Unexpected("questions about pages that are not the VM's"));
+                }
                 // A question is a fraction of its answer: who does not take the answers gets no more of them.
                 pump.wait_for_room().await;
                 let mut told = Vec::with_capacity(pages.len());
@@ -414,6 +422,10 @@ pub(super) async fn at_source(
             Frame::Held { block, first, digests } if !pump.is_switched() => {
                 pump.on_sign_of_work();
                 hearing.on_held(Place { block, page: first }, digests).map_err(DealError::Unexpected)?;
+            }
+            Frame::Common(digests) if !pump.is_switched() => {
+                pump.on_sign_of_work();
+                hearing.on_common(digests).map_err(DealError::Unexpected)?;
             }
             Frame::Absent { block, runs } if pump.is_switched() => hearing.on_absent(block, runs).map_err(DealError::Unexpected)?,
             Frame::Images(images) => hearing.on_images(images).map_err(DealError::Unexpected)?,

@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use godwit_carrier::Frame;
 use godwit_carrier::frame::{Block, MAX_DATA, MAX_WANTED};
 use godwit_carrier::pages::digest::ZERO;
-use godwit_carrier::pages::{Batch, Digester, Encoder, EncoderLimits, Encoding, PAGE_SIZE, Page, Pieces, Place};
+use godwit_carrier::pages::{Batch, Digest, Digester, Encoder, EncoderLimits, Encoding, PAGE_SIZE, Page, Pieces, Place};
 use godwit_stream::postcopy::{DeviceState, DeviceStateTooLong, put_advise, put_package};
 use godwit_stream::{Element, PageContent, RamStart, Reader, StreamError, WriteError, Writer};
 use tokio::net::unix::OwnedReadHalf;
@@ -127,6 +127,8 @@ pub(super) struct Feed<'a> {
     /// What the destination's QEMU is to read, not yet in a frame.
     forward: BytesMut,
     encoder: Option<Encoder>,
+    /// Pages of other VMs that the destination holds, until they are of use.
+    common: Vec<Digest>,
     /// What the destination holds, as long as it tells more of it; what it holds before this place is known.
     held_there: Option<mpsc::UnboundedReceiver<Held>>,
     known: Place,
@@ -192,6 +194,7 @@ impl<'a> Feed<'a> {
             writer: Writer::new(),
             forward: BytesMut::new(),
             encoder: None,
+            common: Vec::new(),
             held_there: None,
             known: Place::default(),
             seals: Seals::new(pump, sealers),
@@ -580,6 +583,7 @@ impl<'a> Feed<'a> {
         }
         self.encoder = Some(encoder);
         self.held_there = holdings.held;
+        self.common = holdings.common;
         if !self.held {
             let pages = usize::try_from(start.blocks.iter().map(|block| block.pages()).sum::<u64>()).unwrap_or(usize::MAX);
             let held = self.learn_all_held().await;
@@ -695,6 +699,9 @@ impl<'a> Feed<'a> {
         let none = FeedError::Page { block: place.block, page: place.page };
         let Some(encoder) = &mut self.encoder else { return Err(none) };
         encoder.set_asks(self.probing == 0 && !self.ended && !self.pump.is_hurried());
+        if self.probing == 0 && !self.common.is_empty() {
+            encoder.set_common(std::mem::take(&mut self.common));
+        }
         if content.is_some() {
             self.probing = self.probing.saturating_sub(1);
         }

@@ -6,7 +6,7 @@
 use std::io;
 
 use bytes::Bytes;
-use godwit_carrier::frame::{Block, MAX_DIGESTS};
+use godwit_carrier::frame::{Block, MAX_COMMON, MAX_DIGESTS};
 use godwit_carrier::pages::digest::ZERO;
 use godwit_carrier::pages::{Digest, Digester, GuestMemory, PAGE_SIZE, Place};
 use godwit_carrier::{Frame, Image};
@@ -17,6 +17,7 @@ use super::behind::WriteBehind;
 use super::home::Bringing;
 use super::images::ReadableImage;
 use super::memory::{ENTRIES, ProcessMemory};
+use super::neighbours::Neighbours;
 use super::pump::Pump;
 
 /// So many pages must have been brought back for it to be worth while to look at them, and so many are told at once.
@@ -29,6 +30,8 @@ pub(super) struct Holdings {
     pub(super) blocks: Vec<Block>,
     /// Images that it can read.
     pub(super) images: Vec<Image>,
+    /// Pages of other VMs that it holds.
+    pub(super) common: Vec<Digest>,
     /// What it holds of the blocks, as it is told; closed when all was.
     pub(super) held: Option<mpsc::UnboundedReceiver<Held>>,
     /// Pages that it does not have, in a session that goes on after a switch: block, runs.
@@ -79,6 +82,15 @@ impl Hearing {
         Ok(())
     }
 
+    pub(super) fn on_common(&mut self, digests: Vec<Digest>) -> Result<(), NotItsPart> {
+        let common = &mut self.holdings.as_mut().ok_or("pages of other VMs behind its own")?.common;
+        if common.len() + digests.len() > MAX_COMMON {
+            return Err("more pages of other VMs than there may be");
+        }
+        common.extend(digests);
+        Ok(())
+    }
+
     pub(super) fn on_held(&mut self, place: Place, digests: Vec<Digest>) -> Result<(), NotItsPart> {
         let length = self.lengths.get(usize::from(place.block)).copied().unwrap_or(0);
         let end = u32::try_from(digests.len()).ok().and_then(|pages| place.page.checked_add(pages));
@@ -120,6 +132,8 @@ impl Hearing {
 
 /// The destination, as it tells what it holds.
 pub(super) struct Telling {
+    /// What comes first.
+    neighbours: Option<Neighbours>,
     bringing: Bringing,
     lengths: Vec<u32>,
     at: Place,
@@ -127,7 +141,7 @@ pub(super) struct Telling {
 
 impl Telling {
     /// Says which memory there is. What it holds is told [step by step](Telling::step), and none of it must be written to by others before it was.
-    pub(super) fn begin(pump: &Pump, memory: &ProcessMemory, bringing: Bringing) -> Self {
+    pub(super) fn begin(pump: &Pump, memory: &ProcessMemory, bringing: Bringing, neighbours: Neighbours) -> Self {
         let blocks = told_blocks(memory);
         let lengths = blocks.iter().map(|block| block.pages).collect();
         pump.push(&Frame::Memory(blocks), 0);
@@ -135,7 +149,7 @@ impl Telling {
         if !images.is_empty() {
             pump.push(&Frame::Images(images), 0);
         }
-        Self { bringing, lengths, at: Place::default() }
+        Self { neighbours: Some(neighbours), bringing, lengths, at: Place::default() }
     }
 
     /// What was not brought back so far stays away.
@@ -143,8 +157,16 @@ impl Telling {
         self.bringing = Bringing::default();
     }
 
-    /// Brings some of what is to be brought back, or tells some of what is there for good. Whether that was all.
+    /// Copies some of what neighbours have, brings some of what is to be brought back, or tells some of what is there for good. Whether that was all.
     pub(super) fn step(&mut self, pump: &Pump, digester: &Digester, memory: &mut WriteBehind) -> io::Result<bool> {
+        if let Some(neighbours) = &mut self.neighbours {
+            match neighbours.step(digester, memory.common()) {
+                Some(digests) if digests.is_empty() => {}
+                Some(digests) => pump.push(&Frame::Common(digests), 0),
+                None => self.neighbours = None,
+            }
+            return Ok(false);
+        }
         let Place { block, page } = self.at;
         let Some(length) = self.lengths.get(usize::from(block)).copied() else {
             pump.push(&Frame::HeldEnd, 0);
@@ -253,6 +275,14 @@ mod tests {
         assert_eq!(held.try_recv(), Err(mpsc::error::TryRecvError::Disconnected));
         assert!(right.on_end().is_err() && right.on_held(place(3), vec![]).is_err() && !right.is_new());
 
+        let (mut before, mut told) = hearing();
+        before.on_common(vec![[3; 16]; MAX_COMMON - 1]).expect("before what it holds itself");
+        before.on_common(vec![[4; 16]]).expect("as many as there may be");
+        assert!(before.on_common(vec![[4; 16]]).is_err());
+        before.on_end().expect("an end");
+        assert_eq!(told.try_recv().expect("told").common.last(), Some(&[4; 16]));
+        assert!(before.on_common(vec![[3; 16]]).is_err(), "behind it");
+
         type Wrong = fn(&mut Hearing) -> Result<(), NotItsPart>;
         let wrong: [(&str, Wrong); 5] = [
             ("back", |hearing| hearing.on_held(place(10), vec![[1; 16]]).and_then(|()| hearing.on_held(place(10), vec![[1; 16]]))),
@@ -292,7 +322,7 @@ mod tests {
         let (pump, _) = Pump::new(Side::Destination, identity, keep_alive, None, mpsc::channel(1).0);
         let earlier = Earlier { stay: Some((file, [4; 32])), lent: None };
         let bringing = Bringing::begin(earlier, &mut memory).await;
-        let mut telling = Telling::begin(&pump, memory.memory(), bringing);
+        let mut telling = Telling::begin(&pump, memory.memory(), bringing, Neighbours::default());
         let (digester, mut early) = (Digester::new(&[7; 32]), 0);
         while !telling.step(&pump, &digester, &mut memory).expect("its own memory") {
             if let Some(through) = telling.bringing.through() {

@@ -15,6 +15,8 @@ const PRESENT: u64 = 0b11 << 62;
 const SWAPPED: u64 = 1 << 62;
 /// Nobody else has it: what was only ever read is the kernel's page, or two MiB, of zeros, which everybody has.
 pub(super) const EXCLUSIVE: u64 = 1 << 56;
+/// It is in memory, and nobody else has it.
+const RESIDENT: u64 = 1 << 63 | EXCLUSIVE;
 /// Entries of a page map that are read at once.
 pub(super) const ENTRIES: u32 = 8192;
 
@@ -57,6 +59,11 @@ impl ProcessMemory {
     /// guest's memory when that moves, and samples of it when it measures what the guest writes: what has only been read holds nothing.
     pub(crate) fn touched(&self, block: u16, first: u32) -> io::Result<(Vec<u32>, u32)> {
         self.pages_with(|entry| entry & (SWAPPED | EXCLUSIVE) != 0, block, first)
+    }
+
+    /// The pages from `first` on that somebody has written to and that are in memory, and the page to go on with, as in [`Self::touched`].
+    pub(super) fn resident(&self, block: u16, first: u32) -> io::Result<(Vec<u32>, u32)> {
+        self.pages_with(|entry| entry & RESIDENT == RESIDENT, block, first)
     }
 
     fn pages_with(&self, wanted: impl Fn(u64) -> bool, block: u16, first: u32) -> io::Result<(Vec<u32>, u32)> {

@@ -39,6 +39,7 @@ use super::holdings::Holdings;
 use super::home::{Bringing, Earlier, Lent};
 use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
+use super::neighbours::Neighbours;
 use super::pump::{Gauge, KeepAlive, Pump};
 use super::return_path::{from_qemu, return_path};
 use super::seal::Sealers;
@@ -191,14 +192,14 @@ async fn carry(
 }
 
 fn tell_gauge(status: &watch::Sender<CarryStatus>, gauge: Gauge, wire_bytes: u64) {
-    let Encoding { same, zero, copy, image, patch, data } = gauge.encoding;
+    let Encoding { same, zero, copy, image, common, patch, data } = gauge.encoding;
     status.send_modify(|status| {
         status.wire_bytes = wire_bytes;
         status.stream_bytes = gauge.stream_bytes;
         status.rate = gauge.rate;
         status.link_rate = gauge.link_rate;
         status.in_flight = gauge.in_flight;
-        status.pages = PageCounts { same, zero, copy, image, patch, data };
+        status.pages = PageCounts { same, zero, copy, image, common, patch, data };
         status.round_trip_us = u64::try_from(gauge.round_trip.as_micros()).unwrap_or(u64::MAX);
         status.looking_ms = u64::try_from(gauge.looking.as_millis()).unwrap_or(u64::MAX);
         status.unanswered_ms = u64::try_from(gauge.unanswered.as_millis()).unwrap_or(u64::MAX);
@@ -287,7 +288,7 @@ async fn move_bytes(
                 Err(error) = feed.run(&reader, holdings) => Err(text(error)),
             }
         }
-        Role::Destination { listen_fd, placement, advises, kept, lent, images, again } => {
+        Role::Destination { listen_fd, placement, advises, kept, lent, images, neighbours, again } => {
             let (reader, writer) = means.qemu.into_split();
             let mut acceptor = acceptor(listen_fd, peer, &material, wire)?;
             let images = images.into_iter().map(readable_image).collect();
@@ -295,6 +296,7 @@ async fn move_bytes(
             let stay = kept.map(|kept| (std::fs::File::from(take(kept.file_fd)), kept.key));
             let lent = lent.map(self::lent).transpose().map_err(text)?;
             let earlier = Earlier { stay, lent };
+            let neighbours = Neighbours::new(neighbours.into_iter().map(self::memory).collect());
             let (told, mut key) = oneshot::channel();
             let (to_carry, from_qemu) = from_qemu(advises);
             let tell_post_copy = |arrival: &Arrival| tell_arrival(status, arrival);
@@ -324,10 +326,13 @@ async fn move_bytes(
                     },
                     _ => key.await,
                 };
-                let prepare = async |memory: &mut WriteBehind| match (bringing, earlier) {
-                    (Some(bringing), _) => bringing,
-                    (None, Some(earlier)) => Bringing::begin(earlier, memory).await,
-                    (None, None) => Bringing::default(),
+                let prepare = async |memory: &mut WriteBehind| {
+                    let bringing = match (bringing, earlier) {
+                        (Some(bringing), _) => bringing,
+                        (None, Some(earlier)) => Bringing::begin(earlier, memory).await,
+                        (None, None) => Bringing::default(),
+                    };
+                    (bringing, neighbours)
                 };
                 let Ok(key) = key else { return std::future::pending().await };
                 deal::at_destination(pump, writer, frames, Digester::new(&key), (memory, from_qemu), prepare, tell_post_copy).await

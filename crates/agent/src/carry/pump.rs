@@ -257,8 +257,8 @@ impl Pump {
         }
         let page = PAGE_SIZE as f64;
         // As long as hardly any page was sent again: what those cost that had to be sent. Pages of zeros say nothing about others.
-        let Encoding { copy, image, patch, data, .. } = self.encoding.get();
-        let first = || (wire_sent as f64 / (copy + image + patch + data).max(1) as f64).min(page);
+        let Encoding { same: _, zero: _, copy, image, common, patch, data } = self.encoding.get();
+        let first = || (wire_sent as f64 / (copy + image + common + patch + data).max(1) as f64).min(page);
         let cost = self.cost.get().map_or_else(first, |cost| cost as f64);
         let seconds = cost / link_rate as f64 + page / self.speed.get().per_second() as f64;
         (page / seconds) as u64

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use godwit_carrier::frame::Block;
-use godwit_carrier::pages::{Digester, GuestMemory, PAGE_SIZE};
+use godwit_carrier::pages::{COMMON, Digester, FIRST_IMAGE, GuestMemory, PAGE_SIZE};
 use godwit_carrier::{Decoder, Frame, Greeting, Identity, Image, Side};
 use godwit_model::{BytesPerSec, Name};
 use godwit_stream::{
@@ -32,6 +32,7 @@ use super::feed::{Feed, Own};
 use super::home::Bringing;
 use super::images::{OwnImage, ReadableImage};
 use super::memory::ProcessMemory;
+use super::neighbours::Neighbours;
 use super::pump::{KeepAlive, Pump, PumpError};
 use super::seal::Sealers;
 use super::threads::Threads;
@@ -126,10 +127,16 @@ fn source_at(
 }
 
 fn destination(acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive: KeepAlive) -> Running {
-    destination_at(acceptor, memory, keep_alive, false)
+    destination_at(acceptor, memory, keep_alive, false, Neighbours::default())
 }
 
-fn destination_at(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_alive: KeepAlive, advises: bool) -> Running {
+fn destination_at(
+    mut acceptor: Acceptor,
+    memory: Option<ProcessMemory>,
+    keep_alive: KeepAlive,
+    advises: bool,
+    neighbours: Neighbours,
+) -> Running {
     let (qemu, ours) = UnixStream::pair().expect("pair");
     let (to_peer, mut from_agent) = mpsc::channel(8);
     let (to_agent, from_peer) = mpsc::channel(8);
@@ -141,7 +148,8 @@ fn destination_at(mut acceptor: Acceptor, memory: Option<ProcessMemory>, keep_al
         let dealing = async {
             let digester = Digester::new(&key.await.expect("a session"));
             let memory = memory.map(|memory| WriteBehind::new(memory, threads()));
-            deal::at_destination(&pump, writer, frames, digester, (memory, from_qemu), async |_| Bringing::default(), |_| ()).await
+            let prepare = async |_: &mut WriteBehind| (Bringing::default(), neighbours);
+            deal::at_destination(&pump, writer, frames, digester, (memory, from_qemu), prepare, |_| ()).await
         };
         tokio::select! {
             error = connections::of_destination(&pump, &mut acceptor, told, PATIENCE, &mut from_agent, |_| ()) => error,
@@ -385,6 +393,40 @@ async fn an_image_that_has_changed_is_found_out_before_anything_wrong_is_loaded(
             // Cut short: what is beyond its end cannot be read.
             let (_, _, failed) = move_of_an_image(&image, &there[..5]).await;
             assert!(failed);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn what_a_neighbour_has_too_does_not_travel() {
+    LocalSet::new()
+        .run_until(async {
+            let (_, mut neighbour) = guest_memory();
+            for number in 0..400 {
+                neighbour.write(0, number, &noise(u64::from(number))).expect("written");
+            }
+            let (pages, memory) = guest_memory();
+            let materials = cluster(&["h1", "h2"]);
+            let (listener, address) = listener().await;
+            let acceptor = acceptor(listener, "h1", &materials[0], &materials[1]);
+            let neighbours = Neighbours::new(vec![neighbour]);
+            let mut destination = destination_at(acceptor, Some(memory), PATIENT, false, neighbours);
+            let wire = Arc::new(AtomicU64::new(0));
+            let dialler =
+                Dialler::new(address, expected("h2", &materials[1]), &materials[0], Arc::clone(&wire)).expect("a dialler");
+            let mut source = source_at(dialler, IDENTITY, PATIENT, None, None, Vec::new(), true);
+            let mut stream = Stream::new();
+            let elements: Vec<Element> = (0..400).map(|number| page(0, number, &noise(399 - number))).collect();
+            stream.part(&elements);
+            stream.part(&[page(0, 500, &noise(9_999))]);
+            stream.end();
+            source.qemu.write_all(&stream.take()).await.expect("written");
+            let mut expected = Stream::new();
+            expected.end();
+            read_stream(&mut destination.qemu, &expected.take()).await;
+            assert!((0..).zip(&pages[..400]).all(|(number, page)| *page == noise(399 - number)) && pages[500] == noise(9_999));
+            let wire = wire.load(Ordering::Relaxed);
+            assert!((PAGE_SIZE as u64..40_000).contains(&wire), "{wire} bytes for 400 pages of the neighbour and one other");
         })
         .await;
 }
@@ -859,6 +901,20 @@ async fn a_peer_that_does_what_is_not_its_part_ends_the_session() {
                 source.send(frames).await;
                 let ended = destination.ended.await.expect("ended");
                 assert!(matches!(ended, SessionError::Pump(PumpError::Unexpected(_))), "{frames:?}: {ended}");
+            }
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn questions_about_pages_that_are_not_the_vms_end_the_session() {
+    LocalSet::new()
+        .run_until(async {
+            for (block, ends) in [(0, false), (COMMON, true), (FIRST_IMAGE, true), (1, true)] {
+                let (destination, mut source) = against_a_source_by_hand(PATIENT, Some(guest_memory().1)).await;
+                source.send(&[Frame::Wanted { block, pages: vec![0] }]).await;
+                let ended = tokio::time::timeout(Duration::from_secs(if ends { 10 } else { 1 }), destination.ended).await;
+                assert_eq!(ended.is_ok_and(|ended| ended.is_err()), ends, "block {block}");
             }
         })
         .await;

@@ -23,6 +23,7 @@ use super::destination::DestinationMove;
 use super::fill::Filling;
 use super::lend::EarlierMemory;
 use super::moving::{answer, vcpus};
+use super::neighbours::Neighbour;
 use super::playing::EndReason;
 use super::registry::{answer_for_nobody, asks_how_it_ended};
 use super::sampling;
@@ -43,6 +44,8 @@ pub(crate) enum VmEvent {
     Command { command: Box<VmCommand>, reply: oneshot::Sender<Result<Answer, Refusal>> },
     /// The other agent of a move said something.
     Peer { task: TaskId, said: Said },
+    /// Another VM of its team is to come.
+    Neighbour { reply: oneshot::Sender<Option<Neighbour>> },
 }
 
 /// What the controller can want.
@@ -86,6 +89,8 @@ pub(crate) enum VmCommand {
         memory_key: Option<StayKey>,
         /// What a vault has of its memory.
         snapshot: Option<Box<MemoryInVault>>,
+        /// VMs that it may have something in common with.
+        neighbours: Arc<[Neighbour]>,
         disks: Vec<TravellingDisk>,
     },
     Migrate {
@@ -473,6 +478,9 @@ impl Actor {
                     self.answer_of_past(task, &said);
                 }
             }
+            // Whoever asked may wait no longer.
+            VmEvent::Neighbour { reply } if reply.is_closed() => {}
+            VmEvent::Neighbour { reply } => drop(reply.send(self.neighbour().await)),
         }
         self.wake = Instant::now();
     }
@@ -512,8 +520,8 @@ impl Actor {
     async fn on_command(&mut self, command: VmCommand) -> Result<Answer, Refusal> {
         match command {
             VmCommand::Start { grant, spec, .. } => self.start(grant, spec, None).await.map(|_| Answer::default()),
-            VmCommand::Prepare { grant, spec, policy, memory_key, snapshot, disks } => {
-                self.prepare(grant, spec, policy, EarlierMemory { memory_key, snapshot }, disks).await
+            VmCommand::Prepare { grant, spec, policy, memory_key, snapshot, neighbours, disks } => {
+                self.prepare(grant, spec, policy, EarlierMemory { memory_key, snapshot, neighbours }, disks).await
             }
             VmCommand::Migrate { grant, address, policy, memory_key, past, disks } => {
                 self.migrate(grant, address, policy, memory_key, past, disks).await.map(|()| Answer::default())

@@ -26,6 +26,7 @@ use super::actor::{Actor, Answer, Moving, RETRY, qemu_failed};
 use super::disks::{Lane, into};
 use super::lend::EarlierMemory;
 use super::moving::{Told, Watch, millis, tell};
+use super::neighbours;
 use super::placement::Access;
 use super::start_carry::LaneStart;
 use crate::carry::{CarryClient, CarryNotice, PlacedBlock, Role};
@@ -316,7 +317,8 @@ impl Actor {
             None => None,
         };
         let images = self.lend_images(&mut fds).await;
-        let role = Role::Destination { listen_fd, placement, advises, kept, lent, images, again: None };
+        let neighbours = if is_lent { neighbours::lend(&earlier.neighbours, &mut fds) } else { Vec::new() };
+        let role = Role::Destination { listen_fd, placement, advises, kept, lent, images, neighbours, again: None };
         let carry = self.start_carry(role, grant, LaneStart::of_memory(&source, policy.stall), ours.into(), fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {
             incoming.carry = Some(carry.identity().clone());
@@ -553,7 +555,8 @@ impl Actor {
         };
         let placement = blocks.and_then(|blocks| self.place(blocks, Access::Read, &mut fds));
         let again = Some(section);
-        let role = Role::Destination { listen_fd, placement, advises: true, kept: None, lent: None, images: Vec::new(), again };
+        let (images, neighbours) = (Vec::new(), Vec::new());
+        let role = Role::Destination { listen_fd, placement, advises: true, kept: None, lent: None, images, neighbours, again };
         let stall = MigrationPolicy::default().stall;
         let carry = self.start_carry(role, &grant, LaneStart::of_memory(&source, stall), ours.into(), fds).await?;
         if let Some(Holding::Destination(incoming)) = self.record.as_mut().map(|record| &mut record.holding) {

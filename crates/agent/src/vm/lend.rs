@@ -1,6 +1,7 @@
 //! What a vault has of the memory of a VM that is to come, lent to the carry that waits for it.
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_model::{MigrationPolicy, Millis, Refusal};
@@ -8,6 +9,7 @@ use godwit_qemu::PassedFds;
 use godwit_vault::StayKey;
 
 use super::actor::Actor;
+use super::neighbours::Neighbour;
 use crate::carry::LentMemory;
 use crate::host::host_failed;
 use crate::snapshot::{Job, MemoryInVault, Worker};
@@ -23,6 +25,8 @@ pub(super) struct EarlierMemory {
     pub(super) memory_key: Option<StayKey>,
     /// Where a vault has it.
     pub(super) snapshot: Option<Box<MemoryInVault>>,
+    /// Other VMs of its team, which run here.
+    pub(super) neighbours: Arc<[Neighbour]>,
 }
 
 /// The source must not take it for a destination that stands still, and most of the time that the warm-up has is the warm-up's.

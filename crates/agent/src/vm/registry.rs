@@ -38,6 +38,11 @@ impl Registry {
         self.actors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The actor of a VM that has one.
+    pub(super) fn known(&self, vm: VmId) -> Option<mpsc::Sender<VmEvent>> {
+        self.locked().get(&vm).filter(|sender| !sender.is_closed()).cloned()
+    }
+
     fn spawn(self: &Arc<Self>, vm: VmId, record: Option<VmRecord>) -> mpsc::Sender<VmEvent> {
         let mut actors = self.locked();
         if let Some(sender) = actors.get(&vm).filter(|sender| !sender.is_closed()) {
@@ -70,8 +75,7 @@ impl Registry {
     /// that brings the VM here makes one.
     pub(crate) async fn command(self: &Arc<Self>, vm: VmId, command: VmCommand) -> Result<Answer, Refusal> {
         for _ in 0..ATTEMPTS {
-            let known = self.locked().get(&vm).filter(|sender| !sender.is_closed()).cloned();
-            let sender = match known {
+            let sender = match self.known(vm) {
                 Some(sender) => sender,
                 None => {
                     let record = self.host.journal.vm(vm).map_err(|error| host_failed("the journal cannot be read", &error))?;
@@ -96,8 +100,7 @@ impl Registry {
     /// Hands a message of the other agent, however it came, to the VM's actor. Where neither that nor the journal knows the VM the move is over here.
     pub(crate) async fn peer(self: &Arc<Self>, task: TaskId, said: Said) {
         let vm = said.peer.vm;
-        let known = self.locked().get(&vm).filter(|sender| !sender.is_closed()).cloned();
-        if let Some(sender) = known
+        if let Some(sender) = self.known(vm)
             && sender.send(VmEvent::Peer { task, said: said.clone() }).await.is_ok()
         {
             return;

@@ -4,7 +4,7 @@ use zstd::bulk::Decompressor;
 
 use super::batch::{self, Entry, MalformedBatch};
 use super::digest::CHECK;
-use super::images::FIRST_IMAGE;
+use super::images::{COMMON, FIRST_IMAGE};
 use super::{Digester, PAGE_SIZE, PIECE, Page};
 
 /// Guest memory by block and page.
@@ -12,7 +12,7 @@ pub trait GuestMemory {
     /// Why it could not be reached.
     type Error;
 
-    /// Reads a page, also of an image that the applier knows.
+    /// Reads a page, also of an image that the applier knows, or of [`COMMON`].
     ///
     /// # Errors
     /// If the memory cannot be reached.
@@ -68,6 +68,7 @@ pub struct Applier {
     digester: Digester,
     blocks: Vec<u32>,
     images: Vec<u32>,
+    common: u32,
     decompressor: Decompressor<'static>,
     scratch: Vec<u8>,
 }
@@ -94,7 +95,7 @@ impl Applier {
     #[must_use]
     pub fn new(digester: Digester, blocks: Vec<u32>) -> Self {
         let decompressor = Decompressor::new().expect("memory for a decompressor");
-        Self { digester, blocks, images: Vec::new(), decompressor, scratch: Vec::new() }
+        Self { digester, blocks, images: Vec::new(), common: 0, decompressor, scratch: Vec::new() }
     }
 
     /// With images of so many whole pages, which are read as blocks from [`FIRST_IMAGE`] on.
@@ -103,23 +104,31 @@ impl Applier {
         Self { images, ..self }
     }
 
+    /// So many pages of other VMs were told, and are read as pages of [`COMMON`].
+    pub const fn set_common(&mut self, pages: u32) {
+        self.common = pages;
+    }
+
     /// Applies a batch, entry by entry.
     ///
     /// # Errors
     /// See [`ApplyError`]: there is no way on from any of them.
     pub fn apply<M: GuestMemory>(&mut self, payload: &[u8], memory: &mut M) -> Result<Applied, ApplyError<M::Error>> {
-        let Self { digester, blocks, images, decompressor, scratch } = self;
+        let Self { digester, blocks, images, common, decompressor, scratch } = self;
         let body = batch::body(payload, scratch, |bytes, out| decompressor.decompress_to_buffer(bytes, out).ok())?;
         let mut entries = batch::Reader::new(body)?;
         let inside = |block: u16, page: u32| {
             let pages = blocks.get(usize::from(block)).copied().unwrap_or(0);
             if page < pages { Ok(()) } else { Err(ApplyError::Page { block }) }
         };
-        let readable = |block: u16, page: u32| match block.checked_sub(FIRST_IMAGE).and_then(|image| images.get(usize::from(image)))
-        {
-            Some(pages) if page < *pages => Ok(()),
-            Some(_) => Err(ApplyError::Page { block }),
-            None => inside(block, page),
+        let image_of = |block: u16| block.checked_sub(FIRST_IMAGE).filter(|_| block != COMMON);
+        let readable = |block: u16, page: u32| {
+            let pages = match image_of(block) {
+                Some(image) => images.get(usize::from(image)),
+                None if block == COMMON => Some(&*common),
+                None => blocks.get(usize::from(block)),
+            };
+            pages.filter(|pages| page < **pages).map(drop).ok_or(ApplyError::Page { block })
         };
         let mut run: Option<Run<'_>> = None;
         let mut applied = Applied::default();
@@ -139,7 +148,7 @@ impl Applier {
                 Entry::Zero | Entry::Data(_) => None,
                 Entry::Copy { block, page, check } => {
                     readable(block, page)?;
-                    image = block.checked_sub(FIRST_IMAGE);
+                    image = image_of(block);
                     let read = memory.read(block, page, &mut content);
                     read.map_err(|error| image.map_or(ApplyError::Memory(error), |image| ApplyError::Image { image }))?;
                     Some(check)
@@ -150,7 +159,12 @@ impl Applier {
                     Some(check)
                 }
             };
-            if check.is_some_and(|check| digester.page(&content).first_chunk::<CHECK>() != Some(&check)) {
+            let right = |check: [u8; CHECK]| match entry {
+                // Its digest was told: it would prove nothing.
+                Entry::Copy { block: COMMON, .. } => digester.proof(&content) == check,
+                _ => digester.page(&content).first_chunk() == Some(&check),
+            };
+            if check.is_some_and(|check| !right(check)) {
                 return Err(image.map_or(ApplyError::Check { block, page }, |image| ApplyError::Image { image }));
             }
             memory.write(block, page, &content).map_err(ApplyError::Memory)?;

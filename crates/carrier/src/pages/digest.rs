@@ -55,6 +55,14 @@ impl Digester {
         if *first == ZERO { [0xff; 16] } else { *first }
     }
 
+    /// What only who knows the page can say of it, also after its digest was told: the next eight bytes of the same hash.
+    #[must_use]
+    pub fn proof(&self, page: &Page) -> [u8; CHECK] {
+        let hash = blake3::keyed_hash(&self.page, page);
+        let (_, rest) = hash.as_bytes().split_first_chunk::<16>().expect("a hash has 32 bytes");
+        *rest.first_chunk().expect("a hash has 32 bytes")
+    }
+
     /// The hash of each piece of a page, cut to what a [`crate::Frame::Pieces`] tells of it.
     #[must_use]
     pub fn told_pieces(&self, page: &Page) -> Pieces {

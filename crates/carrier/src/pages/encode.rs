@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::batch::{Entry, Writer};
 use super::digest::{CHECK, ZERO};
-use super::images::Images;
+use super::images::{COMMON, Images};
 use super::rest::{PageSet, Rest};
 use super::signature::Signatures;
 use super::wanted::{Pieces, Wanted};
@@ -22,7 +22,7 @@ pub struct Place {
     pub page: u32,
 }
 
-/// How much memory an encoder may take beyond 21 bytes for each page and 4 MiB.
+/// How much memory an encoder may take beyond 21 bytes for each page, some 40 for each page of other VMs, and 4 MiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EncoderLimits {
     /// Bytes for what patches are made from, 520 for each page.
@@ -56,6 +56,8 @@ pub struct Encoding {
     pub copy: u64,
     /// As a copy of a page of an image.
     pub image: u64,
+    /// As a copy of a page that another VM has, too.
+    pub common: u64,
     /// As the pieces that differ.
     pub patch: u64,
     /// As a whole.
@@ -96,6 +98,8 @@ pub struct Encoder {
     contents: BTreeMap<Digest, u32>,
     most_contents: usize,
     images: Option<Box<dyn Images>>,
+    /// Pages of other VMs that the destination holds.
+    common: BTreeMap<Digest, u32>,
     signatures: Signatures,
     wanted: Wanted,
     asks: bool,
@@ -167,6 +171,7 @@ impl Encoder {
             contents: BTreeMap::new(),
             most_contents: usize::try_from(limits.contents / CONTENT_SIZE).unwrap_or(usize::MAX),
             images: None,
+            common: BTreeMap::new(),
             signatures: Signatures::new(pages, signatures),
             wanted: Wanted::new(pages),
             asks: false,
@@ -183,6 +188,11 @@ impl Encoder {
     /// Looks for what would have to be sent as a whole in these images, too, while pages may wait: the destination may have to read its disk.
     pub fn set_images(&mut self, images: Box<dyn Images>) {
         self.images = Some(images);
+    }
+
+    /// The destination holds these pages of other VMs: whatever has such a content is a copy of one.
+    pub fn set_common(&mut self, digests: impl IntoIterator<Item = Digest>) {
+        self.common = digests.into_iter().zip(0..).filter(|(digest, _)| *digest != ZERO).collect();
     }
 
     /// How pages were sent so far.
@@ -362,7 +372,7 @@ impl Encoder {
                 self.encoding.same += 1;
                 0
             }
-            Some(content) if digest != ZERO && self.asks && self.wanted.is_worth(number) && self.same(&digest).is_none() => {
+            Some(content) if digest != ZERO && self.asks && self.wanted.is_worth(number) && !self.is_known(&digest) => {
                 self.wanted.put(number, content);
                 return;
             }
@@ -391,6 +401,11 @@ impl Encoder {
         same.and_then(|same| self.place(same))
     }
 
+    /// Whether any page that the destination holds is the same.
+    fn is_known(&self, digest: &Digest) -> bool {
+        self.common.contains_key(digest) || self.same(digest).is_some()
+    }
+
     /// `told` are the pieces that differ, if the destination has told its own.
     fn put_content(&mut self, place: Place, number: u32, content: &Page, digest: &Digest, told: Option<u64>) -> usize {
         let check = *digest.first_chunk::<CHECK>().expect("a digest is longer than a check");
@@ -402,6 +417,11 @@ impl Encoder {
             self.encoding.copy += 1;
             let entry = Entry::Copy { block: from.block, page: from.page, check };
             return self.batch.put(place.block, place.page, &entry);
+        }
+        if let Some(page) = self.common.get(digest).copied() {
+            self.encoding.common += 1;
+            let check = self.digester.proof(content);
+            return self.batch.put(place.block, place.page, &Entry::Copy { block: COMMON, page, check });
         }
         if let Some(mask) = patched.filter(|mask| mask.count_ones() <= MOST_PIECES) {
             self.encoding.patch += 1;

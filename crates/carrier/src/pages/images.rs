@@ -8,6 +8,9 @@ use super::{Page, Place};
 /// The first number of an image among blocks.
 pub const FIRST_IMAGE: u16 = 0x8000;
 
+/// The number, among blocks, of the pages of other VMs that the destination has said it holds ([`crate::Frame::Common`]).
+pub const COMMON: u16 = 0xFFFF;
+
 /// At the source: finds contents in images that the destination can read, too.
 pub trait Images: Send {
     /// Where this very content is, compared byte by byte; `None` also where that cannot be found out.

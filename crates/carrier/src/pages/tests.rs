@@ -25,6 +25,7 @@ impl GuestMemory for Memory {
 
     fn read(&mut self, block: u16, page: u32, into: &mut Page) -> Result<(), Infallible> {
         *into = match block.checked_sub(FIRST_IMAGE) {
+            _ if block == COMMON => noise(SHARED[page as usize]),
             Some(_) => noise(IMAGE[page as usize] + u64::from(self.1)),
             None => self.0[usize::from(block)][page as usize],
         };
@@ -190,6 +191,68 @@ fn an_image_that_is_another_or_too_short_is_found_out() {
             assert!(matches!(refused, Err(ApplyError::Page { .. })), "{refused:?}");
         }
         assert_eq!(pair.destination.0[0][3], [0; PAGE_SIZE]);
+    }
+}
+
+/// Pages of other VMs that the destination holds.
+const SHARED: [u64; 3] = [700, 701, 700];
+
+#[test]
+fn what_another_vm_has_too_is_named() {
+    let mut pair = Pair::new(&[20], EncoderLimits::default());
+    let digester = Digester::new(&KEY);
+    pair.encoder.set_common(SHARED.map(|seed| digester.page(&noise(seed))).into_iter().chain([digest::ZERO]));
+    pair.applier.set_common(3);
+    for page in 0..4 {
+        pair.write(0, page, noise(SHARED[page as usize % 2]));
+    }
+    pair.write(0, 4, noise(1));
+    assert!((PAGE_SIZE..PAGE_SIZE + 100).contains(&pair.cost()));
+    assert_eq!(pair.encoder.encoding(), Encoding { common: 2, copy: 2, data: 1, ..Encoding::default() });
+    // Also while the VM stands still, and in the place of a page that the destination has told; zeros are zeros.
+    pair.tell(0, 10, noise(2));
+    pair.encoder.set_asks(true);
+    pair.write(0, 4, noise(700));
+    pair.write(0, 0, noise(3));
+    pair.write(0, 2, [0; PAGE_SIZE]);
+    let _ = pair.cost();
+    pair.write(0, 10, noise(701));
+    pair.write(0, 4, [0; PAGE_SIZE]);
+    pair.write(0, 11, noise(700));
+    assert!(pair.cost() < 60);
+    let encoding = pair.encoder.encoding();
+    assert_eq!((encoding.common, encoding.data), (3, 2), "{encoding:?}");
+}
+
+#[test]
+fn a_page_of_another_vm_that_was_not_told_is_none() {
+    let mut pair = Pair::new(&[20], EncoderLimits::default());
+    pair.encoder.set_common([Digester::new(&KEY).page(&noise(SHARED[0]))]);
+    pair.write(0, 3, noise(SHARED[0]));
+    let payload = pair.sealed().expect("a page");
+    let refused = pair.applier.apply(&payload, &mut pair.destination);
+    assert!(matches!(refused, Err(ApplyError::Page { block: COMMON })), "{refused:?}");
+    // It holds something else there.
+    pair.encoder.set_common([[0; 16], Digester::new(&KEY).page(&noise(5))]);
+    pair.applier.set_common(2);
+    pair.write(0, 4, noise(5));
+    let payload = pair.sealed().expect("a page");
+    let refused = pair.applier.apply(&payload, &mut pair.destination);
+    assert!(matches!(refused, Err(ApplyError::Check { block: 0, page: 4 })), "{refused:?}");
+}
+
+#[test]
+fn who_knows_of_a_page_of_another_vm_only_what_was_told_does_not_get_it() {
+    let digester = Digester::new(&KEY);
+    let told = digester.page(&noise(SHARED[0]));
+    for (check, gets) in [(*told.first_chunk().expect("long"), false), (digester.proof(&noise(SHARED[0])), true)] {
+        let mut pair = Pair::new(&[20], EncoderLimits::default());
+        pair.applier.set_common(1);
+        let mut writer = batch::Writer::default();
+        writer.put(0, 3, &batch::Entry::Copy { block: COMMON, page: 0, check });
+        let payload = pair.sealer.seal(&Batch::after(writer.finish(), 0), pair.level);
+        let applied = pair.applier.apply(&payload, &mut pair.destination);
+        assert_eq!((applied.is_ok(), pair.destination.0[0][3] == noise(SHARED[0])), (gets, gets));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 
-use godwit_carrier::pages::{FIRST_IMAGE, GuestMemory, Images, PAGE_SIZE, Page, Place};
+use godwit_carrier::pages::{COMMON, FIRST_IMAGE, GuestMemory, Images, PAGE_SIZE, Page, Place};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Memory {
@@ -37,9 +37,16 @@ impl Memory {
 /// How many pages the one image has.
 pub(crate) const IMAGE: u32 = 3;
 
-/// What the image holds.
-pub(crate) fn of_image(block: u16, page: u32) -> Option<Page> {
-    (block == FIRST_IMAGE && page < IMAGE).then(|| noise(u64::from(page)))
+/// How many pages of other VMs there are.
+pub(crate) const SHARED: u32 = 2;
+
+/// What the image, and the other VMs, hold.
+pub(crate) fn beside(block: u16, page: u32) -> Option<Page> {
+    match block {
+        FIRST_IMAGE if page < IMAGE => Some(noise(u64::from(page))),
+        COMMON if page < SHARED => Some(noise(5 + u64::from(page))),
+        _ => None,
+    }
 }
 
 /// Knows the image.
@@ -47,7 +54,7 @@ pub(crate) struct Known;
 
 impl Images for Known {
     fn find(&mut self, content: &Page) -> Option<Place> {
-        let page = (0..IMAGE).find(|page| of_image(FIRST_IMAGE, *page).as_ref() == Some(content))?;
+        let page = (0..IMAGE).find(|page| beside(FIRST_IMAGE, *page).as_ref() == Some(content))?;
         Some(Place { block: FIRST_IMAGE, page })
     }
 }
@@ -56,7 +63,7 @@ impl GuestMemory for Memory {
     type Error = Infallible;
 
     fn read(&mut self, block: u16, page: u32, into: &mut Page) -> Result<(), Infallible> {
-        let content = self.get(block, page).copied().or_else(|| of_image(block, page));
+        let content = self.get(block, page).copied().or_else(|| beside(block, page));
         *into = content.expect("only pages that are there are read");
         Ok(())
     }

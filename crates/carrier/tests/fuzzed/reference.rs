@@ -5,7 +5,7 @@ use std::ops::Range;
 use godwit_carrier::pages::batch::MAX_ENTRIES;
 use godwit_carrier::pages::{Applier, ApplyError, Digester, MAX_PAYLOAD, PAGE_SIZE, Page};
 
-use super::memory::{IMAGE, Memory, filled, noise, of_image};
+use super::memory::{IMAGE, Memory, SHARED, beside, filled, noise};
 use super::{BLOCKS, digester};
 
 const MAX_BODY: usize = MAX_PAYLOAD - 5;
@@ -28,7 +28,9 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     pub(crate) fn new(memory: Memory) -> Self {
-        Self { memory, applier: Applier::new(digester(), BLOCKS.to_vec()).with_images(vec![IMAGE]) }
+        let mut applier = Applier::new(digester(), BLOCKS.to_vec()).with_images(vec![IMAGE]);
+        applier.set_common(SHARED);
+        Self { memory, applier }
     }
 
     /// Applies a batch, and checks that it did what the reference does.
@@ -149,13 +151,14 @@ impl Reference {
             }
             pages += 1;
             let image = matches!(content, Content::Copy(0x8000, ..));
+            let common = matches!(content, Content::Copy(0xffff, ..));
             let (content, check) = match content {
                 Content::Data(content) => {
                     self.waiting.push((number, page, *body[content].first_chunk().expect("a page")));
                     continue;
                 }
                 Content::Zero => (filled(0), None),
-                Content::Copy(from, of, check) => match self.memory.get(from, of).copied().or_else(|| of_image(from, of)) {
+                Content::Copy(from, of, check) => match self.memory.get(from, of).copied().or_else(|| beside(from, of)) {
                     Some(content) => (content, Some(check)),
                     None => return Outcome::Page { block: from },
                 },
@@ -169,13 +172,17 @@ impl Reference {
                 }
             };
             if let Some(check) = check {
-                let right = &digester.page(&content)[..8];
-                if body[check.clone()] != *right {
+                let right = if common {
+                    digester.proof(&content)
+                } else {
+                    digester.page(&content)[..8].try_into().expect("a digest is longer")
+                };
+                if body[check.clone()] != right {
                     if repairs == 0 {
                         return if image { Outcome::Image { image: 0 } } else { Outcome::Check { block: number, page } };
                     }
                     repairs -= 1;
-                    body[check].copy_from_slice(right);
+                    body[check].copy_from_slice(&right);
                 }
             }
             self.memory.set(number, page, content);

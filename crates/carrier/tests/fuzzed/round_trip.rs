@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use godwit_carrier::Level;
 use godwit_carrier::pages::digest::{ZERO, is_zero};
-use godwit_carrier::pages::{Digest, Encoder, EncoderLimits, MAX_PAYLOAD, PAGE_SIZE, Page, Pieces, Place, Sealer};
+use godwit_carrier::pages::{COMMON, Digest, Encoder, EncoderLimits, MAX_PAYLOAD, PAGE_SIZE, Page, Pieces, Place, Sealer};
 
-use super::memory::{Known, Memory, filled, noise};
+use super::memory::{Known, Memory, SHARED, beside, filled, noise};
 use super::reference::{Outcome, Receiver};
 use super::{BLOCKS, Checked, digester};
 
@@ -51,6 +51,7 @@ impl Move {
         let limits = EncoderLimits { signatures: u64::from(limits & 15) * 520, contents: u64::from(limits >> 4) * 40 };
         let mut encoder = Encoder::new(digester(), &BLOCKS, limits);
         encoder.set_images(Box::new(Known));
+        encoder.set_common((0..SHARED).filter_map(|page| beside(COMMON, page)).map(|content| digester().page(&content)));
         let (mut source, mut memory, mut lies) = (Memory::new(&BLOCKS), Memory::new(&BLOCKS), BTreeMap::new());
         assert!(!encoder.on_held(Place { block: 1, page: 0 }, [1; 16]) && !encoder.on_held(Place { block: 3, page: 0 }, [1; 16]));
         for (block, page) in memory.places() {

@@ -6,11 +6,11 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use godwit_api::v1::{self, Role};
-use godwit_model::{ErrorCode, Refusal, TokenId};
+use godwit_model::{ErrorCode, Name, Refusal, TokenId};
 
-use super::extract::{Body, Identified, Listing, Query, page};
+use super::extract::{Body, Identified, Listing, Named, Query, page};
 use super::{Answer, App, Refusals};
-use crate::db::{Batch, Fault, retry};
+use crate::db::{Batch, Fault, Stored, retry};
 use crate::principals::{Action, Principal, Target, authorize, new_token, not_found};
 use crate::rows::{TeamRow, TokenRow};
 use crate::store::StoreError;
@@ -40,7 +40,7 @@ pub(super) async fn team_create(
     Body(request): Body<v1::TeamCreate>,
 ) -> Answer<(StatusCode, Json<v1::Team>)> {
     authorize(&who, Action::Change, Target::Administration)?;
-    let row = TeamRow { name: request.name, created: clock::now() };
+    let row = TeamRow { name: request.name, created: clock::now(), share_memory: request.share_memory };
     app.db.commit(Batch::default().create(&row)).await.map_err(|fault| match fault {
         Fault::Store(StoreError::Conflict { .. }) => Fault::Refused(
             Refusal::new(ErrorCode::NameTaken, format!("there is a team {} already", row.name)).hint("choose another name"),
@@ -49,6 +49,34 @@ pub(super) async fn team_create(
     })?;
     tracing::info!(team = %row.name, principal = who.name, "team created");
     Ok((StatusCode::CREATED, Json(views::team(&row))))
+}
+
+/// Changes a team
+///
+/// Its operators may: whether their VMs share memory is theirs to say.
+#[utoipa::path(patch, path = "/v1/teams/{team}", tag = "team", operation_id = "team_set", params(("team" = Name, Path)),
+    request_body = v1::TeamSet, responses((status = 200, body = v1::Team), Refusals))]
+pub(super) async fn team_set(
+    State(app): State<Arc<App>>,
+    who: Principal,
+    Named(name): Named,
+    Body(request): Body<v1::TeamSet>,
+) -> Answer<Json<v1::Team>> {
+    authorize(&who, Action::Change, Target::Team(&name))?;
+    retry!({
+        let mut team = find(&app, &name).await?;
+        if team.row.share_memory == request.share_memory {
+            return Ok(());
+        }
+        team.row.share_memory = request.share_memory;
+        app.db.commit(Batch::default().update(&team)).await
+    })?;
+    tracing::info!(team = %name, request.share_memory, principal = who.name, "team changed");
+    Ok(Json(views::team(&find(&app, &name).await?.row)))
+}
+
+async fn find(app: &App, name: &Name) -> Result<Stored<TeamRow>, Fault> {
+    app.db.find::<TeamRow>(name.as_str()).await?.ok_or_else(|| not_found("team", name).into())
 }
 
 /// API tokens, the newest first, without their secrets
@@ -92,7 +120,7 @@ pub(super) async fn token_create(
     }
     let (row, secret) = new_token(request.team, request.role, request.description);
     retry!({
-        let team = app.db.find::<TeamRow>(row.team.as_str()).await?.ok_or_else(|| not_found("team", &row.team))?;
+        let team = find(&app, &row.team).await?;
         app.db.commit(Batch::default().unchanged(&team).create(&row)).await
     })?;
     tracing::info!(token = %row.id, team = %row.team, role = ?row.role, principal = who.name, "API token made");

@@ -12,6 +12,7 @@ use godwit_model::{
 use tokio::task::JoinHandle;
 
 use super::change::reclaim;
+use super::turns::Turn;
 use super::{Outcome, Tasks, conclude, note};
 use crate::checks::{Candidate, LEAST_BANDWIDTH, blocked, can_do_postcopy, check_move, enough_bandwidth, travelling};
 use crate::clock;
@@ -83,6 +84,13 @@ impl Asked {
 /// How long the VM's guest may take to power off, if nothing else was said.
 fn own_deadline(vm: &VmRow) -> Millis {
     vm.spec.shutdown_deadline.map_or(STOP_TIMEOUT, |deadline| Millis(deadline.get().saturating_mul(1_000)))
+}
+
+/// The refusal of a second move of a VM.
+fn waits_already(vm: &Name, task: TaskId) -> Refusal {
+    Refusal::new(ErrorCode::VmBusy, format!("task {task}, a move of VM {vm}, waits for its turn"))
+        .hint(format!("cancel it first if the VM shall go elsewhere: `godwit task cancel {task}`"))
+        .retry(Retry::Safe)
 }
 
 /// The refusal for a host that is not connected.
@@ -182,9 +190,24 @@ impl Tasks {
             self.db.commit(batch.update(&vm).create(&task)).await?;
             return Ok((task, None));
         }
+        let turn = match &task.work {
+            Work::Migrate(work) => match self.take_turn_of_move((id, now), vm.row.id, work) {
+                Ok(turn) => Some(turn),
+                Err(full) => {
+                    // It could move. The task that waits is another one, which begins with all of this again.
+                    self.give_turn_back(id);
+                    if let Some(other) = self.turns.waits(vm.row.id) {
+                        return Err(waits_already(&vm.row.name, other).into());
+                    }
+                    return Ok((self.record_wait(&vm, ask, asked, full).await?, None));
+                }
+            },
+            _ => None,
+        };
         vm.row.activity = Some(Activity { task: id, request: asked.request() });
         let batch = self.set_out(batch, ask, &vm.row, id).await?;
         self.db.commit(batch.update(&vm).create(&task)).await?;
+        turn.into_iter().for_each(Turn::record);
         Ok((task, replaced))
     }
 

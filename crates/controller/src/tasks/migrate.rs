@@ -9,9 +9,12 @@
 //! and nothing else, and the VM's owner changes in the transaction that stores an agent's word (see `reports`). Once the destination has said that
 //! the VM is its own, a source that stays away is not waited for.
 
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+
 use godwit_link::v1::{self, command::Action};
 use godwit_link::{decode, encode};
-use godwit_model::{ErrorCode, Grant, Millis, Name, Refusal, TaskId, TravellingDisk};
+use godwit_model::{ErrorCode, Grant, Millis, Name, Refusal, RunState, TaskId, TravellingDisk};
 use tokio::time::{Duration, Instant};
 
 use super::admit::{copying, expiry};
@@ -19,7 +22,7 @@ use super::{Outcome, Tasks, note};
 use crate::clock;
 use crate::db::Fault;
 use crate::history;
-use crate::rows::{HostRow, MigrateWork, PendingGrant, Stage, TaskRow, VmRow, Work};
+use crate::rows::{HostRow, MigrateWork, PendingGrant, Stage, TaskRow, TeamRow, VmRow, Work};
 use crate::snapshots::newest_memory;
 
 /// How often a migration is begun when QEMU reaches its switch-over before us.
@@ -28,6 +31,8 @@ const ATTEMPTS: u32 = 3;
 const CLEARING: Duration = Duration::from_secs(30);
 /// Heartbeats for which a source may be away once the VM runs at the destination, before the move ends without it.
 const ABSENCE: u32 = 15;
+/// VMs of the team that the destination is told of: it takes the first that have nothing else to do.
+const NEIGHBOURS: usize = 8;
 
 fn work_of(task: &mut TaskRow) -> Option<&mut MigrateWork> {
     match &mut task.work {
@@ -79,7 +84,10 @@ impl Tasks {
                 Stage::MoveOut { .. } if work.source_ended.is_some() => self.set_stage(id, Stage::Moving).await?,
                 Stage::MoveOut { port } => self.move_out(id, &vm.row, work, port).await?,
                 Stage::Moving => self.moving(id, &vm.row).await?,
-                Stage::Settle => self.settle(id, &vm.row, work).await?,
+                Stage::Settle => {
+                    self.give_turn_back(id);
+                    self.settle(id, &vm.row, work).await?;
+                }
             }
         }
     }
@@ -132,8 +140,11 @@ impl Tasks {
         };
         let known = self.memory_seen_by(destination, vm).await?;
         let snapshot = known.as_ref().map(|(_, memory)| memory.clone());
+        let neighbours = self.neighbours(destination, vm).await?;
+        let beside = neighbours.len();
         let (policy, disks) = (encode(&work.policy), if work.disks.is_empty() { vec![] } else { encode(&work.disks) });
-        let action = Action::Prepare(v1::PrepareIncoming { grant, spec: encode(spec), policy, memory_key, snapshot, disks });
+        let action =
+            Action::Prepare(v1::PrepareIncoming { grant, spec: encode(spec), policy, memory_key, snapshot, neighbours, disks });
         let answer = self.command_until(id, destination, &format!("prepare {}", work.attempt), action, self.cancelled(id)).await?;
         let answer = match answer {
             None => return self.give_up(id, None).await,
@@ -150,6 +161,9 @@ impl Tasks {
             note(task, format!("{destination} is ready"));
             if let Some((snapshot, _)) = &known {
                 note(task, format!("what {destination} can read of its memory in snapshot {snapshot} need not travel"));
+            }
+            if beside > 0 {
+                note(task, format!("what it has in common with VMs of its team on {destination} need not travel"));
             }
             // The last moment at which a cancel needs no word of the source.
             let stage = if task.cancel { Stage::Settle } else { Stage::MoveOut { port } };
@@ -171,6 +185,26 @@ impl Tasks {
             let (pool, team) = (pool.to_string(), row.team.to_string());
             (row.name.clone(), v1::MemoryInVault { pool, team, snapshot: Some(key), generation: row.generation.0 })
         }))
+    }
+
+    /// VMs that run at the destination, of a team that has its VMs share memory; those that are made from the same come first.
+    async fn neighbours(&self, destination: &Name, vm: &VmRow) -> Result<Vec<String>, Fault> {
+        if !self.db.find::<TeamRow>(vm.team.as_str()).await?.is_some_and(|team| team.row.share_memory) {
+            return Ok(Vec::new());
+        }
+        let runs_there = |other: &VmRow| {
+            let there = other.host.as_ref() == Some(destination) && other.state == RunState::Running;
+            there && other.id != vm.id && other.team == vm.team
+        };
+        let made_from = |vm: &VmRow| vm.spec.disks.iter().filter_map(|disk| disk.image.clone()).collect::<BTreeSet<_>>();
+        let own = made_from(vm);
+        let all = self.db.all::<VmRow>().await?.into_iter().map(|other| other.row);
+        let mut found: Vec<VmRow> = all.filter(runs_there).collect();
+        found.sort_by_cached_key(|other| {
+            let images = made_from(other).intersection(&own).count();
+            Reverse((images, other.spec.boot == vm.spec.boot, other.generation))
+        });
+        Ok(found.iter().take(NEIGHBOURS).map(|other| other.id.to_string()).collect())
     }
 
     /// Asks the source how large the disks are that travel; the grant lasts as long as their copying may. `Err(None)`: it is to be cancelled.
@@ -292,6 +326,11 @@ impl Tasks {
                 }
             }
             let away = [&work.source, &work.destination].into_iter().find(|host| self.hub.presence(host).is_none());
+            if work.source_ended.is_some() || work.destination_ended.is_some() {
+                self.give_turn_back(id);
+            } else if away.is_some() {
+                self.wake_next();
+            }
             if let Some(ended) = &work.source_ended {
                 let cleared = work.destination_ended.is_some() || self.hub.presence(&work.destination).is_none();
                 let deadline = *clearing.get_or_insert_with(|| Instant::now() + CLEARING);
@@ -434,6 +473,10 @@ impl Tasks {
             let text = format!("{reason}; attempt {} of {ATTEMPTS}, generation {generation}", work.attempt);
             note(task, text);
         };
-        self.edit(id, begin).await.map(|_| ())
+        let task = self.edit(id, begin).await?;
+        if let (Work::Migrate(work), Some(vm)) = (&task.work, task.vm) {
+            self.turns.resume(id, vm, work);
+        }
+        Ok(())
     }
 }

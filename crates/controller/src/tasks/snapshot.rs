@@ -245,7 +245,7 @@ impl Tasks {
         };
         let step = format!("takes snapshot {name} on {}", snapshot.host);
         // What an earlier controller has sent is under way, and waits for nothing.
-        let turns = self.turns.of(&snapshot.host);
+        let turns = self.snapshot_turns.of(&snapshot.host);
         let _turn = match Arc::clone(&turns).try_acquire_owned() {
             Ok(turn) => Some(turn),
             Err(_) if task.row.step == step => None,

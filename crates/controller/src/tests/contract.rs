@@ -259,6 +259,12 @@ async fn what_is_answered_fits_what_is_described() {
     contract.hold("host_set", send(Method::PATCH, "/hosts/h9", json!({"migration_bandwidth": null})).await, 404).await;
     contract.hold("host_delete", send(delete.clone(), "/hosts/h1", null.clone()).await, 409).await;
     contract.hold("team_create", send(post.clone(), "/teams", json!({"name": "red"})).await, 201).await;
+    let shares = json!({"share_memory": true});
+    let set = contract.hold("team_set", send(Method::PATCH, "/teams/red", shares.clone()).await, 200).await;
+    assert_eq!(set["share_memory"], true);
+    contract.hold("team_set", send(Method::PATCH, "/teams/red", json!({})).await, 400).await;
+    contract.hold("team_set", send(Method::PATCH, "/teams/none", shares).await, 404).await;
+    contract.hold("team_set", send(Method::PATCH, "/teams/red", json!({"share_memory": 1})).await, 400).await;
     let token = api::TokenCreate { team: name("red"), role: Role::Viewer, description: "x".into() };
     let made = contract.hold("token_create", send(post.clone(), "/tokens", json!(token)).await, 201).await;
     let id = made["token"]["id"].as_str().expect("id");

@@ -7,8 +7,9 @@ use godwit_api::v1::{self as api, TaskState};
 use godwit_link::v1::{self, agent_message::Body, command::Action, controller_message};
 use godwit_link::{decode, encode};
 use godwit_model::{
-    Autostart, Bytes, BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, Ladder, MigrationForecast, MigrationPhase,
-    MigrationPolicy, MigrationProgress, MigrationSettings, Millis, Name, PastMoves, PostCopy, RunState, Rung, VmSpec,
+    Autostart, Bytes, BytesPerSec, ErrorCode, ForecastRequest, Generation, Grant, ImportFormat, Ladder, MigrationForecast,
+    MigrationPhase, MigrationPolicy, MigrationProgress, MigrationSettings, Millis, Name, PastMoves, PostCopy, RunState, Rung,
+    VmSpec,
 };
 use reqwest::Method;
 
@@ -654,4 +655,114 @@ async fn limits_come_from_the_request_then_the_vm_then_policies_and_post_copy_th
 
 fn slow_enough() -> MigrationSettings {
     MigrationSettings { bandwidth: Some(BytesPerSec(2_000_000)), ..MigrationSettings::default() }
+}
+
+/// Four moves from h1 to h2 under way, and two more VMs on h1.
+async fn fill(pair: &mut Pair) -> Vec<api::Task> {
+    for vm in ["web2", "web3", "web4", "web5", "web6"] {
+        pair.cluster.create_vm(vm, Bytes::mib(64)).await;
+        pair.cluster.start_vm(vm, &mut pair.a1).await;
+    }
+    let mut tasks = vec![];
+    for vm in ["web1", "web2", "web3", "web4"] {
+        tasks.push(pair.cluster.migrate(vm, "h2").await.expect("accepted"));
+        pair.begin(2).await;
+    }
+    tasks
+}
+
+#[tokio::test]
+async fn four_vms_leave_a_host_at_a_time_and_the_others_wait_for_their_turn() {
+    let mut pair = pair().await;
+    let tasks = fill(&mut pair).await;
+    let mut waiting = vec![];
+    for vm in ["web5", "web6"] {
+        let task = pair.cluster.migrate(vm, "h2").await.expect("accepted");
+        let waits = pair.cluster.task_when(task.id, |task| task.step.contains("waits for its turn")).await;
+        assert!(waits.step.contains("4 VMs leave h1"), "{waits:?}");
+        waiting.push(task.id);
+    }
+    // Who waits holds nothing of its VM, but for that nobody need ask for the same once more.
+    assert_eq!(pair.cluster.vm("web5").await.status.activity, None);
+    assert_eq!(code(pair.cluster.migrate("web5", "h2").await), ErrorCode::VmBusy);
+    pair.cluster.admin().pause_vm(&name("web5")).await.expect("accepted");
+    let pause = pair.a1.command().await;
+    assert!(matches!(pause.action, Some(Action::Pause(_))), "{pause:?}");
+    pair.a1.done(&pause, 0).await;
+    pair.cluster.vm_when("web5", |vm| vm.status.state == RunState::Paused).await;
+    pair.cluster.admin().cancel_task(waiting[0]).await.expect("accepted");
+    assert_eq!(pair.cluster.ended(waiting[0]).await.state, TaskState::Cancelled);
+    // One is through: its turn is the next one's, whose time begins now.
+    let vm = pair.cluster.vm("web1").await;
+    let before = godwit_model::UnixMillis(crate::clock::now().0 + MigrationPolicy::default().timeout.get());
+    pair.a1.ended(ended(&tasks[0], &vm, 2, true, None)).await;
+    pair.a2.ended(ended(&tasks[0], &vm, 2, false, None)).await;
+    let prepare = pair.a2.command().await;
+    let Some(Action::Prepare(body)) = &prepare.action else { panic!("{prepare:?}") };
+    assert_eq!((prepare.task.clone(), grant(body.grant.clone()).expires > before), (waiting[1].to_string(), true));
+}
+
+#[tokio::test]
+async fn moves_that_wait_for_a_host_which_is_away_hold_up_nobody() {
+    let mut pair = pair().await;
+    fill(&mut pair).await;
+    let (_, mut a3) = pair.cluster.agent("h3").await;
+    let task = pair.cluster.migrate("web5", "h3").await.expect("accepted");
+    pair.cluster.task_when(task.id, |task| task.step.contains("waits for its turn")).await;
+    drop(pair.a2);
+    let prepare = a3.command().await;
+    assert_eq!(prepare.task, task.id.to_string());
+}
+
+#[tokio::test]
+async fn moves_wait_for_their_turn_again_after_a_restart() {
+    let cluster = Cluster::new().await;
+    let (h1, mut a1) = cluster.agent("h1").await;
+    let (h2, a2) = cluster.agent("h2").await;
+    cluster.running_vm("web1", &mut a1).await;
+    let mut pair = Pair { cluster, a1, a2 };
+    fill(&mut pair).await;
+    let Pair { mut cluster, a1, a2 } = pair;
+    let task = cluster.migrate("web5", "h2").await.expect("accepted");
+    cluster.task_when(task.id, |task| task.step.contains("waits for its turn")).await;
+    cluster.stop().await;
+    drop((a1, a2));
+    cluster.start().await;
+    cluster.task_when(task.id, |task| task.step.contains("is not connected")).await;
+    let agents = (cluster.connect(&h1, vec![]).await, cluster.connect(&h2, vec![]).await);
+    cluster.task_when(task.id, |task| task.step.contains("4 VMs leave h1")).await;
+    drop(agents);
+}
+
+#[tokio::test]
+async fn vms_of_the_team_at_the_destination_are_named_where_the_team_shares_memory() {
+    let mut pair = pair().await;
+    pair.cluster.running_vm("near", &mut pair.a2).await;
+    let near = pair.cluster.vm("near").await.id.to_string();
+    // Of another team, and on no host.
+    let red = pair.cluster.member("red", api::Role::Operator).await;
+    let image = futures::stream::iter([Ok(kernel().into())]);
+    red.import_image(&name("linux"), ImportFormat::Kernel, image).await.expect("imported");
+    let foreign = api::VmCreate { name: name("foreign"), spec: VmSpec { nics: vec![], ..spec(Bytes::mib(64)) }, golden: None };
+    red.create_vm(&foreign).await.expect("created");
+    red.start_vm(&name("foreign"), &api::VmStart { host: Some(name("h2")) }).await.expect("accepted");
+    let start = pair.a2.command().await;
+    pair.a2.done(&start, 0).await;
+    pair.cluster.create_vm("off", Bytes::mib(64)).await;
+    for (shares, named) in [(false, vec![]), (true, vec![near])] {
+        let set = api::TeamSet { share_memory: shares };
+        let team = pair.cluster.admin().set_team(&name("default"), &set).await.expect("set");
+        assert_eq!(team.share_memory, shares);
+        let task = pair.cluster.migrate("web1", "h2").await.expect("accepted");
+        let prepare = pair.a2.command().await;
+        let Some(Action::Prepare(body)) = &prepare.action else { panic!("{prepare:?}") };
+        assert_eq!(body.neighbours, named);
+        pair.a2.done(&prepare, 4_711).await;
+        let out = pair.a1.command().await;
+        pair.a1.refuse(&out, ErrorCode::VmBusy).await;
+        let settle = pair.a2.command().await;
+        pair.a2.done(&settle, 0).await;
+        let trail = pair.cluster.ended(task.id).await.trail;
+        assert_eq!(trail.iter().any(|entry| entry.text.contains("in common")), shares, "{trail:?}");
+    }
 }

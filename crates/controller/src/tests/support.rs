@@ -89,7 +89,7 @@ impl Cluster {
     /// A client of a team of its own.
     pub(super) async fn member(&self, team: &str, role: api::Role) -> Client {
         let admin = self.admin();
-        match admin.create_team(&api::TeamCreate { name: name(team) }).await {
+        match admin.create_team(&api::TeamCreate { name: name(team), share_memory: false }).await {
             Err(error) if error.refusal().code != ErrorCode::NameTaken => panic!("{error}"),
             _ => {}
         }

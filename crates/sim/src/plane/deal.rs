@@ -13,7 +13,7 @@ use godwit_carrier::Side;
 use super::Wrong;
 use super::carry::Ended;
 use super::feed::Holdings;
-use super::guest::Placed;
+use super::guest::{Placed, common};
 use super::plan::{Mark, Micros, SECOND};
 use super::rules::{self, Broken, broken};
 use super::world::{Event, World};
@@ -59,6 +59,9 @@ pub(super) fn tell_holdings(world: &mut World) {
         Block { id: block.name.as_bytes().into(), pages: block.told() }
     };
     let mut frames = vec![Frame::Memory(placed.iter().map(name).collect())];
+    let shared = common();
+    world.at_destination.applier.set_common(shared.len() as u32);
+    frames.push(Frame::Common(shared.iter().map(|page| world.at_destination.digester.page(page)).collect()));
     for (number, place) in (0_u16..).zip(&placed) {
         let pages = world.plan.blocks[*place].pages;
         let digest = |page: u32| world.at_destination.digester.page(world.destination_qemu.memory.page((*place, page)));
@@ -130,8 +133,12 @@ impl World {
                 Ok(())
             }
             Frame::Memory(blocks) => {
-                self.at_source.holdings = Some(Holdings { blocks: blocks.clone(), held: vec![] });
+                self.at_source.holdings = Some(Holdings { blocks: blocks.clone(), common: vec![], held: vec![] });
                 Ok(())
+            }
+            Frame::Common(digests) => {
+                let holdings = self.at_source.holdings.as_mut().ok_or("pages of other VMs and no memory");
+                holdings.map(|holdings| holdings.common.extend(digests)).map_err(str::to_owned)
             }
             Frame::Held { block, first, digests } => {
                 let holdings = self.at_source.holdings.as_mut().ok_or("digests of no memory");

@@ -26,6 +26,7 @@ const OUR_QUESTIONS: u32 = 0x4757_0000;
 #[derive(Default)]
 pub(super) struct Holdings {
     pub(super) blocks: Vec<Block>,
+    pub(super) common: Vec<Digest>,
     pub(super) held: Vec<(u16, u32, Vec<Digest>)>,
 }
 
@@ -275,6 +276,7 @@ impl Feed {
         };
         let lengths: Vec<u32> = (0..).zip(&holdings.blocks).map(length).collect();
         let mut encoder = Encoder::new(self.digester.clone(), &lengths, self.limits);
+        encoder.set_common(holdings.common);
         for (block, first, digests) in holdings.held {
             for (page, digest) in (first..).zip(digests) {
                 encoder.on_held(Place { block, page }, digest);

@@ -1,6 +1,6 @@
 //! Guest memory, and a guest that writes to it in ways that pages are encoded differently for.
 
-use godwit_carrier::pages::{GuestMemory, PAGE_SIZE, Page};
+use godwit_carrier::pages::{COMMON, GuestMemory, PAGE_SIZE, Page};
 
 use super::plan::{GuestPlan, Plan};
 use super::random::Random;
@@ -124,6 +124,11 @@ pub(super) fn write(memory: &mut Memory, plan: &GuestPlan, random: &mut Random) 
     written
 }
 
+/// What other VMs at the destination have: some of what this guest writes, too.
+pub(super) fn common() -> Vec<Page> {
+    [b'a', b'b'].map(|byte| [byte; PAGE_SIZE]).to_vec()
+}
+
 /// The blocks of a destination that its carry writes to, by their numbers there.
 pub(super) struct Placed<'a> {
     pub(super) memory: &'a mut Memory,
@@ -139,6 +144,10 @@ impl GuestMemory for Placed<'_> {
     type Error = NoSuchPage;
 
     fn read(&mut self, block: u16, page: u32, into: &mut Page) -> Result<(), NoSuchPage> {
+        if block == COMMON {
+            *into = *common().get(page as usize).ok_or(NoSuchPage)?;
+            return Ok(());
+        }
         let block = *self.blocks.get(usize::from(block)).ok_or(NoSuchPage)?;
         *into = *self.memory.0[block].get(page as usize).ok_or(NoSuchPage)?;
         Ok(())

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use godwit_api::v1::{Task, TaskState};
+use godwit_api::v1::{Task, TaskState, TeamSet};
 use godwit_lab::Lab;
 use godwit_model::{DiskFormat, DiskSpec, MigrationPolicy, Name, TaskId};
 
@@ -35,6 +35,10 @@ impl Godwit {
     pub(super) fn up(scenario: Scenario, link: Link, qemu: &Path) -> Result<Self> {
         let spec = HOSTS.into_iter().fold(ClusterSpec::new(2)?, |spec, host| spec.qemu(host, qemu));
         let mut cluster = spec.up()?;
+        if scenario.shares_memory() {
+            let team = "default".parse()?;
+            cluster.ask(cluster.client().set_team(&team, &TeamSet { share_memory: true })).context("share memory")?;
+        }
         let image = match scenario.debian() {
             Some(_) => Some(import_debian(&mut cluster)?),
             None => None,

@@ -103,6 +103,11 @@ impl Scenario {
         MigrationPolicy { on_miss, ..MigrationPolicy::default() }
     }
 
+    /// Whether the VMs' team has them share memory.
+    pub(super) const fn shares_memory(self) -> bool {
+        matches!(self, Self::E)
+    }
+
     /// RAM of each guest.
     pub(super) const fn memory(self) -> Bytes {
         if matches!(self, Self::E) { Bytes::mib(256) } else { Bytes::GIB }

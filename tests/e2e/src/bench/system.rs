@@ -105,7 +105,9 @@ impl System {
     pub(super) fn settings(self) -> String {
         if self == Self::Godwit {
             let blackout = MigrationPolicy::default().max_blackout.get();
-            return format!("with TLS; defaults: max-blackout {blackout} ms; in B512 and B4096 with --on-miss postcopy");
+            return format!(
+                "with TLS; defaults: max-blackout {blackout} ms; in B512 and B4096 with --on-miss postcopy, in E by a team that shares memory"
+            );
         }
         let mut parameters = self.parameters(Bytes(0));
         if self == Self::Xbzrle {

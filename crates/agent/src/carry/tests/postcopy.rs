@@ -108,7 +108,8 @@ async fn what_is_left_follows_once_and_what_is_missed_overtakes_it() {
             let (pages, memory) = guest_memory();
             let materials = cluster(&["h1", "h2"]);
             let (listener, address) = listener().await;
-            let destination = destination_at(acceptor(listener, "h1", &materials[0], &materials[1]), Some(memory), PATIENT, true);
+            let acceptor = acceptor(listener, "h1", &materials[0], &materials[1]);
+            let destination = destination_at(acceptor, Some(memory), PATIENT, true, Neighbours::default());
             // Slow, so that the rest is still on its way when a page is missed.
             let rate = Some(BytesPerSec(400_000));
             let dialler = dialler(address, "h2", &materials[1], &materials[0]);

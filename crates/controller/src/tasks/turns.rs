@@ -1,0 +1,211 @@
+//! Turns of moves: a few leave a host at a time, and a few come to one. The rest waits as a task that holds nothing, in the order of the requests.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, MutexGuard};
+
+use godwit_model::{Name, TaskId, UnixMillis, VmId};
+
+use super::Tasks;
+use crate::rows::MigrateWork;
+
+/// Moves that leave a host at a time, and as many that come to one. More of them take as long together, each VM writes meanwhile, and none finds at the
+/// destination what another has brought there.
+const AT_ONCE: usize = 4;
+
+/// Of whom, from where to where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Way {
+    vm: VmId,
+    source: Name,
+    destination: Name,
+}
+
+impl Way {
+    fn of(vm: VmId, work: &MigrateWork) -> Self {
+        Self { vm, source: work.source.clone(), destination: work.destination.clone() }
+    }
+}
+
+/// How many have their turn at each host.
+#[derive(Default)]
+struct Counts<'a> {
+    leaving: HashMap<&'a Name, usize>,
+    coming: HashMap<&'a Name, usize>,
+}
+
+impl<'a> Counts<'a> {
+    fn add(&mut self, way: &'a Way) {
+        *self.leaving.entry(&way.source).or_default() += 1;
+        *self.coming.entry(&way.destination).or_default() += 1;
+    }
+
+    /// Why there is no room for one more.
+    fn full(&self, Way { source, destination, .. }: &Way) -> Option<String> {
+        let is_full = |count: Option<&usize>| count.is_some_and(|count| *count >= AT_ONCE);
+        if is_full(self.leaving.get(source)) {
+            return Some(format!("waits for its turn: {AT_ONCE} VMs leave {source} at a time"));
+        }
+        let full = is_full(self.coming.get(destination));
+        full.then(|| format!("waits for its turn: {AT_ONCE} VMs come to {destination} at a time"))
+    }
+}
+
+/// Who has a turn, and who waits for one. Made anew from the tasks at every start.
+#[derive(Default)]
+struct State {
+    held: HashMap<TaskId, Way>,
+    waiting: BTreeMap<(UnixMillis, TaskId), Way>,
+}
+
+impl State {
+    /// Who gets a turn if each that can gets one, up to `last`; and why that one gets none. A move for a host that is away, perhaps for ever, loads none.
+    fn next(&self, is_there: impl Fn(&Name) -> bool, last: Option<(UnixMillis, TaskId)>) -> (Vec<TaskId>, Option<String>) {
+        let mut counts = Counts::default();
+        let loads = |way: &&Way| is_there(&way.source) && is_there(&way.destination);
+        self.held.values().filter(loads).for_each(|way| counts.add(way));
+        let mut next = Vec::new();
+        for (key, way) in &self.waiting {
+            let full = counts.full(way);
+            if full.is_none() {
+                counts.add(way);
+                next.push(key.1);
+            }
+            if last == Some(*key) {
+                return (next, full);
+            }
+        }
+        (next, None)
+    }
+}
+
+/// The turns of all hosts.
+#[derive(Default)]
+pub(super) struct Turns(Mutex<State>);
+
+impl Turns {
+    fn locked(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("no holder panics")
+    }
+
+    /// Has a turn, also beyond what is allowed: it had one before.
+    pub(super) fn resume(&self, id: TaskId, vm: VmId, work: &MigrateWork) {
+        self.locked().held.insert(id, Way::of(vm, work));
+    }
+
+    /// The move of this VM that waits for its turn.
+    pub(super) fn waits(&self, vm: VmId) -> Option<TaskId> {
+        let state = self.locked();
+        state.waiting.iter().find(|(_, way)| way.vm == vm).map(|((_, id), _)| *id)
+    }
+}
+
+/// A turn of a move that is not recorded yet.
+pub(super) struct Turn<'a> {
+    tasks: &'a Tasks,
+    id: TaskId,
+    recorded: bool,
+}
+
+impl Turn<'_> {
+    /// The move is recorded: it has its turn until it is given back.
+    pub(super) fn record(mut self) {
+        self.recorded = true;
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if !self.recorded {
+            self.tasks.give_turn_back(self.id);
+        }
+    }
+}
+
+impl Tasks {
+    /// A turn for a move, or what it waits for. Who waits is woken when there may be one.
+    pub(super) fn take_turn_of_move(
+        &self,
+        (id, asked): (TaskId, UnixMillis),
+        vm: VmId,
+        work: &MigrateWork,
+    ) -> Result<Turn<'_>, String> {
+        let mut state = self.turns.locked();
+        let way = Way::of(vm, work);
+        state.waiting.insert((asked, id), way.clone());
+        if let (_, Some(full)) = state.next(|host| self.hub.presence(host).is_some(), Some((asked, id))) {
+            return Err(full);
+        }
+        state.waiting.remove(&(asked, id));
+        state.held.insert(id, way);
+        Ok(Turn { tasks: self, id, recorded: false })
+    }
+
+    /// The move has no turn, and waits for none: it has ended, or waits for something else. Others may have theirs.
+    pub(super) fn give_turn_back(&self, id: TaskId) {
+        let mut state = self.turns.locked();
+        let before = state.held.len() + state.waiting.len();
+        state.held.remove(&id);
+        state.waiting.retain(|(_, waiting), _| *waiting != id);
+        let is_same = state.held.len() + state.waiting.len() == before;
+        drop(state);
+        if !is_same {
+            self.wake_next();
+        }
+    }
+
+    /// Has those look again that may have their turn: a move has ended, or a host has gone away.
+    pub(super) fn wake_next(&self) {
+        let (next, _) = self.turns.locked().next(|host| self.hub.presence(host).is_some(), None);
+        next.into_iter().for_each(|id| self.wake(id));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(number: u128) -> TaskId {
+        TaskId::new(uuid::Uuid::from_u128(number))
+    }
+
+    fn way(from: u8, to: u8) -> Way {
+        let name = |number| Name::new(format!("h{number}")).expect("a name");
+        Way { vm: VmId::new(uuid::Uuid::nil()), source: name(from), destination: name(to) }
+    }
+
+    fn next(state: &State) -> Vec<TaskId> {
+        state.next(|_| true, None).0
+    }
+
+    #[test]
+    fn the_first_that_can_is_next_and_holds_up_nobody_else() {
+        let mut state = State::default();
+        for number in 1..=4 {
+            state.held.insert(id(number), way(1, 2));
+        }
+        // The first two need what is taken, of one host or the other.
+        for (number, way) in [(11, way(1, 3)), (12, way(4, 2)), (13, way(4, 3)), (14, way(1, 2))] {
+            state.waiting.insert((UnixMillis(u64::try_from(number).expect("small")), id(number)), way);
+        }
+        assert_eq!(next(&state), [id(13)]);
+        let why = |number: u128| state.next(|_| true, Some((UnixMillis(u64::try_from(number).expect("small")), id(number)))).1;
+        assert_eq!(why(11).as_deref(), Some("waits for its turn: 4 VMs leave h1 at a time"));
+        assert_eq!(why(12).as_deref(), Some("waits for its turn: 4 VMs come to h2 at a time"));
+        assert_eq!(why(13), None);
+        // Those that hold theirs for a host that is away count at none.
+        let without = |away: &str| state.next(|host| host.as_str() != away, None).0;
+        assert_eq!((without("h1").len(), without("h3")), (4, vec![id(13)]));
+        // One turn at both of them: the older two share it, the youngest needs both.
+        state.held.remove(&id(1));
+        assert_eq!(next(&state), [id(11), id(12), id(13)]);
+    }
+
+    #[test]
+    fn the_older_request_is_first() {
+        let mut state = State::default();
+        (1..=3).for_each(|number| drop(state.held.insert(id(number), way(1, 2))));
+        state.waiting.insert((UnixMillis(8), id(20)), way(1, 2));
+        state.waiting.insert((UnixMillis(7), id(30)), way(1, 2));
+        assert_eq!(next(&state), [id(30)]);
+    }
+}
