@@ -170,6 +170,11 @@ impl Hub {
         self.lock().sessions.get(host).map(|session| session.presence.clone())
     }
 
+    /// Whether it is connected.
+    pub(crate) fn is_connected(&self, host: &Name) -> bool {
+        self.lock().sessions.contains_key(host)
+    }
+
     /// Every connected host, in the order of the names.
     pub(crate) fn present(&self) -> Vec<(Name, Presence)> {
         let mut hosts: Vec<_> =

@@ -197,13 +197,20 @@ impl Tasks {
         let tasks = self.clone();
         self.tracker.spawn(async move {
             let stop = tasks.stop.clone();
+            let mut rests = false;
             tokio::select! {
                 () = stop.cancelled() => {}
                 result = tasks.run(id) => if let Err(fault) = result {
+                    rests = true;
                     tracing::error!(task = %id, error = &fault as &dyn std::error::Error, "the task rests until the next start of the controller");
                 }
             }
-            tasks.give_turn_back(id);
+            // A move that rests here goes on at its hosts.
+            if rests {
+                tasks.wait_no_longer(id);
+            } else {
+                tasks.give_turn_back(id);
+            }
             if let Err(fault) = tasks.go_on_after(id).await {
                 tracing::warn!(task = %id, error = &fault as &dyn std::error::Error, "a VM waits to be started until its host connects again");
             }
@@ -220,6 +227,9 @@ impl Tasks {
         }
         let Some(vm) = task.vm else { return Ok(()) };
         self.wake_line(vm);
+        if let Some(waiting) = self.turns.waits(vm) {
+            self.wake(waiting);
+        }
         if self.db.find::<VmRow>(&vm.to_string()).await?.is_some_and(|vm| vm.row.golden_after.is_some() && vm.row.has_process()) {
             self.watch_one(vm);
         }

@@ -137,7 +137,7 @@ impl Drop for WriteBehind {
     fn drop(&mut self) {
         let common = std::mem::take(&mut self.common);
         if !common.is_empty() {
-            self.threads.run(move || drop(common));
+            self.threads.let_go(common);
         }
     }
 }

@@ -53,6 +53,13 @@ impl Threads {
     }
 }
 
+impl Threads {
+    /// One of them lets go of this, if there is one.
+    pub(super) fn let_go(&self, value: impl Send + 'static) {
+        let _ = self.jobs.send(Box::new(move || drop(value)));
+    }
+}
+
 /// Why there are none.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ThreadsError<E> {

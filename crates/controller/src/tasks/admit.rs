@@ -87,9 +87,16 @@ fn own_deadline(vm: &VmRow) -> Millis {
 }
 
 /// The refusal of a second move of a VM.
-fn waits_already(vm: &Name, task: TaskId) -> Refusal {
-    Refusal::new(ErrorCode::VmBusy, format!("task {task}, a move of VM {vm}, waits for its turn"))
+pub(super) fn waits_already(vm: &Name, task: TaskId) -> Refusal {
+    Refusal::new(ErrorCode::VmBusy, format!("task {task}, a move of VM {vm}, waits to begin"))
         .hint(format!("cancel it first if the VM shall go elsewhere: `godwit task cancel {task}`"))
+        .retry(Retry::Safe)
+}
+
+/// The refusal of a move that could not begin at once and that depends on how the VM is now.
+fn cannot_wait(full: &str) -> Refusal {
+    Refusal::new(ErrorCode::VmBusy, format!("the move {full}, and a condition is not kept for later"))
+        .hint("ask for it without If-Match, or again later")
         .retry(Retry::Safe)
 }
 
@@ -164,6 +171,9 @@ impl Tasks {
             Admission::Ignore => true,
             Admission::Accept => false,
         };
+        if let (Asked::Migrate(_), false, Some(other)) = (asked, dry, self.lines.waiting_move(vm.row.id)) {
+            return Err(waits_already(&vm.row.name, other).into());
+        }
         let id = TaskId::new(clock::fresh());
         let now = self.clock.now();
         let replaced = vm.row.activity.map(|activity| activity.task);
@@ -173,7 +183,11 @@ impl Tasks {
         describe(&mut task);
         if dry {
             conclude(&mut task, &Outcome::Done);
-            task.step = "checked only: it could begin now".into();
+            let full = match &task.work {
+                Work::Migrate(work) => self.would_wait(vm.row.id, work),
+                _ => None,
+            };
+            task.step = full.map_or_else(|| "checked only: it could begin now".into(), |full| format!("checked only: it {full}"));
             return Ok((task, None));
         }
         if ignored {
@@ -191,16 +205,11 @@ impl Tasks {
             return Ok((task, None));
         }
         let turn = match &task.work {
-            Work::Migrate(work) => match self.take_turn_of_move((id, now), vm.row.id, work) {
+            Work::Migrate(work) => match self.take_turn_of_move(id, now, vm.row.id, work) {
                 Ok(turn) => Some(turn),
-                Err(full) => {
-                    // It could move. The task that waits is another one, which begins with all of this again.
-                    self.give_turn_back(id);
-                    if let Some(other) = self.turns.waits(vm.row.id) {
-                        return Err(waits_already(&vm.row.name, other).into());
-                    }
-                    return Ok((self.record_wait(&vm, ask, asked, full).await?, None));
-                }
+                Err(full) if ask.revision.is_some() => return Err(cannot_wait(&full).into()),
+                // It could move. The task that waits is another one, which begins with all of this again.
+                Err(full) => return Ok((self.record_wait(&vm, ask, asked, full).await?, None)),
             },
             _ => None,
         };

@@ -8,7 +8,7 @@ use super::{Tasks, note};
 use crate::checks::{Candidate, can_do_postcopy, enough_bandwidth};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored, retry};
-use crate::rows::{MigrateWork, Stage, TaskRow, VmRow, Work};
+use crate::rows::{Later, MigrateWork, Stage, TaskRow, VmRow, Work};
 
 impl Tasks {
     /// Changes what it may take of the wire; answers the task as it is then.
@@ -81,6 +81,14 @@ impl Tasks {
         retry!({
             let mut task = self.task(id).await?;
             let ended = task.row.state.ended();
+            if matches!(task.row.work, Work::Wait { asked: Later::Migrate(_) }) && !ended {
+                return Err(Refusal::new(
+                    ErrorCode::BadRequest,
+                    "the migration waits to begin: it can be cancelled, and asked for once more with other limits",
+                )
+                .hint(format!("`godwit task cancel {id}`"))
+                .into());
+            }
             let Work::Migrate(work) = &mut task.row.work else {
                 return Err(Refusal::new(ErrorCode::BadRequest, "the task is no migration")
                     .hint("`godwit task list --running` shows what runs")

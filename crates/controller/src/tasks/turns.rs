@@ -58,11 +58,10 @@ struct State {
 }
 
 impl State {
-    /// Who gets a turn if each that can gets one, up to `last`; and why that one gets none. A move for a host that is away, perhaps for ever, loads none.
-    fn next(&self, is_there: impl Fn(&Name) -> bool, last: Option<(UnixMillis, TaskId)>) -> (Vec<TaskId>, Option<String>) {
+    /// Who gets a turn if each that can gets one, up to `last`; and why that one gets none.
+    fn next(&self, loads: impl Fn(&Way) -> bool, last: Option<(UnixMillis, TaskId)>) -> (Vec<TaskId>, Option<String>) {
         let mut counts = Counts::default();
-        let loads = |way: &&Way| is_there(&way.source) && is_there(&way.destination);
-        self.held.values().filter(loads).for_each(|way| counts.add(way));
+        self.held.values().filter(|way| loads(way)).for_each(|way| counts.add(way));
         let mut next = Vec::new();
         for (key, way) in &self.waiting {
             let full = counts.full(way);
@@ -103,6 +102,8 @@ impl Turns {
 pub(super) struct Turn<'a> {
     tasks: &'a Tasks,
     id: TaskId,
+    /// Since when the move waits for it, and goes on waiting if it is not recorded now.
+    waits: Option<UnixMillis>,
     recorded: bool,
 }
 
@@ -115,29 +116,85 @@ impl Turn<'_> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        if !self.recorded {
-            self.tasks.give_turn_back(self.id);
+        match self.waits {
+            _ if self.recorded => {}
+            Some(asked) => {
+                let mut state = self.tasks.turns.locked();
+                if let Some(way) = state.held.remove(&self.id) {
+                    state.waiting.insert((asked, self.id), way);
+                }
+            }
+            None => self.tasks.give_turn_back(self.id),
         }
     }
 }
 
 impl Tasks {
-    /// A turn for a move, or what it waits for. Who waits is woken when there may be one.
-    pub(super) fn take_turn_of_move(
+    /// A turn for a move that was just asked for; or why there is none.
+    pub(super) fn take_turn_of_move(&self, id: TaskId, now: UnixMillis, vm: VmId, work: &MigrateWork) -> Result<Turn<'_>, String> {
+        let taken = self.take_turn((id, now), Way::of(vm, work));
+        if taken.is_err() {
+            self.give_turn_back(id);
+        }
+        taken.map(|()| Turn { tasks: self, id, waits: None, recorded: false })
+    }
+
+    /// A turn for a move that waits; or why there is none, and then it is woken when there may be.
+    pub(super) fn take_turn_of_waiting(
         &self,
         (id, asked): (TaskId, UnixMillis),
         vm: VmId,
         work: &MigrateWork,
     ) -> Result<Turn<'_>, String> {
-        let mut state = self.turns.locked();
-        let way = Way::of(vm, work);
-        state.waiting.insert((asked, id), way.clone());
-        if let (_, Some(full)) = state.next(|host| self.hub.presence(host).is_some(), Some((asked, id))) {
-            return Err(full);
+        self.take_turn((id, asked), Way::of(vm, work))?;
+        Ok(Turn { tasks: self, id, waits: Some(asked), recorded: false })
+    }
+
+    /// Why a move that waits has no turn, and then it is woken when there may be one; nothing if it could have it.
+    pub(super) fn why_no_turn(
+        &self,
+        (id, asked): (TaskId, UnixMillis),
+        vm: VmId,
+        source: &Name,
+        destination: &Name,
+    ) -> Option<String> {
+        let way = Way { vm, source: source.clone(), destination: destination.clone() };
+        let full = self.take_turn((id, asked), way).err();
+        if full.is_none() {
+            self.give_turn_back(id);
         }
-        state.waiting.remove(&(asked, id));
-        state.held.insert(id, way);
-        Ok(Turn { tasks: self, id, recorded: false })
+        full
+    }
+
+    /// Whether a move that was asked for now would have to wait, and why.
+    pub(super) fn would_wait(&self, vm: VmId, work: &MigrateWork) -> Option<String> {
+        let mut counts = Counts::default();
+        let state = self.turns.locked();
+        let ways = state.held.values().chain(state.waiting.values());
+        ways.filter(|way| self.loads(way)).for_each(|way| counts.add(way));
+        counts.full(&Way::of(vm, work))
+    }
+
+    /// A move for a host that is away, perhaps for ever, loads none.
+    fn loads(&self, way: &Way) -> bool {
+        self.hub.is_connected(&way.source) && self.hub.is_connected(&way.destination)
+    }
+
+    fn take_turn(&self, (id, asked): (TaskId, UnixMillis), way: Way) -> Result<(), String> {
+        let mut state = self.turns.locked();
+        let before = state.waiting.insert((asked, id), way.clone());
+        // Its VM is elsewhere by now: what it would have had others may have.
+        let went = before.is_some_and(|before| before != way);
+        let (_, full) = state.next(|way| self.loads(way), Some((asked, id)));
+        if full.is_none() {
+            state.waiting.remove(&(asked, id));
+            state.held.insert(id, way);
+        }
+        drop(state);
+        if went {
+            self.wake_next();
+        }
+        full.map_or(Ok(()), Err)
     }
 
     /// The move has no turn, and waits for none: it has ended, or waits for something else. Others may have theirs.
@@ -153,9 +210,15 @@ impl Tasks {
         }
     }
 
+    /// The move waits for no turn any more.
+    pub(super) fn wait_no_longer(&self, id: TaskId) {
+        self.turns.locked().waiting.retain(|(_, waiting), _| *waiting != id);
+        self.wake_next();
+    }
+
     /// Has those look again that may have their turn: a move has ended, or a host has gone away.
     pub(super) fn wake_next(&self) {
-        let (next, _) = self.turns.locked().next(|host| self.hub.presence(host).is_some(), None);
+        let (next, _) = self.turns.locked().next(|way| self.loads(way), None);
         next.into_iter().for_each(|id| self.wake(id));
     }
 }
@@ -193,7 +256,7 @@ mod tests {
         assert_eq!(why(12).as_deref(), Some("waits for its turn: 4 VMs come to h2 at a time"));
         assert_eq!(why(13), None);
         // Those that hold theirs for a host that is away count at none.
-        let without = |away: &str| state.next(|host| host.as_str() != away, None).0;
+        let without = |away: &str| state.next(|way| way.source.as_str() != away && way.destination.as_str() != away, None).0;
         assert_eq!((without("h1").len(), without("h3")), (4, vec![id(13)]));
         // One turn at both of them: the older two share it, the youngest needs both.
         state.held.remove(&id(1));

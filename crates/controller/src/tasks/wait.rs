@@ -10,40 +10,46 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use godwit_model::lifecycle::{busy, decide_admission};
-use godwit_model::{Activity, Admission, ErrorCode, Refusal, TaskId, UnixMillis, VmId};
+use godwit_model::{Activity, Admission, ErrorCode, Name, Refusal, TaskId, UnixMillis, VmId};
 
-use tokio::time::Instant;
-
-use super::admit::{describe, new_task};
+use super::admit::{describe, new_task, waits_already};
 use super::change::reclaim;
 use super::turns::Turn;
 use super::{Ask, Asked, Outcome, Tasks, conclude, note, patiently};
 use crate::clock;
 use crate::db::{Batch, Fault, Stored};
 use crate::history;
+use crate::principals::not_found;
 use crate::rows::{Later, TaskRow, VmRow, Work};
 
-/// Heartbeats for which a host may be away until a request that waits is refused for that.
-const ABSENCE: u32 = 15;
+/// Between the moment in which hosts are back and a look whether that helps.
+const PAUSE: Duration = Duration::from_millis(200);
 /// Tasks that can wait for one VM.
 const LINE: usize = 16;
 
-/// Who waits for which VM, in the order of the requests. Made anew from the tasks at every start.
+/// Who waits for which VM, in the order of the requests; and of each VM the one move that waits, for whatever that is. Made anew from the tasks at every start.
 #[derive(Default)]
-pub(super) struct Lines(Mutex<HashMap<VmId, BTreeSet<(UnixMillis, TaskId)>>>);
+pub(super) struct Lines {
+    lines: Mutex<HashMap<VmId, BTreeSet<(UnixMillis, TaskId)>>>,
+    moves: Mutex<HashMap<VmId, TaskId>>,
+}
 
 impl Lines {
     /// Puts a task that waits in its line; others are none of its business.
     pub(super) fn join(&self, task: &TaskRow) {
-        if let (Work::Wait { .. }, Some(vm)) = (&task.work, task.vm) {
-            self.0.lock().expect("no holder panics").entry(vm).or_default().insert((task.created, task.id));
+        if let (Work::Wait { asked }, Some(vm)) = (&task.work, task.vm) {
+            self.lines.lock().expect("no holder panics").entry(vm).or_default().insert((task.created, task.id));
+            if matches!(asked, Later::Migrate(_)) {
+                self.moves.lock().expect("no holder panics").insert(vm, task.id);
+            }
         }
     }
 
     fn leave(&self, vm: VmId, task: TaskId) {
-        let mut lines = self.0.lock().expect("no holder panics");
+        let mut lines = self.lines.lock().expect("no holder panics");
         if let Some(line) = lines.get_mut(&vm) {
             line.retain(|(_, id)| *id != task);
             if line.is_empty() {
@@ -52,8 +58,22 @@ impl Lines {
         }
     }
 
+    /// It does not wait any more.
+    fn forget(&self, vm: VmId, task: TaskId) {
+        self.leave(vm, task);
+        let mut moves = self.moves.lock().expect("no holder panics");
+        if moves.get(&vm) == Some(&task) {
+            moves.remove(&vm);
+        }
+    }
+
+    /// The move of a VM that waits.
+    pub(super) fn waiting_move(&self, vm: VmId) -> Option<TaskId> {
+        self.moves.lock().expect("no holder panics").get(&vm).copied()
+    }
+
     fn of(&self, vm: VmId) -> Vec<TaskId> {
-        let lines = self.0.lock().expect("no holder panics");
+        let lines = self.lines.lock().expect("no holder panics");
         lines.get(&vm).map(|line| line.iter().map(|(_, id)| *id).collect()).unwrap_or_default()
     }
 }
@@ -66,6 +86,8 @@ enum Place {
     Behind(TaskId),
     /// Its hosts have others to move; in words.
     Full(String),
+    /// A host that it needs is away: one of these.
+    Away(Refusal, Vec<Name>),
     /// It is not wanted any more.
     Cancelled,
     /// It has become what was asked for, or has ended.
@@ -97,7 +119,8 @@ fn said_of(holder: Activity) -> String {
 impl Tasks {
     /// Records a request that waits for `holder`.
     pub(super) async fn wait_for(&self, vm: &Stored<VmRow>, ask: &Ask, asked: &Asked, holder: Activity) -> Result<TaskRow, Fault> {
-        if Later::of(asked).is_none() {
+        // A condition is not kept for later.
+        if Later::of(asked).is_none() || ask.revision.is_some() {
             return Err(busy(holder).into());
         }
         if self.lines.of(vm.row.id).len() >= LINE {
@@ -111,11 +134,26 @@ impl Tasks {
     pub(super) async fn record_wait(&self, vm: &Stored<VmRow>, ask: &Ask, asked: &Asked, step: String) -> Result<TaskRow, Fault> {
         let asked = Later::of(asked).ok_or_else(|| Refusal::new(ErrorCode::Internal, "a request that cannot wait"))?;
         let mut task = new_task(&vm.row, ask, TaskId::new(clock::fresh()), Work::Wait { asked }, clock::now());
+        if let Work::Wait { asked: Later::Migrate(request) } = &task.work {
+            if let Some(other) = self.lines.waiting_move(vm.row.id) {
+                return Err(waits_already(&vm.row.name, other).into());
+            }
+            let text = format!("to move to {}", request.host);
+            note(&mut task, text);
+        }
         task.step.clone_from(&step);
         note(&mut task, step);
-        let batch = Batch::default().unchanged(vm).create(&task);
-        self.db.commit(self.set_out(batch, ask, &vm.row, task.id).await?).await?;
+        // From here on no other one is recorded.
         self.lines.join(&task);
+        let batch = Batch::default().unchanged(vm).create(&task);
+        let recorded = match self.set_out(batch, ask, &vm.row, task.id).await {
+            Ok(batch) => self.db.commit(batch).await.map(|_| ()),
+            Err(fault) => Err(fault),
+        };
+        if let Err(fault) = recorded {
+            self.lines.forget(vm.row.id, task.id);
+            return Err(fault);
+        }
         Ok(task)
     }
 
@@ -128,7 +166,7 @@ impl Tasks {
     pub(super) async fn run_wait(&self, id: TaskId) -> Result<(), Fault> {
         let Some(vm) = self.task(id).await?.row.vm else { return Ok(()) };
         let over = self.wait_in_line(id, vm).await;
-        self.lines.leave(vm, id);
+        self.lines.forget(vm, id);
         // The next in line is the first now.
         self.wake_line(vm);
         over
@@ -136,12 +174,10 @@ impl Tasks {
 
     async fn wait_in_line(&self, id: TaskId, vm: VmId) -> Result<(), Fault> {
         let waker = self.waker(id);
-        let mut connections = self.hub.watch();
-        let mut away: Option<Instant> = None;
         loop {
-            let placed = self.go_on(id, vm).await;
-            let mut until = None;
-            match placed {
+            // Whatever ends while it looks wakes it.
+            self.lines.join(&self.task(id).await?.row);
+            match self.go_on(id, vm).await {
                 Ok(Place::Over) => return Ok(()),
                 Ok(Place::Cancelled) => {
                     let refusal = Refusal::new(ErrorCode::Cancelled, "cancelled by request, before it had begun");
@@ -157,35 +193,30 @@ impl Tasks {
                     self.wake_line(vm);
                     self.say_wait(id, full).await?;
                 }
-                // A host that goes away for a moment, or all of them when the controller has just begun.
-                Err(Fault::Refused(refusal))
-                    if refusal.code == ErrorCode::HostDown
-                        && Instant::now() < *away.get_or_insert_with(|| Instant::now() + self.heartbeat * ABSENCE) =>
-                {
-                    until = away;
+                Ok(Place::Away(refusal, hosts)) => {
                     self.wait_for_other(id, format!("waits: {}", refusal.message)).await?;
+                    let back = async {
+                        for host in &hosts {
+                            self.hub.connected(host).await;
+                        }
+                        tokio::time::sleep(PAUSE).await;
+                    };
+                    tokio::select! {
+                        () = waker.notified() => {}
+                        () = back => {}
+                    }
+                    continue;
                 }
                 Err(Fault::Refused(refusal)) => return self.end_waiting(id, &Outcome::Failed(refusal)).await,
                 Err(fault) => return Err(fault),
             }
-            let Some(until) = until else {
-                away = None;
-                waker.notified().await;
-                continue;
-            };
-            tokio::select! {
-                () = waker.notified() => {}
-                // The hub lives as long as the executor.
-                _ = connections.changed() => {}
-                () = tokio::time::sleep_until(until) => {}
-            }
+            waker.notified().await;
         }
     }
 
     /// Meanwhile no host keeps a turn for it.
     async fn wait_for_other(&self, id: TaskId, step: String) -> Result<(), Fault> {
         self.give_turn_back(id);
-        self.lines.join(&self.task(id).await?.row);
         self.say_wait(id, step).await
     }
 
@@ -213,9 +244,9 @@ impl Tasks {
 
     /// Admits the request if nothing is in its way any more.
     async fn go_on(&self, id: TaskId, vm: VmId) -> Result<Place, Fault> {
-        let first = self.lines.of(vm).first().copied().filter(|first| *first != id);
         patiently!(id, {
-            let (mut task, mut vm) = self.both(id).await?;
+            let first = self.lines.of(vm).first().copied().filter(|first| *first != id);
+            let mut task = self.task(id).await?;
             let asked = match &task.row.work {
                 Work::Wait { asked } if !task.row.state.ended() => asked.asked(),
                 _ => return Ok(Place::Over),
@@ -223,9 +254,18 @@ impl Tasks {
             if task.row.cancel {
                 return Ok(Place::Cancelled);
             }
+            let vm = self.db.find::<VmRow>(&vm.to_string()).await?;
+            let mut vm = vm.ok_or_else(|| not_found("vm", &task.row.subject))?;
+            let (key, before) = ((id, task.row.created), vm.row.clone());
             match decide_admission(vm.row.state, vm.row.activity, asked.request()) {
                 Admission::Wait(holder) => return Ok(Place::After(holder)),
-                Admission::Deny(refusal) => return Err(refusal.into()),
+                Admission::Deny(refusal) => {
+                    return match vm.row.activity {
+                        Some(holder) => Ok(Place::After(holder)),
+                        // It may be as it must be when its turn comes.
+                        None => self.why_it_waits(key, &before, &asked).map(Place::Full).ok_or_else(|| refusal.into()),
+                    };
+                }
                 Admission::Accept | Admission::Ignore => {}
             }
             if let Some(first) = first {
@@ -239,10 +279,16 @@ impl Tasks {
                 revision: None,
                 schedule: task.row.schedule,
             };
-            let before = vm.row.clone();
-            let (work, batch) = self.work(&mut vm.row, id, &ask, &asked, false, self.clock.now()).await?;
+            let (work, batch) = match (self.work(&mut vm.row, id, &ask, &asked, false, self.clock.now()).await, &asked) {
+                // It goes away for a moment; or all hosts are, when the controller has just begun.
+                (Err(Fault::Refused(refusal)), Asked::Migrate(request)) if refusal.code == ErrorCode::HostDown => {
+                    let hosts = before.host.iter().chain([&request.host]).cloned().collect();
+                    return Ok(Place::Away(refusal, hosts));
+                }
+                (work, _) => work?,
+            };
             let turn = match &work {
-                Work::Migrate(work) => match self.take_turn_of_move((id, task.row.created), vm.row.id, work) {
+                Work::Migrate(work) => match self.take_turn_of_waiting(key, vm.row.id, work) {
                     Ok(turn) => Some(turn),
                     Err(full) => return Ok(Place::Full(full)),
                 },
@@ -258,5 +304,13 @@ impl Tasks {
             turn.into_iter().for_each(Turn::record);
             Ok(Place::Over)
         })
+    }
+
+    /// Why a move has no turn yet, if it is one.
+    fn why_it_waits(&self, key: (TaskId, UnixMillis), vm: &VmRow, asked: &Asked) -> Option<String> {
+        match (asked, &vm.host) {
+            (Asked::Migrate(request), Some(source)) => self.why_no_turn(key, vm.id, source, &request.host),
+            _ => None,
+        }
     }
 }

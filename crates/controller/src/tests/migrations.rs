@@ -703,6 +703,58 @@ async fn four_vms_leave_a_host_at_a_time_and_the_others_wait_for_their_turn() {
 }
 
 #[tokio::test]
+async fn a_move_that_waits_for_its_turn_outlasts_what_is_done_with_its_vm_meanwhile() {
+    let mut pair = pair().await;
+    let tasks = fill(&mut pair).await;
+    let admin = pair.cluster.admin();
+    let task = pair.cluster.migrate("web5", "h2").await.expect("accepted").id;
+    let waits = |task: &api::Task| task.step.contains("waits for its turn");
+    pair.cluster.task_when(task, waits).await;
+    // A move to where there is room is another move nevertheless.
+    let (_, a3) = pair.cluster.agent("h3").await;
+    assert_eq!(code(pair.cluster.migrate("web5", "h3").await), ErrorCode::VmBusy);
+    let paused = admin.pause_vm(&name("web5")).await.expect("accepted").id;
+    let pause = pair.a1.command().await;
+    pair.a1.done(&pause, 0).await;
+    pair.cluster.ended(paused).await;
+    // Its turn comes while it is busy, and the turn goes to nobody for that.
+    let unpaused = admin.unpause_vm(&name("web5")).await.expect("accepted").id;
+    let unpause = pair.a1.command().await;
+    assert!(waits(&admin.task(task).await.expect("task")), "a VM that is paused may run when its turn comes");
+    let vm = pair.cluster.vm("web1").await;
+    pair.a1.ended(ended(&tasks[0], &vm, 2, true, None)).await;
+    pair.a2.ended(ended(&tasks[0], &vm, 2, false, None)).await;
+    pair.cluster.task_when(task, |task| task.step.contains("to end")).await;
+    pair.a1.done(&unpause, 0).await;
+    pair.cluster.ended(unpaused).await;
+    let prepare = pair.a2.command().await;
+    assert_eq!(prepare.task, task.to_string());
+    drop(a3);
+}
+
+#[tokio::test]
+async fn a_move_that_waits_for_its_turn_ends_with_its_vm() {
+    let mut pair = pair().await;
+    fill(&mut pair).await;
+    let admin = pair.cluster.admin();
+    let task = pair.cluster.migrate("web5", "h2").await.expect("accepted").id;
+    pair.cluster.task_when(task, |task| task.step.contains("waits for its turn")).await;
+    admin.kill_vm(&name("web5")).await.expect("accepted");
+    let kill = pair.a1.command().await;
+    pair.a1.done(&kill, 0).await;
+    let vm = pair.cluster.vm("web5").await;
+    pair.a1.send(Body::Vm(report(&vm, 1, RunState::Stopped, v1::Holding::Owner))).await;
+    pair.cluster.vm_when("web5", |vm| vm.status.state == RunState::Stopped && vm.status.activity.is_none()).await;
+    assert_eq!(admin.task(task).await.expect("task").state, TaskState::Running, "it may run again when its turn comes");
+    let deleted = admin.delete_vm(&name("web5"), &api::VmDelete { volumes: false }).await.expect("accepted").id;
+    let forget = pair.a1.command().await;
+    pair.a1.done(&forget, 0).await;
+    pair.cluster.ended(deleted).await;
+    let failed = pair.cluster.ended(task).await;
+    assert_eq!(failed.error.map(|refusal| refusal.code), Some(ErrorCode::NotFound));
+}
+
+#[tokio::test]
 async fn moves_that_wait_for_a_host_which_is_away_hold_up_nobody() {
     let mut pair = pair().await;
     fill(&mut pair).await;
