@@ -132,9 +132,14 @@ impl Tasks {
         vm.ok_or_else(|| not_found("vm", name).into())
     }
 
-    /// Records the task and starts it.
+    /// Records the task and starts it, also if whoever asks over a connection goes away meanwhile: none is recorded and never begun.
     pub(crate) async fn ask(self: &Arc<Self>, ask: &Ask, asked: &Asked) -> Result<Stored<TaskRow>, Fault> {
-        self.ask_and_follow(ask, asked).await.map(|(task, _)| task)
+        let (tasks, ask, asked) = (Arc::clone(self), ask.clone(), asked.clone());
+        let asking = self.tracker.spawn(async move { tasks.ask_and_follow(&ask, &asked).await.map(|(task, _)| task) });
+        asking.await.unwrap_or_else(|error| {
+            let refusal = Refusal::new(ErrorCode::Internal, format!("the request was not carried out: {error}"));
+            Err(refusal.retry(Retry::Unknown).into())
+        })
     }
 
     /// As [`Tasks::ask`], with what ends when the task does.

@@ -67,6 +67,19 @@ impl Lines {
         }
     }
 
+    /// Has a task that is not recorded yet wait, or says which move of its VM waits already.
+    fn reserve(&self, vm: VmId, task: &TaskRow) -> Result<Reserved<'_>, TaskId> {
+        if matches!(task.work, Work::Wait { asked: Later::Migrate(_) }) {
+            let mut moves = self.moves.lock().expect("no holder panics");
+            let first = *moves.entry(vm).or_insert(task.id);
+            if first != task.id {
+                return Err(first);
+            }
+        }
+        self.join(task);
+        Ok(Reserved { lines: self, vm, task: task.id, recorded: false })
+    }
+
     /// The move of a VM that waits.
     pub(super) fn waiting_move(&self, vm: VmId) -> Option<TaskId> {
         self.moves.lock().expect("no holder panics").get(&vm).copied()
@@ -75,6 +88,22 @@ impl Lines {
     fn of(&self, vm: VmId) -> Vec<TaskId> {
         let lines = self.lines.lock().expect("no holder panics");
         lines.get(&vm).map(|line| line.iter().map(|(_, id)| *id).collect()).unwrap_or_default()
+    }
+}
+
+/// The place of a task that is not recorded yet.
+struct Reserved<'a> {
+    lines: &'a Lines,
+    vm: VmId,
+    task: TaskId,
+    recorded: bool,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        if !self.recorded {
+            self.lines.forget(self.vm, self.task);
+        }
     }
 }
 
@@ -135,25 +164,16 @@ impl Tasks {
         let asked = Later::of(asked).ok_or_else(|| Refusal::new(ErrorCode::Internal, "a request that cannot wait"))?;
         let mut task = new_task(&vm.row, ask, TaskId::new(clock::fresh()), Work::Wait { asked }, clock::now());
         if let Work::Wait { asked: Later::Migrate(request) } = &task.work {
-            if let Some(other) = self.lines.waiting_move(vm.row.id) {
-                return Err(waits_already(&vm.row.name, other).into());
-            }
             let text = format!("to move to {}", request.host);
             note(&mut task, text);
         }
         task.step.clone_from(&step);
         note(&mut task, step);
-        // From here on no other one is recorded.
-        self.lines.join(&task);
+        let mut reserved = self.lines.reserve(vm.row.id, &task).map_err(|other| waits_already(&vm.row.name, other))?;
         let batch = Batch::default().unchanged(vm).create(&task);
-        let recorded = match self.set_out(batch, ask, &vm.row, task.id).await {
-            Ok(batch) => self.db.commit(batch).await.map(|_| ()),
-            Err(fault) => Err(fault),
-        };
-        if let Err(fault) = recorded {
-            self.lines.forget(vm.row.id, task.id);
-            return Err(fault);
-        }
+        self.db.commit(self.set_out(batch, ask, &vm.row, task.id).await?).await?;
+        reserved.recorded = true;
+        drop(reserved);
         Ok(task)
     }
 
