@@ -289,8 +289,8 @@ impl Hub {
     /// Waits until a host is connected.
     pub(crate) async fn connected(&self, host: &Name) {
         let mut watch = self.watch();
-        // The sender lives as long as the hub.
-        let _ = watch.wait_for(|_| self.lock().sessions.contains_key(host)).await;
+        // Not asked while the watch is locked: who announces may hold the sessions. The sender lives as long as the hub.
+        while !self.is_connected(host) && watch.changed().await.is_ok() {}
     }
 
     /// Takes the only seat at a VM's console.

@@ -172,9 +172,27 @@ impl Tasks {
                 self.spawn(task.row.id);
             }
         }
+        self.watch_hosts();
         self.watch_golden().await?;
         self.begin_schedules();
         Ok(())
+    }
+
+    /// A host that goes away or comes back may be a turn for moves that wait.
+    fn watch_hosts(self: &Arc<Self>) {
+        let (tasks, mut hosts) = (self.clone(), self.hub.watch());
+        self.tracker.spawn(async move {
+            let stop = tasks.stop.clone();
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    changed = hosts.changed() => match changed {
+                        Ok(()) => tasks.wake_next(),
+                        Err(_) => return,
+                    }
+                }
+            }
+        });
     }
 
     /// Drops the oldest ended tasks beyond a number.
@@ -197,19 +215,15 @@ impl Tasks {
         let tasks = self.clone();
         self.tracker.spawn(async move {
             let stop = tasks.stop.clone();
-            let mut rests = false;
             tokio::select! {
                 () = stop.cancelled() => {}
                 result = tasks.run(id) => if let Err(fault) = result {
-                    rests = true;
                     tracing::error!(task = %id, error = &fault as &dyn std::error::Error, "the task rests until the next start of the controller");
                 }
             }
-            // A move that rests here goes on at its hosts.
-            if rests {
-                tasks.wait_no_longer(id);
-            } else {
-                tasks.give_turn_back(id);
+            tasks.give_turn_back(id);
+            if let Some(vm) = tasks.lines.forget_task(id) {
+                tasks.wake_line(vm);
             }
             if let Err(fault) = tasks.go_on_after(id).await {
                 tracing::warn!(task = %id, error = &fault as &dyn std::error::Error, "a VM waits to be started until its host connects again");
@@ -227,7 +241,7 @@ impl Tasks {
         }
         let Some(vm) = task.vm else { return Ok(()) };
         self.wake_line(vm);
-        if let Some(waiting) = self.turns.waits(vm) {
+        if let Some(waiting) = self.lines.waiting_move(vm) {
             self.wake(waiting);
         }
         if self.db.find::<VmRow>(&vm.to_string()).await?.is_some_and(|vm| vm.row.golden_after.is_some() && vm.row.has_process()) {
@@ -394,7 +408,6 @@ impl Tasks {
             // A session that just ended may still be in the hub for a moment; the next turn sees that.
             tokio::task::yield_now().await;
             if self.hub.presence(host).is_none() {
-                self.wake_next();
                 self.set_step(id, &self.waiting_for(host)).await?;
                 tokio::select! {
                     () = self.hub.connected(host) => {}

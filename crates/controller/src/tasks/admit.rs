@@ -86,6 +86,11 @@ fn own_deadline(vm: &VmRow) -> Millis {
     vm.spec.shutdown_deadline.map_or(STOP_TIMEOUT, |deadline| Millis(deadline.get().saturating_mul(1_000)))
 }
 
+/// Whether it is only looked at.
+fn is_dry(asked: &Asked) -> bool {
+    matches!(asked, Asked::Migrate(request) if request.dry_run)
+}
+
 /// The refusal of a second move of a VM.
 pub(super) fn waits_already(vm: &Name, task: TaskId) -> Refusal {
     Refusal::new(ErrorCode::VmBusy, format!("task {task}, a move of VM {vm}, waits to begin"))
@@ -134,10 +139,15 @@ impl Tasks {
 
     /// Records the task and starts it, also if whoever asks over a connection goes away meanwhile: none is recorded and never begun.
     pub(crate) async fn ask(self: &Arc<Self>, ask: &Ask, asked: &Asked) -> Result<Stored<TaskRow>, Fault> {
+        if is_dry(asked) {
+            return self.ask_and_follow(ask, asked).await.map(|(task, _)| task);
+        }
         let (tasks, ask, asked) = (Arc::clone(self), ask.clone(), asked.clone());
         let asking = self.tracker.spawn(async move { tasks.ask_and_follow(&ask, &asked).await.map(|(task, _)| task) });
         asking.await.unwrap_or_else(|error| {
-            let refusal = Refusal::new(ErrorCode::Internal, format!("the request was not carried out: {error}"));
+            tracing::error!(%error, "a request was not carried out");
+            let refusal = Refusal::new(ErrorCode::Internal, "the request was not carried out; the controller's log says more")
+                .hint("`godwit task list` shows whether anything was begun; ask again if not");
             Err(refusal.retry(Retry::Unknown).into())
         })
     }
@@ -148,7 +158,7 @@ impl Tasks {
         ask: &Ask,
         asked: &Asked,
     ) -> Result<(Stored<TaskRow>, Option<JoinHandle<()>>), Fault> {
-        let dry = matches!(asked, Asked::Migrate(request) if request.dry_run);
+        let dry = is_dry(asked);
         let (mut task, replaced) = retry!({ self.admit(ask, asked, dry).await })?;
         let mut executor = None;
         if dry {
@@ -188,11 +198,12 @@ impl Tasks {
         describe(&mut task);
         if dry {
             conclude(&mut task, &Outcome::Done);
+            let waits = self.lines.waiting_move(vm.row.id).map(|other| format!("task {other}, a move of it, waits to begin"));
             let full = match &task.work {
-                Work::Migrate(work) => self.would_wait(vm.row.id, work),
+                Work::Migrate(work) => self.would_wait(vm.row.id, work).map(|full| format!("it {full}")),
                 _ => None,
             };
-            task.step = full.map_or_else(|| "checked only: it could begin now".into(), |full| format!("checked only: it {full}"));
+            task.step = format!("checked only: {}", waits.or(full).unwrap_or_else(|| "it could begin now".into()));
             return Ok((task, None));
         }
         if ignored {

@@ -306,7 +306,7 @@ impl Tasks {
         let mut asked_to_cancel = false;
         let mut clearing: Option<Instant> = None;
         let mut absent: Option<Instant> = None;
-        let (mut given_up, mut was_away) = (false, false);
+        let mut given_up = false;
         loop {
             let (task, now) = self.both(id).await?;
             let task = task.row;
@@ -333,10 +333,7 @@ impl Tasks {
             let away = [&work.source, &work.destination].into_iter().find(|host| self.hub.presence(host).is_none());
             if work.source_ended.is_some() || work.destination_ended.is_some() {
                 self.give_turn_back(id);
-            } else if away.is_some() && !was_away {
-                self.wake_next();
             }
-            was_away = away.is_some();
             if let Some(ended) = &work.source_ended {
                 let cleared = work.destination_ended.is_some() || self.hub.presence(&work.destination).is_none();
                 let deadline = *clearing.get_or_insert_with(|| Instant::now() + CLEARING);

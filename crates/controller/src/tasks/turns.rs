@@ -58,12 +58,15 @@ struct State {
 }
 
 impl State {
-    /// Who gets a turn if each that can gets one, up to `last`; and why that one gets none.
+    /// Who gets a turn if each that can gets one, up to `last`; and why that one gets none. Whose hosts are not there is nowhere in the way.
     fn next(&self, loads: impl Fn(&Way) -> bool, last: Option<(UnixMillis, TaskId)>) -> (Vec<TaskId>, Option<String>) {
         let mut counts = Counts::default();
         self.held.values().filter(|way| loads(way)).for_each(|way| counts.add(way));
         let mut next = Vec::new();
         for (key, way) in &self.waiting {
+            if !loads(way) && last != Some(*key) {
+                continue;
+            }
             let full = counts.full(way);
             if full.is_none() {
                 counts.add(way);
@@ -89,12 +92,6 @@ impl Turns {
     /// Has a turn, also beyond what is allowed: it had one before.
     pub(super) fn resume(&self, id: TaskId, vm: VmId, work: &MigrateWork) {
         self.locked().held.insert(id, Way::of(vm, work));
-    }
-
-    /// The move of this VM that waits for its turn.
-    pub(super) fn waits(&self, vm: VmId) -> Option<TaskId> {
-        let state = self.locked();
-        state.waiting.iter().find(|(_, way)| way.vm == vm).map(|((_, id), _)| *id)
     }
 }
 
@@ -150,6 +147,12 @@ impl Tasks {
         Ok(Turn { tasks: self, id, waits: Some(asked), recorded: false })
     }
 
+    /// A move that waits keeps its place among those that do.
+    pub(super) fn keep_place(&self, (id, asked): (TaskId, UnixMillis), vm: VmId, source: &Name, destination: &Name) {
+        let way = Way { vm, source: source.clone(), destination: destination.clone() };
+        self.turns.locked().waiting.insert((asked, id), way);
+    }
+
     /// Why a move that waits has no turn, and then it is woken when there may be one; nothing if it could have it.
     pub(super) fn why_no_turn(
         &self,
@@ -168,11 +171,12 @@ impl Tasks {
 
     /// Whether a move that was asked for now would have to wait, and why.
     pub(super) fn would_wait(&self, vm: VmId, work: &MigrateWork) -> Option<String> {
-        let mut counts = Counts::default();
-        let state = self.turns.locked();
-        let ways = state.held.values().chain(state.waiting.values());
-        ways.filter(|way| self.loads(way)).for_each(|way| counts.add(way));
-        counts.full(&Way::of(vm, work))
+        let last = (UnixMillis(u64::MAX), TaskId::new(uuid::Uuid::nil()));
+        let mut state = self.turns.locked();
+        state.waiting.insert(last, Way::of(vm, work));
+        let (_, full) = state.next(|way| self.loads(way), Some(last));
+        state.waiting.remove(&last);
+        full
     }
 
     /// A move for a host that is away, perhaps for ever, loads none.
@@ -210,13 +214,7 @@ impl Tasks {
         }
     }
 
-    /// The move waits for no turn any more.
-    pub(super) fn wait_no_longer(&self, id: TaskId) {
-        self.turns.locked().waiting.retain(|(_, waiting), _| *waiting != id);
-        self.wake_next();
-    }
-
-    /// Has those look again that may have their turn: a move has ended, or a host has gone away.
+    /// Has those look again that may have their turn.
     pub(super) fn wake_next(&self) {
         let (next, _) = self.turns.locked().next(|way| self.loads(way), None);
         next.into_iter().for_each(|id| self.wake(id));
@@ -255,9 +253,9 @@ mod tests {
         assert_eq!(why(11).as_deref(), Some("waits for its turn: 4 VMs leave h1 at a time"));
         assert_eq!(why(12).as_deref(), Some("waits for its turn: 4 VMs come to h2 at a time"));
         assert_eq!(why(13), None);
-        // Those that hold theirs for a host that is away count at none.
+        // A host that is away is in nobody's way, and nobody's turn.
         let without = |away: &str| state.next(|way| way.source.as_str() != away && way.destination.as_str() != away, None).0;
-        assert_eq!((without("h1").len(), without("h3")), (4, vec![id(13)]));
+        assert_eq!((without("h1"), without("h3")), (vec![id(12), id(13)], vec![]));
         // One turn at both of them: the older two share it, the youngest needs both.
         state.held.remove(&id(1));
         assert_eq!(next(&state), [id(11), id(12), id(13)]);

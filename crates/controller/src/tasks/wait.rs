@@ -67,8 +67,18 @@ impl Lines {
         }
     }
 
+    /// A task whose executor has ended waits for nothing; for which VM it did, if so.
+    pub(super) fn forget_task(&self, task: TaskId) -> Option<VmId> {
+        let of = |line: &BTreeSet<(UnixMillis, TaskId)>| line.iter().any(|(_, id)| *id == task);
+        let in_line = self.lines.lock().expect("no holder panics").iter().find(|(_, line)| of(line)).map(|(vm, _)| *vm);
+        let moves = || self.moves.lock().expect("no holder panics").iter().find(|(_, id)| **id == task).map(|(vm, _)| *vm);
+        let vm = in_line.or_else(moves)?;
+        self.forget(vm, task);
+        Some(vm)
+    }
+
     /// Has a task that is not recorded yet wait, or says which move of its VM waits already.
-    fn reserve(&self, vm: VmId, task: &TaskRow) -> Result<Reserved<'_>, TaskId> {
+    fn reserve(&self, vm: VmId, task: &TaskRow) -> Result<(), TaskId> {
         if matches!(task.work, Work::Wait { asked: Later::Migrate(_) }) {
             let mut moves = self.moves.lock().expect("no holder panics");
             let first = *moves.entry(vm).or_insert(task.id);
@@ -77,7 +87,7 @@ impl Lines {
             }
         }
         self.join(task);
-        Ok(Reserved { lines: self, vm, task: task.id, recorded: false })
+        Ok(())
     }
 
     /// The move of a VM that waits.
@@ -93,7 +103,7 @@ impl Lines {
 
 /// The place of a task that is not recorded yet.
 struct Reserved<'a> {
-    lines: &'a Lines,
+    tasks: &'a Tasks,
     vm: VmId,
     task: TaskId,
     recorded: bool,
@@ -102,7 +112,8 @@ struct Reserved<'a> {
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
         if !self.recorded {
-            self.lines.forget(self.vm, self.task);
+            self.tasks.lines.forget(self.vm, self.task);
+            self.tasks.wake_line(self.vm);
         }
     }
 }
@@ -169,11 +180,11 @@ impl Tasks {
         }
         task.step.clone_from(&step);
         note(&mut task, step);
-        let mut reserved = self.lines.reserve(vm.row.id, &task).map_err(|other| waits_already(&vm.row.name, other))?;
+        self.lines.reserve(vm.row.id, &task).map_err(|other| waits_already(&vm.row.name, other))?;
+        let mut reserved = Reserved { tasks: self, vm: vm.row.id, task: task.id, recorded: false };
         let batch = Batch::default().unchanged(vm).create(&task);
         self.db.commit(self.set_out(batch, ask, &vm.row, task.id).await?).await?;
         reserved.recorded = true;
-        drop(reserved);
         Ok(task)
     }
 
@@ -195,6 +206,7 @@ impl Tasks {
     async fn wait_in_line(&self, id: TaskId, vm: VmId) -> Result<(), Fault> {
         let waker = self.waker(id);
         loop {
+            let mut hosts_changed = self.hub.watch();
             // Whatever ends while it looks wakes it.
             self.lines.join(&self.task(id).await?.row);
             match self.go_on(id, vm).await {
@@ -214,8 +226,14 @@ impl Tasks {
                     self.say_wait(id, full).await?;
                 }
                 Ok(Place::Away(refusal, hosts)) => {
-                    self.wait_for_other(id, format!("waits: {}", refusal.message)).await?;
+                    self.lines.leave(vm, id);
+                    self.wake_line(vm);
+                    self.say_wait(id, format!("waits: {}", refusal.message)).await?;
                     let back = async {
+                        if hosts.iter().all(|host| self.hub.is_connected(host)) {
+                            // It is another that is away. The hub lives as long as the executor.
+                            let _ = hosts_changed.changed().await;
+                        }
                         for host in &hosts {
                             self.hub.connected(host).await;
                         }
@@ -299,13 +317,17 @@ impl Tasks {
                 revision: None,
                 schedule: task.row.schedule,
             };
-            let (work, batch) = match (self.work(&mut vm.row, id, &ask, &asked, false, self.clock.now()).await, &asked) {
+            let (work, batch) = match self.work(&mut vm.row, id, &ask, &asked, false, self.clock.now()).await {
                 // It goes away for a moment; or all hosts are, when the controller has just begun.
-                (Err(Fault::Refused(refusal)), Asked::Migrate(request)) if refusal.code == ErrorCode::HostDown => {
-                    let hosts = before.host.iter().chain([&request.host]).cloned().collect();
+                Err(Fault::Refused(refusal)) if refusal.code == ErrorCode::HostDown => {
+                    let mut hosts: Vec<Name> = before.host.iter().cloned().collect();
+                    if let (Asked::Migrate(request), Some(source)) = (&asked, &before.host) {
+                        self.keep_place(key, before.id, source, &request.host);
+                        hosts.push(request.host.clone());
+                    }
                     return Ok(Place::Away(refusal, hosts));
                 }
-                (work, _) => work?,
+                work => work?,
             };
             let turn = match &work {
                 Work::Migrate(work) => match self.take_turn_of_waiting(key, vm.row.id, work) {

@@ -767,6 +767,31 @@ async fn moves_that_wait_for_a_host_which_is_away_hold_up_nobody() {
 }
 
 #[tokio::test]
+async fn a_move_whose_destination_is_away_when_its_turn_comes_waits_for_it_and_lets_others_go_first() {
+    let mut pair = pair().await;
+    let tasks = fill(&mut pair).await;
+    let (h3, a3) = pair.cluster.agent("h3").await;
+    let first = pair.cluster.migrate("web5", "h3").await.expect("accepted").id;
+    let second = pair.cluster.migrate("web6", "h2").await.expect("accepted").id;
+    for task in [first, second] {
+        pair.cluster.task_when(task, |task| task.step.contains("waits for its turn")).await;
+    }
+    drop(a3);
+    pair.cluster.connected("h3", false).await;
+    let vms = [pair.cluster.vm("web1").await, pair.cluster.vm("web2").await];
+    pair.a1.ended(ended(&tasks[0], &vms[0], 2, true, None)).await;
+    pair.a2.ended(ended(&tasks[0], &vms[0], 2, false, None)).await;
+    let prepare = pair.a2.command().await;
+    assert_eq!(prepare.task, second.to_string());
+    assert_eq!(pair.cluster.admin().task(first).await.expect("task").state, TaskState::Running);
+    pair.a1.ended(ended(&tasks[1], &vms[1], 2, true, None)).await;
+    pair.a2.ended(ended(&tasks[1], &vms[1], 2, false, None)).await;
+    let mut a3 = pair.cluster.connect(&h3, vec![]).await;
+    let prepare = a3.command().await;
+    assert_eq!(prepare.task, first.to_string());
+}
+
+#[tokio::test]
 async fn moves_wait_for_their_turn_again_after_a_restart() {
     let cluster = Cluster::new().await;
     let (h1, mut a1) = cluster.agent("h1").await;
