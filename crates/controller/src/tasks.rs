@@ -162,8 +162,8 @@ impl Tasks {
         let all = self.db.all::<TaskRow>().await?;
         for task in all.iter().filter(|task| !task.row.state.ended()) {
             self.lines.join(&task.row);
-            if let (Work::Migrate(work), Some(vm)) = (&task.row.work, task.row.vm) {
-                self.turns.resume(task.row.id, vm, work);
+            if let Work::Migrate(work) = &task.row.work {
+                self.turns.resume(task.row.id, work);
             }
         }
         for task in all {

@@ -55,8 +55,8 @@ pub(crate) enum Role {
         images: Vec<IndexedImageFds>,
         again: bool,
     },
-    /// Accepts connections on this listening descriptor. `neighbours` are other VMs, which run, and whose memory is read. `advises` says that its QEMU is set up for post-copy. `again` is the number of the RAM
-    /// section, of a QEMU that runs and waits for pages.
+    /// Accepts connections on this listening descriptor. `neighbours` are other VMs, which run, and whose memory is read. `advises` says that its QEMU
+    /// is set up for post-copy. `again` is the number of the RAM section, of a QEMU that runs and waits for pages.
     Destination {
         listen_fd: RawFd,
         placement: Option<Placement>,

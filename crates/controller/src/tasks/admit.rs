@@ -200,7 +200,7 @@ impl Tasks {
             conclude(&mut task, &Outcome::Done);
             let waits = self.lines.waiting_move(vm.row.id).map(|other| format!("task {other}, a move of it, waits to begin"));
             let full = match &task.work {
-                Work::Migrate(work) => self.would_wait(vm.row.id, work).map(|full| format!("it {full}")),
+                Work::Migrate(work) => self.would_wait(work).map(|full| format!("it {full}")),
                 _ => None,
             };
             task.step = format!("checked only: {}", waits.or(full).unwrap_or_else(|| "it could begin now".into()));
@@ -221,7 +221,7 @@ impl Tasks {
             return Ok((task, None));
         }
         let turn = match &task.work {
-            Work::Migrate(work) => match self.take_turn_of_move(id, now, vm.row.id, work) {
+            Work::Migrate(work) => match self.take_turn_of_move(id, now, work) {
                 Ok(turn) => Some(turn),
                 Err(full) if ask.revision.is_some() => return Err(cannot_wait(&full).into()),
                 // It could move. The task that waits is another one, which begins with all of this again.

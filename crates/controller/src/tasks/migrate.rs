@@ -477,8 +477,8 @@ impl Tasks {
             note(task, text);
         };
         let task = self.edit(id, begin).await?;
-        if let (Work::Migrate(work), Some(vm)) = (&task.work, task.vm) {
-            self.turns.resume(id, vm, work);
+        if let Work::Migrate(work) = &task.work {
+            self.turns.resume(id, work);
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard};
 
-use godwit_model::{Name, TaskId, UnixMillis, VmId};
+use godwit_model::{Name, TaskId, UnixMillis};
 
 use super::Tasks;
 use crate::rows::MigrateWork;
@@ -12,17 +12,16 @@ use crate::rows::MigrateWork;
 /// destination what another has brought there.
 const AT_ONCE: usize = 4;
 
-/// Of whom, from where to where.
+/// From where to where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Way {
-    vm: VmId,
     source: Name,
     destination: Name,
 }
 
 impl Way {
-    fn of(vm: VmId, work: &MigrateWork) -> Self {
-        Self { vm, source: work.source.clone(), destination: work.destination.clone() }
+    fn of(work: &MigrateWork) -> Self {
+        Self { source: work.source.clone(), destination: work.destination.clone() }
     }
 }
 
@@ -40,7 +39,7 @@ impl<'a> Counts<'a> {
     }
 
     /// Why there is no room for one more.
-    fn full(&self, Way { source, destination, .. }: &Way) -> Option<String> {
+    fn full(&self, Way { source, destination }: &Way) -> Option<String> {
         let is_full = |count: Option<&usize>| count.is_some_and(|count| *count >= AT_ONCE);
         if is_full(self.leaving.get(source)) {
             return Some(format!("waits for its turn: {AT_ONCE} VMs leave {source} at a time"));
@@ -90,8 +89,8 @@ impl Turns {
     }
 
     /// Has a turn, also beyond what is allowed: it had one before.
-    pub(super) fn resume(&self, id: TaskId, vm: VmId, work: &MigrateWork) {
-        self.locked().held.insert(id, Way::of(vm, work));
+    pub(super) fn resume(&self, id: TaskId, work: &MigrateWork) {
+        self.locked().held.insert(id, Way::of(work));
     }
 }
 
@@ -128,8 +127,8 @@ impl Drop for Turn<'_> {
 
 impl Tasks {
     /// A turn for a move that was just asked for; or why there is none.
-    pub(super) fn take_turn_of_move(&self, id: TaskId, now: UnixMillis, vm: VmId, work: &MigrateWork) -> Result<Turn<'_>, String> {
-        let taken = self.take_turn((id, now), Way::of(vm, work));
+    pub(super) fn take_turn_of_move(&self, id: TaskId, now: UnixMillis, work: &MigrateWork) -> Result<Turn<'_>, String> {
+        let taken = self.take_turn((id, now), Way::of(work));
         if taken.is_err() {
             self.give_turn_back(id);
         }
@@ -137,31 +136,20 @@ impl Tasks {
     }
 
     /// A turn for a move that waits; or why there is none, and then it is woken when there may be.
-    pub(super) fn take_turn_of_waiting(
-        &self,
-        (id, asked): (TaskId, UnixMillis),
-        vm: VmId,
-        work: &MigrateWork,
-    ) -> Result<Turn<'_>, String> {
-        self.take_turn((id, asked), Way::of(vm, work))?;
+    pub(super) fn take_turn_of_waiting(&self, (id, asked): (TaskId, UnixMillis), work: &MigrateWork) -> Result<Turn<'_>, String> {
+        self.take_turn((id, asked), Way::of(work))?;
         Ok(Turn { tasks: self, id, waits: Some(asked), recorded: false })
     }
 
     /// A move that waits keeps its place among those that do.
-    pub(super) fn keep_place(&self, (id, asked): (TaskId, UnixMillis), vm: VmId, source: &Name, destination: &Name) {
-        let way = Way { vm, source: source.clone(), destination: destination.clone() };
+    pub(super) fn keep_place(&self, (id, asked): (TaskId, UnixMillis), source: &Name, destination: &Name) {
+        let way = Way { source: source.clone(), destination: destination.clone() };
         self.turns.locked().waiting.insert((asked, id), way);
     }
 
     /// Why a move that waits has no turn, and then it is woken when there may be one; nothing if it could have it.
-    pub(super) fn why_no_turn(
-        &self,
-        (id, asked): (TaskId, UnixMillis),
-        vm: VmId,
-        source: &Name,
-        destination: &Name,
-    ) -> Option<String> {
-        let way = Way { vm, source: source.clone(), destination: destination.clone() };
+    pub(super) fn why_no_turn(&self, (id, asked): (TaskId, UnixMillis), source: &Name, destination: &Name) -> Option<String> {
+        let way = Way { source: source.clone(), destination: destination.clone() };
         let full = self.take_turn((id, asked), way).err();
         if full.is_none() {
             self.give_turn_back(id);
@@ -170,10 +158,10 @@ impl Tasks {
     }
 
     /// Whether a move that was asked for now would have to wait, and why.
-    pub(super) fn would_wait(&self, vm: VmId, work: &MigrateWork) -> Option<String> {
+    pub(super) fn would_wait(&self, work: &MigrateWork) -> Option<String> {
         let last = (UnixMillis(u64::MAX), TaskId::new(uuid::Uuid::nil()));
         let mut state = self.turns.locked();
-        state.waiting.insert(last, Way::of(vm, work));
+        state.waiting.insert(last, Way::of(work));
         let (_, full) = state.next(|way| self.loads(way), Some(last));
         state.waiting.remove(&last);
         full
@@ -231,7 +219,7 @@ mod tests {
 
     fn way(from: u8, to: u8) -> Way {
         let name = |number| Name::new(format!("h{number}")).expect("a name");
-        Way { vm: VmId::new(uuid::Uuid::nil()), source: name(from), destination: name(to) }
+        Way { source: name(from), destination: name(to) }
     }
 
     fn next(state: &State) -> Vec<TaskId> {

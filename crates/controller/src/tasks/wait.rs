@@ -10,7 +10,6 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Mutex;
-use std::time::Duration;
 
 use godwit_model::lifecycle::{busy, decide_admission};
 use godwit_model::{Activity, Admission, ErrorCode, Name, Refusal, TaskId, UnixMillis, VmId};
@@ -25,8 +24,6 @@ use crate::history;
 use crate::principals::not_found;
 use crate::rows::{Later, TaskRow, VmRow, Work};
 
-/// Between the moment in which hosts are back and a look whether that helps.
-const PAUSE: Duration = Duration::from_millis(200);
 /// Tasks that can wait for one VM.
 const LINE: usize = 16;
 
@@ -237,7 +234,6 @@ impl Tasks {
                         for host in &hosts {
                             self.hub.connected(host).await;
                         }
-                        tokio::time::sleep(PAUSE).await;
                     };
                     tokio::select! {
                         () = waker.notified() => {}
@@ -322,15 +318,20 @@ impl Tasks {
                 Err(Fault::Refused(refusal)) if refusal.code == ErrorCode::HostDown => {
                     let mut hosts: Vec<Name> = before.host.iter().cloned().collect();
                     if let (Asked::Migrate(request), Some(source)) = (&asked, &before.host) {
-                        self.keep_place(key, before.id, source, &request.host);
                         hosts.push(request.host.clone());
+                        if hosts.iter().all(|host| self.hub.is_connected(host)) {
+                            // It is another that is away: nobody waits behind a move that cannot go.
+                            self.give_turn_back(id);
+                        } else {
+                            self.keep_place(key, source, &request.host);
+                        }
                     }
                     return Ok(Place::Away(refusal, hosts));
                 }
                 work => work?,
             };
             let turn = match &work {
-                Work::Migrate(work) => match self.take_turn_of_waiting(key, vm.row.id, work) {
+                Work::Migrate(work) => match self.take_turn_of_waiting(key, work) {
                     Ok(turn) => Some(turn),
                     Err(full) => return Ok(Place::Full(full)),
                 },
@@ -351,7 +352,7 @@ impl Tasks {
     /// Why a move has no turn yet, if it is one.
     fn why_it_waits(&self, key: (TaskId, UnixMillis), vm: &VmRow, asked: &Asked) -> Option<String> {
         match (asked, &vm.host) {
-            (Asked::Migrate(request), Some(source)) => self.why_no_turn(key, vm.id, source, &request.host),
+            (Asked::Migrate(request), Some(source)) => self.why_no_turn(key, source, &request.host),
             _ => None,
         }
     }
